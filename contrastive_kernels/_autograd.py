@@ -1,0 +1,170 @@
+"""The two differentiable primitives over the stream. What they save is x, y and vectors, never the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _ops
+
+__all__ = ["Options", "PairSums", "log_sum", "pair_sum", "sigmoid_rows"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both primitives take beside their tensors."""
+
+    backend: str
+    workspace_bytes: int
+    #: the positives lie at row + offset; None: at given indices, or nowhere
+    offset: int | None = None
+    symmetric: bool = False
+
+
+def log_sum(
+    x: Tensor, y: Tensor, params: Tensor, index: Tensor | None, rows: bool, cols: bool, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum_j exp(z_ij) over negatives by rows [N] and by columns [M], and <x_i, y_p(i)> [N]; all differentiable.
+
+    What is not wanted, and the last where there are no positives, is an empty tensor.
+    """
+    # needs_input_grad is True even under no_grad: what is needed is decided here, before apply
+    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, y, params))
+    return _LogSum.apply(x, y, params, index, rows, cols, options, needs)
+
+
+class _LogSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, y, params, index, rows, cols, o: Options, needs):  # type: ignore[no-untyped-def]
+        row, col, dots = _ops.log_sum(
+            x, y, params, index, o.offset, rows, cols, o.symmetric, o.backend, o.workspace_bytes
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, params, row, col, index)
+        ctx.constants = (o.offset, o.symmetric, o.backend, o.workspace_bytes, needs)
+        return row, col, dots
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_gradient: Tensor | None, col_gradient: Tensor | None, dot_gradient: Tensor | None):  # type: ignore[no-untyped-def]
+        x, y, params, row, col, index = ctx.saved_tensors
+        offset, symmetric, backend, workspace_bytes, needs = ctx.constants
+        row_gradient, col_gradient, dot_gradient = (
+            None if g is None or g.numel() == 0 else g for g in (row_gradient, col_gradient, dot_gradient)
+        )
+        dx, dy, dparams = _ops.log_sum_backward(
+            x, y, params, index, offset, symmetric, row, col, row_gradient, col_gradient, dot_gradient,
+            *needs, backend, workspace_bytes,
+        )  # fmt: skip
+        need_x, need_y, need_params = needs
+        return (
+            dx if need_x else None,
+            dy if need_y and not symmetric else None,
+            dparams if need_params else None,
+            *(None,) * 5,
+        )
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """The vectors of a pair sum: normalisers and gains of rows [N] and columns [M]; None where there are none."""
+
+    row_normalizer: Tensor | None
+    row_gain: Tensor
+    col_normalizer: Tensor | None = None
+    col_gain: Tensor | None = None
+    #: normalisers count from the positive's logit
+    relative: bool = False
+
+
+def pair_sum(
+    x: Tensor, y: Tensor, params: Tensor, index: Tensor | None, term: str, sums: PairSums, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum over pairs with weights known beforehand: value and gradients in one pass.
+
+    exponential: sum_i r_i sum_j exp(z_ij - a_i) + sum_j c_j sum_i exp(z_ij - b_j) over negatives.
+    sigmoid: sum_i r_i (sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))).
+
+    Returns the scalar, which is differentiable, and what is not: the rows' and columns' log-sums (sigmoid: row sums)
+    and the positives' dot products [N].
+    """
+    differentiable = (x, y, params, sums.row_normalizer, sums.col_normalizer)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable)
+    return _PairSum.apply(
+        x, y, params, sums.row_normalizer, sums.col_normalizer, sums.row_gain, sums.col_gain, index, term,
+        sums.relative, options, needs,
+    )  # fmt: skip
+
+
+class _PairSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x, y, params, row_normalizer, col_normalizer, row_gain, col_gain, index, term, relative,
+        o: Options, needs,
+    ):  # fmt: skip
+        row, col, dots, dx, dy, dparams = _ops.pair_sum(
+            x, y, params, index, o.offset, term, row_normalizer, row_gain, col_normalizer, col_gain, relative,
+            *needs[:3], o.backend, o.workspace_bytes,
+        )  # fmt: skip
+        dtypes = (x.dtype, y.dtype, params.dtype)
+        if term == "sigmoid":
+            total = (row_gain * row).sum()
+            side_gradients = (None, None)
+        else:
+            z_pos = params[0] * dots + params[1] if relative else 0.0
+            row_sums = row_gain * torch.exp(row - row_normalizer - z_pos)
+            total, side_gradients = row_sums.sum(), (-row_sums, None)
+            if col_gain is not None:
+                col_sums = col_gain * torch.exp(col - col_normalizer - z_pos)
+                total, side_gradients = total + col_sums.sum(), (-row_sums, -col_sums)
+        ctx.save_for_backward(dx, dy, dparams, *side_gradients)
+        ctx.constants = (needs, dtypes)
+        ctx.mark_non_differentiable(row, col, dots)
+        ctx.set_materialize_grads(False)
+        return total, row, col, dots
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None):  # type: ignore[no-untyped-def]
+        needs, dtypes = ctx.constants
+        if upstream is None:
+            return (None,) * 12
+        # out of place, so that a retained graph can run again
+        saved = zip(ctx.saved_tensors, needs, (*dtypes, None, None))
+        products = tuple((g * upstream).to(dtype or g.dtype) if needed else None for g, needed, dtype in saved)
+        return (*products, *(None,) * 7)
+
+
+def sigmoid_rows(x: Tensor, y: Tensor, params: Tensor, options: Options) -> Tensor:
+    """The sigmoid loss by rows [N]. Its gradients depend on what comes from upstream, so they take a second pass."""
+    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, y, params))
+    return _SigmoidRows.apply(x, y, params, options, needs)
+
+
+class _SigmoidRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, y, params, o: Options, needs):  # type: ignore[no-untyped-def]
+        ones = torch.ones(len(x), dtype=params.dtype, device=x.device)
+        rows = _ops.pair_sum(
+            x, y, params, None, o.offset, "sigmoid", None, ones, None, None, False,
+            False, False, False, o.backend, o.workspace_bytes,
+        )[0]  # fmt: skip
+        ctx.save_for_backward(x, y, params)
+        ctx.constants = (o.offset, o.backend, o.workspace_bytes, needs)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor):  # type: ignore[no-untyped-def]
+        x, y, params = ctx.saved_tensors
+        offset, backend, workspace_bytes, needs = ctx.constants
+        _, _, _, *gradients = _ops.pair_sum(
+            x, y, params, None, offset, "sigmoid", None, upstream.contiguous(), None, None, False,
+            *needs, backend, workspace_bytes,
+        )  # fmt: skip
+        wanted = zip(gradients, needs, (x, y, params))
+        return (*(g.to(t.dtype) if need else None for g, need, t in wanted), None, None)

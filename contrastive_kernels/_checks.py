@@ -1,0 +1,157 @@
+"""What the losses ask of their arguments: every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .streaming import score_dtype
+
+__all__ = [
+    "check_features",
+    "check_number",
+    "check_positives",
+    "check_reduction",
+    "check_vector",
+    "check_workspace",
+    "make_params",
+    "require_equal_lengths",
+]
+
+
+def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> tuple[Tensor, Tensor]:
+    """Two feature matrices [N, D], [M, D] of one dtype and device, in autocast's dtype where it is on."""
+    for value, name in zip((x, y), names):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
+        )
+    if x.shape[1] == 0:
+        raise ValueError(f"{names[0]}: expected at least one feature; got shape {list(x.shape)}")
+    if x.device != y.device:
+        raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
+    if normalize:
+        x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
+    x, y = _autocast(x), _autocast(y)
+    if x.dtype != y.dtype:
+        raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{names[0]}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
+    return x, y
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on (it leaves float64 alone, and so do we)."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def require_equal_lengths(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
+    """Matching rows."""
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{names[0]} and {names[1]}: expected the same number of rows; got {x.shape[0]} and {y.shape[0]}"
+        )
+
+
+def check_positives(
+    positives: Any, x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")
+) -> tuple[Tensor | None, int | None]:
+    """The positives as (indices [N], None) or (None, offset). Indices are checked where they are used."""
+    rows, columns = x.shape[0], y.shape[0]
+    if isinstance(positives, Tensor):
+        if positives.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
+        if positives.shape != (rows,):
+            raise ValueError(f"positives: expected shape [{rows}], one per row of {names[0]}; got {list(positives.shape)}")
+        if positives.device != x.device:
+            raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
+        return positives.long(), None
+    offset = 0 if positives is None else positives
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"positives: expected None, an int offset or an int64 tensor [N]; got {type(positives).__name__}")
+    if offset < 0 or offset + rows > columns:
+        raise ValueError(
+            f"positives: expected 0 <= offset <= M - N, so that row i's positive is row i + offset of {names[1]}; "
+            f"got offset {offset} with N = {rows} and M = {columns}"
+        )
+    return None, offset
+
+
+def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> Tensor:
+    """A vector [length] on x's device, in the dtype of the scores."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape [{length}]; got {type(value).__name__}")
+    if value.shape != (length,):
+        raise ValueError(f"{name}: expected shape [{length}]; got {list(value.shape)}")
+    if not value.is_floating_point() and not (name == "weight" and value.dtype == torch.bool):
+        raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}; got {value.device}")
+    if not differentiable and value.requires_grad:
+        raise ValueError(f"{name}: it is not differentiated, so it must not require a gradient; got requires_grad=True")
+    return value.to(score_dtype(x.dtype))
+
+
+def check_reduction(reduction: Any) -> str:
+    """One of the three reductions."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none'; got {reduction!r}")
+    return str(reduction)
+
+
+def check_workspace(workspace_bytes: Any) -> int:
+    """A positive number of bytes."""
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes: expected an int; got {type(workspace_bytes).__name__}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes: expected a positive number of bytes; got {workspace_bytes}")
+    return workspace_bytes
+
+
+def check_number(value: Any, name: str, positive: bool) -> float:
+    """A Python number: above 0, or at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
+    if not (value > 0 if positive else value >= 0) or value == float("inf"):
+        raise ValueError(f"{name}: expected a finite number {'above 0' if positive else 'of at least 0'}; got {value}")
+    return float(value)
+
+
+def check_pair(value: Any, name: str) -> tuple[Any, Any]:
+    """A pair for rows and columns."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        got = f"{type(value).__name__} of length {len(value)}" if isinstance(value, Sequence) else type(value).__name__
+        raise TypeError(f"{name}: expected a pair of tensors for rows and columns; got {got}")
+    return value[0], value[1]
+
+
+def make_params(x: Tensor, logit_scale: Any, logit_bias: Any = 0.0) -> Tensor:
+    """(scale, bias) [2] on x's device, in the dtype of the scores; differentiable, and without synchronisation."""
+    return torch.stack([_scalar(x, logit_scale, "logit_scale"), _scalar(x, logit_bias, "logit_bias")])
+
+
+def _scalar(x: Tensor, value: Any, name: str) -> Tensor:
+    dtype = score_dtype(x.dtype)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a float or a tensor of one element; got shape {list(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
+        return value.reshape(()).to(dtype)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
+    return torch.full((), float(value), dtype=dtype, device=x.device)

@@ -1,0 +1,307 @@
+"""The two primitives as torch.library operators: schema, fake and implementation, opaque to torch.compile.
+
+The operators know nothing of autograd (``_autograd.py`` does). Positives are given as ``index`` [N], or as ``offset``,
+or not at all (both None). An output that is not wanted is an empty tensor. ``backend`` "" lets the registry choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.panel import Side
+from .specs import EXPONENTIAL, SIGMOID, PairTerm
+from .streaming import Positives, Stream, log_sums, positive_dots, reduce, score_dtype, weigh
+
+__all__ = ["log_sum", "log_sum_backward", "pair_sum"]
+
+_LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
+_TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
+
+
+def _define(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]) -> Any:
+    """Registers one operator. Autocast is live inside operators, and would round out= results: it is switched off."""
+    name = schema.split("(")[0]
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return implementation(*args)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.contrastive_kernels, name).default
+
+
+def _stream(
+    term: PairTerm,
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    offset: int | None,
+    backend: str,
+    workspace_bytes: int,
+    symmetric: bool = False,
+    gradient_dtype: torch.dtype | None = None,
+) -> Stream:
+    if index is not None:
+        _check_index(index, len(y))
+    positives = None if index is None and offset is None else Positives(offset or 0, index)
+    chosen = backends.choose(backend or None, x.device, x.dtype)
+    x, y = x.contiguous(), x if symmetric else y.contiguous()
+    return Stream(
+        term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, symmetric
+    )
+
+
+def _check_index(index: Tensor, columns: int) -> None:
+    """-1 (no positive here) <= index < columns: a ValueError on the CPU, a device-side assertion elsewhere."""
+    if not len(index):
+        return
+    ok = ((index >= -1) & (index < columns)).all()
+    if index.device.type == "cpu":
+        if not ok:
+            raise ValueError(
+                f"positives: expected indices in [0, {columns}); got values in [{int(index.min())}, {int(index.max())}]"
+            )
+    else:
+        torch._assert_async(ok, "positives: an index lies outside the columns of y")
+
+
+def _empty(like: Tensor) -> Tensor:
+    """The empty tensor that stands for an output that is not wanted."""
+    return like.new_empty(0, dtype=score_dtype(like.dtype))
+
+
+def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    return _empty(like) if value is None else value
+
+
+def _log_sum(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    offset: int | None,
+    rows: bool,
+    cols: bool,
+    symmetric: bool,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream = _stream(EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric)
+    row, col = reduce(stream, rows, cols)
+    return (
+        _empty(x) if row is None else log_sums(row),
+        _empty(x) if col is None or symmetric else log_sums(col),
+        _empty(x) if stream.positives is None else positive_dots(stream),
+    )
+
+
+def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, backend, workspace_bytes):  # type: ignore[no-untyped-def]
+    dtype = score_dtype(x.dtype)
+    held = index is not None or offset is not None
+    return (
+        x.new_empty(x.shape[0] if rows else 0, dtype=dtype),
+        x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
+        x.new_empty(x.shape[0] if held else 0, dtype=dtype),
+    )
+
+
+def _log_sum_backward(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    offset: int | None,
+    symmetric: bool,
+    row_log_sum: Tensor,
+    col_log_sum: Tensor,
+    row_gradient: Tensor | None,
+    col_gradient: Tensor | None,
+    dot_gradient: Tensor | None,
+    need_x: bool,
+    need_y: bool,
+    need_params: bool,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream = _stream(EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric)
+    row = _weights_of(row_log_sum, row_gradient)
+    col = row if symmetric else _weights_of(col_log_sum, col_gradient)
+    gradients = weigh(stream, row, col, (need_x, need_y, need_params), dot_gradient)
+    dparams = None if gradients.dparams is None else gradients.dparams.to(params.dtype)
+    return (
+        x.new_empty(0) if gradients.dx is None else gradients.dx,
+        y.new_empty(0) if gradients.dy is None else gradients.dy,
+        _or_empty(dparams, x),
+    )
+
+
+def _weights_of(log_sum: Tensor, gradient: Tensor | None) -> Side:
+    """The side whose weights are gradient * softmax; a log-sum of nothing (-inf) gives no weight."""
+    if gradient is None:
+        return Side()
+    return Side(normalizer=log_sum.masked_fill(log_sum == -torch.inf, torch.inf), gain=gradient.contiguous())
+
+
+def _log_sum_backward_fake(  # type: ignore[no-untyped-def]
+    x, y, params, index, offset, symmetric, row_log_sum, col_log_sum, row_gradient, col_gradient, dot_gradient,
+    need_x, need_y, need_params, backend, workspace_bytes,
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        y.new_empty(y.shape if need_y and not symmetric else (0,)),
+        params.new_empty(params.shape if need_params else (0,)),
+    )
+
+
+def _pair_sum(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    offset: int | None,
+    term: str,
+    row_normalizer: Tensor | None,
+    row_gain: Tensor,
+    col_normalizer: Tensor | None,
+    col_gain: Tensor | None,
+    relative: bool,
+    need_x: bool,
+    need_y: bool,
+    need_params: bool,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradient_dtype = _saved_dtype(x.dtype)
+    stream = _stream(
+        _TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype
+    )
+    dots = None if stream.positives is None else positive_dots(stream)
+    wanted = (need_x, need_y, need_params)
+    run = _sigmoid_sum if stream.term is SIGMOID else _exponential_sum
+    sides = (Side(None, row_normalizer, row_gain), Side(None, col_normalizer, col_gain))
+    row, col, dx, dy, dparams = run(stream, dots, sides, relative, wanted)
+    return (
+        row,
+        _or_empty(col, x),
+        _or_empty(dots, x),
+        x.new_empty(0, dtype=gradient_dtype) if dx is None else dx,
+        y.new_empty(0, dtype=gradient_dtype) if dy is None else dy,
+        _or_empty(None if dparams is None else dparams.to(params.dtype), x),
+    )
+
+
+_Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _sigmoid_sum(
+    stream: Stream, dots: Tensor | None, sides: tuple[Side, Side], relative: bool, wanted: tuple[bool, bool, bool]
+) -> _Result:
+    """Row sums of softplus(z) over negatives and softplus(-z) of the positive; gradients weighted by the gains."""
+    gain = sides[0].gain
+    scale, bias = stream.params[0], stream.params[1]
+    z_pos = scale * dots + bias
+    state = torch.zeros(1, len(dots), dtype=dots.dtype, device=dots.device)
+    if not any(wanted):
+        reduced, _ = reduce(stream, True, False)
+        return reduced[0] - torch.nn.functional.logsigmoid(z_pos), None, None, None, None
+    dz_pos = -torch.sigmoid(-z_pos) * gain
+    gradients = weigh(stream, Side(state, None, gain), Side(), wanted, dz_pos * scale)
+    if gradients.dparams is not None:
+        gradients.dparams[0] += (dz_pos * dots).sum(dtype=gradients.dparams.dtype)
+        gradients.dparams[1] += dz_pos.sum(dtype=gradients.dparams.dtype)
+    row = state[0] - torch.nn.functional.logsigmoid(z_pos)
+    return row, None, gradients.dx, gradients.dy, gradients.dparams
+
+
+def _exponential_sum(
+    stream: Stream, dots: Tensor | None, sides: tuple[Side, Side], relative: bool, wanted: tuple[bool, bool, bool]
+) -> _Result:
+    """Log-sums of rows and columns; gradients of sum_i r_i sum_j exp(z_ij - a_i), and the same of the columns.
+
+    Relative normalisers are counted from the positive's logit, which then takes part in the gradients.
+    """
+    scale, bias = stream.params[0], stream.params[1]
+    row, col = sides
+    use_col = col.gain is not None
+    if not any(wanted):
+        row_state, col_state = reduce(stream, True, use_col)
+        return log_sums(row_state), log_sums(col_state) if use_col else None, None, None, None
+    row.state = _exponential_state(row.gain)
+    col.state = _exponential_state(col.gain) if use_col else None
+    if relative:
+        z_pos = scale * dots + bias
+        row.normalizer = z_pos + row.normalizer
+        col.normalizer = z_pos + col.normalizer if use_col else None
+
+    def positive_weights() -> Tensor:
+        """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
+        weights = row.gain * torch.exp(log_sums(row.state) - row.normalizer)
+        if use_col:
+            weights = weights + col.gain * torch.exp(log_sums(col.state) - col.normalizer)
+        return -weights
+
+    gradients = weigh(stream, row, col, wanted, (lambda: positive_weights() * scale) if relative else None)
+    if relative and gradients.dparams is not None:
+        weights = positive_weights()
+        gradients.dparams[0] += (weights * dots).sum(dtype=gradients.dparams.dtype)
+        gradients.dparams[1] += weights.sum(dtype=gradients.dparams.dtype)
+    col_log_sum = log_sums(col.state) if use_col else None
+    return log_sums(row.state), col_log_sum, gradients.dx, gradients.dy, gradients.dparams
+
+
+def _exponential_state(like: Tensor) -> Tensor:
+    state = like.new_zeros(2, len(like))
+    state[0] = -torch.inf
+    return state
+
+
+def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _pair_sum_fake(  # type: ignore[no-untyped-def]
+    x, y, params, index, offset, term, row_normalizer, row_gain, col_normalizer, col_gain, relative,
+    need_x, need_y, need_params, backend, workspace_bytes,
+):  # fmt: skip
+    dtype, saved = score_dtype(x.dtype), _saved_dtype(x.dtype)
+    held = index is not None or offset is not None
+    return (
+        x.new_empty(x.shape[0], dtype=dtype),
+        x.new_empty(0 if col_gain is None else y.shape[0], dtype=dtype),
+        x.new_empty(x.shape[0] if held else 0, dtype=dtype),
+        x.new_empty(x.shape if need_x else (0,), dtype=saved),
+        y.new_empty(y.shape if need_y else (0,), dtype=saved),
+        params.new_empty(params.shape if need_params else (0,)),
+    )
+
+
+log_sum = _define(
+    "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
+    "str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    _log_sum_fake,
+    _log_sum,
+)
+log_sum_backward = _define(
+    "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
+    "Tensor row_log_sum, Tensor col_log_sum, Tensor? row_gradient, Tensor? col_gradient, Tensor? dot_gradient, "
+    "bool need_x, bool need_y, bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    _log_sum_backward_fake,
+    _log_sum_backward,
+)
+pair_sum = _define(
+    "pair_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, str term, Tensor? row_normalizer, "
+    "Tensor row_gain, Tensor? col_normalizer, Tensor? col_gain, bool relative, bool need_x, bool need_y, "
+    "bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pair_sum_fake,
+    _pair_sum,
+)

@@ -1,0 +1,83 @@
+"""The registry of backends: who can compute a panel, who is chosen, and why the others are not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..specs import PairTerm
+from . import cpu as cpu_backend
+from . import torch as torch_backend
+from .panel import Panel
+
+__all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Two panel operations and the reason why they cannot serve a device and dtype (None: they can)."""
+
+    name: str
+    reduce_panel: Callable[[PairTerm, Panel], None]
+    weight_panel: Callable[[PairTerm, Panel], None]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    #: score-sized temporaries that its operations allocate beside the workspace's own
+    temporaries: int = 0
+
+
+#: From the most to the least preferred; the last one serves everything.
+ORDER: tuple[Backend, ...] = (
+    Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
+    Backend("torch", torch_backend.reduce_panel, torch_backend.weight_panel, torch_backend.why_not, temporaries=3),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all backends, the preferred ones first."""
+    return tuple(backend.name for backend in ORDER)
+
+
+def get(name: str) -> Backend:
+    """The backend of this name, or a ValueError that lists the names."""
+    for backend in ORDER:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend: expected None or one of {', '.join(names())}; got {name!r}")
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The named backend, or the first that can serve. A named one that cannot serve is a ValueError with the reason."""
+    if name is not None:
+        backend = get(name)
+        reason = backend.why_not(device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
+        return backend
+    for backend in ORDER:
+        if backend.why_not(device, dtype) is None:
+            if backend.name == "torch":
+                _warn_once(device, dtype)
+            return backend
+    raise AssertionError("the torch backend serves everything")
+
+
+def table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """Each backend's name with the reason why it cannot serve (None: it can)."""
+    return [(backend.name, backend.why_not(device, dtype)) for backend in ORDER]
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device: torch.device, dtype: torch.dtype) -> None:
+    """Says once per device type that a device with kernels of its own runs on the portable backend."""
+    if device.type in _warned or dtype == torch.float64 or device.type not in ("cpu", "cuda"):
+        return
+    _warned.add(device.type)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in table(device, dtype) if reason is not None)
+    warnings.warn(
+        f"contrastive_kernels runs on its portable torch backend on {device.type} ({reasons})", RuntimeWarning, stacklevel=2
+    )

@@ -1,0 +1,310 @@
+"""The definition of every loss: dense, differentiable by plain autograd, in whatever precision comes in.
+
+These functions are what the streaming implementation is compared with, in float64. They store the N x M matrix of
+logits and make no attempt at speed. Letters: x [N, D] anchors, y [M, D] candidates, z = logit_scale * x yT [N, M],
+p(i) the column of row i's positive.
+
+References
+----------
+.. [1] A. van den Oord, Y. Li, O. Vinyals, "Representation learning with contrastive predictive coding", 2018.
+.. [2] A. Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021.
+.. [3] T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual
+   representations", ICML 2020.
+.. [4] X. Zhai, B. Mustafa, A. Kolesnikov, L. Beyer, "Sigmoid loss for language image pre-training", ICCV 2023.
+.. [5] C. Chen, J. Zhang, Y. Xu, L. Chen, J. Duan, Y. Chen, S. Tran, B. Zeng, T. Chilimbi, "Why do we need large
+   batch sizes in contrastive learning? A gradient-bias perspective", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+__all__ = ["clip_loss", "decomposable", "draw_log_weights", "info_nce", "nt_xent", "sigmoid"]
+
+Scale = float | Tensor
+LogNormalizer = Tensor | Sequence[Tensor]
+
+
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Scale,
+    *,
+    positives: int | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE in one direction [1]_: loss_i = softplus(logsumexp_{j != p(i)} z_ij - z_i,p(i)).
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Anchors [N, D] and candidates [M, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    positives : int or Tensor, optional
+        p(i): an offset (p(i) = i + offset; 0 by default) or indices [N].
+    weight : Tensor, optional
+        Weights of the rows [N].
+    reduction : {"mean", "sum", "none"}
+        A weighted mean divides by the sum of the weights.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N].
+    """
+    p = _positive_indices(x, positives)
+    return _reduce(_softmax_losses(logit_scale * (x @ y.T), p), weight, reduction)
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Scale,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """CLIP's symmetric loss [2]_: the mean of InfoNCE from images to texts and from texts to images.
+
+    Parameters
+    ----------
+    image_features, text_features : Tensor
+        Matching rows [N, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    weight : Tensor, optional
+        Weights of the pairs [N].
+    reduction : {"mean", "sum", "none"}
+        "none" gives each pair's mean of both directions.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N].
+    """
+    z = logit_scale * (image_features @ text_features.T)
+    p = _positive_indices(image_features, None)
+    return _reduce((_softmax_losses(z, p) + _softmax_losses(z.T, p)) / 2, weight, reduction)
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, logit_scale: Scale, *, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """NT-Xent [3]_: InfoNCE of 2N views against one another, each view left out of its own denominator.
+
+    Parameters
+    ----------
+    z1, z2 : Tensor
+        Two views of the same samples [N, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    weight : Tensor, optional
+        Weights of the samples [N]; each serves both views.
+    reduction : {"mean", "sum", "none"}
+        "none" gives the views of z1, then those of z2: [2N].
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [2N].
+    """
+    n = len(z1)
+    views = torch.cat([z1, z2])
+    itself = torch.arange(2 * n, device=views.device)
+    z = (logit_scale * (views @ views.T)).masked_fill(itself[:, None] == itself, -torch.inf)
+    both = None if weight is None else weight.repeat(2)
+    return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1)), both, reduction)
+
+
+def sigmoid(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Scale,
+    logit_bias: Scale,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sigmoid loss [4]_: the sum over all pairs of softplus(-s_ij z_ij), s = 1 for matching pairs, else -1.
+
+    Parameters
+    ----------
+    image_features, text_features : Tensor
+        Matching rows [N, D].
+    logit_scale, logit_bias : float or Tensor
+        z = logit_scale * <x, y> + logit_bias.
+    weight : Tensor, optional
+        Weights of the rows [N].
+    reduction : {"mean", "sum", "none"}
+        "mean" divides the sum over all pairs by N; "none" gives the row sums.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N].
+    """
+    z = logit_scale * (image_features @ text_features.T) + logit_bias
+    sign = 2 * torch.eye(len(z), dtype=z.dtype, device=z.device) - 1
+    return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
+
+
+def decomposable(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Scale,
+    log_normalizer: LogNormalizer,
+    *,
+    shape: float | None = None,
+    positive_constant: float = 1.0,
+    negative_scale: float = 1.0,
+    positive_logits: LogNormalizer | None = None,
+    positives: int | Tensor | None = None,
+    weight: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_log_normalizer: bool = False,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, LogNormalizer]:
+    """The decomposable loss, after [5]_ (derivation in docs/mathematics.md): a sum of weighted sub-losses over pairs.
+
+    With h_ij = z_ij - z_i,p(i) and Z_i = c + k sum_{j != p(i)} exp(h_ij), the loss of row i is
+    ``u_i Z_i - log u_i - 1`` for a given u_i, an upper bound of log Z_i with equality at u_i = 1/Z_i.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Anchors [N, D] and candidates [M, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    log_normalizer : Tensor or pair of Tensor
+        log Zbar_i [N] known beforehand; a pair ([N], [M]) trains both directions (N == M).
+    shape : float, optional
+        None: u_i = 1 / Zbar_i. A number a: u_i is drawn from Gamma(a, rate = a * Zbar_i), and the value's expected
+        excess log a - digamma(a) is subtracted.
+    positive_constant, negative_scale : float
+        c and k above.
+    positive_logits : Tensor or pair of Tensor, optional
+        z_i,p(i) where the columns do not hold row i's positive.
+    positives : int or Tensor, optional
+        As in :func:`info_nce`; with ``positive_logits``, an index of -1 says that the columns do not hold it.
+    weight : Tensor, optional
+        Weights of the rows [N].
+    generator : torch.Generator, optional
+        Source of the draws.
+    return_log_normalizer : bool
+        Also return the batch's own log Z, in the form of ``log_normalizer``.
+    reduction : {"mean", "sum", "none"}
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor or pair of Tensor)
+        The loss, and the batch's own log Z where asked for.
+    """
+    both = not isinstance(log_normalizer, Tensor)
+    normalizers = tuple(log_normalizer) if both else (log_normalizer,)
+    given = (None,) * len(normalizers)
+    if positive_logits is not None:
+        given = tuple(positive_logits) if both else (positive_logits,)
+    z = logit_scale * (x @ y.T)
+    held = None if positive_logits is not None and positives is None else _positive_indices(x, positives)
+    losses, log_zs = [], []
+    for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
+        log_zbar = log_zbar.detach().to(z.dtype)
+        log_weight = draw_log_weights(log_zbar, shape, generator)
+        if z_pos is None:
+            z_pos = scores.gather(1, held[:, None])[:, 0]
+        negatives = scores if held is None else _mask(scores, held)
+        h = negatives - z_pos[:, None]
+        terms = torch.exp(h - (log_zbar - log_weight)[:, None]).sum(1) * negative_scale
+        log_u = log_weight - log_zbar
+        losses.append(terms + positive_constant * log_u.exp() - log_u - 1 - expected_excess(shape))
+        log_z = _logsumexp(h) + log_or_minus_infinity(negative_scale)
+        log_zs.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(positive_constant))).detach())
+    loss = _reduce(sum(losses) / len(losses), weight, reduction)
+    if not return_log_normalizer:
+        return loss
+    return loss, (tuple(log_zs) if both else log_zs[0])
+
+
+def draw_log_weights(log_normalizer: Tensor, shape: float | None, generator: torch.Generator | None) -> Tensor:
+    """log(u_i Zbar_i) with u_i ~ Gamma(shape, rate = shape * Zbar_i), or 0 where ``shape`` is None (the mean).
+
+    Parameters
+    ----------
+    log_normalizer : Tensor
+        log Zbar_i [N]; it gives the draws' number, device and dtype.
+    shape : float, optional
+        The gamma distribution's shape a; 1 is the exact conditional distribution.
+    generator : torch.Generator, optional
+        Source of the draws.
+
+    Returns
+    -------
+    Tensor
+        [N]. Drawn as Gamma(a + 1) times U^(1/a), so that no draw underflows at a small shape.
+    """
+    if shape is None:
+        return torch.zeros_like(log_normalizer)
+    alpha = torch.full(log_normalizer.shape, shape + 1.0, device=log_normalizer.device)
+    gamma = torch._standard_gamma(alpha, generator=generator)
+    uniform = torch.rand(alpha.shape, generator=generator, device=alpha.device)
+    log_uniform = torch.log1p(-uniform)  # uniform is in [0, 1)
+    return (gamma.log() + log_uniform / shape - math.log(shape)).to(log_normalizer.dtype)
+
+
+def expected_excess(shape: float | None) -> float | Tensor:
+    """What drawing u adds to the expected value of u Z - log u - 1: log a - digamma(a)."""
+    if shape is None:
+        return 0.0
+    return log_or_minus_infinity(shape) - torch.digamma(torch.full((), shape, dtype=torch.float64))
+
+
+def log_or_minus_infinity(value: float) -> float:
+    """log of a non-negative number; log 0 = -inf."""
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:
+    """p(i) as indices [N]."""
+    if isinstance(positives, Tensor):
+        return positives
+    return torch.arange(len(x), device=x.device) + (positives or 0)
+
+
+def _mask(z: Tensor, positives: Tensor) -> Tensor:
+    """z with every row's positive at -inf; an index of -1 masks nothing."""
+    return z.masked_fill(torch.arange(z.shape[1], device=z.device) == positives[:, None], -torch.inf)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """logsumexp over columns [N]; -inf, with gradient 0, for a row of nothing."""
+    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    total = torch.exp(z - highest[:, None]).sum(1)
+    empty = total == 0
+    return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
+
+
+def _softmax_losses(z: Tensor, positives: Tensor) -> Tensor:
+    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1."""
+    z_pos = z.gather(1, positives[:, None])[:, 0]
+    return -logsigmoid(z_pos - _logsumexp(_mask(z, positives)))
+
+
+def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """The weighted mean (by the sum of weights), the weighted sum, or the weighted rows."""
+    if weight is not None:
+        losses = losses * weight.to(losses.dtype)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    total = losses.new_tensor(len(losses)) if weight is None else weight.to(losses.dtype).sum()
+    return losses.sum() / total.masked_fill(total == 0, 1.0)

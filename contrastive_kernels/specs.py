@@ -1,0 +1,73 @@
+"""The registry of pair terms and losses: what each costs, in one table that benchmarks, tests and `explain` read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EXPONENTIAL", "LOSSES", "SIGMOID", "LossSpec", "PairTerm"]
+
+
+@dataclass(frozen=True)
+class PairTerm:
+    """What happens to one score.
+
+    Parameters
+    ----------
+    name : str
+        Its name in every language.
+    code : int
+        Its number in ``csrc/include/api.h``.
+    state_rows : int
+        Vectors of running state per side: (maximum, sum) for sums of exponentials, (sum) for plain sums.
+    """
+
+    name: str
+    code: int
+    state_rows: int
+
+
+#: w_ij = r_i exp(z_ij - a_i) + c_j exp(z_ij - b_j); state: the log-sum-exp of rows and columns as (maximum, sum).
+EXPONENTIAL = PairTerm("exponential", 0, 2)
+#: w_ij = r_i sigmoid(z_ij); state: the row's sum of softplus(z_ij).
+SIGMOID = PairTerm("sigmoid", 1, 1)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What one loss asks of the stream.
+
+    Parameters
+    ----------
+    name : str
+        The function's name in the public interface.
+    term : PairTerm
+        Its pair term.
+    passes : int
+        Passes over the scores for value and all gradients.
+    products : float
+        Products of 2 N M D flop for value and all gradients. ``nt_xent`` counts products of its 2N x 2N matrix.
+    forward_products : float
+        Products for the value alone.
+    frozen_products : float
+        Products for value and gradients where ``y`` needs none.
+    """
+
+    name: str
+    term: PairTerm
+    passes: int
+    products: float
+    forward_products: float
+    frozen_products: float
+
+
+#: Every loss by name.
+LOSSES: dict[str, LossSpec] = {
+    spec.name: spec
+    for spec in (
+        LossSpec("info_nce", EXPONENTIAL, 2, 4, 1, 3),
+        LossSpec("clip_loss", EXPONENTIAL, 2, 4, 1, 3),
+        LossSpec("nt_xent", EXPONENTIAL, 2, 2, 0.5, 2),
+        LossSpec("sigmoid", SIGMOID, 1, 3, 1, 2),
+        LossSpec("decomposable", EXPONENTIAL, 1, 3, 1, 2),
+    )
+}

@@ -1,0 +1,78 @@
+// Picks the instruction set at run time and checks the calls.
+#include <cstring>
+
+#include "../include/api.h"
+#include "../include/check.h"
+#include "isa.h"
+
+namespace ck {
+namespace {
+
+bool machine_has(const IsaTable& isa) {
+#ifdef CK_X86
+  __builtin_cpu_init();
+  if (&isa == &kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (&isa == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return &isa == &kBaseline;
+}
+
+const IsaTable* find(const char* name) {
+  const IsaTable* const all[] = {
+#ifdef CK_X86
+      &kAvx512, &kAvx2,
+#endif
+      &kBaseline};
+  for (const IsaTable* isa : all)
+    if ((std::strcmp(name, "auto") == 0 || std::strcmp(name, isa->name) == 0) && machine_has(*isa)) return isa;
+  return nullptr;
+}
+
+const IsaTable*& chosen() {
+  static const IsaTable* isa = find("auto");
+  return isa;
+}
+
+void check_panel(const Panel& p) {
+  check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "panel: sizes and stride must be non-negative and ordered");
+  check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "panel: scores and params must not be null");
+  check(p.exclude_count == 0 || p.exclude, "panel: exclude must not be null when exclude_count is not 0");
+  check(p.threads >= 1, "panel: threads must be at least 1");
+  if (p.term == PairTerm::kExponential)
+    check(!p.row.sum == !p.row.reference && !p.col.sum == !p.col.reference, "panel: a sum needs its reference");
+  else
+    check(!p.col.sum && !p.col.gain, "panel: the sigmoid term has no column side");
+}
+
+}  // namespace
+
+void reduce_panel(const Panel& panel) {
+  check_panel(panel);
+  check(!panel.weights, "reduce_panel: weights must be null");
+  check(panel.row.sum || panel.col.sum, "reduce_panel: at least one side must be wanted");
+  chosen()->run_panel(panel);
+}
+
+void weight_panel(const Panel& panel) {
+  check_panel(panel);
+  check(panel.weights && panel.weights_stride >= panel.cols, "weight_panel: weights must not be null");
+  check(panel.row.gain || panel.col.gain, "weight_panel: at least one side must have a gain");
+  if (panel.term == PairTerm::kExponential)
+    check(!panel.row.gain == !panel.row.normalizer && !panel.col.gain == !panel.col.normalizer,
+          "weight_panel: a gain needs its normalizer");
+  chosen()->run_panel(panel);
+}
+
+void exp_array(const float* x, float* out, int64_t n) { chosen()->exp_run(x, out, n); }
+
+const char* instruction_set() { return chosen()->name; }
+
+void set_instruction_set(const char* name) {
+  const IsaTable* isa = find(name);
+  check(isa != nullptr, "set_instruction_set: expected auto, avx512, avx2 or baseline, and one this machine has");
+  chosen() = isa;
+}
+
+}  // namespace ck

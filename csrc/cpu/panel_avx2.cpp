@@ -1,0 +1,20 @@
+// The panel loops for AVX2 and FMA.
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace ck {
+namespace avx2 {
+
+#include "../include/pair_terms.h"
+#include "../include/dtype.h"
+#include "panel_loops.h"
+
+}  // namespace avx2
+
+const IsaTable kAvx2 = {"avx2", avx2::run_panel, avx2::exp_run};
+
+}  // namespace ck

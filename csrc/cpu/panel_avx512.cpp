@@ -1,0 +1,20 @@
+// The panel loops for AVX-512 (F, BW, DQ, VL).
+#include "isa.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace ck {
+namespace avx512 {
+
+#include "../include/pair_terms.h"
+#include "../include/dtype.h"
+#include "panel_loops.h"
+
+}  // namespace avx512
+
+const IsaTable kAvx512 = {"avx512", avx512::run_panel, avx512::exp_run};
+
+}  // namespace ck

@@ -1,0 +1,282 @@
+// The CPU's pass over one panel of scores, included by one source file per instruction set inside its own namespace.
+//
+// A panel is cut into stripes of kStripe rows (the unit of work of a thread) and each stripe into chunks of kChunk
+// columns, small enough to stay in a core's cache between the two sweeps:
+//   sweep 1  z = scale * s + bias with the excluded pairs at -inf, and the maximum of every row and column;
+//   sweep 2  exponentials against a reference, their sums by row and column, and the weights.
+// Stripes do not depend on the number of threads, and their partial results are merged in order: results are
+// bitwise reproducible.
+
+constexpr int64_t kStripe = 64;
+constexpr int64_t kChunk = 512;
+
+// One exponential per score serves rows and columns while every reference lies this close to a common one: what then
+// underflows is below e^(40 - 87) of its row's and its column's largest term.
+constexpr float kCommonReferenceSpread = 40.0f;
+
+// Thread-local buffers of one stripe.
+struct Scratch {
+  alignas(64) float z[kStripe * kChunk];
+  alignas(64) float row_reference[kStripe], row_sum[kStripe], row_gain[kStripe];
+  alignas(64) float col_reference[kChunk], col_sum[kChunk], col_gain[kChunk];
+};
+
+// The part of a panel that one call of the sweeps works on.
+struct Chunk {
+  int64_t row0, rows, col0, cols;
+};
+
+static void load_scores(const Panel& p, const Chunk& c, Scratch& s) {
+  const float scale = p.params[0], bias = p.params[1];
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const float* __restrict score = p.scores + (c.row0 + i) * p.stride + c.col0;
+    float* __restrict z = s.z + i * kChunk;
+#pragma omp simd
+    for (int64_t j = 0; j < c.cols; ++j) z[j] = score[j] * scale + bias;
+    for (int64_t k = 0; k < p.exclude_count; ++k) {
+      const int64_t j = p.exclude[(c.row0 + i) * p.exclude_count + k] - p.first_column - c.col0;
+      if (j >= 0 && j < c.cols) z[j] = -__builtin_inff();
+    }
+  }
+}
+
+// row_reference and col_reference become the chunk's maxima (NaN is passed over here and kept by the sums).
+static void find_maxima(const Chunk& c, Scratch& s) {
+  for (int64_t j = 0; j < c.cols; ++j) s.col_reference[j] = -__builtin_inff();
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const float* __restrict z = s.z + i * kChunk;
+    float* __restrict col = s.col_reference;
+    float best = -__builtin_inff();
+#pragma omp simd reduction(max : best)
+    for (int64_t j = 0; j < c.cols; ++j) {
+      best = z[j] > best ? z[j] : best;
+      col[j] = z[j] > col[j] ? z[j] : col[j];
+    }
+    s.row_reference[i] = best;
+  }
+}
+
+struct Range {
+  float low = __builtin_inff(), high = -__builtin_inff();
+  void add(const float* v, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      low = v[i] < low ? v[i] : low;
+      high = v[i] > high ? v[i] : high;
+    }
+  }
+  // False for an empty range, and where one end is infinite.
+  bool narrow() const { return high - low <= kCommonReferenceSpread; }
+};
+
+// A reference that exponentials can be taken against: a row of nothing (-inf) gets 0, and keeps an empty sum.
+static void make_finite(float* reference, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) reference[i] = reference[i] == -__builtin_inff() ? 0.0f : reference[i];
+}
+
+// gain * e^(reference - normalizer), the factor of an exponential taken against `reference`. Saturates, so that a
+// weight of zero stays zero; a row without normalizer (+inf: it has no negatives) gets zero.
+static void refer_gain(const float* gain, const float* normalizer, const float* reference, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float factor = exp_term(reference[i] - normalizer[i]);
+    out[i] = gain[i] * (factor > 3.0e38f ? 3.0e38f : factor);
+  }
+}
+
+struct ParamSums {
+  double dscale = 0.0, dbias = 0.0;
+};
+
+static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
+static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to_bfloat16(w); }
+
+// Sweep 2 of the exponential term. COMMON: one reference for the whole chunk (row_reference[0]), one exponential.
+// ROW, COL: which directions take part. SUMS: row_sum, col_sum are wanted. Out: void for a reduce panel.
+template <bool COMMON, bool ROW, bool COL, bool SUMS, typename Out>
+static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
+  constexpr bool kWeights = !std::is_same<Out, void>::value;
+  using Store = typename std::conditional<kWeights, Out, float>::type;
+  const float scale = p.params[0];
+  const float* __restrict col_reference = s.col_reference;
+  const float* __restrict col_gain = s.col_gain;
+  float* __restrict col_sum = s.col_sum;
+  if (SUMS && COL)
+    for (int64_t j = 0; j < c.cols; ++j) col_sum[j] = 0.0f;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const float* __restrict z = s.z + i * kChunk;
+    const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
+    Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
+    const float row_reference = s.row_reference[i];
+    const float row_gain = kWeights && ROW ? s.row_gain[i] : 0.0f;
+    float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
+    // `out` may be `score` itself, element by element: no restrict here.
+#pragma omp simd reduction(+ : sum, dscale, dbias)
+    for (int64_t j = 0; j < c.cols; ++j) {
+      float w = 0.0f;
+      if (COMMON) {
+        const float e = exp_term(z[j] - row_reference);
+        if (SUMS && ROW) sum += e;
+        if (SUMS && COL) col_sum[j] += e;
+        if (kWeights) w = e * (COL ? (ROW ? row_gain + col_gain[j] : col_gain[j]) : row_gain);
+      } else {
+        if (ROW) {
+          const float e = exp_term(z[j] - row_reference);
+          if (SUMS) sum += e;
+          if (kWeights) w += e * row_gain;
+        }
+        if (COL) {
+          const float e = exp_term(z[j] - col_reference[j]);
+          if (SUMS) col_sum[j] += e;
+          if (kWeights) w += e * col_gain[j];
+        }
+      }
+      if (kWeights) {
+        dscale += w * score[j];
+        dbias += w;
+        store_weight(out, j, w * scale);
+      }
+    }
+    if (SUMS && ROW) s.row_sum[i] = sum;
+    params.dscale += dscale;
+    params.dbias += dbias;
+  }
+}
+
+// The sigmoid term in one sweep: row sums of softplus(z), weights gain_i * sigmoid(z).
+template <bool SUMS, typename Out>
+static void sweep_sigmoid(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
+  constexpr bool kWeights = !std::is_same<Out, void>::value;
+  using Store = typename std::conditional<kWeights, Out, float>::type;
+  const float scale = p.params[0];
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const float* __restrict z = s.z + i * kChunk;
+    const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
+    Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
+    const float gain = kWeights ? p.row.gain[c.row0 + i] : 0.0f;
+    float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
+#pragma omp simd reduction(+ : sum, dscale, dbias)
+    for (int64_t j = 0; j < c.cols; ++j) {
+      const float e = exp_term(z[j] > 0.0f ? -z[j] : z[j]);
+      if (SUMS) sum += softplus_from(z[j], e);
+      if (kWeights) {
+        const float w = gain * sigmoid_from(z[j], e);
+        dscale += w * score[j];
+        dbias += w;
+        store_weight(out, j, w * scale);
+      }
+    }
+    if (SUMS) p.row.sum[c.row0 + i] += sum;
+    params.dscale += dscale;
+    params.dbias += dbias;
+  }
+}
+
+template <bool COMMON, bool SUMS, typename Out>
+static void sweep_directions(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params, bool row, bool col) {
+  if (row && col) return sweep_exponential<COMMON, true, true, SUMS, Out>(p, c, s, params);
+  if (row) return sweep_exponential<COMMON, true, false, SUMS, Out>(p, c, s, params);
+  sweep_exponential<COMMON, false, true, SUMS, Out>(p, c, s, params);
+}
+
+template <bool SUMS, typename Out>
+static void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params, bool row, bool col, bool common) {
+  if (p.term == PairTerm::kSigmoid) return sweep_sigmoid<SUMS, Out>(p, c, s, params);
+  if (common) return sweep_directions<true, SUMS, Out>(p, c, s, params, row, col);
+  sweep_directions<false, SUMS, Out>(p, c, s, params, row, col);
+}
+
+// Chooses the references of one chunk and, for a weight panel, the gains that go with them. True: a common reference.
+static bool choose_references(const Panel& p, const Chunk& c, Scratch& s, bool row, bool col, bool sums) {
+  const bool weights = p.weights != nullptr;
+  if (sums) {
+    make_finite(s.row_reference, c.rows);
+    make_finite(s.col_reference, c.cols);
+  } else {
+    if (row) std::copy_n(p.row.normalizer + c.row0, c.rows, s.row_reference);
+    if (col) std::copy_n(p.col.normalizer + c.col0, c.cols, s.col_reference);
+  }
+  Range range;
+  if (row) range.add(s.row_reference, c.rows);
+  if (col) range.add(s.col_reference, c.cols);
+  const bool common = range.narrow();
+  if (common) {
+    std::fill_n(s.row_reference, c.rows, range.high);
+    std::fill_n(s.col_reference, c.cols, range.high);
+  }
+  if (weights && row) refer_gain(p.row.gain + c.row0, p.row.normalizer + c.row0, s.row_reference, s.row_gain, c.rows);
+  if (weights && col) refer_gain(p.col.gain + c.col0, p.col.normalizer + c.col0, s.col_reference, s.col_gain, c.cols);
+  return common;
+}
+
+// The columns' partial results, one row of them per stripe.
+struct ColumnPartials {
+  std::unique_ptr<float[]> reference, sum;
+  int64_t cols;
+  ColumnPartials(int64_t stripes, int64_t cols_)
+      : reference(new float[stripes * cols_]), sum(new float[stripes * cols_]), cols(cols_) {}
+};
+
+static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPartials* partials) {
+  const bool exponential = p.term == PairTerm::kExponential;
+  const bool sums = p.row.sum != nullptr || p.col.sum != nullptr;
+  const bool row = exponential && (p.row.sum || p.row.normalizer);
+  const bool col = exponential && (p.col.sum || p.col.normalizer);
+  ParamSums params;
+  Chunk c;
+  c.row0 = stripe * kStripe;
+  c.rows = std::min(kStripe, p.rows - c.row0);
+  for (c.col0 = 0; c.col0 < p.cols; c.col0 += kChunk) {
+    c.cols = std::min(kChunk, p.cols - c.col0);
+    load_scores(p, c, s);
+    bool common = false;
+    if (exponential) {
+      if (sums) find_maxima(c, s);
+      common = choose_references(p, c, s, row, col, sums);
+    }
+    if (p.weights == nullptr)
+      sweep<true, void>(p, c, s, params, row, col, common);
+    else if (p.weights_dtype == Dtype::kFloat32)
+      sums ? sweep<true, float>(p, c, s, params, row, col, common) : sweep<false, float>(p, c, s, params, row, col, common);
+    else
+      sums ? sweep<true, uint16_t>(p, c, s, params, row, col, common)
+           : sweep<false, uint16_t>(p, c, s, params, row, col, common);
+    if (exponential && p.row.sum)
+      for (int64_t i = 0; i < c.rows; ++i)
+        merge_exponential(p.row.reference[c.row0 + i], p.row.sum[c.row0 + i], s.row_reference[i], s.row_sum[i]);
+    if (partials) {
+      std::copy_n(s.col_reference, c.cols, &partials->reference[stripe * partials->cols + c.col0]);
+      std::copy_n(s.col_sum, c.cols, &partials->sum[stripe * partials->cols + c.col0]);
+    }
+  }
+  return params;
+}
+
+static void run_panel(const Panel& p) {
+  const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
+  std::unique_ptr<ColumnPartials> partials;
+  if (p.term == PairTerm::kExponential && p.col.sum) partials.reset(new ColumnPartials(stripes, p.cols));
+  std::unique_ptr<ParamSums[]> params(new ParamSums[stripes]);
+#pragma omp parallel num_threads(p.threads)
+  {
+    std::unique_ptr<Scratch> scratch(new Scratch);
+#pragma omp for schedule(static)
+    for (int64_t stripe = 0; stripe < stripes; ++stripe)
+      params[stripe] = run_stripe(p, stripe, *scratch, partials.get());
+#pragma omp single
+    for (int64_t stripe = 0; p.dparams && stripe < stripes; ++stripe) {
+      p.dparams[0] += params[stripe].dscale;
+      p.dparams[1] += params[stripe].dbias;
+    }
+    if (partials) {
+#pragma omp for schedule(static)
+      for (int64_t j = 0; j < p.cols; ++j)
+        for (int64_t stripe = 0; stripe < stripes; ++stripe)
+          merge_exponential(p.col.reference[j], p.col.sum[j], partials->reference[stripe * p.cols + j],
+                            partials->sum[stripe * p.cols + j]);
+    }
+  }
+}
+
+static void exp_run(const float* x, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = exp_term(x[i]);
+}

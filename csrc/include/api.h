@@ -1,0 +1,53 @@
+// The C++ side's only interface: plain structs of pointers, sizes and strides. It knows neither torch nor Python;
+// all checks of the user's input and all allocations of results happen before it is called.
+#pragma once
+
+#include <cstdint>
+
+namespace ck {
+
+enum class PairTerm : int { kExponential = 0, kSigmoid = 1 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// A vector per row (or column) of the panel. Null pointers: this side is not wanted.
+struct Side {
+  float* reference = nullptr;         // [n] running maximum, updated in place (exponential)
+  float* sum = nullptr;               // [n] running sum, updated in place
+  const float* normalizer = nullptr;  // [n] a_i (rows) or b_j (columns)
+  const float* gain = nullptr;        // [n] r_i (rows) or c_j (columns); null in a reduce panel
+};
+
+// One block of the score matrix.
+struct Panel {
+  PairTerm term = PairTerm::kExponential;
+  float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
+  int64_t rows = 0, cols = 0, stride = 0;
+  const float* params = nullptr;     // scale, bias
+  const int64_t* exclude = nullptr;  // [rows, exclude_count] columns of the whole matrix left out of the stream
+  int64_t exclude_count = 0, first_column = 0;
+  Side row, col;
+  // Where a weight panel writes scale * dL/dz [rows, cols]; it may be `scores` itself. Null in a reduce panel.
+  void* weights = nullptr;
+  Dtype weights_dtype = Dtype::kFloat32;
+  int64_t weights_stride = 0;
+  double* dparams = nullptr;  // [2] += sum of w * score, sum of w; null: not wanted
+  int threads = 1;
+};
+
+// Folds the panel into row.{reference, sum} and col.{reference, sum}.
+void reduce_panel(const Panel& panel);
+
+// Writes the weights; with row.sum or col.sum also folds the panel into them, as reduce_panel does.
+void weight_panel(const Panel& panel);
+
+// e^x elementwise with the pair terms' own exponential, for tests of its error.
+void exp_array(const float* x, float* out, int64_t n);
+
+// The instruction set that the functions above run with: "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+// Runs with another one ("auto" for the best), for tests and benchmarks. Throws std::invalid_argument where the machine
+// lacks it.
+void set_instruction_set(const char* name);
+
+}  // namespace ck
