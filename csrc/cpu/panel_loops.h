@@ -2,23 +2,30 @@
 //
 // A panel is cut into stripes of kStripe rows (the unit of work of a thread) and each stripe into chunks of kChunk
 // columns, small enough to stay in a core's cache between the two sweeps:
-//   sweep 1  z = scale * s + bias with the excluded pairs at -inf, and the maximum of every row and column;
+//   sweep 1  the maximum of every row and column of z = scale * score + bias, excluded pairs at -inf;
 //   sweep 2  exponentials against a reference, their sums by row and column, and the weights.
 // Stripes do not depend on the number of threads, and their partial results are merged in order: results are
 // bitwise reproducible.
 
-constexpr int64_t kStripe = 64;
-constexpr int64_t kChunk = 512;
+constexpr int64_t kStripe = 32;
+constexpr int64_t kChunk = 2048;
 
 // One exponential per score serves rows and columns while every reference lies this close to a common one: what then
 // underflows is below e^(40 - 87) of its row's and its column's largest term.
 constexpr float kCommonReferenceSpread = 40.0f;
 
+// Where a row's logits come from: z[j] = source[j] * scale + bias.
+struct RowSource {
+  const float* source;
+  float scale, bias;
+};
+
 // Thread-local buffers of one stripe.
 struct Scratch {
-  alignas(64) float z[kStripe * kChunk];
+  alignas(64) float z[kStripe * kChunk];  // rows with excluded pairs
   alignas(64) float row_reference[kStripe], row_sum[kStripe], row_gain[kStripe];
   alignas(64) float col_reference[kChunk], col_sum[kChunk], col_gain[kChunk];
+  RowSource rows[kStripe];
 };
 
 // The part of a panel that one call of the sweeps works on.
@@ -26,16 +33,22 @@ struct Chunk {
   int64_t row0, rows, col0, cols;
 };
 
-static void load_scores(const Panel& p, const Chunk& c, Scratch& s) {
+// Rows are read where they lie; the few in which a pair is excluded are copied, with that pair's logit at -inf.
+static void find_sources(const Panel& p, const Chunk& c, Scratch& s) {
   const float scale = p.params[0], bias = p.params[1];
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float* __restrict score = p.scores + (c.row0 + i) * p.stride + c.col0;
-    float* __restrict z = s.z + i * kChunk;
-#pragma omp simd
-    for (int64_t j = 0; j < c.cols; ++j) z[j] = score[j] * scale + bias;
+    const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
+    float* z = s.z + i * kChunk;
+    s.rows[i] = {score, scale, bias};
     for (int64_t k = 0; k < p.exclude_count; ++k) {
-      const int64_t j = p.exclude[(c.row0 + i) * p.exclude_count + k] - p.first_column - c.col0;
-      if (j >= 0 && j < c.cols) z[j] = -__builtin_inff();
+      const int64_t excluded = p.exclude[(c.row0 + i) * p.exclude_count + k] - p.first_column - c.col0;
+      if (excluded < 0 || excluded >= c.cols) continue;
+      if (s.rows[i].source == score) {
+#pragma omp simd
+        for (int64_t j = 0; j < c.cols; ++j) z[j] = score[j] * scale + bias;
+        s.rows[i] = {z, 1.0f, 0.0f};
+      }
+      z[excluded] = -__builtin_inff();
     }
   }
 }
@@ -44,13 +57,14 @@ static void load_scores(const Panel& p, const Chunk& c, Scratch& s) {
 static void find_maxima(const Chunk& c, Scratch& s) {
   for (int64_t j = 0; j < c.cols; ++j) s.col_reference[j] = -__builtin_inff();
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float* __restrict z = s.z + i * kChunk;
+    const RowSource row = s.rows[i];
     float* __restrict col = s.col_reference;
     float best = -__builtin_inff();
 #pragma omp simd reduction(max : best)
     for (int64_t j = 0; j < c.cols; ++j) {
-      best = z[j] > best ? z[j] : best;
-      col[j] = z[j] > col[j] ? z[j] : col[j];
+      const float z = row.source[j] * row.scale + row.bias;
+      best = z > best ? z : best;
+      col[j] = z > col[j] ? z : col[j];
     }
     s.row_reference[i] = best;
   }
@@ -102,7 +116,7 @@ static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamS
   if (SUMS && COL)
     for (int64_t j = 0; j < c.cols; ++j) col_sum[j] = 0.0f;
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float* __restrict z = s.z + i * kChunk;
+    const RowSource source = s.rows[i];
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
     const float row_reference = s.row_reference[i];
@@ -111,20 +125,21 @@ static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamS
     // `out` may be `score` itself, element by element: no restrict here.
 #pragma omp simd reduction(+ : sum, dscale, dbias)
     for (int64_t j = 0; j < c.cols; ++j) {
+      const float z = source.source[j] * source.scale + source.bias;
       float w = 0.0f;
       if (COMMON) {
-        const float e = exp_term(z[j] - row_reference);
+        const float e = exp_term(z - row_reference);
         if (SUMS && ROW) sum += e;
         if (SUMS && COL) col_sum[j] += e;
         if (kWeights) w = e * (COL ? (ROW ? row_gain + col_gain[j] : col_gain[j]) : row_gain);
       } else {
         if (ROW) {
-          const float e = exp_term(z[j] - row_reference);
+          const float e = exp_term(z - row_reference);
           if (SUMS) sum += e;
           if (kWeights) w += e * row_gain;
         }
         if (COL) {
-          const float e = exp_term(z[j] - col_reference[j]);
+          const float e = exp_term(z - col_reference[j]);
           if (SUMS) col_sum[j] += e;
           if (kWeights) w += e * col_gain[j];
         }
@@ -148,17 +163,18 @@ static void sweep_sigmoid(const Panel& p, const Chunk& c, Scratch& s, ParamSums&
   using Store = typename std::conditional<kWeights, Out, float>::type;
   const float scale = p.params[0];
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float* __restrict z = s.z + i * kChunk;
+    const RowSource source = s.rows[i];
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
     const float gain = kWeights ? p.row.gain[c.row0 + i] : 0.0f;
     float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
 #pragma omp simd reduction(+ : sum, dscale, dbias)
     for (int64_t j = 0; j < c.cols; ++j) {
-      const float e = exp_term(z[j] > 0.0f ? -z[j] : z[j]);
-      if (SUMS) sum += softplus_from(z[j], e);
+      const float z = source.source[j] * source.scale + source.bias;
+      const float e = exp_term(z > 0.0f ? -z : z);
+      if (SUMS) sum += softplus_from(z, e);
       if (kWeights) {
-        const float w = gain * sigmoid_from(z[j], e);
+        const float w = gain * sigmoid_from(z, e);
         dscale += w * score[j];
         dbias += w;
         store_weight(out, j, w * scale);
@@ -207,6 +223,12 @@ static bool choose_references(const Panel& p, const Chunk& c, Scratch& s, bool r
   return common;
 }
 
+static void merge_states(float* __restrict reference, float* __restrict sum, const float* __restrict other_reference,
+                         const float* __restrict other_sum, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) merge_exponential(reference[i], sum[i], other_reference[i], other_sum[i]);
+}
+
 // The columns' partial results, one row of them per stripe.
 struct ColumnPartials {
   std::unique_ptr<float[]> reference, sum;
@@ -226,7 +248,7 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPa
   c.rows = std::min(kStripe, p.rows - c.row0);
   for (c.col0 = 0; c.col0 < p.cols; c.col0 += kChunk) {
     c.cols = std::min(kChunk, p.cols - c.col0);
-    load_scores(p, c, s);
+    find_sources(p, c, s);
     bool common = false;
     if (exponential) {
       if (sums) find_maxima(c, s);
@@ -240,8 +262,7 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPa
       sums ? sweep<true, uint16_t>(p, c, s, params, row, col, common)
            : sweep<false, uint16_t>(p, c, s, params, row, col, common);
     if (exponential && p.row.sum)
-      for (int64_t i = 0; i < c.rows; ++i)
-        merge_exponential(p.row.reference[c.row0 + i], p.row.sum[c.row0 + i], s.row_reference[i], s.row_sum[i]);
+      merge_states(p.row.reference + c.row0, p.row.sum + c.row0, s.row_reference, s.row_sum, c.rows);
     if (partials) {
       std::copy_n(s.col_reference, c.cols, &partials->reference[stripe * partials->cols + c.col0]);
       std::copy_n(s.col_sum, c.cols, &partials->sum[stripe * partials->cols + c.col0]);
@@ -268,10 +289,10 @@ static void run_panel(const Panel& p) {
     }
     if (partials) {
 #pragma omp for schedule(static)
-      for (int64_t j = 0; j < p.cols; ++j)
+      for (int64_t j = 0; j < p.cols; j += kChunk)
         for (int64_t stripe = 0; stripe < stripes; ++stripe)
-          merge_exponential(p.col.reference[j], p.col.sum[j], partials->reference[stripe * p.cols + j],
-                            partials->sum[stripe * p.cols + j]);
+          merge_states(p.col.reference + j, p.col.sum + j, &partials->reference[stripe * p.cols + j],
+                       &partials->sum[stripe * p.cols + j], std::min(kChunk, p.cols - j));
     }
   }
 }

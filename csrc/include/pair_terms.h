@@ -14,16 +14,17 @@
 
 #endif  // the functions themselves are included once per namespace
 
-// e^x to 1.5 units in the last place for x in [-87.33, 88.72]; 0 below, inf above, NaN for NaN.
+// e^x to 1.5 units in the last place for x in [-87.33, 88.37]; 0 below -87.7, constant (2.4e38) above, NaN for NaN.
 // Range reduction x = n ln 2 + r with Cody and Waite's two-part constant, then the degree-5 polynomial of Cephes' expf.
 CK_INLINE float exp_term(float x) {
 #ifdef __CUDA_ARCH__
-  return expf(x);
+  return expf(x < 88.37f ? x : (x > 88.37f ? 88.37f : x));
 #else
-  constexpr float kLowest = -87.33654f;   // log of the smallest normal number: no subnormals come out
-  constexpr float kHighest = 88.72283f;   // log of the largest number
-  constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
-  const float clamped = x < kLowest ? kLowest : (x > kHighest ? kHighest : x);
+  constexpr float kLowest = -88.0f;      // n = -127, whose power of two below is exactly 0
+  constexpr float kHighest = 88.37f;     // n = 127, the largest power of two
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const float above = kLowest > x ? kLowest : x;  // this order keeps NaN
+  const float clamped = kHighest < above ? kHighest : above;
   const float shifted = clamped * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -34,18 +35,12 @@ CK_INLINE float exp_term(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n in two factors, because n = 128 alone is not a float
-  int bits;
+  unsigned bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  const int exponent = bits - 0x4B400000;
-  const int half = exponent >> 1;
-  const int first_bits = (half + 127) << 23;
-  const int second_bits = (exponent - half + 127) << 23;
-  float first, second;
-  __builtin_memcpy(&first, &first_bits, sizeof first);
-  __builtin_memcpy(&second, &second_bits, sizeof second);
-  const float value = (p * first) * second;
-  return x < kLowest ? 0.0f : (x > kHighest ? __builtin_inff() : value);
+  bits = (bits << 23) + 0x3F800000u;  // n + 127 moves to the exponent, all else of kRound is shifted out
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
 #endif
 }
 
@@ -68,16 +63,14 @@ CK_INLINE float log1p_unit(float e) {
 CK_INLINE float softplus_from(float z, float e) { return (z > 0.0f ? z : 0.0f) + log1p_unit(e); }
 CK_INLINE float sigmoid_from(float z, float e) { return (z >= 0.0f ? 1.0f : e) / (1.0f + e); }
 
-// One step of the (maximum, sum) monoid: sum of exponentials relative to a reference that may rise.
+// One step of the (reference, sum) monoid: a sum of exponentials relative to a reference that may rise. A sum of 0 is an
+// empty part, whatever its reference; a NaN is not empty. Branch-free, for loops over many of them.
 CK_INLINE void merge_exponential(float& reference, float& sum, float other_reference, float other_sum) {
-  if (!(other_sum != 0.0f)) return;  // an empty part; NaN is not empty
-  if (!(sum != 0.0f)) {
-    reference = other_reference;
-    sum = other_sum;
-  } else if (other_reference > reference) {
-    sum = sum * exp_term(reference - other_reference) + other_sum;
-    reference = other_reference;
-  } else {
-    sum = sum + other_sum * exp_term(other_reference - reference);
-  }
+  const float mine = sum != 0.0f ? reference : -__builtin_inff();
+  const float theirs = other_sum != 0.0f ? other_reference : -__builtin_inff();
+  const float higher = mine > theirs ? mine : theirs;
+  const float my_part = sum * exp_term(mine - higher);
+  const float their_part = other_sum * exp_term(theirs - higher);
+  sum = (sum != 0.0f ? my_part : 0.0f) + (other_sum != 0.0f ? their_part : 0.0f);
+  reference = higher;
 }
