@@ -1,4 +1,4 @@
-"""The two differentiable primitives over the stream. What they save is x, y and vectors, never the scores."""
+"""The two differentiable primitives over the stream. They save x, y and vectors; scores only of the smallest matrices."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def log_sum(
 class _LogSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, y, params, index, rows, cols, o: Options, needs):  # type: ignore[no-untyped-def]
-        row, col, dots = _ops.log_sum(
-            x, y, params, index, o.offset, rows, cols, o.symmetric, o.backend, o.workspace_bytes
+        row, col, dots, scores = _ops.log_sum(
+            x, y, params, index, o.offset, rows, cols, o.symmetric, any(needs), o.backend, o.workspace_bytes
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y, params, row, col, index)
+        ctx.save_for_backward(x, y, params, row, col, scores, index)
         ctx.constants = (o.offset, o.symmetric, o.backend, o.workspace_bytes, needs)
         return row, col, dots
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_gradient: Tensor | None, col_gradient: Tensor | None, dot_gradient: Tensor | None):  # type: ignore[no-untyped-def]
-        x, y, params, row, col, index = ctx.saved_tensors
+        x, y, params, row, col, scores, index = ctx.saved_tensors
         offset, symmetric, backend, workspace_bytes, needs = ctx.constants
         row_gradient, col_gradient, dot_gradient = (
             None if g is None or g.numel() == 0 else g for g in (row_gradient, col_gradient, dot_gradient)
         )
         dx, dy, dparams = _ops.log_sum_backward(
-            x, y, params, index, offset, symmetric, row, col, row_gradient, col_gradient, dot_gradient,
-            *needs, backend, workspace_bytes,
+            x, y, params, index, offset, symmetric, row, col, scores, row_gradient, col_gradient,
+            dot_gradient, *needs, backend, workspace_bytes,
         )  # fmt: skip
         need_x, need_y, need_params = needs
         return (

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .backends.panel import Side
 from .specs import EXPONENTIAL, SIGMOID, PairTerm
-from .streaming import Positives, Stream, log_sums, positive_dots, reduce, score_dtype, weigh
+from .streaming import Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
 
 __all__ = ["log_sum", "log_sum_backward", "pair_sum"]
 
@@ -49,6 +49,7 @@ def _stream(
     workspace_bytes: int,
     symmetric: bool = False,
     gradient_dtype: torch.dtype | None = None,
+    scores: Tensor | None = None,
 ) -> Stream:
     if index is not None:
         _check_index(index, len(y))
@@ -56,7 +57,7 @@ def _stream(
     chosen = backends.choose(backend or None, x.device, x.dtype)
     x, y = x.contiguous(), x if symmetric else y.contiguous()
     return Stream(
-        term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, symmetric
+        term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, scores, symmetric
     )
 
 
@@ -92,25 +93,35 @@ def _log_sum(
     rows: bool,
     cols: bool,
     symmetric: bool,
+    keep: bool,
     backend: str,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stream = _stream(EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept = None
+    if keep and keeps_scores(x, y, workspace_bytes):
+        kept = x.new_empty(len(x), len(y), dtype=score_dtype(x.dtype))
+    stream = _stream(
+        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
+    )
     row, col = reduce(stream, rows, cols)
     return (
         _empty(x) if row is None else log_sums(row),
         _empty(x) if col is None or symmetric else log_sums(col),
         _empty(x) if stream.positives is None else positive_dots(stream),
+        _or_empty(kept, x),
     )
 
 
-def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, backend, workspace_bytes):  # type: ignore[no-untyped-def]
+def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, keep, backend, workspace_bytes):  # type: ignore[no-untyped-def]
     dtype = score_dtype(x.dtype)
     held = index is not None or offset is not None
     return (
         x.new_empty(x.shape[0] if rows else 0, dtype=dtype),
         x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
         x.new_empty(x.shape[0] if held else 0, dtype=dtype),
+        x.new_empty(
+            (x.shape[0], y.shape[0]) if keep and keeps_scores(x, y, workspace_bytes) else (0,), dtype=dtype
+        ),
     )
 
 
@@ -123,6 +134,7 @@ def _log_sum_backward(
     symmetric: bool,
     row_log_sum: Tensor,
     col_log_sum: Tensor,
+    scores: Tensor,
     row_gradient: Tensor | None,
     col_gradient: Tensor | None,
     dot_gradient: Tensor | None,
@@ -132,7 +144,10 @@ def _log_sum_backward(
     backend: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stream = _stream(EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric)
+    kept = scores if scores.dim() == 2 else None
+    stream = _stream(
+        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
+    )
     row = _weights_of(row_log_sum, row_gradient)
     col = row if symmetric else _weights_of(col_log_sum, col_gradient)
     gradients = weigh(stream, row, col, (need_x, need_y, need_params), dot_gradient)
@@ -152,7 +167,7 @@ def _weights_of(log_sum: Tensor, gradient: Tensor | None) -> Side:
 
 
 def _log_sum_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, params, index, offset, symmetric, row_log_sum, col_log_sum, row_gradient, col_gradient, dot_gradient,
+    x, y, params, index, offset, symmetric, row_log_sum, col_log_sum, scores, row_gradient, col_gradient, dot_gradient,
     need_x, need_y, need_params, backend, workspace_bytes,
 ):  # fmt: skip
     return (
@@ -287,13 +302,13 @@ def _pair_sum_fake(  # type: ignore[no-untyped-def]
 
 log_sum = _define(
     "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
-    "str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    "bool keep, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
     _log_sum_fake,
     _log_sum,
 )
 log_sum_backward = _define(
     "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
-    "Tensor row_log_sum, Tensor col_log_sum, Tensor? row_gradient, Tensor? col_gradient, Tensor? dot_gradient, "
+    "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, Tensor? dot_gradient, "
     "bool need_x, bool need_y, bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
     _log_sum_backward_fake,
     _log_sum_backward,

@@ -16,13 +16,26 @@ from .backends import Backend
 from .backends.panel import Panel, Side
 from .specs import EXPONENTIAL, PairTerm
 
-__all__ = ["Gradients", "Positives", "Stream", "log_sums", "positive_dots", "reduce", "score_dtype", "weigh"]
+__all__ = [
+    "Gradients",
+    "Positives",
+    "Stream",
+    "keeps_scores",
+    "log_sums",
+    "positive_dots",
+    "reduce",
+    "score_dtype",
+    "weigh",
+]
 
 #: Panels are squares of at most this side: 16 MiB of float32 scores stay in a shared cache, and the gradient products
 #: are large enough for the vendor's GEMM to run at its rate.
 LARGEST_PANEL = 2048
 #: ... and of at least this side: below, the workspace is refused.
 SMALLEST_PANEL = 64
+#: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
+#: memory is no concern.
+KEPT_SCORES_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Stream:
     workspace_bytes: int
     #: the gradients' dtype, if it is not the operands'
     gradient_dtype: torch.dtype | None = None
+    #: [N, M] the whole matrix of dot products, where it is small and was kept
+    scores: Tensor | None = None
     #: y is x, and no row is its own negative: panels above the diagonal serve their mirror images too
     symmetric: bool = False
 
@@ -82,7 +97,9 @@ class Stream:
             columns.append(rows + self.positives.offset if index is None else index)
         if self.symmetric:
             columns.append(rows)
-        return torch.stack(columns, 1) if columns else rows[:, None][:, :0]
+        if len(columns) < 2:
+            return columns[0][:, None] if columns else rows[:, None][:, :0]
+        return torch.stack(columns, 1)
 
 
 @dataclass
@@ -99,8 +116,17 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def keeps_scores(x: Tensor, y: Tensor, workspace_bytes: int) -> bool:
+    """Whether the whole matrix of scores is small enough to be kept for the backward pass."""
+    size = x.shape[0] * y.shape[0] * score_dtype(x.dtype).itemsize
+    return size <= min(KEPT_SCORES_BYTES, workspace_bytes // 4)
+
+
 def reduce(stream: Stream, rows: bool, cols: bool) -> tuple[Tensor | None, Tensor | None]:
-    """One pass: the state over their negatives of every row [state_rows, N] and every column [state_rows, M]."""
+    """One pass: the state over their negatives of every row [state_rows, N] and every column [state_rows, M].
+
+    Fills stream.scores if there is one.
+    """
     row = _neutral_state(stream, len(stream.x)) if rows else None
     col = row if stream.symmetric else (_neutral_state(stream, len(stream.y)) if cols else None)
     workspace = _Workspace(stream)
@@ -148,6 +174,7 @@ def weigh(
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
             panel = workspace.panel(i, j, dparams)
+            panel.scores_ready = stream.scores is not None
             panel.row = _side_part(row, i)
             panel.col = _side_part(col, j) if workspace.serves_columns(i, j) else Side()
             stream.backend.weight_panel(stream.term, panel)
@@ -226,10 +253,11 @@ class _Workspace:
         self.dtype = score_dtype(x.dtype)
         self.upcast = x.dtype != self.dtype
         weights_dtype = _weights_dtype(x) if gradients else self.dtype
-        self.separate = weights_dtype != self.dtype
+        self.rounded = weights_dtype != self.dtype
+        self.separate = self.rounded or stream.scores is not None
         self.side = self._choose_side()
         rows, cols = min(self.side, len(x)), min(self.side, len(stream.y))
-        self.scores = torch.empty(rows * cols, dtype=self.dtype, device=device)
+        self.scores = torch.empty(rows * cols if stream.scores is None else 0, dtype=self.dtype, device=device)
         self.weights = torch.empty(rows * cols if self.separate else 0, dtype=weights_dtype, device=device)
         self.exclude = stream.exclude()
         self.x_block: Tensor | None = None
@@ -238,7 +266,7 @@ class _Workspace:
         """The side of a square panel: as large as the workspace allows, in multiples of 64."""
         stream, size = self.stream, self.dtype.itemsize
         longest = max(len(stream.x), len(stream.y))
-        per_score = size * (1 + stream.backend.temporaries) + (2 if self.separate else 0)
+        per_score = size * (1 + stream.backend.temporaries) + (size if self.separate else 0)
         # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
         per_row = stream.x.shape[1] * (3 * size + 2) if self.upcast else 0
         side = LARGEST_PANEL
@@ -273,7 +301,8 @@ class _Workspace:
         """The panel of one row block and one column block."""
         stream = self.stream
         shape = (i.stop - i.start, j.stop - j.start)
-        scores = self.scores[: shape[0] * shape[1]].view(shape)
+        kept = stream.scores
+        scores = self.scores[: shape[0] * shape[1]].view(shape) if kept is None else kept[i, j]
         return Panel(
             x=self.x_block,
             y=stream.y[j].to(self.dtype),
@@ -288,7 +317,7 @@ class _Workspace:
 
     def accumulate(self, sums: Tensor, weights: Tensor, block: Tensor, block_in_score_dtype: Tensor) -> None:
         """sums += weights @ block, in the operands' dtype if the weights are, with sums in the scores' dtype."""
-        if self.separate:
+        if self.rounded:
             sums += weights @ block
         else:
             torch.addmm(sums, weights, block_in_score_dtype, out=sums)

@@ -37,6 +37,8 @@ class Panel:
     exclude: Tensor
     #: this panel's first column in the whole matrix
     first_column: int
+    #: the scores were kept from an earlier pass
+    scores_ready: bool = False
     #: the operands hold bfloat16 values
     bfloat16_values: bool = False
     row: Side = field(default_factory=Side)
@@ -62,6 +64,8 @@ def score_product(panel: Panel) -> None:
     float32 copies of bfloat16 values are multiplied on the AMX units, where products of bfloat16 values are exact. The
     switch is process-wide, so it is set for this one product alone.
     """
+    if panel.scores_ready:
+        return
     if not (panel.bfloat16_values and _HAS_AMX and panel.scores.device.type == "cpu"):
         torch.mm(panel.x, panel.y.T, out=panel.scores)
         return
