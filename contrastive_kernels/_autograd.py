@@ -1,4 +1,4 @@
-"""The two differentiable primitives over the stream. They save x, y and vectors; scores only of the smallest matrices."""
+"""The two differentiable primitives over the stream. They save x, y and vectors; scores only of small matrices."""
 
 from __future__ import annotations
 

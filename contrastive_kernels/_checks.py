@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .streaming import score_dtype
 __all__ = [
     "check_features",
     "check_number",
+    "check_pair",
     "check_positives",
     "check_reduction",
     "check_vector",
@@ -74,19 +75,23 @@ def check_positives(
         if positives.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
         if positives.shape != (rows,):
-            raise ValueError(f"positives: expected shape [{rows}], one per row of {names[0]}; got {list(positives.shape)}")
+            raise ValueError(
+                f"positives: expected shape [{rows}], one per row of {names[0]}; got {list(positives.shape)}"
+            )
         if positives.device != x.device:
             raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
         return positives.long(), None
     offset = 0 if positives is None else positives
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"positives: expected None, an int offset or an int64 tensor [N]; got {type(positives).__name__}")
+        raise TypeError(
+            f"positives: expected None, an int offset or an int64 tensor [N]; got {type(positives).__name__}"
+        )
     if offset < 0 or offset + rows > columns:
         raise ValueError(
             f"positives: expected 0 <= offset <= M - N, so that row i's positive is row i + offset of {names[1]}; "
             f"got offset {offset} with N = {rows} and M = {columns}"
         )
-    return None, offset
+    return None, cast(int, offset)
 
 
 def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> Tensor:

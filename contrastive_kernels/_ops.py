@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .backends.panel import Side
 from .specs import EXPONENTIAL, SIGMOID, PairTerm
-from .streaming import Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
+from .streaming import Gradients, Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
 
 __all__ = ["log_sum", "log_sum_backward", "pair_sum"]
 
@@ -53,9 +53,9 @@ def _stream(
 ) -> Stream:
     if index is not None:
         _check_index(index, len(y))
-    positives = None if index is None and offset is None else Positives(offset or 0, index)
     chosen = backends.choose(backend or None, x.device, x.dtype)
     x, y = x.contiguous(), x if symmetric else y.contiguous()
+    positives = Positives(offset, index)
     return Stream(
         term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, scores, symmetric
     )
@@ -107,7 +107,7 @@ def _log_sum(
     return (
         _empty(x) if row is None else log_sums(row),
         _empty(x) if col is None or symmetric else log_sums(col),
-        _empty(x) if stream.positives is None else positive_dots(stream),
+        positive_dots(stream) if stream.positives.exist else _empty(x),
         _or_empty(kept, x),
     )
 
@@ -119,9 +119,7 @@ def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, keep, back
         x.new_empty(x.shape[0] if rows else 0, dtype=dtype),
         x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
         x.new_empty(x.shape[0] if held else 0, dtype=dtype),
-        x.new_empty(
-            (x.shape[0], y.shape[0]) if keep and keeps_scores(x, y, workspace_bytes) else (0,), dtype=dtype
-        ),
+        x.new_empty((x.shape[0], y.shape[0]) if keep and keeps_scores(x, y, workspace_bytes) else (0,), dtype=dtype),
     )
 
 
@@ -196,81 +194,88 @@ def _pair_sum(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradient_dtype = _saved_dtype(x.dtype)
-    stream = _stream(
-        _TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype
-    )
-    dots = None if stream.positives is None else positive_dots(stream)
+    stream = _stream(_TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype)
+    dots = positive_dots(stream) if stream.positives.exist else _empty(x)
     wanted = (need_x, need_y, need_params)
-    run = _sigmoid_sum if stream.term is SIGMOID else _exponential_sum
-    sides = (Side(None, row_normalizer, row_gain), Side(None, col_normalizer, col_gain))
-    row, col, dx, dy, dparams = run(stream, dots, sides, relative, wanted)
+    if stream.term is SIGMOID:
+        row, gradients = _sigmoid_sum(stream, dots, row_gain, wanted)
+        col = None
+    else:
+        sides = [(_given(row_normalizer), row_gain)]
+        if col_gain is not None:
+            sides.append((_given(col_normalizer), col_gain))
+        row, col, gradients = _exponential_sum(stream, dots, sides, relative, wanted)
+    dparams = gradients.dparams
     return (
         row,
         _or_empty(col, x),
-        _or_empty(dots, x),
-        x.new_empty(0, dtype=gradient_dtype) if dx is None else dx,
-        y.new_empty(0, dtype=gradient_dtype) if dy is None else dy,
+        dots,
+        x.new_empty(0, dtype=gradient_dtype) if gradients.dx is None else gradients.dx,
+        y.new_empty(0, dtype=gradient_dtype) if gradients.dy is None else gradients.dy,
         _or_empty(None if dparams is None else dparams.to(params.dtype), x),
     )
 
 
-_Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+def _given(normalizer: Tensor | None) -> Tensor:
+    if normalizer is None:
+        raise RuntimeError("contrastive_kernels::pair_sum: a gain of the exponential term needs its normalizer")
+    return normalizer
 
 
 def _sigmoid_sum(
-    stream: Stream, dots: Tensor | None, sides: tuple[Side, Side], relative: bool, wanted: tuple[bool, bool, bool]
-) -> _Result:
+    stream: Stream, dots: Tensor, gain: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Gradients]:
     """Row sums of softplus(z) over negatives and softplus(-z) of the positive; gradients weighted by the gains."""
-    gain = sides[0].gain
-    scale, bias = stream.params[0], stream.params[1]
-    z_pos = scale * dots + bias
-    state = torch.zeros(1, len(dots), dtype=dots.dtype, device=dots.device)
+    z_pos = stream.params[0] * dots + stream.params[1]
+    positive_loss = -torch.nn.functional.logsigmoid(z_pos)
     if not any(wanted):
-        reduced, _ = reduce(stream, True, False)
-        return reduced[0] - torch.nn.functional.logsigmoid(z_pos), None, None, None, None
+        state, _ = reduce(stream, True, False)
+        return _given(state)[0] + positive_loss, Gradients()
+    state = torch.zeros(1, len(dots), dtype=dots.dtype, device=dots.device)
     dz_pos = -torch.sigmoid(-z_pos) * gain
-    gradients = weigh(stream, Side(state, None, gain), Side(), wanted, dz_pos * scale)
-    if gradients.dparams is not None:
-        gradients.dparams[0] += (dz_pos * dots).sum(dtype=gradients.dparams.dtype)
-        gradients.dparams[1] += dz_pos.sum(dtype=gradients.dparams.dtype)
-    row = state[0] - torch.nn.functional.logsigmoid(z_pos)
-    return row, None, gradients.dx, gradients.dy, gradients.dparams
+    gradients = weigh(stream, Side(state, None, gain), Side(), wanted, dz_pos * stream.params[0])
+    _add_positive_params(gradients, dz_pos, dots)
+    return state[0] + positive_loss, gradients
 
 
 def _exponential_sum(
-    stream: Stream, dots: Tensor | None, sides: tuple[Side, Side], relative: bool, wanted: tuple[bool, bool, bool]
-) -> _Result:
+    stream: Stream,
+    dots: Tensor,
+    sides: list[tuple[Tensor, Tensor]],
+    relative: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Gradients]:
     """Log-sums of rows and columns; gradients of sum_i r_i sum_j exp(z_ij - a_i), and the same of the columns.
 
-    Relative normalisers are counted from the positive's logit, which then takes part in the gradients.
+    `sides` holds (a, r) and perhaps (b, c). Relative normalisers are counted from the positive's logit, which then
+    takes part in the gradients.
     """
-    scale, bias = stream.params[0], stream.params[1]
-    row, col = sides
-    use_col = col.gain is not None
     if not any(wanted):
-        row_state, col_state = reduce(stream, True, use_col)
-        return log_sums(row_state), log_sums(col_state) if use_col else None, None, None, None
-    row.state = _exponential_state(row.gain)
-    col.state = _exponential_state(col.gain) if use_col else None
+        row, col = reduce(stream, True, len(sides) == 2)
+        return log_sums(_given(row)), None if col is None else log_sums(col), Gradients()
     if relative:
-        z_pos = scale * dots + bias
-        row.normalizer = z_pos + row.normalizer
-        col.normalizer = z_pos + col.normalizer if use_col else None
+        z_pos = stream.params[0] * dots + stream.params[1]
+        sides = [(z_pos + normalizer, gain) for normalizer, gain in sides]
+    states = [_exponential_state(gain) for _, gain in sides]
+    row_side, col_side = [Side(state, *side) for state, side in zip(states, sides)] + [Side()] * (2 - len(sides))
 
     def positive_weights() -> Tensor:
         """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
-        weights = row.gain * torch.exp(log_sums(row.state) - row.normalizer)
-        if use_col:
-            weights = weights + col.gain * torch.exp(log_sums(col.state) - col.normalizer)
-        return -weights
+        sums = [gain * torch.exp(log_sums(state) - n) for state, (n, gain) in zip(states, sides)]
+        return -torch.stack(sums).sum(0)
 
-    gradients = weigh(stream, row, col, wanted, (lambda: positive_weights() * scale) if relative else None)
-    if relative and gradients.dparams is not None:
-        weights = positive_weights()
-        gradients.dparams[0] += (weights * dots).sum(dtype=gradients.dparams.dtype)
-        gradients.dparams[1] += weights.sum(dtype=gradients.dparams.dtype)
-    col_log_sum = log_sums(col.state) if use_col else None
-    return log_sums(row.state), col_log_sum, gradients.dx, gradients.dy, gradients.dparams
+    late = (lambda: positive_weights() * stream.params[0]) if relative else None
+    gradients = weigh(stream, row_side, col_side, wanted, late_positive=late)
+    if relative:
+        _add_positive_params(gradients, positive_weights(), dots)
+    return log_sums(states[0]), log_sums(states[1]) if len(states) == 2 else None, gradients
+
+
+def _add_positive_params(gradients: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
+    """The positive pairs' part of the gradients of scale and bias."""
+    if gradients.dparams is not None:
+        gradients.dparams[0] += (dz_pos * dots).sum(dtype=gradients.dparams.dtype)
+        gradients.dparams[1] += dz_pos.sum(dtype=gradients.dparams.dtype)
 
 
 def _exponential_state(like: Tensor) -> Tensor:
@@ -308,8 +313,9 @@ log_sum = _define(
 )
 log_sum_backward = _define(
     "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
-    "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, Tensor? dot_gradient, "
-    "bool need_x, bool need_y, bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, "
+    "Tensor? dot_gradient, bool need_x, bool need_y, bool need_params, str backend, "
+    "int workspace_bytes) -> (Tensor, Tensor, Tensor)",
     _log_sum_backward_fake,
     _log_sum_backward,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from ._checks import check_reduction, check_workspace
 
 __all__ = ["ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss"]
 
@@ -26,10 +27,10 @@ class _Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
-            "reduction": F.check_reduction(reduction),
+            "reduction": check_reduction(reduction),
             "normalize": normalize,
             "backend": backend,
-            "workspace_bytes": F.check_workspace(workspace_bytes),
+            "workspace_bytes": check_workspace(workspace_bytes),
         }
 
     def extra_repr(self) -> str:
@@ -113,7 +114,8 @@ class ClipLoss(_Loss):
         _require_one_process("ClipLoss")
         loss = F.clip_loss(image_features, text_features, logit_scale, weight=weight, **self.options)
         if isinstance(logit_bias, Tensor):
-            loss = loss + 0.0 * logit_bias.reshape(())  # a gradient of zero: data parallelism wants every parameter used
+            # a gradient of zero: data parallelism wants every parameter used
+            loss = loss + 0.0 * logit_bias.reshape(())
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -262,7 +264,7 @@ def _require_one_process(name: str) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise NotImplementedError(
-            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}, whose negatives "
-            "on other processes this loss would leave out. Gather the features with their gradients and call "
+            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the negatives "
+            "of the other processes would be left out. Gather the features with their gradients and call "
             "contrastive_kernels.info_nce with positives=rank * N, or clip_loss on the gathered features."
         )

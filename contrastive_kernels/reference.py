@@ -207,30 +207,27 @@ def decomposable(
     Tensor or (Tensor, Tensor or pair of Tensor)
         The loss, and the batch's own log Z where asked for.
     """
-    both = not isinstance(log_normalizer, Tensor)
-    normalizers = tuple(log_normalizer) if both else (log_normalizer,)
-    given = (None,) * len(normalizers)
-    if positive_logits is not None:
-        given = tuple(positive_logits) if both else (positive_logits,)
+    normalizers = _one_or_both(log_normalizer)
+    given = [None] * len(normalizers) if positive_logits is None else _one_or_both(positive_logits)
     z = logit_scale * (x @ y.T)
-    held = None if positive_logits is not None and positives is None else _positive_indices(x, positives)
+    nowhere = positive_logits is not None and positives is None
+    held = torch.full((len(x),), -1, device=x.device) if nowhere else _positive_indices(x, positives)
     losses, log_zs = [], []
     for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
         log_zbar = log_zbar.detach().to(z.dtype)
         log_weight = draw_log_weights(log_zbar, shape, generator)
         if z_pos is None:
             z_pos = scores.gather(1, held[:, None])[:, 0]
-        negatives = scores if held is None else _mask(scores, held)
-        h = negatives - z_pos[:, None]
+        h = _mask(scores, held) - z_pos[:, None]
         terms = torch.exp(h - (log_zbar - log_weight)[:, None]).sum(1) * negative_scale
         log_u = log_weight - log_zbar
         losses.append(terms + positive_constant * log_u.exp() - log_u - 1 - expected_excess(shape))
         log_z = _logsumexp(h) + log_or_minus_infinity(negative_scale)
         log_zs.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(positive_constant))).detach())
-    loss = _reduce(sum(losses) / len(losses), weight, reduction)
+    loss = _reduce(torch.stack(losses).mean(0), weight, reduction)
     if not return_log_normalizer:
         return loss
-    return loss, (tuple(log_zs) if both else log_zs[0])
+    return loss, (tuple(log_zs) if len(log_zs) == 2 else log_zs[0])
 
 
 def draw_log_weights(log_normalizer: Tensor, shape: float | None, generator: torch.Generator | None) -> Tensor:
@@ -269,6 +266,11 @@ def expected_excess(shape: float | None) -> float | Tensor:
 def log_or_minus_infinity(value: float) -> float:
     """log of a non-negative number; log 0 = -inf."""
     return math.log(value) if value > 0 else -math.inf
+
+
+def _one_or_both(value: LogNormalizer) -> list[Tensor]:
+    """Rows alone, or rows and columns."""
+    return [value] if isinstance(value, Tensor) else list(value)
 
 
 def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:

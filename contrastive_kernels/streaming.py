@@ -40,15 +40,26 @@ KEPT_SCORES_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Positives:
-    """Where the positive of each row lies: at ``row + offset``, or at ``index[row]`` (-1: in no column)."""
+    """Where the positive of each row lies: at ``row + offset``, at ``index[row]`` (-1: in no column), or nowhere."""
 
-    offset: int = 0
+    offset: int | None = None
     index: Tensor | None = None
+
+    @property
+    def exist(self) -> bool:
+        """Whether any row has a positive."""
+        return self.offset is not None or self.index is not None
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """The positives' columns [N] for row numbers [N]; -1 in no column."""
+        if self.index is not None:
+            return self.index
+        return torch.full_like(rows, -1) if self.offset is None else rows + self.offset
 
     def select(self, y: Tensor, rows: slice) -> Tensor:
         """The positives of these rows, [rows, D]; any row of y where there is none."""
         if self.index is None:
-            return y[rows.start + self.offset : rows.stop + self.offset]
+            return y[self._shifted(rows)]
         return y[self.index[rows].clamp(min=0)]
 
     def coefficients(self, values: Tensor) -> Tensor:
@@ -58,13 +69,17 @@ class Positives:
     def add_to(self, sums: Tensor, rows: slice, block: Tensor, values: Tensor) -> None:
         """sums[p(i)] += values_i * block_i for these rows; the same order of additions in every run."""
         if self.index is None:
-            sums[rows.start + self.offset : rows.stop + self.offset].addcmul_(block, values[:, None])
+            sums[self._shifted(rows)].addcmul_(block, values[:, None])
             return
         index, product = self.index[rows].clamp(min=0), block * values[:, None]
         if sums.device.type == "cpu":
             sums.index_add_(0, index, product)
         else:  # index_add_ on a GPU adds in no fixed order
             sums.index_put_((index,), product, accumulate=True)
+
+    def _shifted(self, rows: slice) -> slice:
+        offset = self.offset or 0
+        return slice(rows.start + offset, rows.stop + offset)
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,7 @@ class Stream:
     y: Tensor
     #: [2] scale and bias in the dtype of the scores
     params: Tensor
-    #: None: every pair is a negative
-    positives: Positives | None
+    positives: Positives
     backend: Backend
     workspace_bytes: int
     #: the gradients' dtype, if it is not the operands'
@@ -91,15 +105,9 @@ class Stream:
     def exclude(self) -> Tensor:
         """Columns left out of each row, [N, K]."""
         rows = torch.arange(len(self.x), device=self.x.device)
-        columns = []
-        if self.positives is not None:
-            index = self.positives.index
-            columns.append(rows + self.positives.offset if index is None else index)
         if self.symmetric:
-            columns.append(rows)
-        if len(columns) < 2:
-            return columns[0][:, None] if columns else rows[:, None][:, :0]
-        return torch.stack(columns, 1)
+            return torch.stack([self.positives.columns(rows), rows], 1)
+        return self.positives.columns(rows)[:, None] if self.positives.exist else rows[:, None][:, :0]
 
 
 @dataclass
@@ -149,7 +157,8 @@ def weigh(
     row: Side,
     col: Side,
     wanted: tuple[bool, bool, bool],
-    positive: Tensor | Callable[[], Tensor] | None = None,
+    positive: Tensor | None = None,
+    late_positive: Callable[[], Tensor] | None = None,
 ) -> Gradients:
     """One pass: the gradients of the sum of all pair terms with respect to x, y and params, as far as `wanted`.
 
@@ -161,14 +170,16 @@ def weigh(
         Whole vectors: normaliser and gain [N], [M], and the states to fold into, if any.
     wanted : tuple of bool
         Whether dx, dy and dparams are wanted.
-    positive : Tensor or callable, optional
-        dL/d<x_i, y_p(i)> [N], the positive pairs' part of dx and dy. A callable gives it once the states are complete.
+    positive : Tensor, optional
+        dL/d<x_i, y_p(i)> [N], the positive pairs' part of dx and dy.
+    late_positive : callable, optional
+        Gives `positive` where it depends on the states, once they are complete.
     """
     want_x, want_y, want_params = wanted
-    late = callable(positive)
     workspace = _Workspace(stream, gradients=want_x or want_y)
     # The rows are swept one block after the other, so their sums are finished block by block where nothing comes late.
-    dx = _Sums(stream, stream.x, None if late or stream.symmetric else workspace.side) if want_x else None
+    by_block = late_positive is None and not stream.symmetric
+    dx = _Sums(stream, stream.x, workspace.side if by_block else None) if want_x else None
     dy = dx if stream.symmetric else (_Sums(stream, stream.y) if want_y else None)
     dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=stream.x.device) if want_params else None
     for i in workspace.row_blocks():
@@ -186,7 +197,7 @@ def weigh(
             _add_positives_to_rows(stream, dx, i, positive)
             dx.finish(i)
     del workspace
-    coefficients = positive() if late else positive
+    coefficients = late_positive() if late_positive is not None else positive
     for i in _blocks(len(stream.x), LARGEST_PANEL):
         if dx is not None and not dx.blocked:
             _add_positives_to_rows(stream, dx, i, coefficients)
@@ -196,9 +207,7 @@ def weigh(
     for sums in (dx, dy):
         if sums is not None and not sums.blocked:
             sums.finish(slice(0, len(sums.out)))
-    return Gradients(
-        None if dx is None else dx.out, None if dy is None or stream.symmetric else dy.out, dparams
-    )
+    return Gradients(None if dx is None else dx.out, None if dy is None or stream.symmetric else dy.out, dparams)
 
 
 def positive_dots(stream: Stream) -> Tensor:
@@ -222,15 +231,14 @@ class _Sums:
     """The float32 (or float64) sums of one gradient: all of it, or one block of rows after the other."""
 
     def __init__(self, stream: Stream, like: Tensor, block: int | None = None) -> None:
-        dtype = stream.gradient_dtype or like.dtype
+        dtype, total = stream.gradient_dtype or like.dtype, score_dtype(like.dtype)
         self.out = torch.empty(like.shape, dtype=dtype, device=like.device)
-        direct = dtype == score_dtype(like.dtype)
-        self.blocked = block is not None and not direct
-        if direct:
+        self.blocked = block is not None and dtype != total
+        if dtype == total:
             self.sums = self.out.zero_()
         else:
-            shape = (block, like.shape[1]) if self.blocked else like.shape
-            self.sums = torch.zeros(shape, dtype=score_dtype(like.dtype), device=like.device)
+            rows = len(like) if block is None else block
+            self.sums = torch.zeros(rows, like.shape[1], dtype=total, device=like.device)
 
     def part(self, rows: slice) -> Tensor:
         """The sums of these rows [rows, D]."""
@@ -260,7 +268,7 @@ class _Workspace:
         self.scores = torch.empty(rows * cols if stream.scores is None else 0, dtype=self.dtype, device=device)
         self.weights = torch.empty(rows * cols if self.separate else 0, dtype=weights_dtype, device=device)
         self.exclude = stream.exclude()
-        self.x_block: Tensor | None = None
+        self.x_block = x[:0]
 
     def _choose_side(self) -> int:
         """The side of a square panel: as large as the workspace allows, in multiples of 64."""
@@ -332,9 +340,7 @@ def _weights_dtype(x: Tensor) -> torch.dtype:
 
 def _neutral_state(stream: Stream, n: int) -> Tensor:
     """The state of nothing: sum 0, and maximum -inf where the term has one."""
-    state = torch.zeros(
-        stream.term.state_rows, n, dtype=score_dtype(stream.x.dtype), device=stream.x.device
-    )
+    state = torch.zeros(stream.term.state_rows, n, dtype=score_dtype(stream.x.dtype), device=stream.x.device)
     if stream.term is EXPONENTIAL:
         state[0] = -torch.inf
     return state

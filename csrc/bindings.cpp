@@ -37,23 +37,21 @@ void set_states(ck::Panel& p, Address row_reference, Address row_sum, Address co
   p.col.sum = pointer<float>(col_sum);
 }
 
-void reduce_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params,
-                  Address exclude, int64_t exclude_count, int64_t first_column, int threads, Address row_reference,
-                  Address row_sum, Address col_reference, Address col_sum) {
-  ck::Panel p =
-      make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
+void reduce_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params, Address exclude,
+                  int64_t exclude_count, int64_t first_column, int threads, Address row_reference, Address row_sum,
+                  Address col_reference, Address col_sum) {
+  ck::Panel p = make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
   set_states(p, row_reference, row_sum, col_reference, col_sum);
   py::gil_scoped_release release;
   ck::reduce_panel(p);
 }
 
-void weight_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params,
-                  Address exclude, int64_t exclude_count, int64_t first_column, int threads, Address row_reference,
-                  Address row_sum, Address col_reference, Address col_sum, Address row_normalizer, Address row_gain,
+void weight_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params, Address exclude,
+                  int64_t exclude_count, int64_t first_column, int threads, Address row_reference, Address row_sum,
+                  Address col_reference, Address col_sum, Address row_normalizer, Address row_gain,
                   Address col_normalizer, Address col_gain, Address weights, int weights_dtype, int64_t weights_stride,
                   Address dparams) {
-  ck::Panel p =
-      make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
+  ck::Panel p = make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
   set_states(p, row_reference, row_sum, col_reference, col_sum);
   p.row.normalizer = pointer<const float>(row_normalizer);
   p.row.gain = pointer<const float>(row_gain);

@@ -45,21 +45,15 @@ def reduce_panel(term: PairTerm, panel: Panel) -> None:
 def weight_panel(term: PairTerm, panel: Panel) -> None:
     """Leaves scale * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
     score_product(panel)
-    assert panel.weights is not None
-    _C.weight_panel(
-        *_common_arguments(term, panel),
-        _address(panel.row.normalizer),
-        _address(panel.row.gain),
-        _address(panel.col.normalizer),
-        _address(panel.col.gain),
-        panel.weights.data_ptr(),
-        _WEIGHTS_DTYPES[panel.weights.dtype],
-        panel.weights.stride(0),
-        _address(panel.dparams),
-    )
+    row, col, weights = panel.row, panel.col, panel.weights
+    vectors = [_address(vector) for vector in (row.normalizer, row.gain, col.normalizer, col.gain)]
+    out = (weights.data_ptr(), _WEIGHTS_DTYPES[weights.dtype], weights.stride(0), _address(panel.dparams))
+    arguments = (*_common_arguments(term, panel), *vectors, *out)
+    _C.weight_panel(*arguments)
 
 
 def _common_arguments(term: PairTerm, panel: Panel) -> tuple[int, ...]:
+    """The arguments that both operations begin with."""
     rows, cols = panel.scores.shape
     return (
         term.code,

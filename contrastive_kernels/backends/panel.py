@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Panel", "Side", "score_product"]
+__all__ = ["Panel", "Side", "present", "score_product"]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,8 @@ class Panel:
     y: Tensor
     #: [R, C] workspace for the dot products, in float32 or float64
     scores: Tensor
+    #: [R, C] where a weight panel leaves scale * dL/dz; it may be `scores` itself
+    weights: Tensor
     #: [2] scale and bias, on the device
     params: Tensor
     #: [R, K] columns of the whole matrix that the stream leaves out
@@ -43,10 +45,15 @@ class Panel:
     bfloat16_values: bool = False
     row: Side = field(default_factory=Side)
     col: Side = field(default_factory=Side)
-    #: [R, C] where a weight panel leaves scale * dL/dz; it may be `scores` itself
-    weights: Tensor | None = None
     #: [2] += sum of w * score, sum of w (float64)
     dparams: Tensor | None = None
+
+
+def present(vector: Tensor | None) -> Tensor:
+    """A side's vector without which the pair term has no weights."""
+    if vector is None:
+        raise RuntimeError("contrastive_kernels: a panel came without a vector that its pair term needs")
+    return vector
 
 
 def _amx() -> bool:
@@ -69,7 +76,7 @@ def score_product(panel: Panel) -> None:
     if not (panel.bfloat16_values and _HAS_AMX and panel.scores.device.type == "cpu"):
         torch.mm(panel.x, panel.y.T, out=panel.scores)
         return
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -79,5 +79,7 @@ def _warn_once(device: torch.device, dtype: torch.dtype) -> None:
     _warned.add(device.type)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in table(device, dtype) if reason is not None)
     warnings.warn(
-        f"contrastive_kernels runs on its portable torch backend on {device.type} ({reasons})", RuntimeWarning, stacklevel=2
+        f"contrastive_kernels runs on its portable torch backend on {device.type} ({reasons})",
+        RuntimeWarning,
+        stacklevel=2,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..specs import SIGMOID, PairTerm
-from .panel import Panel, Side, score_product
+from .panel import Panel, Side, present, score_product
 
 __all__ = ["reduce_panel", "weight_panel", "why_not"]
 
@@ -34,8 +34,9 @@ def weight_panel(term: PairTerm, panel: Panel) -> None:
     score_product(panel)
     z = _logits(panel)
     if term is SIGMOID:
-        _fold_sum(panel.row, _softplus(z).sum(1) if panel.row.state is not None else None)
-        w = z.sigmoid_().mul_(panel.row.gain[:, None])
+        if panel.row.state is not None:
+            _fold_sum(panel.row, _softplus(z).sum(1))
+        w = z.sigmoid_().mul_(present(panel.row.gain)[:, None])
     else:
         _fold_exponential(panel.row, z, 1)
         _fold_exponential(panel.col, z, 0)
@@ -65,9 +66,8 @@ def _softplus(z: Tensor) -> Tensor:
     return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
 
 
-def _fold_sum(side: Side, sums: Tensor | None) -> None:
-    if side.state is not None:
-        side.state[0] += sums
+def _fold_sum(side: Side, sums: Tensor) -> None:
+    present(side.state)[0].add_(sums)
 
 
 def _fold_exponential(side: Side, z: Tensor, dim: int) -> None:
@@ -84,12 +84,13 @@ def _fold_exponential(side: Side, z: Tensor, dim: int) -> None:
 def _exponential_weights(panel: Panel, z: Tensor) -> Tensor:
     """w = r_i exp(z - a_i) + c_j exp(z - b_j) [R, C]; z is overwritten where it serves only one side."""
     row, col = panel.row, panel.col
-    if col.gain is None:
-        return _finite_exp_(z.sub_(row.normalizer[:, None])).mul_(row.gain[:, None])
-    w = _finite_exp_(z - col.normalizer).mul_(col.gain)
-    if row.gain is None:
-        return w
-    return _finite_exp_(z.sub_(row.normalizer[:, None])).mul_(row.gain[:, None]).add_(w)
+    w = None
+    if col.gain is not None:
+        w = _finite_exp_(z - present(col.normalizer)).mul_(col.gain)
+        if row.gain is None:
+            return w
+    by_row = _finite_exp_(z.sub_(present(row.normalizer)[:, None])).mul_(present(row.gain)[:, None])
+    return by_row if w is None else by_row.add_(w)
 
 
 def _finite_exp_(exponent: Tensor) -> Tensor:

@@ -6,11 +6,13 @@
 #include <memory>
 #include <type_traits>
 
+#include "../include/inline.h"
+
 namespace ck {
 namespace avx512 {
 
-#include "../include/pair_terms.h"
 #include "../include/dtype.h"
+#include "../include/pair_terms.h"
 #include "panel_loops.h"
 
 }  // namespace avx512

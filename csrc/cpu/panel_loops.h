@@ -87,12 +87,12 @@ static void make_finite(float* reference, int64_t n) {
   for (int64_t i = 0; i < n; ++i) reference[i] = reference[i] == -__builtin_inff() ? 0.0f : reference[i];
 }
 
-// gain * e^(reference - normalizer), the factor of an exponential taken against `reference`. Saturates, so that a
-// weight of zero stays zero; a row without normalizer (+inf: it has no negatives) gets zero.
+// gain * e^(reference - normalizer), the factor of an exponential taken against `reference`. The exponential saturates,
+// so that a gain of zero stays zero. A normaliser of +inf says that there are no negatives, and gives zero.
 static void refer_gain(const float* gain, const float* normalizer, const float* reference, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float factor = exp_term(reference[i] - normalizer[i]);
-    out[i] = gain[i] * (factor > 3.0e38f ? 3.0e38f : factor);
+    out[i] = normalizer[i] == __builtin_inff() ? 0.0f : gain[i] * factor;
   }
 }
 
@@ -257,7 +257,8 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPa
     if (p.weights == nullptr)
       sweep<true, void>(p, c, s, params, row, col, common);
     else if (p.weights_dtype == Dtype::kFloat32)
-      sums ? sweep<true, float>(p, c, s, params, row, col, common) : sweep<false, float>(p, c, s, params, row, col, common);
+      sums ? sweep<true, float>(p, c, s, params, row, col, common)
+           : sweep<false, float>(p, c, s, params, row, col, common);
     else
       sums ? sweep<true, uint16_t>(p, c, s, params, row, col, common)
            : sweep<false, uint16_t>(p, c, s, params, row, col, common);

@@ -1,18 +1,8 @@
 // The pair terms: what happens to one score. Plain functions of floats, compiled by g++ (vectorised, once per
-// instruction set) and by nvcc.
+// instruction set) and by nvcc. Needs inline.h.
 //
 // Whoever includes this file on the CPU does so inside a namespace of its own instruction set: with external linkage
 // the linker would keep a single copy of each function, possibly one the machine cannot execute.
-#ifndef CK_PAIR_TERMS_H
-#define CK_PAIR_TERMS_H
-
-#ifdef __CUDACC__
-#define CK_INLINE __host__ __device__ __forceinline__
-#else
-#define CK_INLINE static inline __attribute__((always_inline))
-#endif
-
-#endif  // the functions themselves are included once per namespace
 
 // e^x to 1.5 units in the last place for x in [-87.33, 88.37]; 0 below -87.7, constant (2.4e38) above, NaN for NaN.
 // Range reduction x = n ln 2 + r with Cody and Waite's two-part constant, then the degree-5 polynomial of Cephes' expf.
@@ -63,8 +53,8 @@ CK_INLINE float log1p_unit(float e) {
 CK_INLINE float softplus_from(float z, float e) { return (z > 0.0f ? z : 0.0f) + log1p_unit(e); }
 CK_INLINE float sigmoid_from(float z, float e) { return (z >= 0.0f ? 1.0f : e) / (1.0f + e); }
 
-// One step of the (reference, sum) monoid: a sum of exponentials relative to a reference that may rise. A sum of 0 is an
-// empty part, whatever its reference; a NaN is not empty. Branch-free, for loops over many of them.
+// One step of the (reference, sum) monoid: a sum of exponentials relative to a reference that may rise. A sum of 0 is
+// an empty part, whatever its reference; a NaN is not empty. Branch-free, for loops over many of them.
 CK_INLINE void merge_exponential(float& reference, float& sum, float other_reference, float other_sum) {
   const float mine = sum != 0.0f ? reference : -__builtin_inff();
   const float theirs = other_sum != 0.0f ? other_reference : -__builtin_inff();

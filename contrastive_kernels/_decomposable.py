@@ -1,0 +1,189 @@
+"""The decomposable loss: a sum of weighted sub-losses over pairs, streamed in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._autograd import Options, PairSums, log_sum, pair_sum
+from ._checks import (
+    check_features,
+    check_number,
+    check_pair,
+    check_positives,
+    check_reduction,
+    check_vector,
+    check_workspace,
+    make_params,
+    require_equal_lengths,
+)
+from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
+from .reference import draw_log_weights, expected_excess, log_or_minus_infinity
+
+__all__ = ["decomposable"]
+
+
+def decomposable(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor,
+    log_normalizer: Tensor | Sequence[Tensor],
+    *,
+    shape: float | None = None,
+    positive_constant: float = 1.0,
+    negative_scale: float = 1.0,
+    positive_logits: Tensor | Sequence[Tensor] | None = None,
+    positives: int | Tensor | None = None,
+    weight: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_log_normalizer: bool = False,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """The decomposable contrastive loss: InfoNCE as a sum of weighted sub-losses over pairs.
+
+    With h_ij = z_ij - z_i,p(i) and Z_i = c + k sum_{j != p(i)} exp(h_ij), the loss of row i is
+    ``u_i Z_i - log u_i - 1``: an upper bound of the InfoNCE value log Z_i, with equality at u_i = 1 / Z_i. Given u it
+    is a sum over pairs, so any partition of the columns into blocks gives the same gradient.
+
+    Parameters
+    ----------
+    x : Tensor
+        Anchors [N, D]; float16, bfloat16, float32 or float64.
+    y : Tensor
+        Candidates [M, D] of the same dtype and device.
+    logit_scale : float or Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm.
+    log_normalizer : Tensor or pair of Tensor
+        log Zbar_i [N], known before this batch was seen; a pair ([N], [M]) trains both directions from the one pass
+        (N == M) and gives their mean. Not differentiated.
+    shape : float, optional
+        None: u_i = 1 / Zbar_i, the mean. A number a: u_i is drawn from Gamma(a, rate = a * Zbar_i) (1 is the exact
+        conditional distribution), and the expected excess log a - digamma(a) is subtracted from the value.
+    positive_constant : float
+        c: 1 for InfoNCE, 0 where the denominator has no positive (DCL).
+    negative_scale : float
+        k = K / B, the notional number of negatives over the number in the batch.
+    positive_logits : Tensor or pair of Tensor, optional
+        z_i,p(i) [N], differentiable, for a block of columns that does not hold row i's positive. Every column is a
+        negative then, but for the ones that ``positives`` names.
+    positives : int or Tensor, optional
+        As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
+        positive is not among the columns.
+    weight : Tensor, optional
+        Weights of the rows [N], not differentiated.
+    generator : torch.Generator, optional
+        Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
+        generators: leave this None there.
+    return_log_normalizer : bool
+        Also return the batch's own log Z_i, in the form of ``log_normalizer``, not differentiable.
+    reduction : {"mean", "sum", "none"}
+        A weighted mean divides by the sum of the weights. The mean of no rows is 0.
+    normalize, backend, workspace_bytes
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor or pair of Tensor)
+        The loss, a scalar or [N] in float32 (float64 for float64 inputs), and the batch's own log Z where asked for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    One pass gives value and gradients: 3 products (``reduction="none"``: 4). exp(log Z_i - log Zbar_i) is unbounded
+    where the stored normaliser is stale; it saturates at the largest number instead of overflowing in the weights.
+
+    References
+    ----------
+    After C. Chen et al., "Why do we need large batch sizes in contrastive learning? A gradient-bias perspective",
+    NeurIPS 2022; derivation in docs/mathematics.md.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> x, y = torch.eye(4), torch.eye(4)
+    >>> _, log_z = ck.decomposable(x, y, 5.0, torch.zeros(4), return_log_normalizer=True)
+    >>> torch.allclose(ck.decomposable(x, y, 5.0, log_z), ck.info_nce(x, y, 5.0))
+    True
+    """
+    check_reduction(reduction)
+    x, y = check_features(x, y, ("x", "y"), normalize)
+    sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
+    index, offset = (None, None)
+    if positive_logits is None or positives is not None:
+        index, offset = check_positives(positives, x, y)
+    shape = None if shape is None else check_number(shape, "shape", positive=True)
+    c = check_number(positive_constant, "positive_constant", positive=False)
+    log_k = log_or_minus_infinity(check_number(negative_scale, "negative_scale", positive=False))
+    params = make_params(x, logit_scale)
+    weight = row_weights(weight, len(x), x)
+    options = Options(backend or "", check_workspace(workspace_bytes), offset)
+
+    log_weights = [draw_log_weights(log_z, shape, generator) for log_z, _ in sides]  # log(u Zbar)
+    # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
+    constants = torch.zeros(len(x), dtype=params.dtype, device=x.device)
+    for (log_z, _), log_weight in zip(sides, log_weights):
+        log_u = log_weight - log_z
+        constants = constants + (torch.exp(log_u) * c - log_u - 1 - expected_excess(shape)) / len(sides)
+    # exp(z - normalizer) is u_i k exp(h_ij); the positive's logit is added by the stream unless it is given
+    relative = positive_logits is None
+    normalizers = [
+        log_z - log_weight - log_k + (0.0 if z_pos is None else z_pos)
+        for (log_z, z_pos), log_weight in zip(sides, log_weights)
+    ]
+    if reduction == "none":
+        row, col, dots = log_sum(x, y, params, index, True, len(sides) == 2, options)
+        log_sums = [row, col][: len(sides)]
+        own_positive = params[0] * dots if relative else torch.zeros_like(row)
+        streamed = [torch.exp(s - own_positive - n) for s, n in zip(log_sums, normalizers)]
+        loss = reduce_losses(torch.stack(streamed).mean(0) + constants, weight, reduction)
+    else:
+        gain = row_gains(weight, reduction, x)
+        share = gain / len(sides)
+        col_sums = (normalizers[1], share) if len(sides) == 2 else (None, None)
+        sums = PairSums(normalizers[0], share, col_sums[0], col_sums[1], relative)
+        total, row, col, dots = pair_sum(x, y, params, index, "exponential", sums, options)
+        log_sums = [row, col][: len(sides)]
+        loss = total + (gain * constants).sum()
+    if not return_log_normalizer:
+        return loss
+    own = []
+    for log_sum_of_negatives, (_, given) in zip(log_sums, sides):
+        z_pos = params[0] * dots if given is None else given
+        log_z = (log_sum_of_negatives - z_pos + log_k).detach()
+        own.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(c))))
+    return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
+
+
+def _decomposable_sides(
+    x: Tensor, y: Tensor, log_normalizer: object, positive_logits: object, positives: object
+) -> list[tuple[Tensor, Tensor | None]]:
+    """(log Zbar, the positive's logit if it is given) for the rows, and for the columns if both directions train."""
+    logits: list[object]
+    if isinstance(log_normalizer, Tensor):
+        values, logits, numbers = [log_normalizer], [positive_logits], [""]
+    else:
+        values, numbers = list(check_pair(log_normalizer, "log_normalizer")), ["[0]", "[1]"]
+        logits = [None, None] if positive_logits is None else list(check_pair(positive_logits, "positive_logits"))
+        require_equal_lengths(x, y, ("x", "y"))
+        if positives is not None:
+            raise ValueError(
+                "positives: expected None with a pair of log_normalizer, where row i matches column i; "
+                f"got {type(positives).__name__}"
+            )
+    sides = []
+    for value, logit, number in zip(values, logits, numbers):
+        log_z = check_vector(value, f"log_normalizer{number}", len(x), x, differentiable=True).detach()
+        z_pos = None
+        if logit is not None:
+            z_pos = check_vector(logit, f"positive_logits{number}", len(x), x, differentiable=True)
+        sides.append((log_z, z_pos))
+    return sides
