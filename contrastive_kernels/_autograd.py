@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _ops
 
@@ -32,9 +31,30 @@ def log_sum(
 
     What is not wanted, and the last where there are no positives, is an empty tensor.
     """
-    # needs_input_grad is True even under no_grad: what is needed is decided here, before apply
-    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, y, params))
+    y = _another_tensor(x, y, options.symmetric)
+    needs = _needs(x, y, params)
     return _LogSum.apply(x, y, params, index, rows, cols, options, needs)
+
+
+def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which gradients are needed; decided before `apply`, for ctx.needs_input_grad is True even under no_grad."""
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+
+
+def _another_tensor(x: Tensor, y: Tensor, symmetric: bool = False) -> Tensor:
+    """y, as another tensor than x: torch.compile refuses an autograd.Function that is given one tensor twice.
+
+    A symmetric stream reads only x, so that y takes no gradient.
+    """
+    if symmetric:
+        return x.detach()
+    return y.view_as(y) if y is x else y
+
+
+def _refuse_second_derivatives() -> None:
+    """Backward runs with gradients enabled only under create_graph=True, whose graph would miss what was saved."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("contrastive_kernels: second derivatives are not implemented; got create_graph=True")
 
 
 class _LogSum(torch.autograd.Function):
@@ -49,13 +69,17 @@ class _LogSum(torch.autograd.Function):
         return row, col, dots
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, row_gradient: Tensor | None, col_gradient: Tensor | None, dot_gradient: Tensor | None):  # type: ignore[no-untyped-def]
+        _refuse_second_derivatives()
         x, y, params, row, col, scores, index = ctx.saved_tensors
         offset, symmetric, backend, workspace_bytes, needs = ctx.constants
         row_gradient, col_gradient, dot_gradient = (
             None if g is None or g.numel() == 0 else g for g in (row_gradient, col_gradient, dot_gradient)
         )
+        if row_gradient is None and col_gradient is None:  # only the positives' dot products were used
+            row_gradient = torch.zeros_like(row) if row.numel() else None
+            col_gradient = torch.zeros_like(col) if row_gradient is None else None
+        needs = tuple(a and b for a, b in zip(needs, ctx.needs_input_grad))
         dx, dy, dparams = _ops.log_sum_backward(
             x, y, params, index, offset, symmetric, row, col, scores, row_gradient, col_gradient,
             dot_gradient, *needs, backend, workspace_bytes,
@@ -92,10 +116,11 @@ def pair_sum(
     Returns the scalar, which is differentiable, and what is not: the rows' and columns' log-sums (sigmoid: row sums)
     and the positives' dot products [N].
     """
-    differentiable = (x, y, params, sums.row_normalizer, sums.col_normalizer)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable)
+    y = _another_tensor(x, y)
+    needs = _needs(x, y, params, sums.row_normalizer, sums.col_normalizer)
+    col_gain = sums.row_gain.clone() if sums.col_gain is sums.row_gain else sums.col_gain
     return _PairSum.apply(
-        x, y, params, sums.row_normalizer, sums.col_normalizer, sums.row_gain, sums.col_gain, index, term,
+        x, y, params, sums.row_normalizer, sums.col_normalizer, sums.row_gain, col_gain, index, term,
         sums.relative, options, needs,
     )  # fmt: skip
 
@@ -128,8 +153,8 @@ class _PairSum(torch.autograd.Function):
         return total, row, col, dots
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None):  # type: ignore[no-untyped-def]
+        _refuse_second_derivatives()
         needs, dtypes = ctx.constants
         if upstream is None:
             return (None,) * 12
@@ -141,8 +166,8 @@ class _PairSum(torch.autograd.Function):
 
 def sigmoid_rows(x: Tensor, y: Tensor, params: Tensor, options: Options) -> Tensor:
     """The sigmoid loss by rows [N]. Its gradients depend on what comes from upstream, so they take a second pass."""
-    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, y, params))
-    return _SigmoidRows.apply(x, y, params, options, needs)
+    y = _another_tensor(x, y)
+    return _SigmoidRows.apply(x, y, params, options, _needs(x, y, params))
 
 
 class _SigmoidRows(torch.autograd.Function):
@@ -158,8 +183,8 @@ class _SigmoidRows(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor):  # type: ignore[no-untyped-def]
+        _refuse_second_derivatives()
         x, y, params = ctx.saved_tensors
         offset, backend, workspace_bytes, needs = ctx.constants
         _, _, _, *gradients = _ops.pair_sum(

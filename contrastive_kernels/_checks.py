@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ._ops import checked_index
+from .backends import registry
 from .streaming import score_dtype
 
 __all__ = [
+    "check_backend",
     "check_features",
     "check_number",
     "check_pair",
@@ -32,6 +36,8 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
             raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
@@ -53,7 +59,7 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on (it leaves float64 alone, and so do we)."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -67,20 +73,18 @@ def require_equal_lengths(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
 
 
 def check_positives(
-    positives: Any, x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")
+    positives: Any, x: Tensor, y: Tensor, allow_missing: bool = False
 ) -> tuple[Tensor | None, int | None]:
-    """The positives as (indices [N], None) or (None, offset). Indices are checked where they are used."""
+    """The positives as (indices [N], None) or (None, offset); an index of -1 for none if that is allowed."""
     rows, columns = x.shape[0], y.shape[0]
     if isinstance(positives, Tensor):
         if positives.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
         if positives.shape != (rows,):
-            raise ValueError(
-                f"positives: expected shape [{rows}], one per row of {names[0]}; got {list(positives.shape)}"
-            )
+            raise ValueError(f"positives: expected shape [{rows}], one per row of x; got {list(positives.shape)}")
         if positives.device != x.device:
             raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
-        return positives.long(), None
+        return checked_index(positives, columns, allow_missing), None
     offset = 0 if positives is None else positives
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(
@@ -88,7 +92,7 @@ def check_positives(
         )
     if offset < 0 or offset + rows > columns:
         raise ValueError(
-            f"positives: expected 0 <= offset <= M - N, so that row i's positive is row i + offset of {names[1]}; "
+            f"positives: expected 0 <= offset <= M - N, so that row i's positive is row i + offset of y; "
             f"got offset {offset} with N = {rows} and M = {columns}"
         )
     return None, cast(int, offset)
@@ -106,7 +110,7 @@ def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: 
         raise ValueError(f"{name}: expected device {x.device}; got {value.device}")
     if not differentiable and value.requires_grad:
         raise ValueError(f"{name}: it is not differentiated, so it must not require a gradient; got requires_grad=True")
-    return value.to(score_dtype(x.dtype))
+    return value.to(score_dtype(x.dtype)).contiguous()
 
 
 def check_reduction(reduction: Any) -> str:
@@ -123,6 +127,15 @@ def check_workspace(workspace_bytes: Any) -> int:
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number of bytes; got {workspace_bytes}")
     return workspace_bytes
+
+
+def check_backend(backend: Any) -> str:
+    """A backend's name, or "" for the registry's choice. Whether it can serve is known where it runs."""
+    if backend is None:
+        return ""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected None or a name; got {type(backend).__name__}")
+    return registry.get(backend).name
 
 
 def check_number(value: Any, name: str, positive: bool) -> float:
@@ -157,6 +170,6 @@ def _scalar(x: Tensor, value: Any, name: str) -> Tensor:
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
         return value.reshape(()).to(dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
     return torch.full((), float(value), dtype=dtype, device=x.device)

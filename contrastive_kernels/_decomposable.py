@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._autograd import Options, PairSums, log_sum, pair_sum
 from ._checks import (
+    check_backend,
     check_features,
     check_number,
     check_pair,
@@ -98,8 +99,8 @@ def decomposable(
 
     Notes
     -----
-    One pass gives value and gradients: 3 products (``reduction="none"``: 4). exp(log Z_i - log Zbar_i) is unbounded
-    where the stored normaliser is stale; it saturates at the largest number instead of overflowing in the weights.
+    One pass gives value and gradients: 3 products (``reduction="none"``: 4). The weights exp(log Z_i - log Zbar_i) of a
+    stale normaliser are unbounded: from some 88 nats on, value and gradients of that row overflow.
 
     References
     ----------
@@ -119,13 +120,13 @@ def decomposable(
     sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
     index, offset = (None, None)
     if positive_logits is None or positives is not None:
-        index, offset = check_positives(positives, x, y)
+        index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
     shape = None if shape is None else check_number(shape, "shape", positive=True)
     c = check_number(positive_constant, "positive_constant", positive=False)
     log_k = log_or_minus_infinity(check_number(negative_scale, "negative_scale", positive=False))
     params = make_params(x, logit_scale)
     weight = row_weights(weight, len(x), x)
-    options = Options(backend or "", check_workspace(workspace_bytes), offset)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), offset)
 
     log_weights = [draw_log_weights(log_z, shape, generator) for log_z, _ in sides]  # log(u Zbar)
     # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
@@ -139,6 +140,10 @@ def decomposable(
         log_z - log_weight - log_k + (0.0 if z_pos is None else z_pos)
         for (log_z, z_pos), log_weight in zip(sides, log_weights)
     ]
+    if weight is not None:  # a row that does not count must not overflow, however stale its normaliser
+        idle = weight == 0
+        constants = constants.masked_fill(idle, 0.0)
+        normalizers = [normalizer.masked_fill(idle, torch.inf) for normalizer in normalizers]
     if reduction == "none":
         row, col, dots = log_sum(x, y, params, index, True, len(sides) == 2, options)
         log_sums = [row, col][: len(sides)]

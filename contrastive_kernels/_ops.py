@@ -1,7 +1,8 @@
 """The two primitives as torch.library operators: schema, fake and implementation, opaque to torch.compile.
 
-The operators know nothing of autograd (``_autograd.py`` does). Positives are given as ``index`` [N], or as ``offset``,
-or not at all (both None). An output that is not wanted is an empty tensor. ``backend`` "" lets the registry choose.
+The operators know nothing of autograd (``_autograd.py`` does). Positives are given as ``index`` [N] (checked before, -1
+for none), or as ``offset``, or not at all (both None). An output that is not wanted is an empty tensor. ``backend`` ""
+lets the registry choose.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .backends.panel import Side
 from .specs import EXPONENTIAL, SIGMOID, PairTerm
 from .streaming import Gradients, Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
 
-__all__ = ["log_sum", "log_sum_backward", "pair_sum"]
+__all__ = ["checked_index", "log_sum", "log_sum_backward", "pair_sum"]
 
 _LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
 _TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
@@ -51,8 +52,6 @@ def _stream(
     gradient_dtype: torch.dtype | None = None,
     scores: Tensor | None = None,
 ) -> Stream:
-    if index is not None:
-        _check_index(index, len(y))
     chosen = backends.choose(backend or None, x.device, x.dtype)
     x, y = x.contiguous(), x if symmetric else y.contiguous()
     positives = Positives(offset, index)
@@ -61,18 +60,22 @@ def _stream(
     )
 
 
-def _check_index(index: Tensor, columns: int) -> None:
-    """-1 (no positive here) <= index < columns: a ValueError on the CPU, a device-side assertion elsewhere."""
-    if not len(index):
-        return
-    ok = ((index >= -1) & (index < columns)).all()
-    if index.device.type == "cpu":
-        if not ok:
-            raise ValueError(
-                f"positives: expected indices in [0, {columns}); got values in [{int(index.min())}, {int(index.max())}]"
-            )
-    else:
-        torch._assert_async(ok, "positives: an index lies outside the columns of y")
+def _checked_index(index: Tensor, columns: int, allow_missing: bool) -> Tensor:
+    """The indices as int64, checked: a ValueError on the CPU, a device-side assertion elsewhere."""
+    lowest = -1 if allow_missing else 0
+    outside = ((index < lowest) | (index >= columns)).any()
+    if index.device.type != "cpu":
+        torch._assert_async(~outside, "positives: an index lies outside the columns of y")
+    elif outside:
+        raise ValueError(
+            f"positives: expected indices in [{lowest}, {columns}); "
+            f"got values in [{int(index.min())}, {int(index.max())}]"
+        )
+    return index.to(torch.int64, copy=True)
+
+
+def _checked_index_fake(index, columns, allow_missing):  # type: ignore[no-untyped-def]
+    return index.new_empty(index.shape, dtype=torch.int64)
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -305,6 +308,9 @@ def _pair_sum_fake(  # type: ignore[no-untyped-def]
     )
 
 
+checked_index = _define(
+    "checked_index(Tensor index, SymInt columns, bool allow_missing) -> Tensor", _checked_index_fake, _checked_index
+)
 log_sum = _define(
     "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
     "bool keep, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from ._autograd import Options, PairSums, log_sum, pair_sum, sigmoid_rows
 from ._checks import (
+    check_backend,
     check_features,
     check_positives,
     check_reduction,
@@ -90,7 +91,7 @@ def info_nce(
     x, y = check_features(x, y, ("x", "y"), normalize)
     index, offset = check_positives(positives, x, y)
     params = make_params(x, logit_scale)
-    options = Options(backend or "", check_workspace(workspace_bytes), offset)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), offset)
     row, _, dots = log_sum(x, y, params, index, True, False, options)
     return reduce_losses(_softmax_loss(row, params[0] * dots), row_weights(weight, len(x), x), reduction)
 
@@ -152,7 +153,7 @@ def clip_loss(
     x, y = check_features(image_features, text_features, _PAIR_NAMES, normalize)
     require_equal_lengths(x, y, _PAIR_NAMES)
     params = make_params(x, logit_scale)
-    options = Options(backend or "", check_workspace(workspace_bytes), 0)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
     row, col, dots = log_sum(x, y, params, None, True, True, options)
     z_pos = params[0] * dots
     losses = (_softmax_loss(row, z_pos) + _softmax_loss(col, z_pos)) / 2
@@ -218,7 +219,7 @@ def nt_xent(
     views = torch.cat([z1, z2])
     params = make_params(views, logit_scale)
     index = torch.arange(2 * n, device=views.device).roll(n)
-    options = Options(backend or "", check_workspace(workspace_bytes), symmetric=True)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), symmetric=True)
     row, _, dots = log_sum(views, views, params, index, True, False, options)
     weight = row_weights(weight, n, views)
     both = None if weight is None else weight.repeat(2)
@@ -281,7 +282,7 @@ def sigmoid(
     require_equal_lengths(x, y, _PAIR_NAMES)
     params = make_params(x, logit_scale, logit_bias)
     weight = row_weights(weight, len(x), x)
-    options = Options(backend or "", check_workspace(workspace_bytes), 0)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
     if reduction == "none":
         rows = sigmoid_rows(x, y, params, options)
         return rows if weight is None else rows * weight

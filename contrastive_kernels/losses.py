@@ -115,7 +115,7 @@ class ClipLoss(_Loss):
         loss = F.clip_loss(image_features, text_features, logit_scale, weight=weight, **self.options)
         if isinstance(logit_bias, Tensor):
             # a gradient of zero: data parallelism wants every parameter used
-            loss = loss + 0.0 * logit_bias.reshape(())
+            loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -173,7 +173,7 @@ class SigmoidLoss(_Loss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: float | Tensor = 0.0,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
@@ -185,7 +185,8 @@ class SigmoidLoss(_Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         _require_one_process("SigmoidLoss")
-        loss = F.sigmoid(image_features, text_features, logit_scale, logit_bias, weight=weight, **self.options)
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = F.sigmoid(image_features, text_features, logit_scale, bias, weight=weight, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

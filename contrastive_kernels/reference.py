@@ -219,12 +219,17 @@ def decomposable(
         if z_pos is None:
             z_pos = scores.gather(1, held[:, None])[:, 0]
         h = _mask(scores, held) - z_pos[:, None]
-        terms = torch.exp(h - (log_zbar - log_weight)[:, None]).sum(1) * negative_scale
         log_u = log_weight - log_zbar
+        if weight is not None:
+            log_u = log_u.masked_fill(weight == 0, 0.0)
+        terms = torch.exp(h + log_u[:, None]).sum(1) * negative_scale
         losses.append(terms + positive_constant * log_u.exp() - log_u - 1 - expected_excess(shape))
         log_z = _logsumexp(h) + log_or_minus_infinity(negative_scale)
         log_zs.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(positive_constant))).detach())
-    loss = _reduce(torch.stack(losses).mean(0), weight, reduction)
+    total = torch.stack(losses).mean(0)
+    if weight is not None:  # a row that does not count must not overflow, however stale its normaliser
+        total = torch.where(weight == 0, torch.zeros_like(total), total)
+    loss = _reduce(total, weight, reduction)
     if not return_log_normalizer:
         return loss
     return loss, (tuple(log_zs) if len(log_zs) == 2 else log_zs[0])
@@ -251,7 +256,7 @@ def draw_log_weights(log_normalizer: Tensor, shape: float | None, generator: tor
         return torch.zeros_like(log_normalizer)
     alpha = torch.full(log_normalizer.shape, shape + 1.0, device=log_normalizer.device)
     gamma = torch._standard_gamma(alpha, generator=generator)
-    uniform = torch.rand(alpha.shape, generator=generator, device=alpha.device)
+    uniform = torch.empty_like(alpha).uniform_(generator=generator)
     log_uniform = torch.log1p(-uniform)  # uniform is in [0, 1)
     return (gamma.log() + log_uniform / shape - math.log(shape)).to(log_normalizer.dtype)
 

@@ -198,7 +198,7 @@ def weigh(
             dx.finish(i)
     del workspace
     coefficients = late_positive() if late_positive is not None else positive
-    for i in _blocks(len(stream.x), LARGEST_PANEL):
+    for i in _row_chunks(stream):
         if dx is not None and not dx.blocked:
             _add_positives_to_rows(stream, dx, i, coefficients)
         if dy is not None and coefficients is not None:
@@ -214,7 +214,7 @@ def positive_dots(stream: Stream) -> Tensor:
     """<x_i, y_p(i)> [N] in the dtype of the scores; 0 where a row has no positive."""
     dtype = score_dtype(stream.x.dtype)
     dots = torch.empty(len(stream.x), dtype=dtype, device=stream.x.device)
-    for i in _blocks(len(stream.x), LARGEST_PANEL):
+    for i in _row_chunks(stream):
         partner = stream.positives.select(stream.y, i).to(dtype)
         torch.sum(stream.x[i].to(dtype) * partner, 1, out=dots[i])
     return stream.positives.coefficients(dots)
@@ -273,7 +273,7 @@ class _Workspace:
     def _choose_side(self) -> int:
         """The side of a square panel: as large as the workspace allows, in multiples of 64."""
         stream, size = self.stream, self.dtype.itemsize
-        longest = max(len(stream.x), len(stream.y))
+        longest = max(len(stream.x), len(stream.y), 1)
         per_score = size * (1 + stream.backend.temporaries) + (size if self.separate else 0)
         # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
         per_row = stream.x.shape[1] * (3 * size + 2) if self.upcast else 0
@@ -353,6 +353,12 @@ def _partials_dtype(stream: Stream) -> torch.dtype:
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _row_chunks(stream: Stream) -> Iterator[slice]:
+    """Rows whose copies in the dtype of the scores fit the workspace."""
+    fitting = stream.workspace_bytes // (2 * score_dtype(stream.x.dtype).itemsize * stream.x.shape[1])
+    return _blocks(len(stream.x), max(SMALLEST_PANEL, min(fitting, LARGEST_PANEL)))
 
 
 def _part(vector: Tensor | None, block: slice) -> Tensor | None:

@@ -80,5 +80,10 @@ def _state_addresses(term: PairTerm, side: Side) -> tuple[int, int]:
     return side.state[0].data_ptr(), side.state[1].data_ptr()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(vector: Tensor | None) -> int:
+    """The address of a dense vector, 0 for None."""
+    if vector is None:
+        return 0
+    if not vector.is_contiguous():
+        raise RuntimeError("contrastive_kernels: a vector with gaps reached the C++ pass")
+    return vector.data_ptr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -56,30 +58,51 @@ def present(vector: Tensor | None) -> Tensor:
     return vector
 
 
-def _amx() -> bool:
-    """Whether this CPU multiplies bfloat16 on AMX units."""
+def _multiplies_bfloat16_exactly() -> bool:
+    """Whether float32 products can run on AMX units, and torch (2.9 or later) has the switch for it."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())
+    return supported is not None and bool(supported()) and hasattr(torch.backends.mkldnn, "matmul")
 
 
-_HAS_AMX = _amx()
+class _AmxProducts:
+    """Within it, float32 products on the CPU run in bfloat16 on the AMX units.
+
+    The switch is the process's: the first thread in sets it, the last one out restores it. Another thread's own float32
+    products meanwhile run in bfloat16 too, which is why it is held for one product at a time.
+    """
+
+    available = _multiplies_bfloat16_exactly()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
+
+
+_amx_products = _AmxProducts()
 
 
 def score_product(panel: Panel) -> None:
-    """scores = x yT in full precision [R, C].
+    """scores = x yT in full precision [R, C], unless they are there already.
 
-    float32 copies of bfloat16 values are multiplied on the AMX units, where products of bfloat16 values are exact. The
-    switch is process-wide, so it is set for this one product alone.
+    float32 copies of bfloat16 values are multiplied on the AMX units where there are some: products of bfloat16 values
+    are exact in float32.
     """
     if panel.scores_ready:
         return
-    if not (panel.bfloat16_values and _HAS_AMX and panel.scores.device.type == "cpu"):
+    exact = panel.bfloat16_values and panel.scores.device.type == "cpu" and _AmxProducts.available
+    with _amx_products if exact else contextlib.nullcontext():
         torch.mm(panel.x, panel.y.T, out=panel.scores)
-        return
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        torch.mm(panel.x, panel.y.T, out=panel.scores)
-    finally:
-        setting.fp32_precision = before

@@ -1,5 +1,7 @@
 // Picks the instruction set at run time and checks the calls.
+#include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "../include/api.h"
 #include "../include/check.h"
@@ -46,13 +48,26 @@ void check_panel(const Panel& p) {
     check(!p.col.sum && !p.col.gain, "panel: the sigmoid term has no column side");
 }
 
+// Runs the pass with buffers of its own; memory that cannot be had is an exception, before any thread starts.
+void run(const Panel& p) {
+  const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
+  const bool columns = p.term == PairTerm::kExponential && p.col.sum;
+  Panel panel = p;
+  panel.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(p.threads, stripes)));
+  std::unique_ptr<Scratch[]> scratch(new Scratch[panel.threads]);
+  std::unique_ptr<ParamSums[]> params(new ParamSums[stripes]);
+  std::unique_ptr<float[]> partials(columns ? new float[2 * stripes * p.cols] : nullptr);
+  float* const sums = columns ? partials.get() + stripes * p.cols : nullptr;
+  chosen()->run_panel(panel, {scratch.get(), params.get(), partials.get(), sums});
+}
+
 }  // namespace
 
 void reduce_panel(const Panel& panel) {
   check_panel(panel);
   check(!panel.weights, "reduce_panel: weights must be null");
   check(panel.row.sum || panel.col.sum, "reduce_panel: at least one side must be wanted");
-  chosen()->run_panel(panel);
+  run(panel);
 }
 
 void weight_panel(const Panel& panel) {
@@ -62,7 +77,7 @@ void weight_panel(const Panel& panel) {
   if (panel.term == PairTerm::kExponential)
     check(!panel.row.gain == !panel.row.normalizer && !panel.col.gain == !panel.col.normalizer,
           "weight_panel: a gain needs its normalizer");
-  chosen()->run_panel(panel);
+  run(panel);
 }
 
 void exp_array(const float* x, float* out, int64_t n) { chosen()->exp_run(x, out, n); }

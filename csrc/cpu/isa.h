@@ -1,13 +1,45 @@
-// What each instruction set's source file offers to the dispatcher.
+// What each instruction set's source file offers to the dispatcher, and the buffers that the dispatcher gives it: those
+// files allocate nothing and use no template of the standard library, whose single copy the linker might take from a
+// file that the machine cannot execute.
 #pragma once
 
 #include "../include/api.h"
 
 namespace ck {
 
+// Rows of a stripe, the unit of work of a thread, and columns of a chunk of it: 256 KiB of scores, which stay in a
+// core's cache from the first sweep to the second, in rows long enough for the prefetcher.
+constexpr int64_t kStripe = 32;
+constexpr int64_t kChunk = 2048;
+
+// Where a row's logits come from: z[j] = source[j] * scale + bias.
+struct RowSource {
+  const float* source;
+  float scale, bias;
+};
+
+// One thread's buffers.
+struct Scratch {
+  float z[kStripe * kChunk];  // rows with excluded pairs
+  float row_reference[kStripe], row_sum[kStripe], row_gain[kStripe];
+  float col_reference[kChunk], col_sum[kChunk], col_gain[kChunk];
+  RowSource rows[kStripe];
+};
+
+// One stripe's part of the gradients of scale and bias.
+struct ParamSums {
+  double dscale = 0.0, dbias = 0.0;
+};
+
+struct Buffers {
+  Scratch* scratch;                // [threads]
+  ParamSums* params;               // [stripes]
+  float *col_reference, *col_sum;  // [stripes, cols], or null
+};
+
 struct IsaTable {
   const char* name;
-  void (*run_panel)(const Panel&);
+  void (*run_panel)(const Panel&, const Buffers&);
   void (*exp_run)(const float* x, float* out, int64_t n);
 };
 

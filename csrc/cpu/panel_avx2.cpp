@@ -1,9 +1,11 @@
 // The panel loops for AVX2 and FMA.
 #include "isa.h"
 
-#include <algorithm>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 
 #include "../include/inline.h"

@@ -1,32 +1,18 @@
 // The CPU's pass over one panel of scores, included by one source file per instruction set inside its own namespace.
 //
-// A panel is cut into stripes of kStripe rows (the unit of work of a thread) and each stripe into chunks of kChunk
+// A panel is cut into stripes of kStripe rows and each stripe into chunks of kChunk
 // columns, small enough to stay in a core's cache between the two sweeps:
 //   sweep 1  the maximum of every row and column of z = scale * score + bias, excluded pairs at -inf;
 //   sweep 2  exponentials against a reference, their sums by row and column, and the weights.
 // Stripes do not depend on the number of threads, and their partial results are merged in order: results are
 // bitwise reproducible.
 
-constexpr int64_t kStripe = 32;
-constexpr int64_t kChunk = 2048;
-
 // One exponential per score serves rows and columns while every reference lies this close to a common one: what then
 // underflows is below e^(40 - 87) of its row's and its column's largest term.
 constexpr float kCommonReferenceSpread = 40.0f;
 
-// Where a row's logits come from: z[j] = source[j] * scale + bias.
-struct RowSource {
-  const float* source;
-  float scale, bias;
-};
-
-// Thread-local buffers of one stripe.
-struct Scratch {
-  alignas(64) float z[kStripe * kChunk];  // rows with excluded pairs
-  alignas(64) float row_reference[kStripe], row_sum[kStripe], row_gain[kStripe];
-  alignas(64) float col_reference[kChunk], col_sum[kChunk], col_gain[kChunk];
-  RowSource rows[kStripe];
-};
+// ... and while no gain's exponential against it comes near the largest number.
+constexpr float kLargestGainExponent = 80.0f;
 
 // The part of a panel that one call of the sweeps works on.
 struct Chunk {
@@ -70,6 +56,7 @@ static void find_maxima(const Chunk& c, Scratch& s) {
   }
 }
 
+// The smallest and the largest of some numbers, NaN passed over.
 struct Range {
   float low = __builtin_inff(), high = -__builtin_inff();
   void add(const float* v, int64_t n) {
@@ -78,9 +65,17 @@ struct Range {
       high = v[i] > high ? v[i] : high;
     }
   }
-  // False for an empty range, and where one end is infinite.
-  bool narrow() const { return high - low <= kCommonReferenceSpread; }
 };
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void copy(const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+static void fill(float* to, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
 
 // A reference that exponentials can be taken against: a row of nothing (-inf) gets 0, and keeps an empty sum.
 static void make_finite(float* reference, int64_t n) {
@@ -95,10 +90,6 @@ static void refer_gain(const float* gain, const float* normalizer, const float* 
     out[i] = normalizer[i] == __builtin_inff() ? 0.0f : gain[i] * factor;
   }
 }
-
-struct ParamSums {
-  double dscale = 0.0, dbias = 0.0;
-};
 
 static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
 static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to_bfloat16(w); }
@@ -203,20 +194,25 @@ static void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params,
 // Chooses the references of one chunk and, for a weight panel, the gains that go with them. True: a common reference.
 static bool choose_references(const Panel& p, const Chunk& c, Scratch& s, bool row, bool col, bool sums) {
   const bool weights = p.weights != nullptr;
+  Range normalizers;
+  if (weights && row) normalizers.add(p.row.normalizer + c.row0, c.rows);
+  if (weights && col) normalizers.add(p.col.normalizer + c.col0, c.cols);
   if (sums) {
     make_finite(s.row_reference, c.rows);
     make_finite(s.col_reference, c.cols);
   } else {
-    if (row) std::copy_n(p.row.normalizer + c.row0, c.rows, s.row_reference);
-    if (col) std::copy_n(p.col.normalizer + c.col0, c.cols, s.col_reference);
+    if (row) copy(p.row.normalizer + c.row0, c.rows, s.row_reference);
+    if (col) copy(p.col.normalizer + c.col0, c.cols, s.col_reference);
   }
-  Range range;
-  if (row) range.add(s.row_reference, c.rows);
-  if (col) range.add(s.col_reference, c.cols);
-  const bool common = range.narrow();
+  Range references;
+  if (row) references.add(s.row_reference, c.rows);
+  if (col) references.add(s.col_reference, c.cols);
+  // A gain must not saturate where the exponential it belongs to is small. An empty or infinite range is not narrow.
+  const bool common = references.high - references.low <= kCommonReferenceSpread && references.low <= references.high &&
+                      !(references.high - normalizers.low > kLargestGainExponent);
   if (common) {
-    std::fill_n(s.row_reference, c.rows, range.high);
-    std::fill_n(s.col_reference, c.cols, range.high);
+    fill(s.row_reference, c.rows, references.high);
+    fill(s.col_reference, c.cols, references.high);
   }
   if (weights && row) refer_gain(p.row.gain + c.row0, p.row.normalizer + c.row0, s.row_reference, s.row_gain, c.rows);
   if (weights && col) refer_gain(p.col.gain + c.col0, p.col.normalizer + c.col0, s.col_reference, s.col_gain, c.cols);
@@ -229,15 +225,7 @@ static void merge_states(float* __restrict reference, float* __restrict sum, con
   for (int64_t i = 0; i < n; ++i) merge_exponential(reference[i], sum[i], other_reference[i], other_sum[i]);
 }
 
-// The columns' partial results, one row of them per stripe.
-struct ColumnPartials {
-  std::unique_ptr<float[]> reference, sum;
-  int64_t cols;
-  ColumnPartials(int64_t stripes, int64_t cols_)
-      : reference(new float[stripes * cols_]), sum(new float[stripes * cols_]), cols(cols_) {}
-};
-
-static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPartials* partials) {
+static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Buffers& buffers) {
   const bool exponential = p.term == PairTerm::kExponential;
   const bool sums = p.row.sum != nullptr || p.col.sum != nullptr;
   const bool row = exponential && (p.row.sum || p.row.normalizer);
@@ -245,9 +233,9 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPa
   ParamSums params;
   Chunk c;
   c.row0 = stripe * kStripe;
-  c.rows = std::min(kStripe, p.rows - c.row0);
+  c.rows = smaller(kStripe, p.rows - c.row0);
   for (c.col0 = 0; c.col0 < p.cols; c.col0 += kChunk) {
-    c.cols = std::min(kChunk, p.cols - c.col0);
+    c.cols = smaller(kChunk, p.cols - c.col0);
     find_sources(p, c, s);
     bool common = false;
     if (exponential) {
@@ -264,37 +252,37 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, ColumnPa
            : sweep<false, uint16_t>(p, c, s, params, row, col, common);
     if (exponential && p.row.sum)
       merge_states(p.row.reference + c.row0, p.row.sum + c.row0, s.row_reference, s.row_sum, c.rows);
-    if (partials) {
-      std::copy_n(s.col_reference, c.cols, &partials->reference[stripe * partials->cols + c.col0]);
-      std::copy_n(s.col_sum, c.cols, &partials->sum[stripe * partials->cols + c.col0]);
+    if (buffers.col_sum) {
+      copy(s.col_reference, c.cols, buffers.col_reference + stripe * p.cols + c.col0);
+      copy(s.col_sum, c.cols, buffers.col_sum + stripe * p.cols + c.col0);
     }
   }
   return params;
 }
 
-static void run_panel(const Panel& p) {
+static void run_panel(const Panel& p, const Buffers& buffers) {
   const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
-  std::unique_ptr<ColumnPartials> partials;
-  if (p.term == PairTerm::kExponential && p.col.sum) partials.reset(new ColumnPartials(stripes, p.cols));
-  std::unique_ptr<ParamSums[]> params(new ParamSums[stripes]);
 #pragma omp parallel num_threads(p.threads)
   {
-    std::unique_ptr<Scratch> scratch(new Scratch);
+#ifdef _OPENMP
+    Scratch& scratch = buffers.scratch[omp_get_thread_num()];
+#else
+    Scratch& scratch = buffers.scratch[0];
+#endif
 #pragma omp for schedule(static)
     for (int64_t stripe = 0; stripe < stripes; ++stripe)
-      params[stripe] = run_stripe(p, stripe, *scratch, partials.get());
-#pragma omp single
-    for (int64_t stripe = 0; p.dparams && stripe < stripes; ++stripe) {
-      p.dparams[0] += params[stripe].dscale;
-      p.dparams[1] += params[stripe].dbias;
-    }
-    if (partials) {
+      buffers.params[stripe] = run_stripe(p, stripe, scratch, buffers);
+    if (buffers.col_sum) {
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < p.cols; j += kChunk)
         for (int64_t stripe = 0; stripe < stripes; ++stripe)
-          merge_states(p.col.reference + j, p.col.sum + j, &partials->reference[stripe * p.cols + j],
-                       &partials->sum[stripe * p.cols + j], std::min(kChunk, p.cols - j));
+          merge_states(p.col.reference + j, p.col.sum + j, buffers.col_reference + stripe * p.cols + j,
+                       buffers.col_sum + stripe * p.cols + j, smaller(kChunk, p.cols - j));
     }
+  }
+  for (int64_t stripe = 0; p.dparams && stripe < stripes; ++stripe) {
+    p.dparams[0] += buffers.params[stripe].dscale;
+    p.dparams[1] += buffers.params[stripe].dbias;
   }
 }
 
