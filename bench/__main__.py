@@ -1,0 +1,263 @@
+"""The command line: ``python -m bench --help``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from contrastive_kernels.specs import LOSSES
+
+from . import memory, plot, report, results
+from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases
+from .goals import GOALS, Goal
+from .providers import get, providers
+from .run import Pair, Session, grouped
+
+DESCRIPTION = """Times every loss, ours and every peer that is installed, in turns within one run, beside the bare
+products at the rate measured in the same run. A provider whose result is wrong is reported as wrong, without a time.
+Without options: the default set, some 5 minutes on 2 cores. Any of --case ... --frozen-y measures every combination of
+what is named instead."""
+
+#: Fewest rounds behind a promised ratio.
+GOAL_ROUNDS = 5
+
+
+def _list_of(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
+    def parse(text: str) -> list[object]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
+    what = parser.add_argument_group("what (lists are comma-separated)")
+    what.add_argument("--case", type=_list_of(str), metavar="LOSS,...", help=", ".join(LOSSES))
+    what.add_argument("--n", type=_list_of(int), metavar="N,...", help="batch sizes (8192)")
+    what.add_argument("--m", type=int, metavar="M", help="candidates of info_nce (N)")
+    what.add_argument("--d", type=_list_of(int), metavar="D,...", help="feature widths (256)")
+    what.add_argument("--dtype", type=_list_of(str), metavar="DTYPE,...", help=", ".join(DTYPES))
+    what.add_argument("--mode", type=_list_of(str), metavar="MODE,...", help=", ".join(MODES))
+    what.add_argument("--device", metavar="DEVICE", help="cpu or cuda (cpu)")
+    what.add_argument("--fixed-scale", action="store_true", help="no gradient to the temperature")
+    what.add_argument("--frozen-y", action="store_true", help="no gradient to y")
+    what.add_argument("--provider", type=_list_of(str), metavar="NAME,...", help="these only; see --list")
+    what.add_argument("--quick", action="store_true", help="a tiny set, for tests")
+    what.add_argument(
+        "--goals", action="store_true", help="the promised ratios alone, each with its bound (about 5 minutes)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--memory", action="store_true", help="peak memory too, one process each (about 4 minutes more)")
+    how.add_argument("--no-time", action="store_true", help="with --memory: no times")
+    how.add_argument("--rounds", type=int, help="turns of every provider (as many as fit into 12 s a group, 3 to 15)")
+    how.add_argument("--threads", type=int, help="torch's threads")
+    out = parser.add_argument_group("out")
+    out.add_argument("--list", action="store_true", help="providers and the default set; measure nothing")
+    out.add_argument("--dry-run", action="store_true", help="what would run, and why the rest would not")
+    out.add_argument("--json", type=Path, metavar="FILE", help="add or update rows in FILE")
+    out.add_argument(
+        "--show", action="store_true", help="with --json: tables and plots of the stored rows; measure nothing"
+    )
+    out.add_argument("--plot", type=Path, metavar="DIR", help="PNGs of the rows in --json's FILE, or of this run")
+    return parser
+
+
+def _cases(args: argparse.Namespace) -> tuple[list[Case], list[Case], bool]:
+    """Cases to time, cases whose memory is measured, and whether they are a set of ours."""
+    axes = (args.case, args.n, args.m, args.d, args.dtype, args.mode, args.device)
+    if args.quick:
+        return quick_cases(), quick_cases()[-1:], True
+    if not any(axes) and not args.fixed_scale and not args.frozen_y:
+        return standard_cases(), memory_cases(), True
+    combinations = itertools.product(
+        args.case or ["clip_loss"],
+        args.d or [256],
+        args.dtype or ["float32"],
+        args.n or [8192],
+        args.mode or ["fwd+bwd"],
+    )
+    fixed = {
+        "m": args.m or 0,
+        "device": args.device or "cpu",
+        "learnable_scale": not args.fixed_scale,
+        "frozen_y": args.frozen_y,
+    }
+    cases = [Case(loss, n, d, dtype=dtype, mode=mode, **fixed) for loss, d, dtype, n, mode in combinations]
+    return cases, cases, False
+
+
+def _plan(cases: Sequence[Case], named: list[str] | None, default: bool) -> list[tuple[Case, str, str | None]]:
+    """(case, provider, reason why it is left out) of every provider that has the loss."""
+    lines = []
+    for case in cases:
+        for p in map(get, named or providers()):
+            if case.loss not in p.losses:
+                continue
+            reason = p.why_not(case)
+            if reason is None and default and named is None and not p.by_default(case):
+                reason = "left out of the default set for its time; name it to run it"
+            lines.append((case, p.name, reason))
+    return lines
+
+
+def _runnable(lines: list[tuple[Case, str, str | None]]) -> list[Pair]:
+    return [(case, get(name)) for case, name, reason in lines if reason is None]
+
+
+def _measure(
+    session: Session, timed: list[Pair], remembered: list[Pair], console: Console, path: Path | None
+) -> list[results.Row]:
+    """All rows; tables are printed and rows stored as groups finish."""
+    rows: list[results.Row] = []
+    columns = (
+        SpinnerColumn(),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(timed) + len(remembered))
+        session.say = lambda text: progress.update(task, description=text)
+
+        def finish(new: list[results.Row]) -> None:
+            rows.extend(new)
+            for table in report.case_tables(new):
+                console.print(table, "")
+            if path:
+                results.save(path, new)
+
+        for group in grouped(timed):
+            finish(session.time_group(group))
+            progress.update(task, advance=len(group))
+        for case in dict.fromkeys(case for case, _ in remembered):
+            new = []
+            for provider in (p for c, p in remembered if c == case):
+                new.append(session.memory_row(case, provider))
+                progress.update(task, advance=1)
+            finish(new)
+    return rows
+
+
+def _goal_results(rows: list[results.Row]) -> list[tuple[Goal, float | None, str]]:
+    """Each goal's figure and verdict."""
+    found = {(results.case_of(row), report.provider_name(row)): row for row in results.upsert([], rows)}
+
+    def lookup(case: Case, name: str) -> results.Row:
+        return found[case, name]
+
+    lines: list[tuple[Goal, float | None, str]] = []
+    for goal in GOALS:
+        problem = next((why for case, name in goal.needs if (why := _problem(found.get((case, name)), name))), None)
+        figure = None if problem else goal.value(lookup)
+        lines.append((goal, figure, problem or goal.verdict(goal.value(lookup))))
+    return lines
+
+
+def _problem(row: results.Row | None, name: str) -> str | None:
+    if row is None:
+        return f"{name} cannot run here"
+    return None if row["status"] == "ok" else f"{name} is {row['status']}: {row['reason']}"
+
+
+def _show(args: argparse.Namespace, console: Console) -> None:
+    rows = results.load(args.json)
+    for table in report.case_tables(rows):
+        console.print(table, "")
+    if args.plot:
+        _plot(rows, args.plot, console)
+
+
+def _plot(rows: list[results.Row], folder: Path, console: Console) -> None:
+    for path in plot.plot(rows, folder):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, measures, prints, stores; returns the exit status: 1 where ours was wrong or a goal was not met."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if args.show:
+        if not args.json:
+            parser.error("--show needs --json FILE")
+        _show(args, console)
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        timed, remembered = _choose(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        console.print(report.provider_table(providers().values()), "")
+    if args.list or args.dry_run:
+        for title, lines in (("Times", timed), ("Peak memory", remembered)):
+            if lines:
+                console.print(report.plan_table(title, ((case, get(name), why) for case, name, why in lines)), "")
+        return 0
+    return _run(args, _runnable(timed), _runnable(remembered), console)
+
+
+def _choose(args: argparse.Namespace) -> tuple[list[tuple[Case, str, str | None]], list[tuple[Case, str, str | None]]]:
+    """What is timed and whose memory is measured, with the reasons of what is not."""
+    if args.goals:
+        needs = dict.fromkeys((case, name, goal.memory) for goal in GOALS for case, name in goal.needs)
+        lines = [
+            (case, name, get(name).why_not(case), of_memory) for case, name, of_memory in needs if name in providers()
+        ]
+        return [line[:3] for line in lines if not line[3]], [line[:3] for line in lines if line[3]]
+    cases, memory_of, default = _cases(args)
+    timed = [] if args.no_time else _plan(cases, args.provider, default)
+    remembered = _plan(memory_of, args.provider, default) if args.memory else []
+    reasons = {device: memory.why_not(device) for device in {case.device for case in memory_of}}
+    return timed, [(case, name, why or reasons[case.device]) for case, name, why in remembered]
+
+
+def _warn_of_load(threads: int, console: Console) -> None:
+    """Interleaving evens out slow drifts, not a second process on the same cores."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.25 * threads:
+        console.print(
+            f"[yellow]other processes are running (load {load:.1f}): figures will be off[/yellow]\n", highlight=False
+        )
+
+
+def _run(args: argparse.Namespace, timed: list[Pair], remembered: list[Pair], console: Console) -> int:
+    start = time.perf_counter()
+    session = Session(
+        torch.get_num_threads(), args.rounds or (2 if args.quick else None), GOAL_ROUNDS if args.goals else 3
+    )
+    device = (timed or remembered)[0][0].device if timed or remembered else "cpu"
+    console.print(
+        f"{results.describe_machine(device)}; {session.threads} threads; torch {torch.__version__}; "
+        f"commit {results.commit()}\n",
+        highlight=False,
+    )
+    _warn_of_load(session.threads, console)
+    rows = _measure(session, timed, remembered, console, args.json)
+    bad = any(row["backend"] and row["status"] != "ok" for row in rows)
+    if args.goals:
+        kept = _goal_results(rows)
+        bad |= any(verdict == "not met" for _, _, verdict in kept)
+        console.print(report.goal_table(kept), "")
+    if args.json:
+        console.print(f"wrote {args.json}: {len(results.load(args.json))} rows", highlight=False)
+    if args.plot:
+        _plot(results.load(args.json) if args.json else rows, args.plot, console)
+    console.print(f"{len(rows)} measurements in {time.perf_counter() - start:.0f} s", highlight=False)
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

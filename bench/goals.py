@@ -1,0 +1,122 @@
+"""The ratios that this package promises on a 2-core CPU, each measured within one run: ``python -m bench --goals``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .cases import Case
+from .results import Row, cpu_flags
+
+__all__ = ["GOALS", "Goal", "Lookup"]
+
+#: (case, provider's name) -> its row
+Lookup = Callable[[Case, str], Row]
+
+OURS, DENSE, CHUNKED = "ours-cpu", "dense", "linear-cross-entropy"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One promise.
+
+    Parameters
+    ----------
+    text : str
+        What is measured.
+    target : float
+        The bound.
+    needs : tuple of (Case, str)
+        Cases and providers' names that have to be measured.
+    value : callable
+        The figure, from the rows.
+    at_most : bool
+        The bound is an upper one.
+    unit : str
+        Behind the figure.
+    memory : bool
+        Peak memory is needed, not time.
+    amx : bool
+        Stated for a CPU with AMX.
+    """
+
+    text: str
+    target: float
+    needs: tuple[tuple[Case, str], ...]
+    value: Callable[[Lookup], float]
+    at_most: bool = False
+    unit: str = "x"
+    memory: bool = False
+    amx: bool = False
+
+    def met(self, figure: float) -> bool:
+        """The figure keeps the promise."""
+        return figure <= self.target if self.at_most else figure >= self.target
+
+    def verdict(self, figure: float) -> str:
+        """ "met", "not met", or why the goal does not apply here."""
+        if self.amx and "amx_bf16" not in cpu_flags():
+            return f"no AMX on this CPU ({'would be met' if self.met(figure) else 'not met'})"
+        return "met" if self.met(figure) else "not met"
+
+
+def _clip(n: int, d: int, dtype: str = "float32") -> Case:
+    return Case("clip_loss", n, d, dtype=dtype)
+
+
+def _of_floor(text: str, case: Case, target: float) -> Goal:
+    return Goal(text, target, ((case, OURS),), lambda row: row(case, OURS)["floor_fraction"], unit="of the floor")
+
+
+def _faster(text: str, case: Case, than: Case, peer: str, target: float, amx: bool = False) -> Goal:
+    def ratio(row: Lookup) -> float:
+        return row(than, peer)["best_s"] / row(case, OURS)["best_s"]
+
+    return Goal(text, target, ((case, OURS), (than, peer)), ratio, amx=amx)
+
+
+def _goals() -> list[Goal]:
+    goals: list[Goal] = []
+    for d, floor, dense in ((512, 0.85, 2.0), (256, 0.80, 2.5)):
+        case = _clip(8192, d)
+        at = f"N = 8,192, D = {d}"
+        goals.append(_of_floor(f"clip_loss, {at}: of its 4 products", case, floor))
+        goals.append(_faster(f"clip_loss, {at}: faster than linear_cross_entropy x 2", case, case, CHUNKED, 1.6))
+        goals.append(_faster(f"clip_loss, {at}: faster than dense", case, case, DENSE, dense))
+        split = dataclasses.replace(case, loss="decomposable")
+        goals.append(_of_floor(f"decomposable, {at}: of its 3 products", split, 0.80))
+        goals.append(_faster(f"decomposable, {at}: faster than clip_loss", split, case, OURS, 1.2))
+    for d, target in ((512, 1.7), (256, 2.5)):
+        case = _clip(8192, d, "bfloat16")
+        goals.append(
+            _faster(f"clip_loss bf16, N = 8,192, D = {d}: faster than dense", case, case, DENSE, target, amx=True)
+        )
+    for d in (256, 512):
+        small = _clip(256, d)
+        goals.append(
+            Goal(
+                f"clip_loss, N = 256, D = {d}: of dense's time",
+                1.3,
+                ((small, OURS), (small, DENSE)),
+                lambda row, small=small: row(small, OURS)["best_s"] / row(small, DENSE)["best_s"],  # type: ignore[misc]
+                at_most=True,
+            )
+        )
+    large = _clip(32768, 256)
+    goals.append(
+        Goal(
+            "clip_loss, N = 32,768, D = 256: peak memory beyond inputs and gradients",
+            96.0,
+            ((large, OURS),),
+            lambda row: row(large, OURS)["peak_bytes"] / 1e6,
+            at_most=True,
+            unit="MB",
+            memory=True,
+        )
+    )
+    return goals
+
+
+#: fp32, forward + backward and a learnable scale unless a goal says otherwise.
+GOALS = _goals()
