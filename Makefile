@@ -26,10 +26,13 @@ test: $(VENV)/.with-dev $(VENV)/.extension  ## tests and doctests; PYTEST_ARGS="
 	$(IN_ROOT) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} '$(VENV)/bin/python' -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	@$(IN_ROOT) '$(VENV)/bin/clang-format' --dry-run -Werror $(CXX_ALL) && echo "clang-format: $(words $(CXX_ALL)) files"
-	$(PY) -m mypy
+	@$(IN_ROOT) PATH="$(VENV)/bin:$$PATH"; bad=0; \
+	run() { echo "$$1"; shift; "$$@" || bad=1; }; \
+	run "ruff check" ruff check . ; \
+	run "ruff format" ruff format --check . ; \
+	run "clang-format, $(words $(CXX_ALL)) files" clang-format --dry-run -Werror $(CXX_ALL) ; \
+	run "mypy" mypy ; \
+	exit $$bad
 
 bench: $(VENV)/.with-bench $(VENV)/.extension  ## the microbenchmark; BENCH_ARGS="--help" for its options
 	$(PY) -m bench $(BENCH_ARGS)

@@ -1,0 +1,291 @@
+"""Train two towers on characters and their names, with any of the losses.
+
+    python examples/train_clip.py                                        the fused CLIP loss, batch 4,096
+    python examples/train_clip.py --loss sigmoid --batch 1024 --epochs 200
+    python examples/train_clip.py --out runs/a --resume                  goes on where a killed run stopped
+
+Writes to ``--out``: ``checkpoint.pt`` (replaced atomically; a run that resumes from it ends as if it had never been
+stopped), ``metrics.json`` and ``curves.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import RECALL_AT, Scores, evaluate
+from glyphs import BatchSampler, GlyphData, load_glyphs
+from objectives import LOSSES, initial_logits, make_objective
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from towers import Captions, TwoTowers
+
+import contrastive_kernels as ck
+
+__all__ = ["Settings", "Trainer", "scores_table", "train"]
+
+RUNS = Path(__file__).resolve().parent / "runs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides a run's result; a checkpoint keeps it.
+
+    ``steps`` 0 means ``epochs`` passes over the characters instead.
+    """
+
+    loss: str = "clip"
+    batch: int = 4096
+    steps: int = 0
+    epochs: int = 150
+    seed: int = 0
+    dim: int = 256
+    lr: float = 5e-3
+    weight_decay: float = 0.5
+    warmup: float = 0.1  # part of the steps
+    shift: int = 1  # pixels that a picture moves at most
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
+        for name in ("batch", "epochs", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class Trainer:
+    """One run: everything that a checkpoint has to bring back, and one step of it.
+
+    Parameters
+    ----------
+    settings : Settings
+    data : GlyphData
+    device : torch.device or str
+    """
+
+    def __init__(self, settings: Settings, data: GlyphData, device: torch.device | str = "cpu") -> None:
+        self.settings, self.data, self.device = settings, data, torch.device(device)
+        torch.manual_seed(settings.seed)
+        self.model = TwoTowers(settings.dim, *initial_logits(settings.loss)).to(self.device)
+        self.objective = make_objective(settings.loss, len(data.codepoints), self.device)
+        self.sampler = BatchSampler(data, settings.batch, seed=settings.seed, max_shift=settings.shift)
+        self.steps = settings.steps or settings.epochs * len(self.sampler)
+        self.captions = Captions(data.captions, self.device)
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        self.step = 0
+        self.seconds = 0.0  # spent in steps, over all sittings
+        self.losses: list[Tensor] = []  # on the device: a step asks nothing of it
+        self.scales: list[Tensor] = []
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Weight decay for matrices alone; the temperature learns ten times faster than the rest."""
+        logits = [self.model.log_logit_scale, self.model.logit_bias]
+        others = [*self.model.image.parameters(), *self.model.text.parameters()]
+        return [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": self.settings.weight_decay, "speed": 1.0},
+            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "speed": 1.0},
+            {"params": logits, "weight_decay": 0.0, "speed": 10.0},
+        ]
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        warmup = max(1, round(self.steps * self.settings.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return self.settings.lr * min(1.0, (self.step + 1) / warmup) * cosine
+
+    def train_step(self) -> None:
+        """Draws a batch and moves the towers."""
+        started = time.perf_counter()
+        batch = self.sampler[self.step]
+        characters = torch.from_numpy(batch.characters).to(self.device)
+        images = torch.from_numpy(batch.images[0]).to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate() * group["speed"]
+        image, text = self.model(images, self.captions[characters])
+        loss = self.objective(self.model, image, text, characters)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.model.clamp_logit_scale()
+        self.losses.append(loss.detach())
+        self.scales.append(self.model.logit_scale.detach())
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+
+    def curve(self) -> dict[str, list[float]]:
+        """Loss and temperature at every step so far."""
+        return {"loss": _floats(self.losses), "logit_scale": _floats(self.scales)}
+
+    def save(self, path: Path) -> None:
+        """Writes beside ``path`` and renames: a kill at any moment leaves a whole checkpoint, the new or the old."""
+        state = {
+            "settings": dataclasses.asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "curve": self.curve(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what ``save`` wrote."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state["objective"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses = list(torch.tensor(state["curve"]["loss"]))
+        self.scales = list(torch.tensor(state["curve"]["logit_scale"]))
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
+
+
+def _floats(values: list[Tensor]) -> list[float]:
+    return torch.stack([v.cpu() for v in values]).tolist() if values else []
+
+
+def train(
+    trainer: Trainer, out: Path | None = None, *, save_every: int = 25, until: int | None = None, label: str = ""
+) -> None:
+    """Runs a trainer to its last step (or to step ``until``), with a progress bar; saves to ``out`` now and then."""
+    last = trainer.steps if until is None else min(until, trainer.steps)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label or trainer.settings.loss, total=last, completed=trainer.step)
+        while trainer.step < last:
+            trainer.train_step()
+            progress.update(task, completed=trainer.step)
+            if trainer.step % 10 == 0:  # reading the loss waits for the device
+                text = f"{label or trainer.settings.loss}: loss {float(trainer.losses[-1]):.3f}"
+                progress.update(task, description=text)
+            if out and (trainer.step % save_every == 0 or trainer.step == last):
+                trainer.save(out / "checkpoint.pt")
+
+
+def scores_table(scores: Scores, title: str) -> Table:
+    """What a person wants to know, with guessing beside it."""
+    table = Table("", "reached", "by chance", title=title, title_justify="left")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for name, recall in (("picture to name", scores.image_to_text), ("name to picture", scores.text_to_image)):
+        for k in RECALL_AT:
+            table.add_row(f"{name}, recall@{k}", f"{recall[k]:.1%}", f"{scores.recall_by_chance[k]:.1%}")
+    row = f"zero-shot script, {scores.classes} classes, balanced accuracy"
+    table.add_row(row, f"{scores.zero_shot:.1%}", f"{scores.zero_shot_by_chance:.1%}")
+    return table
+
+
+def write_metrics(path: Path, trainer: Trainer, scores: dict[str, Scores]) -> None:
+    """Settings, versions, curve and results, as JSON."""
+    metrics = {
+        "settings": dataclasses.asdict(trainer.settings),
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "device": str(trainer.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "contrastive_kernels": ck.__version__,
+        "python": platform.python_version(),
+        "scores": {split: value.as_dict() for split, value in scores.items()},
+        "curve": trainer.curve(),
+    }
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(metrics, indent=1))
+    os.replace(part, path)
+
+
+def draw_curves(path: Path, curves: dict[str, dict[str, list[float]]]) -> None:
+    """Loss and temperature against the step, a line per run, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = ({"lw": 3.5, "alpha": 0.45}, {"lw": 1.2, "color": "black"})
+    for i, (name, curve) in enumerate(curves.items()):
+        style: dict[str, Any] = styles[i] if len(curves) == 2 else {}
+        left.plot(range(1, len(curve["loss"]) + 1), curve["loss"], label=name, **style)
+        right.plot(range(1, len(curve["logit_scale"]) + 1), curve["logit_scale"], label=name, **style)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="step", ylabel="logit scale (1 / temperature)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options that are no settings, and those settings that were given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Settings):
+        options: dict[str, Any] = {"choices": LOSSES} if field.name == "loss" else {}
+        name = "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=f"default {field.default}", **options)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder of the run; default examples/runs/<loss>")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--save-every", type=int, default=25, metavar="STEPS")
+    parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
+    arguments = parser.parse_args()
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return arguments, {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def start(data: GlyphData, given: dict[str, Any], checkpoint: Path, resume: bool, device: str) -> Trainer:
+    """A new trainer, or the one of the checkpoint; options that contradict the checkpoint are an error."""
+    if not (resume and checkpoint.exists()):
+        return Trainer(Settings(**given), data, device)
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    changed = {name: value for name, value in given.items() if state["settings"][name] != value}
+    if changed:
+        raise ValueError(f"--resume: expected the settings of {checkpoint}, {state['settings']}, got {changed}")
+    trainer = Trainer(Settings(**state["settings"]), data, device)
+    trainer.load(state)
+    return trainer
+
+
+def main() -> None:
+    """The command."""
+    arguments, given = parse_arguments()
+    console = Console()
+    out: Path = arguments.out or RUNS / given.get("loss", Settings.loss)
+    data = load_glyphs(arguments.cache)
+    trainer = start(data, given, out / "checkpoint.pt", arguments.resume, arguments.device)
+    console.print(
+        f"{trainer.settings.loss} loss, {len(data):,} pictures of {len(data.codepoints):,} characters, "
+        f"batch {trainer.sampler.batch:,} distinct characters, steps {trainer.step} to {trainer.steps}, "
+        f"{trainer.device}, {torch.get_num_threads()} threads"
+    )
+    train(trainer, out, save_every=arguments.save_every)
+    scores = {split: evaluate(trainer.model, data, split) for split in ("validation", "test")}
+    title = f"{scores['test'].candidates:,} held-out characters, after {trainer.seconds:.0f} s of training"
+    console.print(scores_table(scores["test"], title))
+    out.mkdir(parents=True, exist_ok=True)
+    write_metrics(out / "metrics.json", trainer, scores)
+    draw_curves(out / "curves.png", {trainer.settings.loss: trainer.curve()})
+    console.print(f"checkpoint.pt, metrics.json, curves.png in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""The one list of problems, one factor at a time: every shape and every hard input that the losses are tried on."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import contrastive_kernels
+from contrastive_kernels import reference
+
+SOFTMAX = ("info_nce", "clip_loss", "nt_xent")
+#: Losses of rectangular score matrices with positives anywhere.
+ONE_WAY = ("info_nce", "decomposable")
+#: Losses of matching rows. "decomposable_pair" trains both directions from a pair of normalisers.
+PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
+DECOMPOSABLE = ("decomposable", "decomposable_pair")
+ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what is unusual about it (`name`), and why that is worth a test (`reason`)."""
+
+    name: str
+    reason: str
+    n: int = 65
+    m: int | None = None
+    d: int = 64
+    temperature: float = 0.07
+    #: a negative or zero scale is given here instead of by temperature
+    scale: float | None = None
+    bias: float = -3.0
+    features: str = "random"
+    layout: str = "contiguous"
+    #: None, an offset, or "index": drawn with repeats
+    positives: int | str | None = None
+    #: None, "random", "sparse" (zeros among them), "zero" or "bool"
+    weight: str | None = None
+    #: panels as small as the engine takes them, so that several are walked in both directions
+    small_panels: bool = False
+    workspace_bytes: int | None = None
+    #: log Zbar minus the batch's own log Z
+    staleness: float = 0.0
+    #: logits of the positives are given: "all" (no column is a positive) or "some" (positives -1 and indices)
+    block: str | None = None
+    #: further arguments of the decomposable loss
+    decomposable: tuple[tuple[str, Any], ...] = ()
+    #: float16 holds the gradients
+    float16: bool = True
+    losses: tuple[str, ...] = ALL
+
+    @property
+    def seed(self) -> int:
+        """Of the problem's own random numbers."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def logit_scale(self) -> float:
+        """What multiplies the dot products."""
+        return 1 / self.temperature if self.scale is None else self.scale
+
+
+@dataclass
+class Inputs:
+    """A problem's arguments in one dtype."""
+
+    problem: Problem
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
+    positives: int | Tensor | None = None
+    weight: Tensor | None = None
+    log_normalizer: tuple[Tensor, Tensor] | None = None
+    positive_logits: tuple[Tensor, Tensor] | None = None
+    decomposable: dict[str, Any] = field(default_factory=dict)
+
+    def call(
+        self, module: Any, loss: str, x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, **options: Any
+    ) -> Any:
+        """The loss as `module` (the package, or its reference) computes it, in the dtype of x."""
+        options["weight"] = self.weight
+        if loss == "sigmoid":
+            return module.sigmoid(x, y, scale, bias, **options)
+        if loss in ("clip_loss", "nt_xent"):
+            return getattr(module, loss)(x, y, scale, **options)
+        options["positives"] = self.positives
+        if loss == "info_nce":
+            return module.info_nce(x, y, scale, **options)
+        pair = loss == "decomposable_pair"
+        logits = None
+        if self.positive_logits is not None:
+            logits = tuple(v.to(score_dtype(x.dtype)) for v in self.positive_logits)
+            logits = logits if pair else logits[0]
+        if self.decomposable.get("shape") is not None:
+            options["generator"] = torch.Generator().manual_seed(self.problem.seed)
+        normalizer = self.log_normalizer if pair else self.log_normalizer[0]
+        return module.decomposable(
+            x, y, scale, normalizer, positive_logits=logits, **self.decomposable, **options
+        )
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+PROBLEMS = (
+    Problem("base", "one row more than a vector register, a stripe or the smallest panel holds"),
+    # numbers of rows
+    Problem("n0", "no rows: 0, not NaN", n=0),
+    Problem("n1", "one row has no negatives: softmax losses are 0, gradients too", n=1),
+    Problem("n2", "the smallest batch with negatives", n=2),
+    Problem("n3", "shorter than every vector register", n=3),
+    Problem("n63", "one less than a stripe of rows", n=63),
+    Problem("n64", "exactly one stripe", n=64),
+    Problem("n257", "one more than a multiple of every block", n=257),
+    Problem("panels", "five by five panels, ragged in both directions", n=257, small_panels=True),
+    Problem("kept-panels", "panels of scores that are few enough to be kept", n=257, d=1000, workspace_bytes=16 * 257**2),
+    # rectangles
+    Problem("wide", "more candidates than anchors, as in a gathered batch", m=130, losses=ONE_WAY),
+    Problem("wide-panels", "panels of a rectangle", n=130, m=257, small_panels=True, losses=ONE_WAY),
+    Problem("no-rows", "no anchors, but candidates: their gradient is 0", n=0, m=5, losses=ONE_WAY),
+    Problem("one-row", "one anchor against a corpus", n=1, m=257, losses=ONE_WAY),
+    Problem("offset", "positives of this process's rows in a gathered batch", m=130, positives=64, losses=ONE_WAY),
+    Problem("offset-panels", "the excluded diagonal crosses panels", n=130, m=257, positives=100, small_panels=True, losses=ONE_WAY),
+    Problem("index", "rows share positives; fewer candidates than anchors", n=130, m=33, positives="index", losses=ONE_WAY),
+    Problem("index-panels", "shared positives across panels", n=257, m=130, positives="index", small_panels=True, losses=ONE_WAY),
+    # numbers of features
+    Problem("d1", "scores are products of two numbers", d=1),
+    Problem("d7", "odd, and less than a register", d=7),
+    Problem("d123", "no multiple of anything: rows are not aligned", d=123),
+    Problem("d384", "a text encoder's width", d=384),
+    Problem("d768", "a vision transformer's width", d=768),
+    Problem("d1000", "wider than the batch is long", d=1000),
+    # temperatures and scores
+    Problem("warm", "temperature 1: every negative counts", temperature=1.0),
+    Problem("t0.01", "CLIP's own clamp, scale 100", temperature=0.01),
+    Problem("t0.005", "a fixed maximum of 1/temperature loses every term here", temperature=0.005),
+    Problem("t0.001", "logits up to 1000: a sum of exponentials without a maximum overflows", temperature=0.001, n=130),
+    Problem("zero-scale", "all logits equal; dscale is a plain sum of scores", scale=0.0),
+    Problem("negative-scale", "the largest score becomes the smallest logit", scale=-5.0),
+    Problem("nearly-solved", "loss 1e-3: a positive in the stream loses its digits", n=257, d=256, scale=13.0, features="solved"),
+    Problem("identical", "all rows equal: loss log N, similarity gradients cancel", features="identical"),
+    Problem("all-negative", "every score near -1: a maximum of 0 would underflow", temperature=0.005, features="opposed"),
+    Problem("unnormalised", "rows of norm 8, logits of hundreds", temperature=0.07, features="normal"),
+    Problem("huge", "rows of norm 3000, logits of millions: every softmax is one-hot", scale=1.0, features="huge"),
+    Problem("outliers", "rows and columns with normalisers far apart: no common reference serves", n=130, scale=1.0, features="outliers"),
+    Problem("siglip-start", "SigLIP's initial scale and bias", scale=10.0, bias=-10.0, losses=("sigmoid",)),
+    # memory layouts
+    Problem("transposed", "features by columns", layout="transposed"),
+    Problem("misaligned", "columns of a wider matrix from an odd offset", layout="misaligned"),
+    Problem("strided", "every other row", layout="strided", small_panels=True, n=130),
+    Problem("expanded", "one stored row seen many times: stride 0", layout="expanded"),
+    # weights
+    Problem("weights", "a weighted mean divides by the sum of the weights", weight="random"),
+    Problem("sparse-weights", "rows of weight 0 give no gradient", n=130, weight="sparse", small_panels=True),
+    Problem("zero-weights", "a mean of nothing is 0, not NaN", n=3, weight="zero"),
+    # the decomposable loss
+    Problem("stale", "log Zbar too small by 3: u Z = e^3", staleness=-3.0, losses=DECOMPOSABLE),
+    Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
+    Problem("very-stale", "u Z = e^40: sums in float32 beyond the usual range", staleness=-40.0, float16=False, losses=DECOMPOSABLE),
+    Problem("drawn", "u from its exact conditional distribution", decomposable=(("shape", 1.0),), losses=DECOMPOSABLE),
+    Problem("drawn-wide", "a small shape: u close to 0", decomposable=(("shape", 0.3),), losses=DECOMPOSABLE),
+    Problem("dcl", "no positive in the denominator", decomposable=(("positive_constant", 0.0),), losses=DECOMPOSABLE),
+    Problem("rescaled", "K / B of 2.5", decomposable=(("negative_scale", 2.5),), losses=DECOMPOSABLE),
+    Problem("block", "columns that hold nobody's positive", block="all", losses=DECOMPOSABLE),
+    Problem("part-block", "columns that hold some rows' positives", m=33, block="some", losses=("decomposable",)),
+)  # fmt: skip
+
+BY_NAME = {problem.name: problem for problem in PROBLEMS}
+
+
+def _unit(v: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(v, dim=1)
+
+
+def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x [N, D], y [M, D] in float64."""
+    n, m, d = problem.n, problem.n if problem.m is None else problem.m, problem.d
+    x, y = torch.randn(n, d, generator=g).double(), torch.randn(m, d, generator=g).double()
+    common = torch.randn(1, d, generator=g).double()
+    match problem.features:
+        case "random":  # positives somewhat closer than negatives
+            k = min(n, m)
+            y[:k] += 0.5 * x[:k]
+            return _unit(x), _unit(y)
+        case "solved":
+            return _unit(x), _unit(x + 0.1 * y)
+        case "identical":
+            return _unit(common).repeat(n, 1), _unit(common).repeat(m, 1)
+        case "opposed":
+            return _unit(common + 0.1 * x), -_unit(common + 0.1 * y)
+        case "normal":
+            return x, y
+        case "huge":
+            return 3000 * _unit(x), 3000 * _unit(y)
+        case "outliers":
+            lengths = torch.linspace(-2, 2, n)[:, None]
+            return 4 * 10**lengths * _unit(x), 4 * 10 ** lengths.flip(0) * _unit(y)
+    raise ValueError(problem.features)
+
+
+def _lay_out(v: Tensor, layout: str) -> Tensor:
+    """The same values in another layout; the padding is NaN, so that a read of it shows."""
+    n, d = v.shape
+    match layout:
+        case "contiguous":
+            return v
+        case "transposed":
+            return v.T.contiguous().T
+        case "misaligned":
+            wide = v.new_full((n, d + 5), torch.nan)
+            wide[:, 3 : 3 + d] = v
+            return wide[:, 3 : 3 + d]
+        case "strided":
+            tall = v.new_full((2 * n, d), torch.nan)
+            tall[::2] = v
+            return tall[::2]
+        case "expanded":
+            return v[:1].expand(n, d)
+    raise ValueError(layout)
+
+
+def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
+    weight = 2 * torch.rand(problem.n, generator=g)
+    match problem.weight:
+        case None:
+            return None
+        case "sparse":
+            return weight * (torch.rand(problem.n, generator=g) < 0.5)
+        case "zero":
+            return weight * 0
+    return weight
+
+
+@lru_cache(maxsize=None)
+def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
+    """The problem's arguments; features in `dtype`, the rest in the dtype of scores."""
+    g = torch.Generator().manual_seed(problem.seed)
+    x, y = (_lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
+    n, m, score = len(x), len(y), score_dtype(dtype)
+    positives = problem.positives
+    if positives == "index":
+        positives = torch.randint(m, (n,), generator=g)
+    inputs = Inputs(
+        problem,
+        x,
+        y,
+        scale=torch.tensor(problem.logit_scale, dtype=score),
+        bias=torch.tensor(problem.bias, dtype=score),
+        positives=positives,
+        weight=_weights(problem, g),
+        decomposable=dict(problem.decomposable),
+    )
+    if problem.block is not None:
+        inputs.positive_logits = tuple(torch.randn(k, generator=g).mul(0.1).add(0.5).mul(inputs.scale) for k in (n, m))
+        if problem.block == "some":
+            index = torch.arange(n)
+            inputs.positives = torch.where(index < m, index, -1)
+    if set(problem.losses) & set(DECOMPOSABLE):
+        inputs.log_normalizer = _normalizers(problem, inputs, g)
+    return inputs
+
+
+def _normalizers(problem: Problem, inputs: Inputs, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The batch's own log Z by rows and by columns (or something as long), made stale."""
+    x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double()
+    inputs.log_normalizer = (torch.zeros(len(x)), torch.zeros(len(y)))
+    pair = "decomposable_pair" in problem.losses and len(x) == len(y)
+    loss = "decomposable_pair" if pair else "decomposable"
+    _, log_z = inputs.call(reference, loss, x, y, scale, 0.0, return_log_normalizer=True)
+    rows, cols = log_z if pair else (log_z, torch.zeros(len(y)))
+    noise = [0.1 * abs(problem.staleness) * torch.randn(len(v), generator=g) for v in (rows, cols)]
+    made = [(v + problem.staleness + e).to(inputs.scale.dtype) for v, e in zip((rows, cols), noise)]
+    return tuple(v.masked_fill(v == -math.inf, 0.0) for v in made)
+
+
+@dataclass
+class Outcome:
+    """A value and its gradients by argument, None where there is none."""
+
+    value: Tensor
+    gradients: dict[str, Tensor | None]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The value, or the gradient of this name."""
+        return self.value if name == "value" else self.gradients[name]
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Outcome:
+        """The same with `function` applied to the value and to the gradients that there are."""
+        gradients = {name: None if g is None else function(name, g) for name, g in self.gradients.items()}
+        return Outcome(function("value", self.value), gradients)
+
+
+#: The arguments that a loss has gradients to.
+def differentiable(loss: str) -> tuple[str, ...]:
+    """Names of the arguments that take gradients."""
+    return ("x", "y", "scale", "bias") if loss == "sigmoid" else ("x", "y", "scale")
+
+
+def upstream_like(value: Tensor, seed: int) -> Tensor:
+    """A random upstream gradient in the value's shape, float64."""
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+
+
+def run(
+    module: Any,
+    inputs: Inputs,
+    loss: str,
+    dtype: torch.dtype,
+    needs: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Outcome:
+    """The loss of `module` on the inputs in `dtype` (a layout is kept where it is their own), forward and backward."""
+    names = differentiable(loss) if needs is None else needs
+    features = {"x": inputs.x, "y": inputs.y}
+    if dtype != inputs.x.dtype:
+        features = {name: v.to(dtype) for name, v in features.items()}
+    scalars = {name: v.to(score_dtype(dtype)) for name, v in (("scale", inputs.scale), ("bias", inputs.bias))}
+    leaves = {name: v.detach().requires_grad_(name in names) for name, v in (features | scalars).items()}
+    value = inputs.call(module, loss, *leaves.values(), **options)
+    upstream = upstream_like(value, inputs.problem.seed).to(value.dtype)
+    if names:
+        torch.autograd.backward(value, upstream)
+    return Outcome(value.detach(), {name: leaf.grad for name, leaf in leaves.items()})
+
+
+def engine_options(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
+    """backend and workspace_bytes for a run of the package."""
+    options: dict[str, Any] = {"backend": backend}
+    problem, dtype = inputs.problem, inputs.x.dtype
+    if problem.small_panels:
+        options["workspace_bytes"] = smallest_workspace(
+            lambda size: run(contrastive_kernels, inputs, loss, dtype, backend=backend, workspace_bytes=size)
+        )
+    elif problem.workspace_bytes is not None:
+        options["workspace_bytes"] = problem.workspace_bytes
+    return options
+
+
+def smallest_workspace(call: Callable[[int], Any]) -> int:
+    """The smallest number of bytes that `call` (forward and backward) accepts, as its own refusals tell it."""
+    size = 1
+    while True:
+        try:
+            call(size)
+        except ValueError as error:
+            words = str(error).replace(",", "").split()
+            needed = next(int(word) for word in words if word.isdigit())
+            assert words[0] == "workspace_bytes:" and needed > size, error
+            size = needed
+        else:
+            return size

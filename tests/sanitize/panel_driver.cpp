@@ -1,0 +1,317 @@
+// Runs the C++ pass over ragged panels in heap buffers of exactly the right size, against a plain loop in double.
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/test_sanitizers.py, which also builds it with
+//   -DCK_INJECT_OVERRUN    scores one element short: a read past the end, to prove that the sanitizer is live;
+//   -DCK_INJECT_UNDEFINED  a signed overflow, likewise.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/include/api.h"
+
+namespace {
+
+#ifdef CK_INJECT_OVERRUN
+constexpr int64_t kMissing = 1;
+#else
+constexpr int64_t kMissing = 0;
+#endif
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One way to call the pass.
+struct Variant {
+  ck::PairTerm term;
+  bool row, col;  // directions that take part
+  bool weights;   // a weight panel, else a reduce panel
+  bool sums;      // the running sums are wanted (always in a reduce panel)
+  bool bfloat16;  // the weights' type
+  bool in_place;  // weights overwrite the scores (float32 only)
+  bool wide;      // scores so far apart that rows and columns cannot share a reference
+  bool dparams;   // the sums for the parameters' gradients are wanted
+  int64_t excluded, padding;
+  int threads;
+};
+
+// A heap buffer whose end is the allocation's end.
+template <typename T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  int64_t size;
+  explicit Buffer(int64_t n) : data(new T[n]()), size(n) {}
+  T* get() { return data.get(); }
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+struct Case {
+  Variant v;
+  int64_t rows, cols, stride, weights_stride, first_column = 7;
+  Buffer<float> scores, params, row_reference, row_sum, col_reference, col_sum, row_norm, row_gain, col_norm, col_gain;
+  Buffer<int64_t> exclude;
+  Buffer<float> weights32;
+  Buffer<uint16_t> weights16;
+  Buffer<double> dparams;
+  std::vector<double> z, score;  // [rows * cols]; excluded pairs at -inf
+
+  Case(const Variant& variant, int64_t r, int64_t c)
+      : v(variant),
+        rows(r),
+        cols(c),
+        stride(c + variant.padding),
+        weights_stride(variant.in_place ? stride : c + (7 - variant.padding)),
+        scores((r - 1) * stride + c - kMissing),
+        params(2),
+        row_reference(r),
+        row_sum(r),
+        col_reference(c),
+        col_sum(c),
+        row_norm(r),
+        row_gain(r),
+        col_norm(c),
+        col_gain(c),
+        exclude(r * variant.excluded),
+        weights32(variant.bfloat16 || variant.in_place ? 0 : (r - 1) * weights_stride + c),
+        weights16(variant.bfloat16 ? (r - 1) * weights_stride + c : 0),
+        dparams(2) {}
+};
+
+void fill(Case& c, std::mt19937& random) {
+  std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
+  c.params[0] = c.v.wide ? 60.0f : 3.0f;
+  c.params[1] = c.v.term == ck::PairTerm::kSigmoid ? -2.0f : 0.0f;
+  for (int64_t i = 0; i < c.scores.size; ++i) c.scores[i] = unit(random);
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t k = 0; k < c.v.excluded; ++k)  // some in the panel, some left and right of it
+      c.exclude[i * c.v.excluded + k] = c.first_column + static_cast<int64_t>(random() % (c.cols + 4)) - 2;
+  c.z.resize(c.rows * c.cols);
+  c.score.resize(c.rows * c.cols);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.cols; ++j) {
+      const int64_t at = std::min(i * c.stride + j, c.scores.size - 1);
+      if (c.v.wide) c.scores[at] += i % 2 == 0 ? 1.0f : -1.0f;
+      c.score[i * c.cols + j] = c.scores[at];
+      c.z[i * c.cols + j] = static_cast<double>(c.scores[at]) * c.params[0] + c.params[1];
+    }
+    for (int64_t k = 0; k < c.v.excluded; ++k) {
+      const int64_t j = c.exclude[i * c.v.excluded + k] - c.first_column;
+      if (j >= 0 && j < c.cols) c.z[i * c.cols + j] = -kInfinity;
+    }
+  }
+  for (int64_t i = 0; i < c.rows; ++i) c.row_gain[i] = unit(random);
+  for (int64_t j = 0; j < c.cols; ++j) c.col_gain[j] = unit(random);
+}
+
+// log of the sum of exponentials of n values `step` apart, continued from a state (reference, sum).
+double log_sum_exp(const double* z, int64_t n, int64_t step, double reference, double sum) {
+  double top = sum > 0.0 ? reference : -kInfinity;
+  for (int64_t k = 0; k < n; ++k) top = std::max(top, z[k * step]);
+  if (top == -kInfinity) return top;
+  double total = sum > 0.0 ? sum * std::exp(reference - top) : 0.0;
+  for (int64_t k = 0; k < n; ++k) total += std::exp(z[k * step] - top);
+  return top + std::log(total);
+}
+
+double softplus(double z) { return std::max(z, 0.0) + std::log1p(std::exp(-std::fabs(z))); }
+double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
+
+double from_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+[[noreturn]] void fail(const Case& c, const char* what, double got, double expected) {
+  std::printf("FAILED %s: %s of a %lld x %lld panel: got %.9g, expected %.9g\n", ck::instruction_set(), what,
+              static_cast<long long>(c.rows), static_cast<long long>(c.cols), got, expected);
+  std::printf("  term %d row %d col %d weights %d sums %d bfloat16 %d in_place %d wide %d excluded %lld threads %d\n",
+              static_cast<int>(c.v.term), c.v.row, c.v.col, c.v.weights, c.v.sums, c.v.bfloat16, c.v.in_place, c.v.wide,
+              static_cast<long long>(c.v.excluded), c.v.threads);
+  std::exit(1);
+}
+
+// `scale`: the size of what was added up. The relative bound has room for the rounding of z itself (|z| up to 120, so
+// 7e-6); the absolute one for what a shared reference lets underflow (e^-47 of the largest, times params).
+void expect(const Case& c, const char* what, double got, double expected, double scale, double relative) {
+  if (got == expected) return;  // both -inf, too
+  if (!(std::fabs(got - expected) <= relative * scale + 1e-18)) fail(c, what, got, expected);
+}
+
+// Checks one side's running (reference, sum) against its states before.
+void check_side(const Case& c, const char* what, Buffer<float>& reference, Buffer<float>& sum,
+                const std::vector<double>& expected) {
+  for (int64_t i = 0; i < sum.size; ++i) {
+    const double got = sum[i] > 0.0f ? reference[i] + std::log(static_cast<double>(sum[i])) : -kInfinity;
+    expect(c, what, got, expected[i], 1.0, 4e-5);
+  }
+}
+
+// Checks the weights, their untouched padding, and the two sums for the parameters.
+void check_weights(Case& c) {
+  const bool exponential = c.v.term == ck::PairTerm::kExponential;
+  double dscale = 0.0, dbias = 0.0, dscale_size = 0.0, dbias_size = 0.0;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.cols; ++j) {
+      const double z = c.z[i * c.cols + j];
+      double w = 0.0, size = 0.0;
+      if (c.v.row) {
+        const double part = c.row_gain[i] * (exponential ? std::exp(z - c.row_norm[i]) : sigmoid(z));
+        w += part;
+        size += std::fabs(part);
+      }
+      if (c.v.col) {
+        const double part = c.col_gain[j] * std::exp(z - c.col_norm[j]);
+        w += part;
+        size += std::fabs(part);
+      }
+      const int64_t at = i * c.weights_stride + j;
+      const double got =
+          c.v.bfloat16 ? from_bfloat16(c.weights16[at]) : (c.v.in_place ? c.scores[at] : c.weights32[at]);
+      expect(c, "weight", got, w * c.params[0], size * c.params[0], c.v.bfloat16 ? 0.0045 : 4e-5);
+      dscale += w * c.score[i * c.cols + j];
+      dscale_size += size * std::fabs(c.score[i * c.cols + j]);
+      dbias += w;
+      dbias_size += size;
+    }
+    for (int64_t j = c.cols; j < c.weights_stride && i + 1 < c.rows && !c.v.in_place; ++j) {
+      const int64_t at = i * c.weights_stride + j;
+      expect(c, "padding", c.v.bfloat16 ? c.weights16[at] : c.weights32[at], 0.0, 0.0, 0.0);
+    }
+  }
+  if (!c.v.dparams) return;
+  expect(c, "dscale", c.dparams[0], dscale + 1.0, dscale_size, 4e-5);
+  expect(c, "dbias", c.dparams[1], dbias + 2.0, dbias_size, 4e-5);
+}
+
+ck::Panel make_panel(Case& c) {
+  ck::Panel p;
+  p.term = c.v.term;
+  p.scores = c.scores.get();
+  p.rows = c.rows, p.cols = c.cols, p.stride = c.stride;
+  p.params = c.params.get();
+  p.exclude = c.v.excluded ? c.exclude.get() : nullptr;
+  p.exclude_count = c.v.excluded, p.first_column = c.first_column;
+  p.threads = c.v.threads;
+  if (c.v.sums && c.v.row) p.row.sum = c.row_sum.get();
+  if (c.v.sums && c.v.col) p.col.sum = c.col_sum.get();
+  if (c.v.term == ck::PairTerm::kExponential) {
+    if (p.row.sum) p.row.reference = c.row_reference.get();
+    if (p.col.sum) p.col.reference = c.col_reference.get();
+  }
+  if (!c.v.weights) return p;
+  if (c.v.row) p.row.gain = c.row_gain.get();
+  if (c.v.col) p.col.gain = c.col_gain.get();
+  if (c.v.term == ck::PairTerm::kExponential) {
+    if (c.v.row) p.row.normalizer = c.row_norm.get();
+    if (c.v.col) p.col.normalizer = c.col_norm.get();
+  }
+  p.weights =
+      c.v.bfloat16 ? static_cast<void*>(c.weights16.get()) : (c.v.in_place ? c.scores.get() : c.weights32.get());
+  p.weights_dtype = c.v.bfloat16 ? ck::Dtype::kBFloat16 : ck::Dtype::kFloat32;
+  p.weights_stride = c.weights_stride;
+  if (c.v.dparams) p.dparams = c.dparams.get();
+  return p;
+}
+
+void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& random) {
+  Case c(variant, rows, cols);
+  fill(c, random);
+  const bool exponential = variant.term == ck::PairTerm::kExponential;
+  c.dparams[0] = 1.0, c.dparams[1] = 2.0;  // what is there is added to
+  std::vector<double> row_expected(rows), col_expected(cols);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i % 3 == 1) c.row_reference[i] = 2.0f, c.row_sum[i] = 0.5f;  // the others start empty
+    const double* z = &c.z[i * cols];
+    row_expected[i] = log_sum_exp(z, cols, 1, c.row_reference[i], c.row_sum[i]);
+    c.row_norm[i] = static_cast<float>(row_expected[i] == -kInfinity ? kInfinity : row_expected[i]);
+    if (exponential) continue;
+    row_expected[i] = c.row_sum[i];
+    for (int64_t j = 0; j < cols; ++j) row_expected[i] += softplus(z[j]);
+  }
+  for (int64_t j = 0; j < cols; ++j) {
+    if (j % 3 == 1) c.col_reference[j] = 2.0f, c.col_sum[j] = 0.5f;
+    col_expected[j] = log_sum_exp(&c.z[j], rows, cols, c.col_reference[j], c.col_sum[j]);
+    c.col_norm[j] = static_cast<float>(col_expected[j] == -kInfinity ? kInfinity : col_expected[j]);
+  }
+  const ck::Panel panel = make_panel(c);
+  variant.weights ? ck::weight_panel(panel) : ck::reduce_panel(panel);
+  if (panel.row.sum && exponential) check_side(c, "row log-sum-exp", c.row_reference, c.row_sum, row_expected);
+  if (panel.col.sum) check_side(c, "column log-sum-exp", c.col_reference, c.col_sum, col_expected);
+  if (panel.row.sum && !exponential)
+    for (int64_t i = 0; i < rows; ++i) expect(c, "row sum", c.row_sum[i], row_expected[i], row_expected[i], 4e-5);
+  if (variant.weights) check_weights(c);
+}
+
+// Every legal combination of what a panel can be asked for.
+std::vector<Variant> all_variants() {
+  std::vector<Variant> all;
+  std::mt19937 random(2);
+  for (const auto term : {ck::PairTerm::kExponential, ck::PairTerm::kSigmoid})
+    for (const int sides : {1, 2, 3})  // row, column, both
+      for (const bool weights : {false, true})
+        for (const bool sums : {false, true})
+          for (const int output : {0, 1, 2})  // float32, float32 in place, bfloat16
+            for (const bool wide : {false, true})
+              for (const int64_t excluded : {0, 1, 2}) {
+                if (term == ck::PairTerm::kSigmoid && sides != 1) continue;
+                if (!weights && (!sums || output != 0)) continue;
+                const int64_t padding = random() % 2 ? 5 : 0;
+                const bool dparams = random() % 4 != 0;
+                const int threads = static_cast<int>(random() % 3 + 1);
+                all.push_back({term, (sides & 1) != 0, (sides & 2) != 0, weights, sums, output == 2, output == 1, wide,
+                               dparams, excluded, padding, threads});
+              }
+  return all;
+}
+
+int64_t run_instruction_set() {
+  const int64_t sizes[] = {1, 2, 3, 15, 16, 17, 63, 64, 65, 257};
+  std::vector<std::pair<int64_t, int64_t>> shapes = {{1, 513}, {3, 1030}, {130, 511}, {66, 512}};
+  for (const int64_t rows : sizes)
+    for (const int64_t cols : sizes) shapes.emplace_back(rows, cols);
+  const std::vector<Variant> variants = all_variants();
+  std::mt19937 random(1);
+  int64_t panels = 0;
+  for (size_t k = 0; k < shapes.size(); ++k) {
+    const auto [rows, cols] = shapes[k];
+    const size_t step = rows * cols < 300 ? 1 : 11;  // large panels take turns: each variant meets many of them
+    for (size_t v = k % step; v < variants.size(); v += step, ++panels) run_case(variants[v], rows, cols, random);
+  }
+  for (const int64_t n : sizes) {
+    Buffer<float> x(n), out(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = -80.0f + 160.0f * static_cast<float>(i) / static_cast<float>(n);
+    ck::exp_array(x.get(), out.get(), n);
+    for (int64_t i = 0; i < n; ++i)
+      if (std::fabs(out[i] / std::exp(static_cast<double>(x[i])) - 1.0) > 2e-7) {
+        std::printf("FAILED %s: exp(%g) = %g\n", ck::instruction_set(), x[i], out[i]);
+        std::exit(1);
+      }
+  }
+  return panels;
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+#ifdef CK_INJECT_UNDEFINED
+  int most = std::numeric_limits<int>::max();
+  std::printf("%d\n", most + argc);
+#endif
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    try {
+      ck::set_instruction_set(name);
+    } catch (const std::invalid_argument&) {
+      std::printf("%s: not on this machine\n", name);
+      continue;
+    }
+    std::printf("%s: %lld panels are right\n", name, static_cast<long long>(run_instruction_set()));
+  }
+  return argc == 0;
+}

@@ -1,0 +1,191 @@
+"""What CONTRIBUTING.md promises of the sources themselves, read without running them."""
+
+import ast
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import contrastive_kernels as ck
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "contrastive_kernels"
+
+# From the top down; a module imports from lower layers only. `__init__` and `__main__` stand above all of them.
+LAYERS = [
+    {"_explain", "losses"},
+    {"functional"},
+    {"_decomposable"},
+    {"_autograd", "_reduction"},
+    {"_checks"},
+    {"_ops"},
+    {"streaming"},
+    {"backends"},
+    {"backends.registry"},
+    {"backends.cpu", "backends.torch"},
+    {"backends.panel"},
+    {"_C", "reference", "specs"},
+]
+TOPS = {"", "__main__"}
+DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
+
+CODE = {".py", ".cpp", ".cu", ".cuh", ".h", ".sh"}
+TEXT = CODE | {".in", ".json", ".jsonl", ".md", ".pyi", ".toml", ".txt", ".yml", ""}
+LONGEST_FILE = 450
+VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def project_files(suffixes):
+    """The project's own files: what git tracks or would track; in an unpacked sdist, everything but build products."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        files = [ROOT / name for name in names]
+    else:
+        products = {".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+        files = [path for path in ROOT.rglob("*") if not products & set(path.relative_to(ROOT).parts)]
+    return sorted(path for path in files if path.suffix in suffixes and path.is_file())
+
+
+def package_modules():
+    """{dotted name below contrastive_kernels ("" for the package itself): path}."""
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+MODULES = package_modules()
+
+
+def imported_modules(name, path):
+    """Names (as in MODULES, or "_C") of the package's own modules that a module imports, anywhere in its text."""
+    folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            absolute = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = folder.split(".") if folder else []
+                kept = parents[: len(parents) - (node.level - 1)]
+                base = ".".join(["contrastive_kernels", *kept, *([base] if base else [])])
+            absolute = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for full in absolute:
+            if full.split(".")[0] != "contrastive_kernels" or full.endswith(".__version__"):
+                continue
+            inner = full.partition(".")[2]
+            while inner and inner not in MODULES and inner != "_C":  # `from .streaming import log_sum`: a name in it
+                inner = inner.rpartition(".")[0]
+            found.add(inner)
+    return found
+
+
+def test_every_module_has_its_layer():
+    assert set(MODULES) - TOPS == set(DEPTH) - {"_C"}, "a new module needs its place in LAYERS, and CONTRIBUTING.md's"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - TOPS))
+def test_imports_run_downwards(name):
+    for target in imported_modules(name, MODULES[name]):
+        assert target not in TOPS, f"{name} imports the package from within"
+        assert DEPTH[target] > DEPTH[name], f"{name} imports {target}, which is not below it"
+
+
+def test_import_reader_sees_every_form(tmp_path):
+    path = tmp_path / "cpu.py"
+    path.write_text(
+        "import contrastive_kernels.losses\nfrom contrastive_kernels import _C\nfrom .. import streaming\n"
+        "from ..specs import PairTerm\nfrom .panel import Side\nimport torch\n"
+        "def f():\n    from ..functional import clip_loss\n"
+    )
+    expected = {"losses", "_C", "streaming", "specs", "backends.panel", "functional"}
+    assert imported_modules("backends.cpu", path) == expected
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_package_code(name):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        line = getattr(node, "lineno", 0)
+        if isinstance(
+            node, ast.Assert
+        ):  # `assert x is not None` tells mypy what a reader can see; any other is a check
+            narrows = isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.IsNot)
+            assert narrows, f"{name}:{line}: an assert is no answer to a user's mistake"
+        is_environment = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        assert not is_environment, f"{name}:{line}: no environment variables at run time"
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            assert node.exc.func.id != "Exception", f"{name}:{line}: raise what it is"
+
+
+CPP = [path for path in project_files({".cpp", ".h", ".cu", ".cuh"}) if (ROOT / "csrc") in path.parents]
+
+
+@pytest.mark.parametrize("path", CPP, ids=lambda path: path.name)
+def test_cpp_is_torch_free_and_silent(path):
+    text = path.read_text()
+    includes = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', text, flags=re.MULTILINE)
+    for include in includes:
+        top = include.split("/")[0]
+        assert top not in {"torch", "ATen", "c10", "Python.h"}, f"{path.name} includes {include}"
+        assert top != "pybind11" or path.name == "bindings.cpp", f"only bindings.cpp knows pybind11, not {path.name}"
+    assert not re.search(r"\b(printf|fprintf|cout|cerr|abort|exit)\b", text), f"{path.name} prints or exits"
+
+
+def test_there_is_cpp_to_check():
+    assert {"bindings.cpp", "api.h", "pair_terms.h", "dispatch.cpp"} <= {path.name for path in CPP}
+
+
+def public_objects():
+    names = [name for name in ck.__all__ if not inspect.ismodule(getattr(ck, name)) and not name.startswith("__")]
+    objects = {name: getattr(ck, name) for name in names}
+    public_reference = {f"reference.{name}": getattr(ck.reference, name) for name in ck.reference.__all__}
+    return {name: value for name, value in {**objects, **public_reference}.items() if callable(value)}
+
+
+@pytest.mark.parametrize("name", sorted(public_objects()))
+def test_public_docstrings(name):
+    value = public_objects()[name]
+    doc = inspect.getdoc(value)
+    assert doc, f"{name} has no docstring"
+    assert doc.splitlines()[0].rstrip().endswith("."), f"{name}: the first line is not one sentence"
+    parameters = [p.name for p in inspect.signature(value).parameters.values() if p.kind not in VARIADIC]
+    if parameters:
+        section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[^\n]*\n-{3,}\n|\Z)", doc, flags=re.MULTILINE | re.DOTALL)
+        assert section, f"{name}: no section Parameters"
+        heads = re.findall(r"^(?=\S)([\w*, ]+?)(?: :.*)?$", section[1], flags=re.MULTILINE)
+        described = set(re.findall(r"\w+", " ".join(heads)))
+        assert set(parameters) <= described, f"{name}: not described: {sorted(set(parameters) - described)}"
+
+
+def test_files_fit_in_the_head():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in project_files(CODE)}
+    too_long = {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+    assert not too_long
+
+
+def test_nothing_names_a_machine_or_a_registry():
+    machine = re.compile(r"(?<![\w.])/(?:root|home|work|Users)/\w")
+    registry = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|npmjs\.|deb\.debian\.")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in project_files(TEXT)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if machine.search(line) or registry.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text())
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    module = pytest.importorskip("contrastive_kernels._C", reason="no extension to compare the stub with")
+    defined = {name for name in dir(module) if not name.startswith("_")}
+    assert declared == defined, "_C.pyi and csrc/bindings.cpp name different things"

@@ -1,0 +1,98 @@
+"""Peak memory: bounded by the workspace, whatever the batch size; measured by the kernel, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak memory and resets it"
+)
+
+MIB = 2**20
+WORKSPACE = 16 * MIB
+#: What is not in the workspace: vectors of the batch's length, a thread's buffers, the BLAS library's own.
+SLACK = 6 * MIB
+
+#: For each measurement, prints the peak of resident memory during forward and backward beyond what was there before,
+#: without the gradients.
+PROGRAM = """
+import json, sys
+import torch
+import contrastive_kernels as ck
+
+torch.set_num_threads(2)
+
+def resident(field):
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields[field].split()[0]) * 1024
+
+def measure(loss, backend, dtype, n, d, workspace_bytes, work):
+    x, y = (torch.randn(n, d).to(getattr(torch, dtype)).requires_grad_(work != "forward") for _ in range(2))
+    more = {"sigmoid": (-1.0,), "decomposable": (torch.zeros(n),)}.get(loss, ())
+    before = resident("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+    value = getattr(ck, loss)(x, y, 1.0, *more, backend=backend, workspace_bytes=workspace_bytes)
+    if work != "forward":
+        value.backward()
+    return resident("VmHWM") - before - sum(v.grad.nbytes for v in (x, y) if v.grad is not None)
+
+for loss, backend, dtype, n, d, workspace_bytes, work in json.loads(sys.argv[1]):
+    measure(loss, backend, dtype, 300, d, workspace_bytes, work)  # libraries set up their own buffers
+    print(measure(loss, backend, dtype, n, d, workspace_bytes, work), flush=True)
+"""
+
+
+def measured(*measurements):
+    """Peak bytes beyond inputs and gradients of (loss, backend, dtype, n, d, workspace_bytes, work)."""
+    reason = ck.why_not("cpu", torch.zeros(1, 1))
+    if reason is not None:
+        pytest.skip(reason)
+    # an allocator that gives large blocks back at once: otherwise memory in use hides behind memory kept
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(measurements)],
+        capture_output=True, text=True, timeout=300, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return dict(zip(measurements, map(int, result.stdout.split())))
+
+
+def test_the_workspace_is_the_bound():
+    """N = 8192: the scores alone would take 256 MiB."""
+    used = measured(
+        *((loss, "cpu", "float32", 4096 if loss == "nt_xent" else 8192, 64, WORKSPACE, work)
+          for loss in ("clip_loss", "nt_xent", "sigmoid", "decomposable") for work in ("forward", "gradients"))
+    )  # fmt: skip
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in used.items() if size > WORKSPACE + SLACK}
+    assert not over
+    assert max(used.values()) > WORKSPACE / 4, "the measurement sees the workspace at all"
+
+
+def test_wide_features_stay_within_the_bound():
+    """Copies of blocks count; the float32 sums of one bfloat16 gradient are the only N x D beside the results."""
+    n, d, workspace_bytes = 2560, 256, 8 * MIB  # 25 MiB of scores
+    cases = [
+        ("clip_loss", backend, dtype, n, d, workspace_bytes, "gradients")
+        for backend in ("cpu", "torch")
+        for dtype in ("float32", "bfloat16")
+    ]
+    used = measured(*cases)
+    allowed = {case: workspace_bytes + SLACK + (4 * n * d if case[2] == "bfloat16" else 0) for case in cases}
+    over = {case: f"{used[case] / MIB:.1f} MiB" for case in cases if used[case] > allowed[case]}
+    assert not over
+
+
+def test_memory_grows_with_the_number_of_rows_not_its_square():
+    sizes = 3072, 9216
+    used = measured(*(("clip_loss", "cpu", "float32", n, 32, 4 * MIB, "gradients") for n in sizes))
+    small, large = used.values()
+    assert large - small <= 100 * (sizes[1] - sizes[0]), f"{small / MIB:.1f} MiB, {large / MIB:.1f} MiB"

@@ -1,0 +1,135 @@
+"""What a person meets who installs the package: its metadata, its files, its report, and life without the extension."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import contrastive_kernels as ck
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments, **environment):
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def extension():
+    return pytest.importorskip("contrastive_kernels._C", reason="the extension is not installed")
+
+
+def test_version_has_one_source():
+    assert metadata.version("contrastive-kernels") == ck.__version__
+    holders = [
+        path.name
+        for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "contrastive_kernels").rglob("*.py")]
+        if re.search(rf"[\"']{re.escape(ck.__version__)}[\"']", path.read_text())
+    ]
+    assert holders == ["__init__.py"]
+
+
+def test_version_is_known_without_importing_torch():
+    script = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    output = run_python("-c", script, CK_EXTENSION="0")
+    assert output.split()[-1] == ck.__version__
+
+
+def test_setup_imports_neither_torch_nor_the_package():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if name.split(".")[0] in ("torch", "contrastive_kernels")}
+
+
+def test_torch_is_the_only_requirement():
+    needed = [line for line in metadata.requires("contrastive-kernels") if "extra ==" not in line]
+    assert [re.split(r"[<>=!~ ]", line)[0] for line in needed] == ["torch"]
+
+
+def test_constraints_pin_every_requirement():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+( ; .*)?", line) for line in lines)
+    pinned = {re.split(r"==", line)[0].lower() for line in lines}
+    build = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    needed = [*re.findall(r'"(.*?)"', build), *metadata.requires("contrastive-kernels")]
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in needed} - {"contrastive-kernels"}
+    assert names <= pinned
+
+
+def test_extension_is_linked_with_neither_torch_nor_cuda():
+    try:
+        linked = subprocess.run(["ldd", extension().__file__], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        pytest.skip("no ldd on this machine")
+    for unwanted in ("libtorch", "libc10", "libcudart", "libpython"):
+        assert unwanted not in linked
+
+
+def test_one_openmp_runtime_in_the_process():
+    extension()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc on this machine")
+    script = "import contrastive_kernels._C; print(open('/proc/self/maps').read())"
+    runtimes = {line.split()[-1] for line in run_python("-c", script).splitlines() if "omp" in Path(line).name}
+    assert len(runtimes) == 1, runtimes
+
+
+def test_report_names_versions_and_backends():
+    report = run_python("-m", "contrastive_kernels")
+    for word in (ck.__version__, "torch", *ck.list_backends()):
+        assert word in report
+
+
+def test_report_says_why_the_extension_is_missing():
+    script = """
+import runpy, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "contrastive_kernels._C":
+            raise ImportError("blocked for the test")
+
+sys.meta_path.insert(0, Blocked())
+runpy.run_module("contrastive_kernels", run_name="__main__")
+"""
+    report = run_python("-c", script)
+    assert "blocked for the test" in report
+    assert ck.__version__ in report
+
+
+def find_python(**environment):
+    return subprocess.run(["/bin/sh", ROOT / "scripts/find_python.sh"], env=environment, capture_output=True, text=True)
+
+
+def test_find_python_passes_over_what_does_not_run(tmp_path):
+    shim = tmp_path / "python3"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    (tmp_path / "python3.12").symlink_to(Path(sys.executable).resolve())
+    assert find_python(PATH=str(tmp_path)).stdout.strip() == str(tmp_path / "python3.12")
+    (tmp_path / "python3.12").unlink()
+    result = find_python(PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "3.10" in result.stderr
+    assert "python3-venv" in result.stderr
+
+
+def test_find_python_takes_the_one_that_is_named():
+    assert find_python(PYTHON=sys.executable).stdout.strip() == sys.executable
+    result = find_python(PYTHON="no-such-python")
+    assert result.returncode == 1
+    assert "no-such-python" in result.stderr

@@ -1,0 +1,162 @@
+"""The one rule by which a result is compared with the truth.
+
+    err(ours) <= 2 * err(float32 torch) + floor
+
+on the maximum and on the root mean square, for the value and for every gradient. The truth is ``reference.py`` in
+float64, of the inputs as rounded to the dtype under test. "float32 torch" is ``reference.py`` in float32 on the same
+inputs, upcast, with its gradients rounded to the dtype: what a careful person would have without this package.
+
+    floor = (8 * eps(dtype) + 4 * eps(scores) * scale * |x_i| |y_j|) * scale * max|y| * (the row's weight)
+
+for dx, and accordingly for the rest. The row's weight is sum_j |w_ij|, w = dL/dz in float64 with the upstream gradient in
+it: what scale * max|y| is multiplied by. The second term is the rounding of the logits themselves, each of which carries
+it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import problems
+import torch
+from problems import Inputs, Outcome, Problem, make_inputs
+from torch import Tensor
+
+from contrastive_kernels import reference
+
+#: Roundings of the largest contribution that every result may be off by.
+UNITS = 8
+#: Roundings of a logit, relative to |scale| |x_i| |y_j|.
+LOGIT_UNITS = 4
+
+
+@lru_cache(maxsize=None)
+def expected(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> tuple[Outcome, Outcome]:
+    """(the truth, the absolute errors of float32 torch with its gradients rounded to `dtype`).
+
+    float64 torch is the truth itself: there, the errors are those of float32 on the same problem, as many times smaller
+    as float64's rounding is.
+    """
+    truth = problems.run(reference, make_inputs(problem, dtype), loss, torch.float64, reduction=reduction)
+    if dtype == torch.float64:
+        _, errors = expected(problem, loss, torch.float32, reduction)
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return truth, errors.map(lambda name, error: error * ratio)
+    torch_result = problems.run(reference, make_inputs(problem, dtype), loss, torch.float32, reduction=reduction)
+    rounded = torch_result.map(lambda name, result: result.to(dtype) if name in ("x", "y") else result)
+    return truth, rounded.map(lambda name, result: (result.double() - truth[name]).abs())
+
+
+def assert_outcome(inputs: Inputs, loss: str, reduction: str, ours: Outcome) -> None:
+    """Asserts the rule for the value and for every gradient there is."""
+    dtype, score_dtype = inputs.x.dtype, inputs.scale.dtype
+    truth, torch_errors = expected(inputs.problem, loss, dtype, reduction)
+    allowed = floors(inputs.problem, loss, dtype, reduction)
+    for name in ("value", *(name for name, gradient in ours.gradients.items() if gradient is not None)):
+        wanted = dtype if name in ("x", "y") else score_dtype
+        label = name if name == "value" else f"d{name}"
+        assert ours[name].dtype == wanted, f"{label}: {ours[name].dtype}, expected {wanted}"
+        assert_accurate(label, ours[name], truth[name], torch_errors[name], allowed[name])
+
+
+def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor, floor: Tensor) -> None:
+    """Asserts the rule for one result.
+
+    Parameters
+    ----------
+    name : str
+        What is compared, for the message.
+    ours : Tensor
+        The result, in any dtype.
+    truth : Tensor
+        The same in float64.
+    torch_error : Tensor
+        float32 torch's absolute error in the same.
+    floor : Tensor
+        The floor in absolute terms; it broadcasts against ``ours``, so that every row has its own.
+    """
+    assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, expected {list(truth.shape)}"
+    assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
+    finite = ours.isfinite()
+    assert finite.all(), f"{name}: {int((~finite).sum())} of {ours.numel()} entries are not finite"
+    if not ours.numel():
+        return
+    error, floor = (ours.double() - truth).abs(), floor.expand_as(truth)
+    allowed = 2 * torch_error.max() + floor
+    worst = (error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax()
+    at = tuple(int(i) for i in torch.unravel_index(worst, error.shape)) if error.dim() else ()
+    assert (error <= allowed).all(), (
+        f"{name}{list(at) if at else ''}: got {ours[at].item():.9g}, expected {truth[at].item():.9g}; "
+        f"error {error[at].item():.3g} > {allowed[at].item():.3g} = 2 * {torch_error.max().item():.3g} (torch's largest) "
+        f"+ {floor[at].item():.3g}"
+    )
+    allowed_rms = 2 * _rms(torch_error) + _rms(floor)
+    assert _rms(error) <= allowed_rms, (
+        f"{name}: root mean square of the error {_rms(error):.3g} > {allowed_rms:.3g} "
+        f"= 2 * {_rms(torch_error):.3g} (torch's) + {_rms(floor):.3g}"
+    )
+
+
+@lru_cache(maxsize=None)
+def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> dict[str, Tensor]:
+    """The rule's floor for the value and for each gradient."""
+    inputs = make_inputs(problem, dtype)
+    x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double().abs()
+    two_way = loss in ("clip_loss", "nt_xent", "decomposable_pair")
+    if loss == "nt_xent":
+        x = y = torch.cat([x, y])
+    score_eps, eps = torch.finfo(inputs.scale.dtype).eps, torch.finfo(dtype).eps
+    value = expected(problem, loss, dtype, reduction)[0].value
+    upstream = problems.upstream_like(value, problem.seed)
+    w, w_of_value = (_pair_weights(inputs, loss, reduction, g).abs() for g in (upstream, torch.ones_like(value)))
+    logit_rounding = LOGIT_UNITS * score_eps * scale * x.norm(dim=1)[:, None] * y.norm(dim=1)
+    if loss == "sigmoid":
+        logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * inputs.bias.double().abs()
+
+    def contributions(size: float) -> Tensor:
+        """|w| times the roundings it carries [N, M], for results whose own rounding is `size`."""
+        return w * (UNITS * size + logit_rounding)
+
+    of_value = w_of_value * logit_rounding
+    rows = of_value.sum(1) + (of_value.sum(0) if two_way else 0.0)
+    rounding = value.abs()
+    if loss.startswith("decomposable"):  # the value is a small difference of uZ, log u and 1
+        rounding = rounding + (1.0 if inputs.weight is None else inputs.weight.double().max())
+    by_x, by_y = contributions(eps).sum(1), contributions(eps).sum(0)
+    if loss == "nt_xent":  # row i of either view, as an anchor and as a candidate
+        by_x, by_y = (by_x + by_y).view(2, -1)
+        rows = rows.view(2, -1).sum(0).repeat(2)
+    largest = (x.abs().max(), y.abs().max()) if len(x) and len(y) else (0.0, 0.0)
+    return {
+        "value": (rows if reduction == "none" else rows.sum()) + UNITS * score_eps * rounding,
+        "x": (scale * largest[1] * by_x)[:, None],
+        "y": (scale * largest[0] * by_y)[:, None],
+        "scale": (contributions(score_eps) * (x @ y.T).abs()).sum(),
+        "bias": contributions(score_eps).sum(),
+    }
+
+
+def _pair_weights(inputs: Inputs, loss: str, reduction: str, upstream: Tensor) -> Tensor:
+    """w = dL/dz in float64 [N, M] ([2N, 2N] for nt_xent): the reference's gradient to the logits themselves."""
+    x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double()
+    weight, positives = inputs.weight, None
+    if loss == "nt_xent":  # InfoNCE among the views, whose scores with themselves are as good as -inf
+        x = y = torch.cat([x, y])
+        weight = None if weight is None else weight.repeat(2)
+        positives = torch.arange(len(x)).roll(len(x) // 2)
+    z = scale * (x @ y.T)
+    if loss == "nt_xent":
+        z.fill_diagonal_(-1e30)
+    z.requires_grad_()
+    itself = torch.eye(len(y), dtype=torch.float64)
+    if loss == "nt_xent":
+        value = reference.info_nce(z, itself, 1.0, positives=positives, weight=weight, reduction=reduction)
+    else:
+        value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)
+    value.backward(upstream)
+    return z.grad
+
+
+def _rms(error: Tensor) -> float:
+    """Root mean square."""
+    return error.square().mean().sqrt().item()
