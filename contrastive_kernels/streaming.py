@@ -176,7 +176,7 @@ def weigh(
         Gives `positive` where it depends on the states, once they are complete.
     """
     want_x, want_y, want_params = wanted
-    workspace = _Workspace(stream, gradients=want_x or want_y)
+    workspace = _Workspace(stream, weighs=True)
     # The rows are swept one block after the other, so their sums are finished block by block where nothing comes late.
     by_block = late_positive is None and not stream.symmetric
     dx = _Sums(stream, stream.x, workspace.side if by_block else None) if want_x else None
@@ -255,26 +255,28 @@ class _Sums:
 class _Workspace:
     """Everything of the size of a panel, within the bound, and the walk over the panels."""
 
-    def __init__(self, stream: Stream, gradients: bool = False) -> None:
+    def __init__(self, stream: Stream, weighs: bool = False) -> None:
         self.stream = stream
         x, device = stream.x, stream.x.device
         self.dtype = score_dtype(x.dtype)
         self.upcast = x.dtype != self.dtype
-        weights_dtype = _weights_dtype(x) if gradients else self.dtype
+        weights_dtype = _weights_dtype(x)
         self.rounded = weights_dtype != self.dtype
-        self.separate = self.rounded or stream.scores is not None
-        self.side = self._choose_side()
+        # kept scores must survive, and rounded weights do not fit where the scores are
+        self.separate = weighs and (self.rounded or stream.scores is not None)
+        self.side = self._choose_side(weights_dtype)
         rows, cols = min(self.side, len(x)), min(self.side, len(stream.y))
         self.scores = torch.empty(rows * cols if stream.scores is None else 0, dtype=self.dtype, device=device)
         self.weights = torch.empty(rows * cols if self.separate else 0, dtype=weights_dtype, device=device)
         self.exclude = stream.exclude()
         self.x_block = x[:0]
 
-    def _choose_side(self) -> int:
+    def _choose_side(self, weights_dtype: torch.dtype) -> int:
         """The side of a square panel: as large as the workspace allows, in multiples of 64."""
         stream, size = self.stream, self.dtype.itemsize
         longest = max(len(stream.x), len(stream.y), 1)
-        per_score = size * (1 + stream.backend.temporaries) + (size if self.separate else 0)
+        # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
+        per_score = size * (1 + stream.backend.temporaries) + (weights_dtype.itemsize if self.rounded else 0)
         # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
         per_row = stream.x.shape[1] * (3 * size + 2) if self.upcast else 0
         side = LARGEST_PANEL
