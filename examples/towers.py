@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pixel_unshuffle
 
 __all__ = ["Captions", "ImageTower", "TextTower", "TwoTowers", "prepare_images"]
 
@@ -19,8 +19,9 @@ MAX_LOGIT_SCALE = 100.0  # as in CLIP
 
 
 def prepare_images(images: Tensor) -> Tensor:
-    """uint8 [N, 32, 32] -> float [N, 1, 32, 32] in 0 ... 1, channels last."""
-    return images.unsqueeze(1).float().div_(255).contiguous(memory_format=torch.channels_last)
+    """uint8 [N, 32, 32] -> float [N, 4, 16, 16] in 0 ... 1: each 2 x 2 pixels are one point, channels last."""
+    points = pixel_unshuffle(images.unsqueeze(1).float().div_(255), 2)
+    return points.contiguous(memory_format=torch.channels_last)
 
 
 def n_grams(caption: str) -> list[str]:
@@ -72,14 +73,18 @@ def _block(channels_in: int, channels: int) -> nn.Sequential:
 
 
 class ImageTower(nn.Module):
-    """Three strided convolutions and two dense layers: [N, 1, 32, 32] -> [N, dim]."""
+    """Two strided convolutions and two dense layers: [N, 4, 16, 16] -> [N, dim].
 
-    def __init__(self, dim: int, width: int = 16) -> None:
+    A third convolution, on the full 32 x 32 pixels, doubles the tower's time (it moves memory, not numbers) and bought
+    no more recall in the same time than wider layers.
+    """
+
+    def __init__(self, dim: int, width: int = 32) -> None:
         super().__init__()
-        self.convolutions = nn.Sequential(_block(1, width), _block(width, 2 * width), _block(2 * width, 4 * width))
+        self.convolutions = nn.Sequential(_block(4, width), _block(width, 2 * width))
         hidden = 2 * dim
         self.head = nn.Sequential(
-            nn.Linear(4 * width * 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
+            nn.Linear(2 * width * 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ PROBLEMS = (
     # rectangles
     Problem("wide", "more candidates than anchors, as in a gathered batch", m=130, losses=ONE_WAY),
     Problem("wide-panels", "panels of a rectangle", n=130, m=257, small_panels=True, losses=ONE_WAY),
+    Problem("many-panels", "sums over 40 panels: 16-bit ones would have lost their digits", m=2600, d=24, temperature=1.0, features="common", small_panels=True, losses=ONE_WAY),
     Problem("no-rows", "no anchors, but candidates: their gradient is 0", n=0, m=5, losses=ONE_WAY),
     Problem("one-row", "one anchor against a corpus", n=1, m=257, losses=ONE_WAY),
     Problem("offset", "positives of this process's rows in a gathered batch", m=130, positives=64, losses=ONE_WAY),
@@ -165,7 +166,7 @@ PROBLEMS = (
     # the decomposable loss
     Problem("stale", "log Zbar too small by 3: u Z = e^3", staleness=-3.0, losses=DECOMPOSABLE),
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
-    Problem("very-stale", "u Z = e^40: sums in float32 beyond the usual range", staleness=-40.0, float16=False, losses=DECOMPOSABLE),
+    Problem("very-stale", "u Z = e^80: close to the largest number", staleness=-80.0, temperature=1.0, float16=False, losses=DECOMPOSABLE),
     Problem("drawn", "u from its exact conditional distribution", decomposable=(("shape", 1.0),), losses=DECOMPOSABLE),
     Problem("drawn-wide", "a small shape: u close to 0", decomposable=(("shape", 0.3),), losses=DECOMPOSABLE),
     Problem("dcl", "no positive in the denominator", decomposable=(("positive_constant", 0.0),), losses=DECOMPOSABLE),
@@ -197,6 +198,8 @@ def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
             return _unit(common).repeat(n, 1), _unit(common).repeat(m, 1)
         case "opposed":
             return _unit(common + 0.1 * x), -_unit(common + 0.1 * y)
+        case "common":  # contributions that add up
+            return _unit(x), _unit(2 * common + y)
         case "normal":
             return x, y
         case "huge":
@@ -277,7 +280,7 @@ def _normalizers(problem: Problem, inputs: Inputs, g: torch.Generator) -> tuple[
     loss = "decomposable_pair" if pair else "decomposable"
     _, log_z = inputs.call(reference, loss, x, y, scale, 0.0, return_log_normalizer=True)
     rows, cols = log_z if pair else (log_z, torch.zeros(len(y)))
-    noise = [0.1 * abs(problem.staleness) * torch.randn(len(v), generator=g) for v in (rows, cols)]
+    noise = [0.3 * bool(problem.staleness) * torch.randn(len(v), generator=g) for v in (rows, cols)]
     made = [(v + problem.staleness + e).to(inputs.scale.dtype) for v, e in zip((rows, cols), noise)]
     return tuple(v.masked_fill(v == -math.inf, 0.0) for v in made)
 

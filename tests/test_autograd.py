@@ -141,9 +141,10 @@ class Products:
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_products_are_the_promised_ones(loss, backend):
+def test_products_are_the_promised_ones(loss):
     """Value and all gradients; the value alone; a frozen tower; only the temperature: nothing else is computed."""
     n, d = 256, 64
+    backend = next(name for name in BACKENDS if ck.why_not(name, torch.zeros(1, 1)) is None)
     spec = LOSSES[loss.removesuffix("_pair")]
     leaves, rest = make(loss, n, d=d, dtype=torch.float32)
     size = 4 * 64 * 64 * 4 if backend == "torch" else 64 * 64 * 4  # panels of 64 x 64

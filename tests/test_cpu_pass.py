@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -110,7 +112,7 @@ def make_panel(scores, params, exclude=None, first_column=0, weights=None, row=N
 class Case:
     """One panel: scores, what is left out, and vectors for both sides."""
 
-    def __init__(self, rows, cols, *, spread=1.0, excluded=0, first_column=0, params=(1.3, 0.0), sides="both", deep=False):
+    def __init__(self, rows, cols, *, spread=1.0, excluded=0, first_column=0, params=(1.3, 0.0), sides="both", deep=False, stale=0.0):
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
         def normal(*shape):
@@ -129,12 +131,12 @@ class Case:
         z = self.logits()
         # near the log-sums, as they are in use
         self.normalizers = tuple(
-            (torch.logsumexp(z, dim).float() + 0.5 * normal(n)).nan_to_num(posinf=0.0, neginf=0.0)
+            (torch.logsumexp(z, dim).float() + 0.5 * normal(n) - stale).nan_to_num(posinf=0.0, neginf=0.0)
             for dim, n in ((1, rows), (0, cols))
         )
-        self.magnitude = z[z.isfinite()].abs().max().item() if z.isfinite().any() else 0.0
+        self.magnitude = stale + (z[z.isfinite()].abs().max().item() if z.isfinite().any() else 0.0)
         # a reference common to all rows and columns lies within 40 of each: what vanishes is below e^(40 - 87)
-        self.vanishing = 4e-21 * (self.gains[0].abs()[:, None] + self.gains[1].abs()).double()
+        self.vanishing = math.exp(stale - 47) * (self.gains[0].abs()[:, None] + self.gains[1].abs()).double()
 
     def logits(self):
         """z in float64, excluded pairs at -inf."""
@@ -161,6 +163,8 @@ CASES = {
     "rows-far-apart": lambda: Case(65, 70, spread=90.0, sides="rows"),
     "cols": lambda: Case(65, 70, excluded=1, sides="cols"),
     "cols-far-apart": lambda: Case(65, 70, spread=90.0, sides="cols"),
+    "stale": lambda: Case(65, 131, stale=70.0, excluded=1),
+    "stale-and-far-apart": lambda: Case(65, 131, stale=60.0, spread=90.0),
     "bias": lambda: Case(33, 37, excluded=1, params=(-0.7, 11.0)),
     "deep": lambda: Case(65, 131, spread=12.0, excluded=1, deep=True),
 }

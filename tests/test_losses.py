@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from problems import ALL, BY_NAME, DECOMPOSABLE, PROBLEMS, Inputs, differentiable, engine_options, make_inputs, run
-from tolerance import UNITS, assert_accurate, assert_outcome, expected
+from tolerance import UNITS, assert_accurate, assert_outcome, expected, rms
 
 import contrastive_kernels as ck
 
@@ -48,6 +48,21 @@ def test_value_and_gradients(problem, loss, dtype, backend):
     for reduction in ("mean", "none"):
         outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
         assert_outcome(inputs, loss, reduction, outcome)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=named)
+@pytest.mark.parametrize("name", ["base", "panels", "many-panels", "index-panels", "d384", "t0.01", "nearly-solved"])
+def test_sixteen_bits_are_lost_once(name, dtype, backend):
+    """Where nothing cancels, the rule holds without a floor: what is lost is the rounding of the gradients themselves."""
+    inputs = make_inputs(BY_NAME[name], dtype)
+    require(backend, inputs)
+    for loss in inputs.problem.losses:
+        outcome = run(ck, inputs, loss, dtype, reduction="none", **engine_options(inputs, loss, backend))
+        truth, torch_errors = expected(inputs.problem, loss, dtype, "none")
+        for side in ("x", "y"):
+            error = rms(outcome[side].double() - truth[side])
+            assert error <= 2 * rms(torch_errors[side]), (loss, side, error / rms(torch_errors[side]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
