@@ -6,27 +6,30 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
-ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
-VENV ?= $(ROOT)/.venv
+ifeq ($(wildcard setup.py),)
+$(error run make in the project's folder: make -C FOLDER TARGET)
+endif
+
+VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8
-IN_ROOT := cd '$(ROOT)' &&
-PY := $(IN_ROOT) '$(VENV)/bin/python'
+PY := '$(VENV)/bin/python'
+IN_VENV := PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH"
 # --no-compile: half of torch's modules are never imported, so bytecode is made by those that are
 INSTALL := $(PY) -m pip install -qq --no-input --no-compile --constraint constraints.txt
-CXX_SOURCES := $(shell find '$(ROOT)/csrc' -name '*.cpp' -o -name '*.h')
-CXX_ALL := $(CXX_SOURCES) $(wildcard $(ROOT)/tests/sanitize/*.cpp)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp)
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1@/p' '$(ROOT)/Makefile' | awk -F@ '{printf "  make %-6s  %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-6s  %s\n", $$1, $$2}'
 
 demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pairs: the fused loss against the dense one
 	$(PY) examples/demo.py
 
 test: $(VENV)/.with-dev $(VENV)/.extension  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
-	$(IN_ROOT) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} '$(VENV)/bin/python' -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy
-	@$(IN_ROOT) PATH="$(VENV)/bin:$$PATH"; bad=0; \
+	@$(IN_VENV); bad=0; \
 	run() { echo "$$1"; shift; "$$@" || bad=1; }; \
 	run "ruff check" ruff check . ; \
 	run "ruff format" ruff format --check . ; \
@@ -38,19 +41,20 @@ bench: $(VENV)/.with-bench $(VENV)/.extension  ## the microbenchmark; BENCH_ARGS
 	$(PY) -m bench $(BENCH_ARGS)
 
 wheel: $(VENV)/.with-dev  ## sdist and wheel in dist/, tried in a fresh environment outside the checkout
-	$(IN_ROOT) PATH="$(VENV)/bin:$$PATH" scripts/wheel.sh
+	$(IN_VENV) scripts/wheel.sh
 
 clean:  ## remove what builds and tests made (.venv stays)
-	$(IN_ROOT) rm -rf build dist *.egg-info contrastive_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache
-	$(IN_ROOT) find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info contrastive_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f '$(VENV)/.extension'
 
 # ---- set-up: stamps in .venv, remade when what they depend on changes ----
 
-$(VENV)/.base: $(ROOT)/pyproject.toml $(ROOT)/setup.py $(ROOT)/constraints.txt
-	@python=$$('$(ROOT)/scripts/find_python.sh') && \
-	if ! '$(VENV)/bin/python' -m pip --version >/dev/null 2>&1; then \
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	@python=$$(scripts/find_python.sh) && \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	    echo "set-up: $(VENV) with $$python"; rm -rf '$(VENV)'; "$$python" -m venv '$(VENV)'; fi
-	@echo "set-up: $$(grep '^torch==' '$(ROOT)/constraints.txt') (minutes, where it has to be downloaded)"
+	@echo "set-up: $$(grep '^torch==' constraints.txt) (minutes, where it has to be downloaded)"
 	@$(INSTALL) torch
 	@$(INSTALL) setuptools wheel pybind11 ninja
 	@touch $@
@@ -58,7 +62,7 @@ $(VENV)/.base: $(ROOT)/pyproject.toml $(ROOT)/setup.py $(ROOT)/constraints.txt
 $(VENV)/.with-%: $(VENV)/.base
 	@echo "set-up: contrastive_kernels, editable, with what '$*' needs"
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
-	@touch $@ $(VENV)/.extension
+	@touch $@ '$(VENV)/.extension'
 
 # The editable install above built the extension too; this is for later changes of the C++ sources.
 $(VENV)/.extension: $(CXX_SOURCES) | $(VENV)/.base

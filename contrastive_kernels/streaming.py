@@ -28,9 +28,9 @@ __all__ = [
     "weigh",
 ]
 
-#: Panels are squares of at most this side: 16 MiB of float32 scores stay in a shared cache, and the gradient products
+#: Panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient products
 #: are large enough for the vendor's GEMM to run at its rate.
-LARGEST_PANEL = 2048
+LARGEST_PANEL = 1024
 #: ... and of at least this side: below, the workspace is refused.
 SMALLEST_PANEL = 64
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,9 +102,7 @@ class Inputs:
         if self.decomposable.get("shape") is not None:
             options["generator"] = torch.Generator().manual_seed(self.problem.seed)
         normalizer = self.log_normalizer if pair else self.log_normalizer[0]
-        return module.decomposable(
-            x, y, scale, normalizer, positive_logits=logits, **self.decomposable, **options
-        )
+        return module.decomposable(x, y, scale, normalizer, positive_logits=logits, **self.decomposable, **options)
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -122,17 +120,22 @@ PROBLEMS = (
     Problem("n64", "exactly one stripe", n=64),
     Problem("n257", "one more than a multiple of every block", n=257),
     Problem("panels", "five by five panels, ragged in both directions", n=257, small_panels=True),
-    Problem("kept-panels", "panels of scores that are few enough to be kept", n=257, d=1000, workspace_bytes=16 * 257**2),
+    Problem("kept-panels", "panels of scores that are few enough to be kept",
+            n=257, d=1000, workspace_bytes=16 * 257**2),
     # rectangles
     Problem("wide", "more candidates than anchors, as in a gathered batch", m=130, losses=ONE_WAY),
     Problem("wide-panels", "panels of a rectangle", n=130, m=257, small_panels=True, losses=ONE_WAY),
-    Problem("many-panels", "sums over 40 panels: 16-bit ones would have lost their digits", m=2600, d=24, temperature=1.0, features="common", small_panels=True, losses=ONE_WAY),
+    Problem("many-panels", "sums over 40 panels: 16-bit ones would have lost their digits",
+            m=2600, d=24, temperature=1.0, features="common", small_panels=True, losses=ONE_WAY),
     Problem("no-rows", "no anchors, but candidates: their gradient is 0", n=0, m=5, losses=ONE_WAY),
     Problem("one-row", "one anchor against a corpus", n=1, m=257, losses=ONE_WAY),
     Problem("offset", "positives of this process's rows in a gathered batch", m=130, positives=64, losses=ONE_WAY),
-    Problem("offset-panels", "the excluded diagonal crosses panels", n=130, m=257, positives=100, small_panels=True, losses=ONE_WAY),
-    Problem("index", "rows share positives; fewer candidates than anchors", n=130, m=33, positives="index", losses=ONE_WAY),
-    Problem("index-panels", "shared positives across panels", n=257, m=130, positives="index", small_panels=True, losses=ONE_WAY),
+    Problem("offset-panels", "the excluded diagonal crosses panels",
+            n=130, m=257, positives=100, small_panels=True, losses=ONE_WAY),
+    Problem("index", "rows share positives; fewer candidates than anchors",
+            n=130, m=33, positives="index", losses=ONE_WAY),
+    Problem("index-panels", "shared positives across panels",
+            n=257, m=130, positives="index", small_panels=True, losses=ONE_WAY),
     # numbers of features
     Problem("d1", "scores are products of two numbers", d=1),
     Problem("d7", "odd, and less than a register", d=7),
@@ -147,12 +150,15 @@ PROBLEMS = (
     Problem("t0.001", "logits up to 1000: a sum of exponentials without a maximum overflows", temperature=0.001, n=130),
     Problem("zero-scale", "all logits equal; dscale is a plain sum of scores", scale=0.0),
     Problem("negative-scale", "the largest score becomes the smallest logit", scale=-5.0),
-    Problem("nearly-solved", "loss 1e-3: a positive in the stream loses its digits", n=257, d=256, scale=13.0, features="solved"),
+    Problem("nearly-solved", "loss 1e-3: a positive in the stream loses its digits",
+            n=257, d=256, scale=13.0, features="solved"),
     Problem("identical", "all rows equal: loss log N, similarity gradients cancel", features="identical"),
-    Problem("all-negative", "every score near -1: a maximum of 0 would underflow", temperature=0.005, features="opposed"),
+    Problem("all-negative", "every score near -1: a maximum of 0 would underflow",
+            temperature=0.005, features="opposed"),
     Problem("unnormalised", "rows of norm 8, logits of hundreds", temperature=0.07, features="normal"),
     Problem("huge", "rows of norm 3000, logits of millions: every softmax is one-hot", scale=1.0, features="huge"),
-    Problem("outliers", "rows and columns with normalisers far apart: no common reference serves", n=130, scale=1.0, features="outliers"),
+    Problem("outliers", "rows and columns with normalisers far apart: no common reference serves",
+            n=130, scale=1.0, features="outliers"),
     Problem("siglip-start", "SigLIP's initial scale and bias", scale=10.0, bias=-10.0, losses=("sigmoid",)),
     # memory layouts
     Problem("transposed", "features by columns", layout="transposed"),
@@ -166,7 +172,8 @@ PROBLEMS = (
     # the decomposable loss
     Problem("stale", "log Zbar too small by 3: u Z = e^3", staleness=-3.0, losses=DECOMPOSABLE),
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
-    Problem("very-stale", "u Z = e^80: close to the largest number", staleness=-80.0, temperature=1.0, float16=False, losses=DECOMPOSABLE),
+    Problem("very-stale", "u Z = e^80: close to the largest number",
+            staleness=-80.0, temperature=1.0, float16=False, losses=DECOMPOSABLE),
     Problem("drawn", "u from its exact conditional distribution", decomposable=(("shape", 1.0),), losses=DECOMPOSABLE),
     Problem("drawn-wide", "a small shape: u close to 0", decomposable=(("shape", 0.3),), losses=DECOMPOSABLE),
     Problem("dcl", "no positive in the denominator", decomposable=(("positive_constant", 0.0),), losses=DECOMPOSABLE),
@@ -243,7 +250,7 @@ def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
     return weight
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     """The problem's arguments; features in `dtype`, the rest in the dtype of scores."""
     g = torch.Generator().manual_seed(problem.seed)

@@ -15,7 +15,7 @@ it into exp(z): where few pairs decide, torch's error is one throw of that die, 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import problems
 import torch
@@ -30,7 +30,7 @@ UNITS = 8
 LOGIT_UNITS = 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> tuple[Outcome, Outcome]:
     """(the truth, the absolute errors of float32 torch with its gradients rounded to `dtype`).
 
@@ -86,8 +86,8 @@ def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor,
     worst = (error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax()
     at = tuple(int(i) for i in torch.unravel_index(worst, error.shape)) if error.dim() else ()
     assert (error <= allowed).all(), (
-        f"{name}{list(at) if at else ''}: got {ours[at].item():.9g}, expected {truth[at].item():.9g}; "
-        f"error {error[at].item():.3g} > {allowed[at].item():.3g} = 2 * {torch_error.max().item():.3g} (torch's largest) "
+        f"{name}{list(at) if at else ''}: got {ours[at].item():.9g}, expected {truth[at].item():.9g}; error "
+        f"{error[at].item():.3g} > {allowed[at].item():.3g} = 2 * {torch_error.max().item():.3g} (torch's largest) "
         f"+ {floor[at].item():.3g}"
     )
     allowed_rms = 2 * rms(torch_error) + rms(floor) / 4
@@ -97,7 +97,7 @@ def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor,
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> dict[str, Tensor]:
     """The rule's floor for the value and for each gradient."""
     inputs = make_inputs(problem, dtype)
@@ -110,8 +110,12 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     upstream = problems.upstream_like(value, problem.seed)
     w, w_of_value = (_pair_weights(inputs, loss, reduction, g).abs() for g in (upstream, torch.ones_like(value)))
     logit_rounding = LOGIT_UNITS * score_eps * scale * x.norm(dim=1)[:, None] * y.norm(dim=1)
+    # what is added to a logit before its exponential rounds it too
     if loss == "sigmoid":
         logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * inputs.bias.double().abs()
+    elif loss in problems.DECOMPOSABLE:
+        added = torch.cat(inputs.log_normalizer).double().abs().max() if len(x) else 0.0
+        logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * added
 
     def contributions(size: float) -> Tensor:
         """|w| times the roundings it carries [N, M], for results whose own rounding is `size`."""
