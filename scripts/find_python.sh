@@ -9,15 +9,15 @@ import sys, sysconfig, os
 sys.exit(not (sys.version_info >= (3, 10) and __import__('venv') and __import__('ensurepip') and $2))" >/dev/null 2>&1
 }
 
-candidates=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14}
+if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python3.10 python3.14; fi
 for condition in "os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h'))" "True"; do
-    for candidate in $candidates; do
+    for candidate in "$@"; do
         if suits "$candidate" "$condition"; then
             command -v "$candidate"
             exit 0
         fi
     done
 done
-echo "No usable Python among: $candidates. Needed: 3.10 or newer, with venv and headers (on Debian and Ubuntu the" \
+echo "No usable Python among: $*. Needed: 3.10 or newer, with venv and headers (on Debian and Ubuntu the" \
     "packages python3-venv and python3-dev). Name another with 'make PYTHON=/path/to/python3 ...'." >&2
 exit 1

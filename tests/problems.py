@@ -41,7 +41,7 @@ class Problem:
     layout: str = "contiguous"
     #: None, an offset, or "index": drawn with repeats
     positives: int | str | None = None
-    #: None, "random", "sparse" (zeros among them), "zero" or "bool"
+    #: None, "sparse" (random, with zeros among them) or "zero"
     weight: str | None = None
     #: panels as small as the engine takes them, so that several are walked in both directions
     small_panels: bool = False
@@ -118,18 +118,16 @@ PROBLEMS = (
     Problem("n3", "shorter than every vector register", n=3),
     Problem("n63", "one less than a stripe of rows", n=63),
     Problem("n64", "exactly one stripe", n=64),
-    Problem("n257", "one more than a multiple of every block", n=257),
-    Problem("panels", "five by five panels, ragged in both directions", n=257, small_panels=True),
+    Problem("panels", "one more than a multiple of every block: five by five panels, ragged both ways",
+            n=257, small_panels=True),
     Problem("kept-panels", "panels of scores that are few enough to be kept",
             n=257, d=1000, workspace_bytes=16 * 257**2),
     # rectangles
-    Problem("wide", "more candidates than anchors, as in a gathered batch", m=130, losses=ONE_WAY),
     Problem("wide-panels", "panels of a rectangle", n=130, m=257, small_panels=True, losses=ONE_WAY),
     Problem("many-panels", "sums over 40 panels: 16-bit ones would have lost their digits",
             m=2600, d=24, temperature=1.0, features="common", small_panels=True, losses=ONE_WAY),
     Problem("no-rows", "no anchors, but candidates: their gradient is 0", n=0, m=5, losses=ONE_WAY),
     Problem("one-row", "one anchor against a corpus", n=1, m=257, losses=ONE_WAY),
-    Problem("offset", "positives of this process's rows in a gathered batch", m=130, positives=64, losses=ONE_WAY),
     Problem("offset-panels", "the excluded diagonal crosses panels",
             n=130, m=257, positives=100, small_panels=True, losses=ONE_WAY),
     Problem("index", "rows share positives; fewer candidates than anchors",
@@ -166,11 +164,10 @@ PROBLEMS = (
     Problem("strided", "every other row", layout="strided", small_panels=True, n=130),
     Problem("expanded", "one stored row seen many times: stride 0", layout="expanded"),
     # weights
-    Problem("weights", "a weighted mean divides by the sum of the weights", weight="random"),
-    Problem("sparse-weights", "rows of weight 0 give no gradient", n=130, weight="sparse", small_panels=True),
+    Problem("sparse-weights", "a weighted mean divides by the weights; rows of weight 0 give no gradient",
+            n=130, weight="sparse", small_panels=True),
     Problem("zero-weights", "a mean of nothing is 0, not NaN", n=3, weight="zero"),
     # the decomposable loss
-    Problem("stale", "log Zbar too small by 3: u Z = e^3", staleness=-3.0, losses=DECOMPOSABLE),
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
     Problem("very-stale", "u Z = e^80: close to the largest number",
             staleness=-80.0, temperature=1.0, float16=False, losses=DECOMPOSABLE),
@@ -247,7 +244,7 @@ def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
             return weight * (torch.rand(problem.n, generator=g) < 0.5)
         case "zero":
             return weight * 0
-    return weight
+    raise ValueError(problem.weight)
 
 
 @cache

@@ -195,3 +195,22 @@ def test_opcheck_of_checked_index():
     for dtype, lowest in ((torch.int64, 0), (torch.int32, -1)):
         index = torch.arange(lowest, 8, dtype=dtype)
         torch.library.opcheck(OPERATORS.checked_index.default, (index, 9, lowest < 0))
+
+
+def test_rows_without_a_positive():
+    """An index of -1: every column is a negative, the dot product is 0, and its gradient goes nowhere."""
+    x, y, params = operands("contiguous")
+    index = torch.tensor([0, 8, 3, 3, -1, 2, 1])
+    x, y = x.requires_grad_(), y.requires_grad_()
+    scores = x @ y.T
+    held = torch.arange(9) == index[:, None]
+    z = (1.5 * scores).masked_fill(held, -torch.inf)
+    want = z.logsumexp(1), z.logsumexp(0), (scores * held).sum(1)
+    upstream = vectors(7), vectors(9), vectors(7, 1)
+    gradients = torch.autograd.grad(sum((a * g).sum() for a, g in zip(want, upstream)), (x, y))
+    with torch.no_grad():
+        row, col, dots, kept = OPERATORS.log_sum(x, y, params, index, None, True, True, False, True, "", BYTES)
+        arguments = (x, y, params, index, None, False, row, col, kept, *upstream, True, True, True, "", BYTES)
+        dx, dy, _ = OPERATORS.log_sum_backward(*arguments)
+    for a, b in zip((row, col, dots, dx, dy), (*want, *gradients)):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)

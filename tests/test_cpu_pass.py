@@ -113,7 +113,8 @@ class Case:
     """One panel: scores, what is left out, and vectors for both sides."""
 
     def __init__(
-        self, rows, cols, *, spread=1.0, excluded=0, first_column=0, params=(1.3, 0.0), sides="both", deep=False, stale=0.0
+        self, rows, cols, *, spread=1.0, excluded=0, first_column=0, params=(1.3, 0.0), sides="both", deep=False,
+        stale=0.0,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 

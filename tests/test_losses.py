@@ -54,7 +54,7 @@ def test_value_and_gradients(problem, loss, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=named)
 @pytest.mark.parametrize("name", ["base", "panels", "many-panels", "index-panels", "d384", "t0.01", "nearly-solved"])
 def test_sixteen_bits_are_lost_once(name, dtype, backend):
-    """Where nothing cancels, the rule holds without a floor: what is lost is the rounding of the gradients themselves."""
+    """Where nothing cancels, the rule holds without a floor: only the gradients themselves are rounded."""
     inputs = make_inputs(BY_NAME[name], dtype)
     require(backend, inputs)
     for loss in inputs.problem.losses:

@@ -2,15 +2,16 @@
 
     err(ours) <= 2 * err(float32 torch) + floor
 
-on the maximum and (with a quarter of the floor) on the root mean square, for the value and for every gradient. The truth is ``reference.py`` in
-float64, of the inputs as rounded to the dtype under test. "float32 torch" is ``reference.py`` in float32 on the same
-inputs, upcast, with its gradients rounded to the dtype: what a careful person would have without this package.
+on the maximum and (with a quarter of the floor) on the root mean square, for the value and for every gradient. The
+truth is ``reference.py`` in float64, of the inputs as rounded to the dtype under test. "float32 torch" is
+``reference.py`` in float32 on the same inputs, upcast, with its gradients rounded to the dtype: what a careful person
+would have without this package.
 
     floor = (8 * eps(dtype) + 4 * eps(scores) * scale * |x_i| |y_j|) * scale * max|y| * (the row's weight)
 
-for dx, and accordingly for the rest. The row's weight is sum_j |w_ij|, w = dL/dz in float64 with the upstream gradient in
-it: what scale * max|y| is multiplied by. The second term is the rounding of the logits themselves, each of which carries
-it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another.
+for dx, and accordingly for the rest. The row's weight is sum_j |w_ij|, w = dL/dz in float64 with the upstream gradient
+in it: what scale * max|y| is multiplied by. The second term is the rounding of the logits themselves, each of which
+carries it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another.
 """
 
 from __future__ import annotations
