@@ -256,7 +256,7 @@ def draw_log_weights(log_normalizer: Tensor, shape: float | None, generator: tor
         return torch.zeros_like(log_normalizer)
     alpha = torch.full(log_normalizer.shape, shape + 1.0, device=log_normalizer.device)
     gamma = torch._standard_gamma(alpha, generator=generator)
-    uniform = torch.empty_like(alpha).uniform_(generator=generator)
+    uniform = torch.zeros_like(alpha).uniform_(generator=generator)
     log_uniform = torch.log1p(-uniform)  # uniform is in [0, 1)
     return (gamma.log() + log_uniform / shape - math.log(shape)).to(log_normalizer.dtype)
 
