@@ -240,7 +240,8 @@ def test_a_process_of_its_own_sees_the_dense_matrices(tmp_path, capsys):
     command = ["--memory", "--no-time", "--provider", "dense", "--n", str(n), "--d", "16"]
     assert main([*command, "--json", str(path)]) == 0
     (row,) = results.load(path)
-    assert 2 * 4 * n**2 < row["peak_bytes"] < 8 * 4 * n**2
+    # eight N x N matrices live at once: logits, their log-softmaxes and the gradients of both, in either direction
+    assert 2 * 4 * n**2 < row["peak_bytes"] < 9 * 4 * n**2
     assert "best_s" not in row
     assert "peak MB" in capsys.readouterr().out
 

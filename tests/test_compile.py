@@ -8,6 +8,9 @@ from problems import ALL
 
 import contrastive_kernels as ck
 
+# opcheck's own
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
 
 @pytest.fixture
 def poison():
