@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,11 @@ class _AmxProducts:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+                mkldnn: Any = torch.backends.mkldnn
+                before = mkldnn.matmul.fp32_precision
+                # What inherits its setting reads as what it inherits; written back, it would inherit no more.
+                self._before = "none" if before == mkldnn.fp32_precision else before
+                mkldnn.matmul.fp32_precision = "bf16"
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
