@@ -157,6 +157,13 @@ def test_decomposable_at_its_own_normaliser_is_info_nce():
         assert_same(ours, ref.clip_loss(x, y, scale, reduction=reduction), x, y, scale)
 
 
+def test_decomposable_without_negatives_does_not_overflow():
+    """negative_scale 0 times an infinite exp(h) is 0, in value and gradient."""
+    x, y = make()
+    value = ref.decomposable(1000 * x, y, SCALE, torch.zeros(9), negative_scale=0.0)
+    assert value.item() == 0 and all((g == 0).all() for g in gradients(value, x, y))
+
+
 @pytest.mark.parametrize("u", [1e-3, 0.7, 1e3])
 def test_decomposable_similarity_gradients_sum_to_zero(u):
     """For any u, stale or drawn: what pushes the negatives away pulls the positive."""
