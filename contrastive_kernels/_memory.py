@@ -22,11 +22,19 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class NormalizerStatistics:
-    """How fresh a memory is, per direction, over the samples that an update met again; running averages.
+    """How fresh a memory is; running averages over the samples that updates met again, a number per direction.
 
-    With r = (mean that the batch found) / (mean that was stored): ``log_ratio`` and ``log_ratio_std`` are the mean and
-    the standard deviation of log r, ``largest`` the largest log r of all updates, and ``effective`` is
-    E[r]^2 / E[r^2], the part of a batch's rows that its gradient effectively consists of, in 0 ... 1.
+    Parameters
+    ----------
+    samples, visited : int
+        Samples of the data set, and those that were met.
+    mean_visits : float
+        Visits a sample and direction.
+    log_ratio, log_ratio_std, largest : tuple of float
+        Of log r, r = (mean that the batch found) / (mean that was stored): mean, standard deviation, and the largest so
+        far.
+    effective : tuple of float
+        E[r]^2 / E[r^2], in 0 ... 1: the part of a batch's rows that its gradient effectively consists of.
     """
 
     samples: int

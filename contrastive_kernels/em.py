@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._accumulate import accumulate
 from ._autograd import Options, log_sum
 from ._checks import (
     check_backend,
@@ -18,34 +18,16 @@ from ._checks import (
     check_number,
     check_positives,
     check_reduction,
-    check_vector,
     check_workspace,
     make_params,
 )
+from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
 from ._memory import NormalizerMemory, NormalizerStatistics
 from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from .functional import decomposable
 from .reference import draw_log_weights, expected_excess, log_or_minus_infinity
 
 __all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]
-
-#: Rows of the features that are copied to the scores' dtype at a time.
-_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the E-step knows of a batch before it is seen: [N, directions] each, on the features' device."""
-
-    index: Tensor
-    #: logarithm of the stored mean of exp(z) over negatives, and visits so far
-    log_mean: Tensor
-    visits: Tensor
-    #: log(u Zbar): the draw, or 0
-    log_weight: Tensor
-    direction: int | None
-    #: some sample may not have been met yet
-    cold: bool
 
 
 class DecomposableContrastiveLoss(nn.Module):
@@ -144,10 +126,10 @@ class DecomposableContrastiveLoss(nn.Module):
         super().__init__()
         self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
         self.shape = None if shape is None else check_number(shape, "shape", positive=True)
-        self.negatives = _check_negatives(negatives)
+        self.negatives = check_negatives(negatives)
         self.include_positive = bool(include_positive)
-        self.weights = _check_choice(weights, "weights", ("stored", "updated", "batch"))
-        self.max_ratio = None if max_ratio is None else _check_choice(max_ratio, "max_ratio", ("partial sum",))
+        self.weights = check_choice(weights, "weights", ("stored", "updated", "batch"))
+        self.max_ratio = None if max_ratio is None else check_choice(max_ratio, "max_ratio", ("partial sum",))
         if first_visit not in ("reduce", "skip"):
             raise ValueError(f"first_visit: expected 'reduce' or 'skip'; got {first_visit!r}")
         self.first_visit = first_visit
@@ -222,7 +204,7 @@ class DecomposableContrastiveLoss(nn.Module):
         RuntimeError
             Within the recomputation of activation checkpointing.
         """
-        if _recomputing():
+        if recomputing():
             raise RuntimeError(
                 "DecomposableContrastiveLoss: called again by activation checkpointing, which would draw u and move "
                 "the memory twice; call e_step, a checkpointed m_step and update instead"
@@ -280,7 +262,7 @@ class DecomposableContrastiveLoss(nn.Module):
             alone = reduce_losses(nothing, None, self.reduction) + 0.0 * (x.sum() + y.sum()).to(nothing.dtype)
             return alone, torch.full_like(expectation.log_mean, -torch.inf)
         log_k = math.log(self._notional(negatives))
-        z_pos = _positive_logits(x, y, logit_scale, positives, positive_logits)
+        z_pos = positive_scores(x, y, logit_scale, positives, positive_logits)
         log_z, counted = self._normalizers(x, y, logit_scale, expectation, positives, positive_logits, z_pos, log_k)
         log_u = expectation.log_weight.to(log_z) - log_z
         if counted is not None:
@@ -327,6 +309,62 @@ class DecomposableContrastiveLoss(nn.Module):
         two = expectation.log_mean.shape[1] == 2
         found = self._found(x, y, logit_scale, positives, positive_logits, two)
         self.update(expectation, found, columns=len(y) - (positive_logits is None))
+
+    def accumulate(
+        self,
+        encode: Callable[[Any], tuple[Tensor, Tensor]],
+        batches: Sequence[Any],
+        index: Sequence[Tensor],
+        logit_scale: float | Tensor,
+        *,
+        across: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One large batch in micro-batches, each encoded once; adds to the gradients of all parameters.
+
+        Parameters
+        ----------
+        encode : callable
+            From one of ``batches`` to (x, y), [N, D] each.
+        batches : sequence
+            The micro-batches: a random partition of the large one, in random order.
+        index : sequence of Tensor
+            The samples of each, int64 [N].
+        logit_scale : float or Tensor
+            Its gradient is added once, after the last micro-batch.
+        across : bool
+            Whether negatives of other micro-batches count; otherwise each has its own alone.
+        generator : torch.Generator, optional
+            Source of the draws of u.
+
+        Returns
+        -------
+        Tensor
+            The loss of the large batch (of its micro-batches' own pairs with ``across=False``), detached.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit, and where the weights need the whole batch's own normalisers.
+
+        Notes
+        -----
+        Exact, given u: the value, the temperature's gradient, what the memory learns, and the gradients of pairs within
+        a micro-batch. Not exact: a pair across micro-batches moves only the row that comes later, by twice its part,
+        since the earlier one's activations are gone. Over random orders of the micro-batches the mean is the large
+        batch's gradient. With columns that need no gradient (momentum keys) nothing is lost: call the loss itself for
+        each chunk of rows. Encoders that couple rows (batch norm) see micro-batches.
+
+        Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
+        """
+        if not (self.weights == "stored" or isinstance(self.weights, float)) or self.max_ratio is not None:
+            raise ValueError(
+                "accumulate: expected weights known before the batch ('stored' or a number) and no max_ratio; "
+                f"got weights={self.weights!r}, max_ratio={self.max_ratio!r}"
+            )
+        if len(batches) != len(index) or not len(index):
+            raise ValueError(f"index: expected one tensor per micro-batch [{len(batches)}]; got {len(index)}")
+        return accumulate(self, encode, batches, index, logit_scale, across, generator)
 
     def _constant(self) -> float:
         return 1.0 if self.include_positive else 0.0
@@ -397,48 +435,3 @@ class DecomposableContrastiveLoss(nn.Module):
         row, col, _ = log_sum(x, y, make_params(x, logit_scale), index, True, two, options)
         sums = torch.stack([row, col] if two else [row], 1)
         return sums - math.log(max(len(y) - (positive_logits is None), 1))
-
-
-def _recomputing() -> bool:
-    """Whether autograd's engine runs: only a recomputation calls a loss within backward."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and not torch.compiler.is_compiling() and current() != -1
-
-
-def _check_negatives(negatives: Any) -> str | int:
-    if isinstance(negatives, str):
-        if negatives not in ("dataset", "batch"):
-            raise ValueError(f"negatives: expected 'dataset', 'batch' or an int; got {negatives!r}")
-        return negatives
-    if isinstance(negatives, bool) or not isinstance(negatives, int):
-        raise TypeError(f"negatives: expected 'dataset', 'batch' or an int; got {type(negatives).__name__}")
-    if negatives < 1:
-        raise ValueError(f"negatives: expected at least 1; got {negatives}")
-    return negatives
-
-
-def _check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str | float:
-    """One of the names, or a finite number."""
-    if isinstance(value, str):
-        if value in choices:
-            return value
-    elif not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    raise ValueError(f"{name}: expected {', '.join(map(repr, choices))} or a finite number; got {value!r}")
-
-
-@torch.no_grad()
-def _positive_logits(
-    x: Tensor, y: Tensor, logit_scale: float | Tensor, positives: int | Tensor | None, given: Tensor | None
-) -> Tensor:
-    """z_i,p(i) [N] in the dtype of the scores."""
-    if given is not None:
-        return check_vector(given, "positive_logits", len(x), x, differentiable=True).detach()
-    scale = make_params(x, logit_scale)[0]
-    index, offset = check_positives(positives, x, y)
-    parts = []
-    for start in range(0, len(x), _ROWS):
-        stop = min(start + _ROWS, len(x))
-        partner = y[start + (offset or 0) : stop + (offset or 0)] if index is None else y[index[start:stop]]
-        parts.append((x[start:stop].to(scale.dtype) * partner.to(scale.dtype)).sum(1))
-    return scale * torch.cat(parts) if parts else x.new_zeros(0, dtype=scale.dtype)
