@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import reference
 from ._explain import explain, list_backends, why_not
+from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
 
@@ -11,9 +12,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "DecomposableContrastiveLoss",
     "DecomposableLoss",
     "InfoNCELoss",
     "NTXentLoss",
+    "NormalizerMemory",
+    "NormalizerStatistics",
     "SigmoidLoss",
     "__version__",
     "clip_loss",

@@ -15,10 +15,12 @@ PACKAGE = ROOT / "contrastive_kernels"
 
 # From the top down; a module imports from lower layers only. `__init__` and `__main__` stand above all of them.
 LAYERS = [
-    {"_explain", "losses"},
+    {"_explain", "em", "losses"},
+    {"_accumulate"},
+    {"_expectation"},
     {"functional"},
     {"_decomposable"},
-    {"_autograd", "_reduction"},
+    {"_autograd", "_memory", "_reduction"},
     {"_checks"},
     {"_ops"},
     {"streaming"},
