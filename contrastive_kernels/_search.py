@@ -28,7 +28,7 @@ def _best_column(
     term = MAXIMUM if seed is None else GUMBEL_MAX
     chosen = backends.choose(backend or None, x.device, x.dtype, term)
     x, y = x.contiguous(), y.contiguous()
-    return find(Search(term, x, y, params, exclude, chosen, workspace_bytes, row_ids, col_ids, seed))[1]
+    return find(Search(term, x, y, params, exclude.contiguous(), chosen, workspace_bytes, row_ids, col_ids, seed))[1]
 
 
 def _best_column_fake(x, y, params, exclude, row_ids, col_ids, seed, backend, workspace_bytes):  # type: ignore[no-untyped-def]
@@ -49,7 +49,7 @@ def _count_ranks(
     chosen = backends.choose(backend or None, x.device, low.dtype if low.dtype == torch.float64 else x.dtype, RANK)
     params = torch.tensor([1.0, 0.0], dtype=low.dtype).to(x.device)
     x, y = x.contiguous(), y.contiguous()
-    search = Search(RANK, x, y, params, exclude, chosen, workspace_bytes, score_dtype=low.dtype)
+    search = Search(RANK, x, y, params, exclude.contiguous(), chosen, workspace_bytes, score_dtype=low.dtype)
     return count(search, low.contiguous(), high.contiguous())
 
 

@@ -43,7 +43,14 @@ class Backend:
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
-    Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
+    Backend(
+        "cpu",
+        cpu_backend.reduce_panel,
+        cpu_backend.weight_panel,
+        cpu_backend.why_not,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=cpu_backend.search_panel,
+    ),
     Backend(
         "torch",
         torch_backend.reduce_panel,
