@@ -17,7 +17,7 @@ from .backends.panel import SearchPanel
 from .specs import PairTerm
 from .streaming import LARGEST_PANEL, SMALLEST_PANEL, score_dtype
 
-__all__ = ["Search", "count", "find"]
+__all__ = ["Search", "count", "find", "panel_side"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
     """Every panel with its rows, row block by row block."""
     x, y = search.x, search.y
     dtype = search.score_dtype or score_dtype(x.dtype)
-    side = _side(search, dtype)
+    side = panel_side(x, dtype, search.backend, search.workspace_bytes)
     scores = torch.empty(min(side, len(x)) * min(side, len(y)), dtype=dtype, device=x.device)
     for i in _blocks(len(x), side):
         x_block = x[i].to(dtype)
@@ -100,19 +100,18 @@ def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
             )
 
 
-def _side(search: Search, dtype: torch.dtype) -> int:
-    """The side of a square panel: as large as the workspace allows, in multiples of 64."""
-    x, size = search.x, dtype.itemsize
-    per_score = size * (1 + search.backend.search_temporaries)
-    per_row = 2 * x.shape[1] * size if x.dtype != dtype else 0  # copies of the operands' blocks
+def panel_side(x: Tensor, dtype: torch.dtype, backend: Backend, workspace_bytes: int) -> int:
+    """The side of a square panel for scores in `dtype`: as large as the workspace allows, in multiples of 64."""
+    per_score = dtype.itemsize * (1 + backend.search_temporaries)
+    per_row = 2 * x.shape[1] * dtype.itemsize if x.dtype != dtype else 0  # copies of the operands' blocks
     side = LARGEST_PANEL
-    while side > SMALLEST_PANEL and side * side * per_score + side * per_row > search.workspace_bytes:
+    while side > SMALLEST_PANEL and side * side * per_score + side * per_row > workspace_bytes:
         side -= 64
     needed = side * side * per_score + side * per_row
-    if needed > search.workspace_bytes:
+    if needed > workspace_bytes:
         raise ValueError(
             f"workspace_bytes: expected at least {needed} for the smallest panel with D = {x.shape[1]}; "
-            f"got {search.workspace_bytes}"
+            f"got {workspace_bytes}"
         )
     return side
 
