@@ -16,8 +16,8 @@ PY := '$(VENV)/bin/python'
 IN_VENV := PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH"
 # --no-compile: half of torch's modules are never imported, so bytecode is made by those that are
 INSTALL := $(PY) -m pip install -qq --no-input --no-compile --constraint constraints.txt
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp tests/cuda_emulator/*)
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-6s  %s\n", $$1, $$2}'

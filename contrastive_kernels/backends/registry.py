@@ -10,6 +10,7 @@ import torch
 
 from ..specs import PairTerm
 from . import cpu as cpu_backend
+from . import cuda as cuda_backend
 from . import torch as torch_backend
 from .panel import Panel
 
@@ -30,6 +31,7 @@ class Backend:
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
+    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
     Backend("torch", torch_backend.reduce_panel, torch_backend.weight_panel, torch_backend.why_not, temporaries=3),
 )
