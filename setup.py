@@ -51,7 +51,7 @@ ISA_FLAGS = {
 #: From Turing (the tensor-core kernels from Ampere) to Blackwell, and PTX for what comes later.
 RELEASE_ARCHS = "75;80;86;89;90;100;+PTX"
 # Denormals, division and roots as IEEE has them; NaN and infinities mean what they say on the device too.
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 
 
 class Toolchain(NamedTuple):

@@ -117,4 +117,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_version", &ck::cuda::version);
   m.def("cuda_architectures", &ck::cuda::architectures);
   m.def("cuda_why_not", &ck::cuda::why_not);
+  m.def("cuda_has_tensor_cores", &ck::cuda::has_tensor_cores);
 }

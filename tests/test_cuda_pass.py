@@ -13,7 +13,7 @@ from problems import PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import Backend, cuda, registry
+from contrastive_kernels.backends import Backend, cuda, native, registry
 from contrastive_kernels.backends.panel import Side
 from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
 
@@ -143,3 +143,89 @@ def test_wrong_calls_are_refused(kernels, change, message):
         cuda._C.cuda_reduce_panel(**(fields | change))
     with pytest.raises(TypeError, match="no member colour"):
         cuda._C.cuda_reduce_panel(**fields, colour=1)
+
+
+# ---- the product on the tensor cores ----
+
+
+class Product:
+    """Operands of a panel, whose product is made by the kernel or by float64."""
+
+    def __init__(self, rows, cols, depth, dtype, padding=0):
+        g = torch.Generator().manual_seed(rows * 1009 + cols * 31 + depth)
+        wide = [torch.randn(n, depth + padding, generator=g).to(dtype)[:, :depth] for n in (rows, cols)]
+        self.x, self.y = wide
+        self.scores = (self.x.double() @ self.y.double().T).float()
+        self.depth, self.dtype = depth, dtype
+        self.size = (self.x.double().norm(dim=1)[:, None] * self.y.double().norm(dim=1)).float()
+
+    def fields(self):
+        return {
+            "scores": 0,
+            "x": self.x.data_ptr(),
+            "y": self.y.data_ptr(),
+            "operands": native.DTYPES[self.dtype],
+            "depth": self.depth,
+            "x_stride": self.x.stride(0),
+            "y_stride": self.y.stride(0),
+        }
+
+
+PRODUCTS = {
+    "one-piece": lambda dtype: Product(3, 5, 8, dtype),
+    "one-stage": lambda dtype: Product(128, 128, 32, dtype),
+    "ragged": lambda dtype: Product(130, 137, 40, dtype, padding=8),
+    "all-stages": lambda dtype: Product(65, 129, 96, dtype),
+    "stages-come-round": lambda dtype: Product(129, 64, 136, dtype, padding=16),
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_on_the_tensor_cores(kernels, name, dtype, order):
+    """The kernel that multiplies against the pass over scores that float64 multiplied: sums, weights, parameters."""
+    kernels.emulator_set_order(order)
+    product = PRODUCTS[name](dtype)
+    rows, cols = product.scores.shape
+    exclude = (torch.arange(rows) * 3 % cols)[:, None]
+    results = []
+    for fields in ({}, product.fields()):
+        states = [torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]) for n in (rows, cols)]
+        normalizers = [torch.linspace(0, 2, n) for n in (rows, cols)]
+        gains = [torch.linspace(-1, 1, n) for n in (rows, cols)]
+        weights, dparams = torch.empty(rows, cols), torch.zeros(2, dtype=torch.float64)
+        sides = [Side(*vectors) for vectors in zip(states, normalizers, gains)]
+        panel = make_panel(product.scores.clone(), (0.1, 0.3), exclude, 0, weights, *sides, dparams)
+        everything = cuda.common_fields(EXPONENTIAL, panel) | cuda.weight_fields(panel)
+        scratch = cuda._scratch(panel)
+        cuda._C.cuda_weight_panel(**(everything | cuda._launch_fields(scratch) | fields))
+        results.append([weights, dparams, *(state[0].double() + state[1].double().log() for state in states)])
+    # float32 sums in the order of the depth: a few roundings of the terms' size, which the exponential passes on
+    allowed = 0.1 * product.size.max() * (product.depth + 8) * torch.finfo(torch.float32).eps
+    (w, dparams, *sums), (ours, our_dparams, *our_sums) = results
+    size = (torch.linspace(-1, 1, rows).abs()[:, None] + torch.linspace(-1, 1, cols).abs()) * torch.exp(
+        0.1 * product.scores + 0.3
+    )
+    assert ((ours - w).abs() <= (allowed + 4e-7) * size).all()
+    assert ((our_dparams - dparams).abs() <= (allowed + 4e-7) * (size * (1 + product.size)).sum().double()).all()
+    for a, b in zip(our_sums, sums):
+        assert torch.equal(a.isinf(), b.isinf())
+        assert ((a - b).abs()[b.isfinite()] <= allowed + 4e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 36}, "multiple of 8"),
+        ({"operands": 0}, "have 16 bits"),
+        ({"x_stride": 44}, "aligned to 16 bytes"),
+        ({"y": 0}, "must not be null"),
+    ],
+)
+def test_wrong_operands_are_refused(kernels, change, message):
+    product = Product(5, 7, 40, torch.bfloat16)
+    panel = make_panel(product.scores, (1.0, 0.0), row=Side(torch.zeros(2, 5)))
+    fields = cuda.common_fields(EXPONENTIAL, panel) | cuda._launch_fields(cuda._scratch(panel)) | product.fields()
+    with pytest.raises(ValueError, match=message):
+        cuda._C.cuda_reduce_panel(**(fields | change))

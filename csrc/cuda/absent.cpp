@@ -12,6 +12,7 @@ int64_t scratch_bytes(int64_t, int64_t) { return 0; }
 int version() { return 0; }
 const char* architectures() { return ""; }
 std::string why_not(int) { return "built without CUDA"; }
+bool has_tensor_cores(int) { return false; }
 
 }  // namespace cuda
 }  // namespace ck

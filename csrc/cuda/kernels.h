@@ -12,7 +12,11 @@ struct TileKernel {
   unsigned shared_bytes;
 };
 
+// Over scores in memory.
 TileKernel panel_pass(bool exponential, bool sums, bool weights);
+
+// With the product of 16-bit operands; from sm_80 on, elsewhere it does nothing.
+TileKernel tensor_cores(Dtype operands, bool exponential, bool sums, bool weights);
 
 // Folds what the tiles' blocks left in the scratch into row and column states and dparams.
 void launch_merge(const Panel& panel);

@@ -78,6 +78,9 @@ const char* architectures();
 // The CUDA runtime's reason why its kernels do not run on this device; "": they do.
 std::string why_not(int device);
 
+// Whether the code that a device would run multiplies on tensor cores: such a panel needs no scores.
+bool has_tensor_cores(int device);
+
 }  // namespace cuda
 
 }  // namespace ck

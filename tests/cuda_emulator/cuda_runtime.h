@@ -52,6 +52,11 @@ void warp_barrier();
 using Slot = unsigned char[64];
 const Slot* exchange(const void* mine, size_t bytes);
 
+// Copies that are on their way until their group is waited for, thread by thread.
+void copy_async(void* to, const void* from, int bytes);
+void end_copies();
+void wait_for_copies(size_t pending);
+
 void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
 
 // An error to return from the next launch, 0 for none.
@@ -74,7 +79,7 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 using cudaStream_t = void*;
 struct cudaFuncAttributes {
-  int numRegs;
+  int ptxVersion, binaryVersion;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -87,7 +92,8 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 template <typename T>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, T*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, T*) {
+  *found = {90, 90};
   return emulator::take_failure();
 }
 
@@ -104,6 +110,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define CK_PTX_H
 
+#include "../../csrc/include/api.h"
+
 namespace ck {
 namespace cuda {
 
@@ -112,6 +120,56 @@ namespace emulated {
 #include "../../csrc/include/dtype.h"
 #undef CK_INLINE
 }  // namespace emulated
+
+inline void copy_async(void* to, const void* from, int bytes) { emulator::copy_async(to, from, bytes); }
+inline void end_copies() { emulator::end_copies(); }
+template <int PENDING>
+void wait_for_copies() {
+  emulator::wait_for_copies(PENDING);
+}
+
+inline void load_matrices(const void* row, uint32_t (&out)[4]) {
+  const emulator::Slot* all = emulator::exchange(&row, sizeof row);
+  const unsigned lane = threadIdx.x % emulator::kLanes;
+  for (unsigned m = 0; m < 4; ++m) {
+    const unsigned char* from;
+    std::memcpy(&from, all[m * 8 + lane / 4], sizeof from);
+    std::memcpy(&out[m], from + lane % 4 * 4, sizeof out[m]);
+  }
+}
+
+template <Dtype OPERANDS>
+float widen(uint32_t pair, unsigned half) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * half));
+  if (OPERANDS == Dtype::kBFloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<float>(value);
+}
+
+// mma.sync.m16n8k16, with the fragments' places as the PTX manual has them.
+template <Dtype OPERANDS>
+void multiply_add(float* top, float* bottom, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulator::Slot* all = emulator::exchange(mine, sizeof mine);
+  const unsigned lane = threadIdx.x % emulator::kLanes, row = lane / 4;
+  for (unsigned k = 0; k < 16; ++k) {
+    uint32_t left[6], right[6];
+    std::memcpy(left, all[row * 4 + k % 8 / 2], sizeof left);
+    const uint32_t upper = left[k / 8 * 2], lower = left[k / 8 * 2 + 1];
+    for (unsigned c = 0; c < 2; ++c) {
+      std::memcpy(right, all[(lane % 4 * 2 + c) * 4 + k % 8 / 2], sizeof right);
+      const float factor = widen<OPERANDS>(right[4 + k / 8], k % 2);
+      top[c] += widen<OPERANDS>(upper, k % 2) * factor;
+      bottom[c] += widen<OPERANDS>(lower, k % 2) * factor;
+    }
+  }
+}
 
 inline uint32_t pack_bfloat16(float low, float high) {
   return emulated::to_bfloat16(low) | static_cast<uint32_t>(emulated::to_bfloat16(high)) << 16;

@@ -26,12 +26,20 @@ namespace {
 constexpr unsigned kMostThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   ucontext_t start;
   jmp_buf place;
   bool started = false, finished = false;
   unsigned exchanges = 0;
+  std::vector<Copy> open;                 // copies of the group that is not ended
+  std::vector<std::vector<Copy>> groups;  // that nobody has waited for
 };
 
 // Threads that wait for each other: the last to come lets all go on.
@@ -46,6 +54,11 @@ Slot slots[kMostThreads / kLanes][2][kLanes];
 const std::function<void()>* thread_body;
 jmp_buf scheduler_place;
 int order = 0, failure = 0, device = 0, launches = 0;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulator: %s\n", what);
+  std::abort();
+}
 
 void switch_to_scheduler() {
   if (_setjmp(fibers[threadIdx.x].place) == 0) _longjmp(scheduler_place, 1);
@@ -69,6 +82,7 @@ void wait(Barrier& barrier) {
 void fiber_main() {
   (*thread_body)();
   Fiber& mine = fibers[threadIdx.x];
+  if (!mine.open.empty() || !mine.groups.empty()) fail("a thread ended with copies on their way");
   mine.finished = true;
   leave(block);
   leave(warps[threadIdx.x / kLanes]);
@@ -129,10 +143,33 @@ const Slot* exchange(const void* mine, size_t bytes) {
   return slots[warp][turn];
 }
 
+void copy_async(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) fail("a copy is not aligned");
+  fibers[threadIdx.x].open.push_back({to, from, bytes});
+}
+
+void end_copies() {
+  Fiber& mine = fibers[threadIdx.x];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void wait_for_copies(size_t pending) {
+  std::vector<std::vector<Copy>>& groups = fibers[threadIdx.x].groups;
+  while (groups.size() > pending) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
   constexpr unsigned char kNan = 0xFF, kUntouched = 0xA5;
   unsigned char* const memory = ck::cuda::shared_memory;
-  if (threads > kMostThreads || shared_bytes > ck::cuda::kSharedBytes) std::abort();
+  if (threads > kMostThreads || shared_bytes > ck::cuda::kSharedBytes)
+    fail("too many threads, or too much shared memory");
   ++launches;
   thread_body = &thread;
   for (const unsigned b : turns(blocks, 0)) {
@@ -141,10 +178,7 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
     std::memset(memory + shared_bytes, kUntouched, ck::cuda::kSharedBytes - shared_bytes);
     run_block(threads, b);
     for (size_t k = shared_bytes; k < ck::cuda::kSharedBytes; ++k)
-      if (memory[k] != kUntouched) {
-        std::fprintf(stderr, "shared memory is written beyond its %zu bytes\n", shared_bytes);
-        std::abort();
-      }
+      if (memory[k] != kUntouched) fail("shared memory is written beyond what was asked for");
   }
 }
 
