@@ -1,4 +1,4 @@
-"""The C++ extension. A panel's members are keywords, those of ``Panel`` in csrc/include/api.h.
+"""The C++ extension. A panel's members are keywords, those of ``Panel`` and ``SearchPanel`` in csrc/include/api.h.
 
 Addresses are integers, 0 is a null pointer, and what is left out is not wanted.
 """
@@ -43,8 +43,33 @@ class _Panel(TypedDict, total=False):
     scratch: int
     scratch_bytes: int
 
+@type_check_only
+class _SearchPanel(TypedDict, total=False):
+    term: int
+    scores: int
+    rows: int
+    cols: int
+    stride: int
+    params: int
+    exclude: int
+    exclude_count: int
+    first_row: int
+    first_column: int
+    row_ids: int
+    col_ids: int
+    seed: int
+    best: int
+    best_column: int
+    low: int
+    high: int
+    below: int
+    above: int
+    threads: int
+
 def reduce_panel(**panel: Unpack[_Panel]) -> None: ...
 def weight_panel(**panel: Unpack[_Panel]) -> None: ...
+def search_panel(**panel: Unpack[_SearchPanel]) -> None: ...
+def gumbel_array(seed: int, row: int, first_column: int, out: int, n: int, /) -> None: ...
 def exp_array(x: int, out: int, n: int, /) -> None: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str, /) -> None: ...

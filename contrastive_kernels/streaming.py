@@ -335,7 +335,8 @@ class _Workspace:
 
 def _weights_dtype(x: Tensor) -> torch.dtype:
     """bfloat16 where the device multiplies it faster than float32, else the dtype of the scores."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return score_dtype(x.dtype)
 

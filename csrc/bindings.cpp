@@ -24,73 +24,115 @@ void assign(T& member, py::handle value) {
   member = static_cast<T>(value.cast<int>());
 }
 
-using Setter = void (*)(ck::Panel&, py::handle);
+template <typename Panel>
+using Fields = std::unordered_map<std::string, void (*)(Panel&, py::handle)>;
 
-template <auto Member>
-void set(ck::Panel& panel, py::handle value) {
+template <typename Panel, auto Member>
+void set(Panel& panel, py::handle value) {
   assign(panel.*Member, value);
 }
 template <auto Side, auto Member>
-void set(ck::Panel& panel, py::handle value) {
+void set_side(ck::Panel& panel, py::handle value) {
   assign(panel.*Side.*Member, value);
 }
 
 using P = ck::Panel;
 using S = ck::Side;
+using Q = ck::SearchPanel;
 
 // Every member of a panel by its name.
-const std::unordered_map<std::string, Setter>& fields() {
-  static const std::unordered_map<std::string, Setter> table = {
-      {"term", set<&P::term>},
-      {"scores", set<&P::scores>},
-      {"rows", set<&P::rows>},
-      {"cols", set<&P::cols>},
-      {"stride", set<&P::stride>},
-      {"params", set<&P::params>},
-      {"exclude", set<&P::exclude>},
-      {"exclude_count", set<&P::exclude_count>},
-      {"first_column", set<&P::first_column>},
-      {"row_reference", set<&P::row, &S::reference>},
-      {"row_sum", set<&P::row, &S::sum>},
-      {"row_normalizer", set<&P::row, &S::normalizer>},
-      {"row_gain", set<&P::row, &S::gain>},
-      {"col_reference", set<&P::col, &S::reference>},
-      {"col_sum", set<&P::col, &S::sum>},
-      {"col_normalizer", set<&P::col, &S::normalizer>},
-      {"col_gain", set<&P::col, &S::gain>},
-      {"weights", set<&P::weights>},
-      {"weights_dtype", set<&P::weights_dtype>},
-      {"weights_stride", set<&P::weights_stride>},
-      {"dparams", set<&P::dparams>},
-      {"threads", set<&P::threads>},
-      {"x", set<&P::x>},
-      {"y", set<&P::y>},
-      {"operands", set<&P::operands>},
-      {"depth", set<&P::depth>},
-      {"x_stride", set<&P::x_stride>},
-      {"y_stride", set<&P::y_stride>},
-      {"factor", set<&P::factor>},
-      {"device", set<&P::device>},
-      {"stream", set<&P::stream>},
-      {"scratch", set<&P::scratch>},
-      {"scratch_bytes", set<&P::scratch_bytes>},
+template <typename Panel>
+const Fields<Panel>& fields();
+
+template <>
+const Fields<P>& fields<P>() {
+  static const Fields<P> table = {
+      {"term", set<P, &P::term>},
+      {"scores", set<P, &P::scores>},
+      {"rows", set<P, &P::rows>},
+      {"cols", set<P, &P::cols>},
+      {"stride", set<P, &P::stride>},
+      {"params", set<P, &P::params>},
+      {"exclude", set<P, &P::exclude>},
+      {"exclude_count", set<P, &P::exclude_count>},
+      {"first_column", set<P, &P::first_column>},
+      {"row_reference", set_side<&P::row, &S::reference>},
+      {"row_sum", set_side<&P::row, &S::sum>},
+      {"row_normalizer", set_side<&P::row, &S::normalizer>},
+      {"row_gain", set_side<&P::row, &S::gain>},
+      {"col_reference", set_side<&P::col, &S::reference>},
+      {"col_sum", set_side<&P::col, &S::sum>},
+      {"col_normalizer", set_side<&P::col, &S::normalizer>},
+      {"col_gain", set_side<&P::col, &S::gain>},
+      {"weights", set<P, &P::weights>},
+      {"weights_dtype", set<P, &P::weights_dtype>},
+      {"weights_stride", set<P, &P::weights_stride>},
+      {"dparams", set<P, &P::dparams>},
+      {"threads", set<P, &P::threads>},
+      {"x", set<P, &P::x>},
+      {"y", set<P, &P::y>},
+      {"operands", set<P, &P::operands>},
+      {"depth", set<P, &P::depth>},
+      {"x_stride", set<P, &P::x_stride>},
+      {"y_stride", set<P, &P::y_stride>},
+      {"factor", set<P, &P::factor>},
+      {"device", set<P, &P::device>},
+      {"stream", set<P, &P::stream>},
+      {"scratch", set<P, &P::scratch>},
+      {"scratch_bytes", set<P, &P::scratch_bytes>},
   };
   return table;
 }
 
-ck::Panel make_panel(const py::kwargs& arguments) {
-  ck::Panel panel;
+template <>
+const Fields<Q>& fields<Q>() {
+  static const Fields<Q> table = {
+      {"term", set<Q, &Q::term>},
+      {"scores", set<Q, &Q::scores>},
+      {"rows", set<Q, &Q::rows>},
+      {"cols", set<Q, &Q::cols>},
+      {"stride", set<Q, &Q::stride>},
+      {"params", set<Q, &Q::params>},
+      {"exclude", set<Q, &Q::exclude>},
+      {"exclude_count", set<Q, &Q::exclude_count>},
+      {"first_row", set<Q, &Q::first_row>},
+      {"first_column", set<Q, &Q::first_column>},
+      {"row_ids", set<Q, &Q::row_ids>},
+      {"col_ids", set<Q, &Q::col_ids>},
+      {"seed", set<Q, &Q::seed>},
+      {"best", set<Q, &Q::best>},
+      {"best_column", set<Q, &Q::best_column>},
+      {"low", set<Q, &Q::low>},
+      {"high", set<Q, &Q::high>},
+      {"below", set<Q, &Q::below>},
+      {"above", set<Q, &Q::above>},
+      {"threads", set<Q, &Q::threads>},
+  };
+  return table;
+}
+
+template <typename Panel>
+py::list names() {
+  py::list all;
+  for (const auto& field : fields<Panel>()) all.append(field.first);
+  return all;
+}
+
+template <typename Panel>
+Panel make_panel(const py::kwargs& arguments) {
+  Panel panel;
+  const Fields<Panel>& known = fields<Panel>();
   for (const auto& [key, value] : arguments) {
-    const auto found = fields().find(key.cast<std::string>());
-    if (found == fields().end()) throw py::type_error("a panel has no member " + key.cast<std::string>());
+    const auto found = known.find(key.cast<std::string>());
+    if (found == known.end()) throw py::type_error("a panel has no member " + key.cast<std::string>());
     found->second(panel, value);
   }
   return panel;
 }
 
-template <void (*Pass)(const ck::Panel&)>
+template <typename Panel, void (*Pass)(const Panel&)>
 void run(const py::kwargs& arguments) {
-  const ck::Panel panel = make_panel(arguments);
+  const Panel panel = make_panel<Panel>(arguments);
   py::gil_scoped_release release;
   Pass(panel);
 }
@@ -99,20 +141,25 @@ void exp_array(uintptr_t x, uintptr_t out, int64_t n) {
   ck::exp_array(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n);
 }
 
+void gumbel_array(int64_t seed, int64_t row, int64_t first_column, uintptr_t out, int64_t n) {
+  ck::gumbel_array(seed, row, first_column, reinterpret_cast<float*>(out), n);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The pass over one panel of scores, on the CPU and in CUDA. A panel's members are keywords; see api.h.";
-  py::list members;
-  for (const auto& field : fields()) members.append(field.first);
-  m.attr("_panel_members") = members;
-  m.def("reduce_panel", &run<ck::reduce_panel>);
-  m.def("weight_panel", &run<ck::weight_panel>);
+  m.attr("_panel_members") = names<P>();
+  m.attr("_search_panel_members") = names<Q>();
+  m.def("reduce_panel", &run<P, ck::reduce_panel>);
+  m.def("weight_panel", &run<P, ck::weight_panel>);
+  m.def("search_panel", &run<Q, ck::search_panel>);
   m.def("exp_array", &exp_array);
+  m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);
   m.def("set_instruction_set", &ck::set_instruction_set);
-  m.def("cuda_reduce_panel", &run<ck::cuda::reduce_panel>);
-  m.def("cuda_weight_panel", &run<ck::cuda::weight_panel>);
+  m.def("cuda_reduce_panel", &run<P, ck::cuda::reduce_panel>);
+  m.def("cuda_weight_panel", &run<P, ck::cuda::weight_panel>);
   m.def("cuda_scratch_bytes", &ck::cuda::scratch_bytes);
   m.def("cuda_version", &ck::cuda::version);
   m.def("cuda_architectures", &ck::cuda::architectures);

@@ -15,19 +15,24 @@ PACKAGE = ROOT / "contrastive_kernels"
 
 # From the top down; a module imports from lower layers only. `__init__` and `__main__` stand above all of them.
 LAYERS = [
-    {"_explain", "losses"},
+    {"structure_losses"},
+    {"_explain", "em", "losses", "structure"},
+    {"_accumulate"},
+    {"_expectation"},
     {"functional"},
-    {"_decomposable"},
-    {"_autograd", "_reduction"},
+    {"_decomposable", "retrieval", "sampling"},
+    {"_autograd", "_memory", "_reduction"},
     {"_checks"},
-    {"_ops"},
+    {"_ops", "_search"},
+    {"searching"},
     {"streaming"},
     {"backends"},
     {"backends.registry"},
     {"backends.cpu", "backends.cuda", "backends.torch"},
     {"backends.native"},
     {"backends.panel"},
-    {"_C", "reference", "specs"},
+    {"reference_structure"},
+    {"_C", "_geometry", "_library", "_philox", "reference", "specs"},
 ]
 TOPS = {"", "__main__"}
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -146,8 +151,9 @@ def test_there_is_cpp_to_check():
 def public_objects():
     names = [name for name in ck.__all__ if not inspect.ismodule(getattr(ck, name)) and not name.startswith("__")]
     objects = {name: getattr(ck, name) for name in names}
-    public_reference = {f"reference.{name}": getattr(ck.reference, name) for name in ck.reference.__all__}
-    return {name: value for name, value in {**objects, **public_reference}.items() if callable(value)}
+    for module in (ck.reference, ck.reference_structure):
+        objects |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in objects.items() if callable(value)}
 
 
 @pytest.mark.parametrize("name", sorted(public_objects()))
@@ -187,8 +193,10 @@ def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
     declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
-    panel = next(node for node in stub.body if isinstance(node, ast.ClassDef))
+    panels = {
+        node.name: {member.target.id for member in node.body} for node in stub.body if isinstance(node, ast.ClassDef)
+    }
     module = pytest.importorskip("contrastive_kernels._C", reason="no extension to compare the stub with")
     defined = {name for name in dir(module) if not name.startswith("_")}
     assert declared == defined, "_C.pyi and csrc/bindings.cpp name different things"
-    assert {node.target.id for node in panel.body} == set(module._panel_members)
+    assert panels == {"_Panel": set(module._panel_members), "_SearchPanel": set(module._search_panel_members)}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..specs import PairTerm
-from .native import MISSING, common_fields, weight_fields
-from .panel import Panel, score_product
+from .native import MISSING, common_fields, search_fields, weight_fields
+from .panel import Panel, SearchPanel, score_product
 
 if MISSING is None:
     from contrastive_kernels import _C
 
-__all__ = ["instruction_set", "reduce_panel", "weight_panel", "why_not"]
+__all__ = ["instruction_set", "reduce_panel", "search_panel", "weight_panel", "why_not"]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -40,3 +40,9 @@ def weight_panel(term: PairTerm, panel: Panel) -> None:
     """Leaves scale * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
     score_product(panel)
     _C.weight_panel(**common_fields(term, panel), **weight_fields(panel), threads=torch.get_num_threads())
+
+
+def search_panel(term: PairTerm, panel: SearchPanel) -> None:
+    """Folds the panel into the rows' best score and its column, or into their counts."""
+    score_product(panel)
+    _C.search_panel(**common_fields(term, panel), **search_fields(panel), threads=torch.get_num_threads())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..specs import PairTerm
-from .panel import Panel, Side
+from .panel import Panel, SearchPanel, Side
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
     from contrastive_kernels import _C  # noqa: F401
@@ -15,7 +15,7 @@ except ImportError as error:
 else:
     MISSING = None
 
-__all__ = ["DTYPES", "MISSING", "common_fields", "weight_fields"]
+__all__ = ["DTYPES", "MISSING", "common_fields", "search_fields", "weight_fields"]
 
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,6 +56,23 @@ def weight_fields(panel: Panel) -> dict[str, int]:
         for vector, tensor in _vectors(side):
             fields[f"{name}_{vector}"] = _address(tensor)
     return fields
+
+
+def search_fields(panel: SearchPanel) -> dict[str, int]:
+    """What a search needs beside: what it leaves out, its noise, and the rows' best or bounds and counts."""
+    vectors = {
+        "row_ids": panel.row_ids,
+        "col_ids": panel.col_ids,
+        "seed": panel.seed,
+        "best": panel.best,
+        "best_column": panel.best_column,
+        "low": panel.low,
+        "high": panel.high,
+        "below": panel.below,
+        "above": panel.above,
+    }
+    addresses = {name: _address(vector) for name, vector in vectors.items() if vector is not None}
+    return {"first_row": panel.first_row, **addresses}
 
 
 def _vectors(side: Side) -> list[tuple[str, Tensor]]:
