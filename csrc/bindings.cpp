@@ -122,10 +122,11 @@ template <typename Panel>
 Panel make_panel(const py::kwargs& arguments) {
   Panel panel;
   const Fields<Panel>& known = fields<Panel>();
-  for (const auto& [key, value] : arguments) {
-    const auto found = known.find(key.cast<std::string>());
-    if (found == known.end()) throw py::type_error("a panel has no member " + key.cast<std::string>());
-    found->second(panel, value);
+  for (const std::pair<py::handle, py::handle> item : arguments) {
+    const std::string name = py::cast<std::string>(item.first);
+    const auto found = known.find(name);
+    if (found == known.end()) throw py::type_error("a panel has no member " + name);
+    found->second(panel, item.second);
   }
   return panel;
 }
