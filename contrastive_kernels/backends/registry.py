@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
+from . import cuda as cuda_backend
 from . import torch as torch_backend
 from . import triton as triton_backend
 from .panel import Panel, SearchPanel, default_weights_dtype
@@ -72,6 +73,7 @@ ORDER: tuple[Backend, ...] = (
         scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
+    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend(
         "cpu",
         cpu_backend.reduce_panel,
