@@ -124,9 +124,9 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     raise AssertionError("the torch backend serves everything")
 
 
-def table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:
     """Each backend's name with the reason why it cannot serve (None: it can)."""
-    return [(backend.name, backend.why_not(device, dtype)) for backend in ORDER]
+    return [(backend.name, backend.refusal(device, dtype, term)) for backend in ORDER]
 
 
 _warned: set[str] = set()
