@@ -30,7 +30,8 @@ LAYERS = [
     {"stream"},
     {"backends"},
     {"backends.registry"},
-    {"backends.cpu", "backends.torch", "backends.triton"},
+    {"backends.cpu", "backends.cuda", "backends.torch", "backends.triton"},
+    {"backends.native"},
     {"backends.panel"},
     {"panel_shapes", "reference_structure"},
     {"_C", "_geometry", "_library", "_philox", "_triton", "reference", "specs"},
@@ -214,7 +215,11 @@ def test_nothing_names_a_machine_or_a_registry():
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
-    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    panels = {
+        node.name: {member.target.id for member in node.body} for node in stub.body if isinstance(node, ast.ClassDef)
+    }
     module = pytest.importorskip("contrastive_kernels._C", reason="no extension to compare the stub with")
     defined = {name for name in dir(module) if not name.startswith("_")}
     assert declared == defined, "_C.pyi and csrc/bindings.cpp name different things"
+    assert panels == {"_Panel": set(module._panel_members), "_SearchPanel": set(module._search_panel_members)}
