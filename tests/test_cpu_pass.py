@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from panels import CASES, EPS, instruction_sets, make_panel, start_states
+from panels import CASES, instruction_sets, make_panel, start_states
 
 from contrastive_kernels.backends import cpu
 from contrastive_kernels.backends.panel import Side
