@@ -136,7 +136,8 @@ def _ranks(
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
     size = x.to(torch.float32).norm(dim=1) * longest
-    slack = (_ROUNDINGS * _product_eps(x, dtype) * math.sqrt(x.shape[1])) * size.to(dtype)
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
+    slack = rounding * size.to(dtype)
     below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)
     ordered = index.sort(1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
@@ -160,18 +161,16 @@ def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, work
     return best
 
 
-def _product_eps(x: Tensor, dtype: torch.dtype) -> float:
-    """The relative rounding of products in `dtype`: torch may be allowed to take float32 for less than it is."""
-    if dtype == torch.float64 or x.dtype in (torch.float16, torch.bfloat16):  # whose products are exact in float32
-        return torch.finfo(dtype).eps
+def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
+    """By how much a product of unit vectors is off because torch may round float32 operands to TF32 or bfloat16."""
+    if dtype == torch.float64 or x.dtype != torch.float32:  # 16-bit operands have no more digits than those
+        return 0.0
     owner: Any = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
     matmul = getattr(owner, "matmul", None)
     precision = getattr(matmul, "fp32_precision", None)
-    if precision == "bf16":
-        return 2.0**-7
-    if precision == "tf32" or (x.device.type == "cuda" and bool(getattr(matmul, "allow_tf32", False))):
-        return 2.0**-10
-    return torch.finfo(dtype).eps
+    if precision is None and getattr(matmul, "allow_tf32", False):  # before torch 2.9
+        precision = "tf32"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(str(precision), 0.0)
 
 
 def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:
