@@ -23,6 +23,8 @@ __all__ = ["RetrievalMetrics", "retrieval_metrics"]
 
 #: Two scores are equal if they differ by less than so many roundings of a sum of D products, each taken as eps sqrt(D).
 _ROUNDINGS = 4
+#: Rows whose norms are taken at a time.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def retrieval_metrics(
     A score in float32 depends in its last digits on how the product was cut up. So whatever lies within rounding of the
     positive's score is decided in float64, for those queries alone; ranks therefore do not depend on the workspace or
     the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
-    inputs and the workspace.
+    inputs and the workspace, and a copy of the queries that are counted again.
 
     Examples
     --------
@@ -132,10 +134,10 @@ def _ranks(
 ) -> tuple[Tensor, Tensor]:
     """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
     best = _best_positive(x, y, index, dtype, workspace_bytes)
-    lengths = y.to(torch.float32).norm(dim=1)
+    lengths = _lengths(y)
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
-    size = x.to(torch.float32).norm(dim=1) * longest
+    size = _lengths(x) * longest
     rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
     slack = rounding * size.to(dtype)
     below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)
@@ -144,6 +146,11 @@ def _ranks(
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     others = y.shape[0] - ((ordered >= 0) & ~repeated).sum(1)
     return others - below, others - below > above
+
+
+def _lengths(v: Tensor) -> Tensor:
+    """Euclidean norms of the rows [n] in float32, a block of rows at a time: no copy of a 16-bit corpus."""
+    return torch.cat([block.to(torch.float32).norm(dim=1) for block in v.split(_ROWS)])
 
 
 def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
