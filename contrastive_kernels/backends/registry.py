@@ -7,18 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..specs import PairTerm
+from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
+from . import cuda as cuda_backend
 from . import torch as torch_backend
-from .panel import Panel
+from . import triton as triton_backend
+from .panel import Panel, SearchPanel, default_weights_dtype
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
 
 
+def _no_scratch(rows: int, cols: int, x: Tensor) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Backend:
-    """Two panel operations and the reason why they cannot serve a device and dtype (None: they can)."""
+    """Its panel operations, the terms they know, and why they cannot serve a device and dtype (None: they can)."""
 
     name: str
     reduce_panel: Callable[[PairTerm, Panel], None]
@@ -26,12 +33,65 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype], str | None]
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
+    #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
+    score_tile: bool = True
+    #: it takes operands in their own dtype, not in that of the scores
+    native_operands: bool = False
+    #: the dtype of its weights for a device and an operands' dtype; one with float16 weights honours panel.factor
+    weights_dtype: Callable[[torch.device, torch.dtype], torch.dtype] = default_weights_dtype
+    #: float32 that it wants for the partial results of a panel of R rows and C columns of x's stream
+    scratch: Callable[[int, int, Tensor], int] = _no_scratch
+    #: ... and a bound of it: bytes per score, and per row and column
+    scratch_per_score: float = 0.0
+    scratch_per_row: float = 0.0
+    #: the pair terms that it knows
+    terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
+    #: the operation of the terms that search and count
+    search_panel: Callable[[PairTerm, SearchPanel], None] | None = None
+    #: score-sized temporaries of that one
+    search_temporaries: int = 0
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:
+        """Why it cannot serve a term on this device and in this dtype, or None: it can."""
+        reason = self.why_not(device, dtype)
+        if reason is None and term not in self.terms:
+            return f"it has no {term.name} term"
+        return reason
 
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
-    Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
-    Backend("torch", torch_backend.reduce_panel, torch_backend.weight_panel, torch_backend.why_not, temporaries=3),
+    Backend(
+        "triton",
+        triton_backend.reduce_panel,
+        triton_backend.weight_panel,
+        triton_backend.why_not,
+        score_tile=False,
+        native_operands=True,
+        weights_dtype=triton_backend.weights_dtype,
+        scratch=triton_backend.scratch,
+        scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
+        scratch_per_row=triton_backend.SCRATCH_PER_ROW,
+    ),
+    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
+    Backend(
+        "cpu",
+        cpu_backend.reduce_panel,
+        cpu_backend.weight_panel,
+        cpu_backend.why_not,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=cpu_backend.search_panel,
+    ),
+    Backend(
+        "torch",
+        torch_backend.reduce_panel,
+        torch_backend.weight_panel,
+        torch_backend.why_not,
+        temporaries=3,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=torch_backend.search_panel,
+        search_temporaries=8,
+    ),
 )
 
 
@@ -48,25 +108,25 @@ def get(name: str) -> Backend:
     raise ValueError(f"backend: expected None or one of {', '.join(names())}; got {name!r}")
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> Backend:
     """The named backend, or the first that can serve. A named one that cannot serve is a ValueError with the reason."""
     if name is not None:
         backend = get(name)
-        reason = backend.why_not(device, dtype)
+        reason = backend.refusal(device, dtype, term)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
         return backend
     for backend in ORDER:
-        if backend.why_not(device, dtype) is None:
-            if backend.name == "torch":
+        if backend.refusal(device, dtype, term) is None:
+            if backend.name == "torch" and term not in SEARCHES:
                 _warn_once(device, dtype)
             return backend
     raise AssertionError("the torch backend serves everything")
 
 
-def table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:
     """Each backend's name with the reason why it cannot serve (None: it can)."""
-    return [(backend.name, backend.why_not(device, dtype)) for backend in ORDER]
+    return [(backend.name, backend.refusal(device, dtype, term)) for backend in ORDER]
 
 
 _warned: set[str] = set()
