@@ -88,7 +88,9 @@ def imported_modules(name, path):
             if full.split(".")[0] != "contrastive_kernels" or full.endswith(".__version__"):
                 continue
             inner = full.partition(".")[2]
-            while inner and inner not in MODULES and inner not in OUTSIDE:  # `from .streaming import log_sum`: a name in it
+            while (
+                inner and inner not in MODULES and inner not in OUTSIDE
+            ):  # `from .streaming import log_sum`: a name in it
                 inner = inner.rpartition(".")[0]
             found.add(inner)
     return found
