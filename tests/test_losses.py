@@ -235,6 +235,15 @@ def test_scalars_may_come_in_any_form(loss, backend):
         assert scale.grad.shape == shape and scale.grad.dtype == dtype
 
 
+def test_numbers_may_be_numpys():
+    inputs = make_inputs(BY_NAME["base"], torch.float32)
+    draw = [torch.Generator().manual_seed(0) for _ in range(2)]
+    arguments = inputs.x, inputs.y, 4.0, inputs.log_normalizer[0]
+    want = ck.decomposable(*arguments, shape=0.5, negative_scale=2.0, generator=draw[0])
+    shape, k = numpy.float32(0.5), numpy.int64(2)
+    assert torch.equal(ck.decomposable(*arguments, shape=shape, negative_scale=k, generator=draw[1]), want)
+
+
 @pytest.mark.parametrize("loss", ALL)
 def test_normalize_divides_by_the_norm(loss):
     inputs = make_inputs(BY_NAME["unnormalised"], torch.float64)

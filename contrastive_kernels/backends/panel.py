@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Panel", "Side", "default_weights_dtype", "present", "score_product"]
+__all__ = ["Panel", "SearchPanel", "Side", "default_weights_dtype", "present", "score_product"]
 
 
 @dataclass(slots=True)
@@ -55,6 +56,28 @@ class Panel:
     scratch: Tensor | None = None
 
 
+@dataclass(slots=True)
+class SearchPanel(Panel):
+    """A block of the score matrix of which only each row's best column, or a count, is wanted."""
+
+    #: this panel's first row in the whole matrix
+    first_row: int = 0
+    #: [R], [C] int64: pairs of equal ids are left out of the search
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    #: [1] int64, the key of the noise
+    seed: Tensor | None = None
+    #: [R] the best score so far, in the dtype of the scores, and [R] int64 its column; updated in place
+    best: Tensor | None = None
+    best_column: Tensor | None = None
+    #: [R], [R] bounds, in the dtype of the scores
+    low: Tensor | None = None
+    high: Tensor | None = None
+    #: [R], [R] int64 += number of scores below `low`, above `high`
+    below: Tensor | None = None
+    above: Tensor | None = None
+
+
 def present(vector: Tensor | None) -> Tensor:
     """A side's vector without which the pair term has no weights."""
     if vector is None:
@@ -64,7 +87,8 @@ def present(vector: Tensor | None) -> Tensor:
 
 def default_weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """bfloat16 where the CPU multiplies it faster than float32, else the dtype of the scores."""
-    if dtype == torch.bfloat16 and device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -92,8 +116,11 @@ class _AmxProducts:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+                mkldnn: Any = torch.backends.mkldnn
+                before = mkldnn.matmul.fp32_precision
+                # What inherits its setting reads as what it inherits; written back, it would inherit no more.
+                self._before = "none" if before == mkldnn.fp32_precision else before
+                mkldnn.matmul.fp32_precision = "bf16"
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..specs import PairTerm
+from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .panel import Panel, default_weights_dtype
+from .panel import Panel, SearchPanel, default_weights_dtype
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
 
@@ -24,12 +24,16 @@ def _no_scratch(rows: int, cols: int, x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Backend:
-    """Two panel operations and the reason why they cannot serve a device and dtype (None: they can)."""
+    """Its panel operations, the terms they know, and why they cannot serve a device and dtype (None: they can)."""
 
     name: str
     reduce_panel: Callable[[PairTerm, Panel], None]
     weight_panel: Callable[[PairTerm, Panel], None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    #: the same for a GPU that is not there, by its compute capability (90 for 9.0); None: it serves none
+    why_not_capability: Callable[[int, torch.dtype], str | None] | None = None
+    #: kernels that a panel starts, (reduce, weight), without the driver's products; None: not counted
+    launches: tuple[int, int] | None = None
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
     #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
@@ -43,6 +47,19 @@ class Backend:
     #: ... and a bound of it: bytes per score, and per row and column
     scratch_per_score: float = 0.0
     scratch_per_row: float = 0.0
+    #: the pair terms that it knows
+    terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
+    #: the operation of the terms that search and count
+    search_panel: Callable[[PairTerm, SearchPanel], None] | None = None
+    #: score-sized temporaries of that one
+    search_temporaries: int = 0
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:
+        """Why it cannot serve a term on this device and in this dtype, or None: it can."""
+        reason = self.why_not(device, dtype)
+        if reason is None and term not in self.terms:
+            return f"it has no {term.name} term"
+        return reason
 
 
 #: From the most to the least preferred; the last one serves everything.
@@ -52,6 +69,8 @@ ORDER: tuple[Backend, ...] = (
         triton_backend.reduce_panel,
         triton_backend.weight_panel,
         triton_backend.why_not,
+        why_not_capability=triton_backend.why_not_capability,
+        launches=triton_backend.LAUNCHES,
         score_tile=False,
         native_operands=True,
         weights_dtype=triton_backend.weights_dtype,
@@ -59,8 +78,24 @@ ORDER: tuple[Backend, ...] = (
         scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
-    Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
-    Backend("torch", torch_backend.reduce_panel, torch_backend.weight_panel, torch_backend.why_not, temporaries=3),
+    Backend(
+        "cpu",
+        cpu_backend.reduce_panel,
+        cpu_backend.weight_panel,
+        cpu_backend.why_not,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=cpu_backend.search_panel,
+    ),
+    Backend(
+        "torch",
+        torch_backend.reduce_panel,
+        torch_backend.weight_panel,
+        torch_backend.why_not,
+        temporaries=3,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=torch_backend.search_panel,
+        search_temporaries=8,
+    ),
 )
 
 
@@ -77,17 +112,17 @@ def get(name: str) -> Backend:
     raise ValueError(f"backend: expected None or one of {', '.join(names())}; got {name!r}")
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> Backend:
     """The named backend, or the first that can serve. A named one that cannot serve is a ValueError with the reason."""
     if name is not None:
         backend = get(name)
-        reason = backend.why_not(device, dtype)
+        reason = backend.refusal(device, dtype, term)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
         return backend
     for backend in ORDER:
-        if backend.why_not(device, dtype) is None:
-            if backend.name == "torch":
+        if backend.refusal(device, dtype, term) is None:
+            if backend.name == "torch" and term not in SEARCHES:
                 _warn_once(device, dtype)
             return backend
     raise AssertionError("the torch backend serves everything")
