@@ -1,12 +1,13 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py float32 | float16 | bfloat16 | hostile
+    python tests/interpreted.py float32 | float16 | bfloat16 | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -115,12 +116,44 @@ def hostile() -> list[str]:
     return failures
 
 
+def launches() -> dict[str, tuple[int, int]]:
+    """Launches of value and gradients by case: as planned, and as counted."""
+    from contrastive_kernels import workspace
+    from contrastive_kernels._triton import launch
+
+    counted = 0
+    started, accumulated = launch._launch, workspace.Workspace.accumulate
+
+    def counting(function):
+        def run(*arguments, **keywords):
+            nonlocal counted
+            counted += 1
+            return function(*arguments, **keywords)
+
+        return run
+
+    launch._launch, workspace.Workspace.accumulate = counting(started), counting(accumulated)
+    result = {}
+    for loss, n, workspace_bytes in (("clip_loss", 130, 65536), ("nt_xent", 70, 65536), ("sigmoid", 65, 2**20)):
+        counted = 0
+        x, y = (torch.randn(n, 24).requires_grad_() for _ in range(2))
+        scale = torch.ones((), requires_grad=True)
+        more = (-1.0,) if loss == "sigmoid" else ()
+        getattr(ck, loss)(x, y, scale, *more, backend="triton", workspace_bytes=workspace_bytes).backward()
+        plan = ck.plan(n, d=24, loss=loss, backend="triton", workspace_bytes=workspace_bytes)
+        result[f"{loss} {n}"] = (sum(each.launches for each in plan.passes), counted)
+    return result
+
+
 if __name__ == "__main__":
     patch_once()
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy says so wherever -inf meets -inf
     torch.set_num_threads(1)
     assert ck.why_not("triton", torch.zeros(1, 1)) is None and len(PROBLEMS) > 40
     what = sys.argv[1]
+    if what == "launches":
+        print(json.dumps(launches()))
+        sys.exit()
     failed = hostile() if what == "hostile" else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

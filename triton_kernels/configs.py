@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PRECISIONS", "WORKS", "Tile", "family", "itemsize", "legality", "shipped", "tile_for", "work_of"]
+__all__ = [
+    "PRECISIONS",
+    "WORKS",
+    "Tile",
+    "family",
+    "itemsize",
+    "legality",
+    "shared_memory",
+    "shipped",
+    "tile_for",
+    "work_of",
+]
 
 #: How operands are multiplied: 16-bit and TF32 on the tensor cores, float32 exactly ("ieee") without them.
 PRECISIONS = ("16-bit", "tf32", "ieee")
@@ -48,6 +59,11 @@ def family(capability: int) -> int | None:
     return max((member for member in _SHARED_MEMORY if member <= known), default=None) if known > 80 else None
 
 
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may take."""
+    return _SHARED_MEMORY[family(capability) or 80]
+
+
 def legality(tile: Tile, capability: int, precision: str) -> str | None:
     """The reason why a tile cannot run, or None: it can."""
     member = family(capability)
@@ -82,7 +98,7 @@ _WIDE_TF32, _NARROW_TF32 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
 _SMALL_WIDE_16, _SMALL_NARROW_16 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
 _SMALL_WIDE_TF32, _SMALL_NARROW_TF32 = Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)
 #: Without the tensor cores a thread multiplies by itself.
-_IEEE = Tile(64, 64, 16, 8, 2)
+_IEEE = Tile(64, 64, 16, 4, 2)
 
 #: (family, precision): the tiles of WORKS.
 _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {

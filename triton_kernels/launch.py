@@ -22,7 +22,7 @@ MERGE_BLOCK = 256
 
 _TERMS = {"exponential": pair_terms.EXPONENTIAL, "sigmoid": pair_terms.SIGMOID}
 #: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
-_INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
+_INTERPRETED_TILE = Tile(64, 128, 32, 4, 1)
 
 
 class Vectors(NamedTuple):

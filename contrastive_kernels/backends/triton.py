@@ -26,7 +26,7 @@ __all__ = [
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
 #: 8 per tile.
-_SMALLEST_TILE = 32
+_SMALLEST_TILE = 64
 SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 8 / _SMALLEST_TILE**2
 SCRATCH_PER_ROW = 16.0
 
