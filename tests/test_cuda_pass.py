@@ -123,10 +123,11 @@ def test_why_not_asks_the_device(kernels):
     ("change", "message"),
     [
         ({"scratch_bytes": 8}, "the scratch is too small"),
-        ({"scores": 0}, "scores and params must not be null"),
+        ({"scores": 0}, "scores, or x and y, must not be null"),
         ({"row_reference": 0}, "a sum needs its reference"),
         ({"row_sum": 0, "row_reference": 0}, "at least one side must be wanted"),
-        ({"stride": 3}, "sizes and stride"),
+        ({"stride": 3}, "stride must be at least cols"),
+        ({"params": 0}, "params must not be null"),
         ({"term": 7}, "the sigmoid term has no column side"),
         ({"weights": 64}, "weights and dparams must be null"),
         ({"exclude_count": 1}, "exclude must not be null"),

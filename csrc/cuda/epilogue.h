@@ -141,6 +141,8 @@ template <bool SHARED, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ ParamSums sweep_exponential(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
                                                        const Scores& s, bool by_row, bool by_col, EpilogueMemory& m) {
   const float scale = p.params[0], bias = p.params[1], factor = p.factor ? *p.factor : scale;
+  // read where it is needed: eight more registers are not to be had
+  const volatile float* const col_reference = m.reference + kTile + mine.col;
   WeightWriter writer(p, tile, mine);
   ParamSums params;
   float col_sum[kCols] = {};
@@ -166,7 +168,7 @@ __device__ __forceinline__ ParamSums sweep_exponential(const Panel& p, const Til
           w = e * row_gain;
         }
         if (by_col) {
-          const float e = exp_term(z - m.reference[kTile + mine.col + j]);
+          const float e = exp_term(z - col_reference[j]);
           col_sum[j] += e;
           w += e * col_gain;
         }
