@@ -112,7 +112,7 @@ def retrieval_metrics(
     options = check_backend(backend), check_workspace(workspace_bytes)
     index = _positives(positives, x, y)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    panel_side(x, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed
+    panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed
     ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options)
     if score_dtype(x.dtype) != wide and bool(uncertain.any()):
         rows = uncertain.nonzero()[:, 0]

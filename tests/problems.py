@@ -23,6 +23,9 @@ PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
 DECOMPOSABLE = ("decomposable", "decomposable_pair")
 ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
 
+#: Backends of CPU tensors. The others run on GPUs (test_gpu.py), or in an interpreter of their own (test_triton.py).
+CPU_BACKENDS = ("cpu", "torch")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -178,9 +181,6 @@ PROBLEMS = (
     Problem("block", "columns that hold nobody's positive", block="all", losses=DECOMPOSABLE),
     Problem("part-block", "columns that hold some rows' positives", m=33, block="some", losses=("decomposable",)),
 )  # fmt: skip
-
-#: The backends that a CPU's tensors are tried with, installed or not; those of GPUs have tests of their own.
-CPU_BACKENDS = tuple(name for name in contrastive_kernels.list_backends() if name not in ("triton", "cuda"))
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 
