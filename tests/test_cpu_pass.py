@@ -10,9 +10,8 @@ import torch
 from panels import CASES, EPS, instruction_sets, make_panel, start_states
 
 from contrastive_kernels.backends import cpu
-from contrastive_kernels.backends.panel import Side, _AmxProducts, score_product
+from contrastive_kernels.backends.panel import Side, _AmxProducts, default_weights_dtype, score_product
 from contrastive_kernels.specs import EXPONENTIAL
-from contrastive_kernels.streaming import _weights_dtype
 
 _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not built")
 
@@ -151,4 +150,4 @@ def test_without_onednn_bfloat16_weights_stay_in_float32(monkeypatch):
     """Builds without it (some for ARM) have none of its operators to ask."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
-    assert _weights_dtype(torch.zeros(1, 1, dtype=torch.bfloat16)) == torch.float32
+    assert default_weights_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32

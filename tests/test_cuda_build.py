@@ -14,7 +14,7 @@ import pytest
 import torch
 from panels import Case, make_panel, start_states
 
-from contrastive_kernels.backends import cuda, native
+from contrastive_kernels.backends import cuda
 from contrastive_kernels.backends.panel import Side
 from contrastive_kernels.specs import EXPONENTIAL
 
@@ -103,9 +103,7 @@ def test_the_library_loads_and_tells_what_it_lacks(build, monkeypatch):
     case = Case(5, 7)
     panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
     with pytest.raises(RuntimeError, match=r"contrastive_kernels: cuda.*(driver|device)"):
-        module.cuda_reduce_panel(
-            **native.common_fields(EXPONENTIAL, panel), **cuda._launch_fields(cuda._scratch(panel))
-        )
+        cuda.reduce_panel(EXPONENTIAL, panel)
     assert re.search(r"cuda.*(driver|device)", module.cuda_why_not(0))
 
 

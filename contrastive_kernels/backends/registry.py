@@ -61,7 +61,6 @@ class Backend:
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
-    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend(
         "triton",
         triton_backend.reduce_panel,
@@ -73,6 +72,18 @@ ORDER: tuple[Backend, ...] = (
         scratch=triton_backend.scratch,
         scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
+    ),
+    Backend(
+        "cuda",
+        cuda_backend.reduce_panel,
+        cuda_backend.weight_panel,
+        cuda_backend.why_not,
+        score_tile=False,
+        native_operands=True,
+        weights_dtype=cuda_backend.weights_dtype,
+        scratch=cuda_backend.scratch,
+        scratch_per_score=cuda_backend.SCRATCH_PER_SCORE,
+        scratch_per_row=cuda_backend.SCRATCH_PER_ROW,
     ),
     Backend(
         "cpu",
