@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends as _registry
-from .specs import LOSSES
+from .specs import LOSSES, SEARCH_SPECS, LossSpec
 
 __all__ = ["explain", "list_backends", "why_not"]
 
@@ -28,7 +28,7 @@ def list_backends() -> tuple[str, ...]:
     return _registry.names()
 
 
-def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
+def why_not(name: str, x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> str | None:
     """The reason why a backend cannot serve these features, or None: it can.
 
     Parameters
@@ -37,6 +37,8 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
         A backend's name.
     x, y : Tensor
         The features [N, D], [M, D]; their device and dtype decide.
+    loss : str
+        The name of a loss function, or of one that searches, such as ``"sample_negatives"``.
 
     Returns
     -------
@@ -46,7 +48,7 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
     Raises
     ------
     ValueError
-        For a name that is not a backend's.
+        For a name that is not a backend's, or not a function's.
 
     Examples
     --------
@@ -54,7 +56,7 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
     >>> ck.why_not("cpu", torch.zeros(2, 3, dtype=torch.float64)) is None
     False
     """
-    return _registry.get(name).why_not(x.device, x.dtype)
+    return _registry.get(name).refusal(x.device, x.dtype, _spec(loss).term)
 
 
 def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None:
@@ -65,12 +67,12 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
     x, y : Tensor
         The features [N, D], [M, D]; ``y`` is ``x`` if left out.
     loss : str
-        The loss function's name.
+        The name of a loss function, or of one that searches, such as ``"sample_negatives"``.
 
     Raises
     ------
     ValueError
-        For a name that is not a loss's.
+        For a name that is not a function's.
 
     Examples
     --------
@@ -82,20 +84,26 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
       cpu    no: its scores are float32; float64 is the torch backend's
       torch  yes, chosen
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}; got {loss!r}")
-    spec, columns = LOSSES[loss], len(x if y is None else y)
+    spec, columns = _spec(loss), len(x if y is None else y)
     factor = 2 if loss == "nt_xent" else 1
     print(
         f"{loss} of {factor * len(x)} x {factor * columns} scores, D = {x.shape[1]}, {x.dtype} on {x.device}: "
-        f"{spec.passes} pass{'es' if spec.passes > 1 else ''}, {spec.products:g} products "
+        f"{spec.passes} pass{'es' if spec.passes > 1 else ''}, {spec.products:g} product{'s' * (spec.products != 1)} "
         f"({spec.forward_products:g} for the value alone)"
     )
-    rows = _registry.table(x.device, x.dtype)
+    rows = _registry.table(x.device, x.dtype, spec.term)
     chosen = next(name for name, reason in rows if reason is None)
     for name, reason in rows:
         verdict = f"no: {reason}" if reason else ("yes, chosen" if name == chosen else "yes")
         print(f"  {name:<6} {verdict}")
+
+
+def _spec(loss: str) -> LossSpec:
+    """What a function asks of the stream, or a ValueError that lists the names."""
+    specs = {**LOSSES, **SEARCH_SPECS}
+    if loss not in specs:
+        raise ValueError(f"loss: expected one of {', '.join(specs)}; got {loss!r}")
+    return specs[loss]
 
 
 def report() -> str:

@@ -73,6 +73,7 @@ ORDER: tuple[Backend, ...] = (
         scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
+    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend(
         "cuda",
         cuda_backend.reduce_panel,
@@ -135,9 +136,9 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     raise AssertionError("the torch backend serves everything")
 
 
-def table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:
     """Each backend's name with the reason why it cannot serve (None: it can)."""
-    return [(backend.name, backend.why_not(device, dtype)) for backend in ORDER]
+    return [(backend.name, backend.refusal(device, dtype, term)) for backend in ORDER]
 
 
 _warned: set[str] = set()
