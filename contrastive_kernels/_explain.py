@@ -90,7 +90,8 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
         print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss))
         return
     print(
-        f"{loss} of {len(x)} x {columns} scores, D = {x.shape[1]}, {x.dtype} on {x.device}: 1 pass, 1 product without gradients"
+        f"{loss} of {len(x)} x {columns} scores, D = {x.shape[1]}, {x.dtype} on {x.device}: "
+        "1 pass, 1 product without gradients"
     )
     rows = _registry.table(x.device, x.dtype, spec.term)
     chosen = next(name for name, reason in rows if reason is None)

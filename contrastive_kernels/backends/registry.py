@@ -81,6 +81,18 @@ ORDER: tuple[Backend, ...] = (
     ),
     Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend(
+        "cuda",
+        cuda_backend.reduce_panel,
+        cuda_backend.weight_panel,
+        cuda_backend.why_not,
+        score_tile=False,
+        native_operands=True,
+        weights_dtype=cuda_backend.weights_dtype,
+        scratch=cuda_backend.scratch,
+        scratch_per_score=cuda_backend.SCRATCH_PER_SCORE,
+        scratch_per_row=cuda_backend.SCRATCH_PER_ROW,
+    ),
+    Backend(
         "cpu",
         cpu_backend.reduce_panel,
         cpu_backend.weight_panel,
