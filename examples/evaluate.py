@@ -10,7 +10,7 @@ import torch
 from glyphs import GlyphData
 from torch import Tensor
 from torch.nn.functional import normalize
-from towers import Captions, TwoTowers
+from towers import TwoTowers
 from unicode_scripts import SCRIPTS
 
 __all__ = ["Scores", "evaluate", "ranks", "zero_shot_accuracy"]
@@ -47,7 +47,7 @@ def encode_pictures(model: TwoTowers, data: GlyphData, rows: np.ndarray[Any, Any
 @torch.no_grad()
 def encode_texts(model: TwoTowers, texts: list[str]) -> Tensor:
     """Unit features [len(texts), D]."""
-    return model.encode_captions(Captions(texts, model.log_logit_scale.device).all())
+    return model.encode_captions(model.prepare_captions(texts).all())
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
