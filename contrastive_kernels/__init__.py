@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from . import reference
+from . import reference, reference_structure
 from ._explain import explain, list_backends, why_not
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
+from .retrieval import RetrievalMetrics, retrieval_metrics
+from .sampling import hardest_negatives, sample_negatives
+from .structure import brownian_bridge, feature_separation, geometric_consistency, multimodal_contrastive
+from .structure_losses import LatentStructureLoss, MultimodalContrastiveLoss, SeparationHead
 
 __version__ = "0.1.0"
 
@@ -13,16 +17,28 @@ __all__ = [
     "ClipLoss",
     "DecomposableLoss",
     "InfoNCELoss",
+    "LatentStructureLoss",
+    "MultimodalContrastiveLoss",
     "NTXentLoss",
+    "RetrievalMetrics",
+    "SeparationHead",
     "SigmoidLoss",
     "__version__",
+    "brownian_bridge",
     "clip_loss",
     "decomposable",
     "explain",
+    "feature_separation",
+    "geometric_consistency",
+    "hardest_negatives",
     "info_nce",
     "list_backends",
+    "multimodal_contrastive",
     "nt_xent",
     "reference",
+    "reference_structure",
+    "retrieval_metrics",
+    "sample_negatives",
     "sigmoid",
     "why_not",
 ]

@@ -7,36 +7,18 @@ lets the registry choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import backends
+from ._library import define
 from .backends.panel import Side
 from .specs import EXPONENTIAL, SIGMOID, PairTerm
 from .streaming import Gradients, Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
 
 __all__ = ["checked_index", "log_sum", "log_sum_backward", "pair_sum"]
 
-_LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
 _TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
-
-
-def _define(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]) -> Any:
-    """Registers one operator. Autocast is live inside operators, and would round out= results: it is switched off."""
-    name = schema.split("(")[0]
-
-    def run(*args: Any) -> Any:
-        device = args[0].device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return implementation(*args)
-
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"contrastive_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.contrastive_kernels, name).default
 
 
 def _stream(
@@ -308,16 +290,16 @@ def _pair_sum_fake(  # type: ignore[no-untyped-def]
     )
 
 
-checked_index = _define(
+checked_index = define(
     "checked_index(Tensor index, SymInt columns, bool allow_missing) -> Tensor", _checked_index_fake, _checked_index
 )
-log_sum = _define(
+log_sum = define(
     "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
     "bool keep, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
     _log_sum_fake,
     _log_sum,
 )
-log_sum_backward = _define(
+log_sum_backward = define(
     "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
     "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, "
     "Tensor? dot_gradient, bool need_x, bool need_y, bool need_params, str backend, "
@@ -325,7 +307,7 @@ log_sum_backward = _define(
     _log_sum_backward_fake,
     _log_sum_backward,
 )
-pair_sum = _define(
+pair_sum = define(
     "pair_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, str term, Tensor? row_normalizer, "
     "Tensor row_gain, Tensor? col_normalizer, Tensor? col_gain, bool relative, bool need_x, bool need_y, "
     "bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

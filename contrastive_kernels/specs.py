@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EXPONENTIAL", "LOSSES", "SIGMOID", "LossSpec", "PairTerm"]
+__all__ = ["EXPONENTIAL", "GUMBEL_MAX", "LOSSES", "MAXIMUM", "RANK", "SEARCHES", "SIGMOID", "LossSpec", "PairTerm"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ class PairTerm:
 EXPONENTIAL = PairTerm("exponential", 0, 2)
 #: w_ij = r_i sigmoid(z_ij); state: the row's sum of softplus(z_ij).
 SIGMOID = PairTerm("sigmoid", 1, 1)
+#: No weights; state: the row's largest z_ij and its column, the first of equal ones.
+MAXIMUM = PairTerm("maximum", 2, 2)
+#: No weights; state: the row's largest z_ij + Gumbel noise and its column: a draw in proportion to exp(z_ij).
+GUMBEL_MAX = PairTerm("gumbel_max", 3, 2)
+#: No weights; state: how many scores lie below one bound of the row, and how many above another.
+RANK = PairTerm("rank", 4, 2)
+#: The terms of ``search_panel``.
+SEARCHES = (MAXIMUM, GUMBEL_MAX, RANK)
 
 
 @dataclass(frozen=True)

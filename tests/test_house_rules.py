@@ -15,18 +15,21 @@ PACKAGE = ROOT / "contrastive_kernels"
 
 # From the top down; a module imports from lower layers only. `__init__` and `__main__` stand above all of them.
 LAYERS = [
-    {"_explain", "losses"},
+    {"structure_losses"},
+    {"_explain", "losses", "structure"},
     {"functional"},
-    {"_decomposable"},
+    {"_decomposable", "retrieval", "sampling"},
     {"_autograd", "_reduction"},
     {"_checks"},
-    {"_ops"},
+    {"_ops", "_search"},
+    {"searching"},
     {"streaming"},
     {"backends"},
     {"backends.registry"},
     {"backends.cpu", "backends.torch"},
     {"backends.panel"},
-    {"_C", "reference", "specs"},
+    {"reference_structure"},
+    {"_C", "_geometry", "_library", "_philox", "reference", "specs"},
 ]
 TOPS = {"", "__main__"}
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
@@ -145,8 +148,9 @@ def test_there_is_cpp_to_check():
 def public_objects():
     names = [name for name in ck.__all__ if not inspect.ismodule(getattr(ck, name)) and not name.startswith("__")]
     objects = {name: getattr(ck, name) for name in names}
-    public_reference = {f"reference.{name}": getattr(ck.reference, name) for name in ck.reference.__all__}
-    return {name: value for name, value in {**objects, **public_reference}.items() if callable(value)}
+    for module in (ck.reference, ck.reference_structure):
+        objects |= {f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in objects.items() if callable(value)}
 
 
 @pytest.mark.parametrize("name", sorted(public_objects()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Panel", "Side", "present", "score_product"]
+__all__ = ["Panel", "SearchPanel", "Side", "present", "score_product"]
 
 
 @dataclass(slots=True)
@@ -49,6 +49,28 @@ class Panel:
     col: Side = field(default_factory=Side)
     #: [2] += sum of w * score, sum of w (float64)
     dparams: Tensor | None = None
+
+
+@dataclass(slots=True)
+class SearchPanel(Panel):
+    """A block of the score matrix of which only each row's best column, or a count, is wanted."""
+
+    #: this panel's first row in the whole matrix
+    first_row: int = 0
+    #: [R], [C] int64: pairs of equal ids are left out of the search
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    #: [1] int64, the key of the noise
+    seed: Tensor | None = None
+    #: [R] the best score so far, in the dtype of the scores, and [R] int64 its column; updated in place
+    best: Tensor | None = None
+    best_column: Tensor | None = None
+    #: [R], [R] bounds, in the dtype of the scores
+    low: Tensor | None = None
+    high: Tensor | None = None
+    #: [R], [R] int64 += number of scores below `low`, above `high`
+    below: Tensor | None = None
+    above: Tensor | None = None
 
 
 def present(vector: Tensor | None) -> Tensor:

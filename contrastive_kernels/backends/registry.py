@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..specs import PairTerm
+from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
 from . import torch as torch_backend
-from .panel import Panel
+from .panel import Panel, SearchPanel
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Two panel operations and the reason why they cannot serve a device and dtype (None: they can)."""
+    """Its panel operations, the terms they know, and why they cannot serve a device and dtype (None: they can)."""
 
     name: str
     reduce_panel: Callable[[PairTerm, Panel], None]
@@ -26,12 +26,34 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype], str | None]
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
+    #: the pair terms that it knows
+    terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
+    #: the operation of the terms that search and count
+    search_panel: Callable[[PairTerm, SearchPanel], None] | None = None
+    #: score-sized temporaries of that one
+    search_temporaries: int = 0
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:
+        """Why it cannot serve a term on this device and in this dtype, or None: it can."""
+        reason = self.why_not(device, dtype)
+        if reason is None and term not in self.terms:
+            return f"it has no {term.name} term"
+        return reason
 
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
     Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
-    Backend("torch", torch_backend.reduce_panel, torch_backend.weight_panel, torch_backend.why_not, temporaries=3),
+    Backend(
+        "torch",
+        torch_backend.reduce_panel,
+        torch_backend.weight_panel,
+        torch_backend.why_not,
+        temporaries=3,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=torch_backend.search_panel,
+        search_temporaries=8,
+    ),
 )
 
 
@@ -48,17 +70,17 @@ def get(name: str) -> Backend:
     raise ValueError(f"backend: expected None or one of {', '.join(names())}; got {name!r}")
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> Backend:
     """The named backend, or the first that can serve. A named one that cannot serve is a ValueError with the reason."""
     if name is not None:
         backend = get(name)
-        reason = backend.why_not(device, dtype)
+        reason = backend.refusal(device, dtype, term)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
         return backend
     for backend in ORDER:
-        if backend.why_not(device, dtype) is None:
-            if backend.name == "torch":
+        if backend.refusal(device, dtype, term) is None:
+            if backend.name == "torch" and term not in SEARCHES:
                 _warn_once(device, dtype)
             return backend
     raise AssertionError("the torch backend serves everything")

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..specs import SIGMOID, PairTerm
-from .panel import Panel, Side, present, score_product
+from .._philox import gumbel
+from ..specs import GUMBEL_MAX, RANK, SIGMOID, PairTerm
+from .panel import Panel, SearchPanel, Side, present, score_product
 
-__all__ = ["reduce_panel", "weight_panel", "why_not"]
+__all__ = ["reduce_panel", "search_panel", "weight_panel", "why_not"]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,8 +49,30 @@ def weight_panel(term: PairTerm, panel: Panel) -> None:
     panel.weights.copy_(w)
 
 
-def _logits(panel: Panel) -> Tensor:
-    """z = scale * scores + bias with the excluded pairs at -inf [R, C]."""
+def search_panel(term: PairTerm, panel: SearchPanel) -> None:
+    """Folds the panel into the rows' best score and its column, or into their counts."""
+    score_product(panel)
+    if term is RANK:
+        z = _logits(panel, excluded=torch.nan)
+        present(panel.below).add_((z < present(panel.low)[:, None]).sum(1))
+        present(panel.above).add_((z > present(panel.high)[:, None]).sum(1))
+        return
+    z = _logits(panel)
+    rows, columns = z.shape
+    if term is GUMBEL_MAX:
+        first_row, first = panel.first_row, panel.first_column
+        z += gumbel(present(panel.seed), slice(first_row, first_row + rows), slice(first, first + columns))
+    if panel.row_ids is not None:
+        z.masked_fill_(panel.row_ids[:, None] == present(panel.col_ids), -torch.inf)
+    best, column = present(panel.best), present(panel.best_column)
+    highest, where = z.masked_fill_(z.isnan(), -torch.inf).max(1)
+    better = highest > best
+    best.copy_(torch.where(better, highest, best))
+    column.copy_(torch.where(better, where + panel.first_column, column))
+
+
+def _logits(panel: Panel, excluded: float = -torch.inf) -> Tensor:
+    """z = scale * scores + bias with the excluded pairs at -inf, or another value [R, C]."""
     z = panel.scores * panel.params[0]
     z += panel.params[1]
     columns = z.shape[1]
@@ -57,7 +80,7 @@ def _logits(panel: Panel) -> Tensor:
         local = panel.exclude[:, k : k + 1] - panel.first_column
         inside = (local >= 0) & (local < columns)
         local = local.clamp(0, columns - 1)
-        z.scatter_(1, local, z.gather(1, local).masked_fill_(inside, -torch.inf))
+        z.scatter_(1, local, z.gather(1, local).masked_fill_(inside, excluded))
     return z
 
 

@@ -1,0 +1,71 @@
+"""The searches as torch.library operators. They have no gradient; empty tensors stand for what is not given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._library import define
+from .searching import Search, count, find
+from .specs import GUMBEL_MAX, MAXIMUM, RANK
+
+__all__ = ["best_column", "count_ranks"]
+
+
+def _best_column(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    exclude: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    seed: Tensor | None,
+    backend: str,
+    workspace_bytes: int,
+) -> Tensor:
+    """The column of each row's largest z_ij (with a seed: z_ij + noise) [N] int64, -1 where none is left."""
+    term = MAXIMUM if seed is None else GUMBEL_MAX
+    chosen = backends.choose(backend or None, x.device, x.dtype, term)
+    x, y = x.contiguous(), y.contiguous()
+    return find(Search(term, x, y, params, exclude, chosen, workspace_bytes, row_ids, col_ids, seed))[1]
+
+
+def _best_column_fake(x, y, params, exclude, row_ids, col_ids, seed, backend, workspace_bytes):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _count_ranks(
+    x: Tensor,
+    y: Tensor,
+    exclude: Tensor,
+    low: Tensor,
+    high: Tensor,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N]."""
+    # float64 bounds ask for float64 scores
+    chosen = backends.choose(backend or None, x.device, low.dtype if low.dtype == torch.float64 else x.dtype, RANK)
+    params = torch.tensor([1.0, 0.0], dtype=low.dtype).to(x.device)
+    x, y = x.contiguous(), y.contiguous()
+    search = Search(RANK, x, y, params, exclude, chosen, workspace_bytes, score_dtype=low.dtype)
+    return count(search, low.contiguous(), high.contiguous())
+
+
+def _count_ranks_fake(x, y, exclude, low, high, backend, workspace_bytes):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+best_column = define(
+    "best_column(Tensor x, Tensor y, Tensor params, Tensor exclude, Tensor? row_ids, Tensor? col_ids, Tensor? seed, "
+    "str backend, int workspace_bytes) -> Tensor",
+    _best_column_fake,
+    _best_column,
+)
+count_ranks = define(
+    "count_ranks(Tensor x, Tensor y, Tensor exclude, Tensor low, Tensor high, str backend, "
+    "int workspace_bytes) -> (Tensor, Tensor)",
+    _count_ranks_fake,
+    _count_ranks,
+)

@@ -1,0 +1,121 @@
+"""The driver of searches: walks panels of the score matrix and keeps, of every row, its best column or a count.
+
+No gradients, no columns' state. As in ``streaming.py``, one workspace of bounded size holds a panel, and memory beside
+x [N, D], y [M, D] and the result is that of the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .backends.panel import SearchPanel
+from .specs import PairTerm
+from .streaming import LARGEST_PANEL, SMALLEST_PANEL, score_dtype
+
+__all__ = ["Search", "count", "find"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One score matrix z = scale * x yT + bias, and what is left out of it."""
+
+    term: PairTerm
+    #: [N, D], [M, D] contiguous, of one dtype
+    x: Tensor
+    y: Tensor
+    #: [2] scale and bias in the dtype of the scores
+    params: Tensor
+    #: [N, K] columns left out of each row; -1 is no column
+    exclude: Tensor
+    backend: Backend
+    workspace_bytes: int
+    #: [N], [M] int64: pairs of equal ids are left out
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    #: [1] int64, of the noise
+    seed: Tensor | None = None
+    #: the dtype of the scores, if it is not that of the operands' dtype
+    score_dtype: torch.dtype | None = None
+
+
+def find(search: Search) -> tuple[Tensor, Tensor]:
+    """Each row's best score [N] and its column [N] int64; -inf and -1 where there is none."""
+    n, device = len(search.x), search.x.device
+    best = torch.full((n,), -torch.inf, dtype=search.params.dtype, device=device)
+    column = torch.full((n,), -1, dtype=torch.int64, device=device)
+    for i, panel in _panels(search):
+        panel.best, panel.best_column = best[i], column[i]
+        _operation(search, panel)
+    return best, column
+
+
+def count(search: Search, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row's scores lie below `low` [N] and above `high` [N]; two int64 vectors [N]."""
+    below, above = (torch.zeros(len(search.x), dtype=torch.int64, device=search.x.device) for _ in range(2))
+    for i, panel in _panels(search):
+        panel.low, panel.high, panel.below, panel.above = low[i], high[i], below[i], above[i]
+        _operation(search, panel)
+    return below, above
+
+
+def _operation(search: Search, panel: SearchPanel) -> None:
+    """The backend's search_panel."""
+    if search.backend.search_panel is None:
+        raise RuntimeError(f"contrastive_kernels: the backend {search.backend.name} was chosen for a term it lacks")
+    search.backend.search_panel(search.term, panel)
+
+
+def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
+    """Every panel with its rows, row block by row block."""
+    x, y = search.x, search.y
+    dtype = search.score_dtype or score_dtype(x.dtype)
+    side = _side(search, dtype)
+    scores = torch.empty(min(side, len(x)) * min(side, len(y)), dtype=dtype, device=x.device)
+    for i in _blocks(len(x), side):
+        x_block = x[i].to(dtype)
+        for j in _blocks(len(y), side):
+            shape = (i.stop - i.start, j.stop - j.start)
+            tile = scores[: shape[0] * shape[1]].view(shape)
+            yield (
+                i,
+                SearchPanel(
+                    x=x_block,
+                    y=y[j].to(dtype),
+                    scores=tile,
+                    weights=tile,
+                    params=search.params,
+                    exclude=search.exclude[i],
+                    first_column=j.start,
+                    bfloat16_values=x.dtype == torch.bfloat16 and dtype == torch.float32,
+                    first_row=i.start,
+                    row_ids=None if search.row_ids is None else search.row_ids[i],
+                    col_ids=None if search.col_ids is None else search.col_ids[j],
+                    seed=search.seed,
+                ),
+            )
+
+
+def _side(search: Search, dtype: torch.dtype) -> int:
+    """The side of a square panel: as large as the workspace allows, in multiples of 64."""
+    x, size = search.x, dtype.itemsize
+    per_score = size * (1 + search.backend.search_temporaries)
+    per_row = 2 * x.shape[1] * size if x.dtype != dtype else 0  # copies of the operands' blocks
+    side = LARGEST_PANEL
+    while side > SMALLEST_PANEL and side * side * per_score + side * per_row > search.workspace_bytes:
+        side -= 64
+    needed = side * side * per_score + side * per_row
+    if needed > search.workspace_bytes:
+        raise ValueError(
+            f"workspace_bytes: expected at least {needed} for the smallest panel with D = {x.shape[1]}; "
+            f"got {search.workspace_bytes}"
+        )
+    return side
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
