@@ -80,8 +80,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = self._make_model().to(self.device)
         self.objective = self._make_objective()
-        moved = {"views": self.views, "max_shift": settings.shift}
-        self.sampler = BatchSampler(data, settings.batch, seed=settings.seed, **moved)
+        options = {"seed": settings.seed, "views": self.views, "max_shift": settings.shift}
+        self.sampler = BatchSampler(data, settings.batch, split="train", **options)
         self.steps = settings.steps or settings.epochs * len(self.sampler)
         self.captions = self.model.prepare_captions(data.captions)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
