@@ -77,11 +77,12 @@ class FusionModel(TwoTowers):
         self.words = TextTransformer(len(vocabulary), width, settings.text_layers)
         self.fusion = nn.ModuleList(Layer(width, cross=True) for _ in range(settings.fusion_layers))
         self.shared = nn.ModuleDict({side: nn.Linear(width, dim) for side in ("image", "text")})
-        heads = {side: ck.SeparationHead(width, dim, width) for side in self.shared} if settings.separation else {}
-        self.independent = nn.ModuleDict(heads)
         self.norm = nn.LayerNorm(width)
         self.matching = nn.Linear(width, 2)
         self.mask_bias = nn.Parameter(torch.zeros(len(vocabulary)))
+        # last, so that the variants of a seed start from the same weights
+        heads = {side: ck.SeparationHead(width, dim, width) for side in self.shared} if settings.separation else {}
+        self.independent = nn.ModuleDict(heads)
 
     def prepare_captions(self, texts: Any) -> Words:
         """Texts as tokens."""
@@ -197,6 +198,7 @@ class FusionTrainer(Trainer):
 
     def __init__(self, settings: FusionSettings, data: GlyphData, device: torch.device | str = "cpu") -> None:
         super().__init__(settings, data, device)
+        torch.manual_seed(settings.seed)  # again: the same words masked, whatever heads there are
         self.loss = ck.LatentStructureLoss(self.objective.contrast, **dataclasses.asdict(settings.structure))
         self.terms: dict[str, float] = {}
 

@@ -34,6 +34,7 @@ from train_clip import RUNS, Settings, train
 __all__ = ["Cell", "Plan", "run_cell"]
 
 MODELS = ("towers", "fusion")
+SAVE_EVERY = 100  # steps; the towers' checkpoint has 110 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run_cell(cell: Cell, plan: Plan, data: GlyphData, out: Path, until: int | No
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         _same_settings(state["settings"], dataclasses.asdict(settings), checkpoint)
         trainer.load(state)
-    train(trainer, out / cell.name, until=until, label=cell.name)
+    train(trainer, out / cell.name, save_every=SAVE_EVERY, until=until, label=cell.name)
     if trainer.step < trainer.steps:
         return None
     started = time.perf_counter()
