@@ -1,8 +1,8 @@
 """Latent modality structures on real data: what each regulariser does to two towers and to a fusion model.
 
     python examples/structures.py                     every cell of the table, three seeds
-    python examples/structures.py --quick             all of it in small, under a minute; the numbers mean nothing
-    python examples/structures.py --variants base "+ bridge" --seeds 0 --kinds towers      some cells
+    python examples/structures.py --quick             all of it in small; the numbers mean nothing
+    python examples/structures.py --variants base "+ bridge" --seeds 0 --models towers      some cells
 
 A cell is one kind of model, one variant of the loss, one seed. Each is kept in --out when it is finished, and training
 leaves checkpoints: a run that was killed goes on where it stopped, and two runs may share the cells between them.
@@ -14,8 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -158,41 +162,87 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def main() -> None:
-    """The command."""
+def run_cells(cells: Sequence[Cell], plan: Plan, out: Path, cache: Path | None, jobs: int) -> Iterator[dict[str, Any]]:
+    """Results in the order in which cells finish; several at a time are processes that share the cores."""
+    if jobs == 1:
+        data = load_glyphs(cache)
+        for cell in cells:
+            result = run_cell(cell, plan, data, out)
+            if result is not None:
+                yield result
+        return
+    load_glyphs(cache)  # drawn once, not by every process
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(threads,)) as pool:
+        futures = [pool.submit(_work, cell, plan, out, cache) for cell in cells]
+        console = Console()
+        columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            for future in progress.track(as_completed(futures), total=len(cells)):
+                yield future.result()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process: two bars on one line are none
+
+
+def _work(cell: Cell, plan: Plan, out: Path, cache: Path | None) -> dict[str, Any]:
+    result = run_cell(cell, plan, load_glyphs(cache, progress=False), out)
+    if result is None:
+        raise RuntimeError(f"{cell.name}: expected a result")
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options; defaults that depend on --quick are filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps, one seed")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), metavar="VARIANT",
                         help=f"of {', '.join(map(repr, VARIANTS))}; default: all")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; with --quick 0")
+    parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core, at most 4; with --quick 1")
     parser.add_argument("--out", type=Path, help="folder of results; default examples/runs/structures[-quick]")
     parser.add_argument("--json", type=Path, help="write every cell's numbers here too")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
     parser.add_argument("--text", choices=("ngrams", "transformer"), default="ngrams", help="the towers' text encoder")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the towers' encoders of views; 0: none")
     arguments = parser.parse_args()
-    console, started = Console(), time.perf_counter()
+    quick = arguments.quick
+    arguments.out = arguments.out or RUNS / ("structures-quick" if quick else "structures")
+    arguments.seeds = arguments.seeds or ([0] if quick else [0, 1, 2])
+    arguments.jobs = arguments.jobs or (1 if quick else min(4, os.cpu_count() or 1))
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
+    return arguments
+
+
+def main() -> None:
+    """The command."""
+    arguments, console, started = parse_arguments(), Console(), time.perf_counter()
     plan = QUICK if arguments.quick else Plan()
-    plan = dataclasses.replace(
-        plan, towers=dataclasses.replace(plan.towers, text=arguments.text, momentum=arguments.momentum)
-    )
-    out = arguments.out or RUNS / ("structures-quick" if arguments.quick else "structures")
-    seeds = arguments.seeds or ([0] if arguments.quick else [0, 1, 2])
-    data = load_glyphs(arguments.cache)
-    cells = [Cell(m, variant, seed) for seed in seeds for m in arguments.models for variant in arguments.variants]
-    results = []
-    for number, cell in enumerate(cells, 1):
-        result = run_cell(cell, plan, data, out / "cells")
-        if result is not None:
-            results.append(result)
-            seconds = result["training_seconds"] + result["measuring_seconds"]
-            console.print(f"{number:3} of {len(cells)}: {cell.name}, {seconds:.0f} s", highlight=False)
+    towers = dataclasses.replace(plan.towers, text=arguments.text, momentum=arguments.momentum)
+    plan = dataclasses.replace(plan, towers=towers)
+    cells = [
+        Cell(model, variant, seed)
+        for seed in arguments.seeds
+        for model in arguments.models
+        for variant in arguments.variants
+    ]
+    results: list[dict[str, Any]] = []
+    for result in run_cells(cells, plan, arguments.out / "cells", arguments.cache, arguments.jobs):
+        results.append(result)
+        seconds = result["training_seconds"] + result["measuring_seconds"]
+        name = Cell(**result["cell"]).name
+        console.print(f"{len(results):3} of {len(cells)}: {name}, {seconds:.0f} s", highlight=False)
+    results.sort(key=lambda result: cells.index(Cell(**result["cell"])))
     print_report(console, results)
-    draw_report(out / "structures.png", results)
+    draw_report(arguments.out / "structures.png", results)
     if arguments.json:
         _write(arguments.json, {"cells": results})
-    console.print(f"\nstructures.png and the cells are in {out}; {time.perf_counter() - started:.0f} seconds in all.")
+    seconds = time.perf_counter() - started
+    console.print(f"\nstructures.png and the cells are in {arguments.out}; {seconds:.0f} seconds in all.")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,9 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
         for name, color in (("image", "tab:blue"), ("text", "tab:orange")):
             points = np.array(result["clouds"][name])
             axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=color, label=name)
-        axes.set(title=f"{variant}\ngap {result['gap']:.2f}", xticks=[], yticks=[], aspect="equal")
+        axes.set(
+            title=f"{variant}\ngap {result['gap']:.2f}", xlabel="along the gap", xticks=[], yticks=[], aspect="equal"
+        )
     if variants:
         upper.axes[0].legend(fontsize=7)
     left, right = lower.subplots(1, 2, width_ratios=(1, 1.4))
