@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 from towers import TwoTowers
 from unicode_scripts import SCRIPTS
 
+import contrastive_kernels as ck
+
 __all__ = ["Scores", "evaluate", "ranks", "zero_shot_accuracy"]
 
 RECALL_AT = (1, 5, 10)
@@ -52,8 +54,7 @@ def encode_texts(model: TwoTowers, texts: list[str]) -> Tensor:
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     """How many candidates stand before each query's own, [N]; a tie counts against it, and so does NaN."""
-    scores = queries @ candidates.T
-    return len(candidates) - 1 - (scores < scores.diagonal().unsqueeze(1)).sum(1)
+    return ck.retrieval_metrics(queries, candidates).ranks
 
 
 def _recall(rank: Tensor) -> dict[int, float]:

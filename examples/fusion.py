@@ -34,7 +34,7 @@ class FusionSettings(Settings):
     """What decides a run of the fusion model, beside what decides any run."""
 
     batch: int = 192
-    steps: int = 400
+    steps: int = 250
     dim: int = 64  # of the contrastive features
     width: int = 96  # of the transformers
     text_layers: int = 2

@@ -48,7 +48,7 @@ class TowerSettings(Settings):
     """What decides a run of the two towers, beside what decides any run."""
 
     batch: int = 1024
-    steps: int = 300
+    steps: int = 200
     dim: int = 128  # of shared and of independent features
     hidden: int = 256  # of what both are projected from
     lr: float = 3e-3

@@ -47,7 +47,7 @@ class Plan:
 
     towers: TowerSettings = dataclasses.field(default_factory=TowerSettings)
     fusion: FusionSettings = dataclasses.field(default_factory=FusionSettings)
-    fine_tune_steps: int = 400
+    fine_tune_steps: int = 600
     questions: int = TEST_QUESTIONS
 
 
