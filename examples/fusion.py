@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-from glyphs import GlyphData
-from structured_towers import Momentum, Structure
+from glyphs import Batch, GlyphData
+from structured_towers import Momentum
 from tasks import question_words
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from towers import ImageTower, TwoTowers, prepare_images
 from train_clip import Settings, Trainer
 from transformer import LEAST, MASK, START, Layer, TextTransformer, Vocabulary, Words
-from views import same_face
+from views import same_faces
 
 import contrastive_kernels as ck
 
@@ -48,11 +48,6 @@ class FusionSettings(Settings):
     separation: float = 0.0
     bridge: float = 0.0
     geometry: float = 0.0
-
-    @property
-    def structure(self) -> Structure:
-        """The regularisers' weights."""
-        return Structure(self.separation, self.bridge, self.geometry)
 
 
 class FusionModel(TwoTowers):
@@ -199,7 +194,7 @@ class FusionTrainer(Trainer):
     def __init__(self, settings: FusionSettings, data: GlyphData, device: torch.device | str = "cpu") -> None:
         super().__init__(settings, data, device)
         torch.manual_seed(settings.seed)  # again: the same words masked, whatever heads there are
-        self.loss = ck.LatentStructureLoss(self.objective.contrast, **dataclasses.asdict(settings.structure))
+        self.loss = ck.LatentStructureLoss(self.objective.contrast, bridge=settings.bridge, geometry=settings.geometry)
         self.terms: dict[str, float] = {}
 
     def _make_model(self) -> FusionModel:
@@ -218,35 +213,47 @@ class FusionTrainer(Trainer):
         images = torch.from_numpy(batch.images[0]).to(self.device)
         tokens, _ = self.captions[characters]
         patches, (words, mask) = self.model.see(images), self.model.words(tokens)
-        image, image_independent = self.model.project(patches.mean(1), "image")
+        image, _ = self.model.project(patches.mean(1), "image")
         text, text_independent = self.model.project(words[:, 0], "text")
         views = self._momentum_views(batch, tokens, characters)
-        result = self.loss(
-            image, text, self.model.logit_scale, image_independent=image_independent,
-            text_independent=text_independent, **views,
-        )  # fmt: skip
-        self.objective.queue.push(views["image_aug"], views["text_aug"], characters)
+        result = self.loss(image, text, self.model.logit_scale, image_aug=views["image"], text_aug=views["text"])
+        self.objective.queue.push(views["image"], views["text"], characters)
         matching = self._matching(image, text, patches, words, mask)
         masked = self._masked_words(tokens, patches)
-        self.terms = {name: float(value.detach()) for name, value in result.items()}
-        self.terms |= {"matching": float(matching.detach()), "masked words": float(masked.detach())}
-        return result["loss"] + matching + masked
+        parts = {**result, "matching": matching, "masked words": masked}
+        loss = result["loss"] + matching + masked
+        if text_independent is not None:
+            parts["separation"] = self._separation(batch, text, text_independent, views["text_independent"])
+            loss = loss + self.settings.separation * parts["separation"]
+        self.terms = {name: float(value.detach()) for name, value in parts.items()}
+        return loss
 
     @torch.no_grad()
-    def _momentum_views(self, batch: Any, tokens: Tensor, characters: Tensor) -> dict[str, Tensor]:
+    def _momentum_views(self, batch: Batch, tokens: Tensor, characters: Tensor) -> dict[str, Tensor]:
         """The slow model's features of another view; sets the contrast's candidates."""
         state, model = self.objective, self.objective.momentum.model
         state.momentum.follow(self.model)
         second = torch.from_numpy(batch.images[1]).to(self.device)
-        image = model.project(model.see(second).mean(1), "image")[0]
-        text, text_independent = model.project(model.words(tokens)[0][:, 0], "text")
-        views = {"image_aug": image, "text_aug": text}
-        third = same_face(batch, self.step, self.settings.seed, self.settings.shift).to(self.device)
-        independent = model.project(model.see(third).mean(1), "image")[1] if self.model.independent else None
-        if independent is not None and text_independent is not None:
-            views |= {"image_independent_aug": independent, "text_independent_aug": text_independent}
+        image, _ = model.project(model.see(second).mean(1), "image")
+        text, independent = model.project(model.words(tokens)[0][:, 0], "text")
         state.keys = (state.queue.beside(image, 0, characters), state.queue.beside(text, 1, characters))
-        return views
+        views = {"image": image, "text": text}
+        return views if independent is None else {**views, "text_independent": independent}
+
+    def _separation(self, batch: Batch, text: Tensor, independent: Tensor, independent_aug: Tensor) -> Tensor:
+        """Feature separation, as ``TowerTrainer`` does it: pictures of characters in two faces each."""
+        pictures, moved = same_faces(batch, self.step, self.settings.seed, self.settings.shift)
+        slow, rows = self.objective.momentum.model, len(pictures)
+        shared, image_independent = self.model.project(self.model.see(pictures.to(self.device)).mean(1), "image")
+        with torch.no_grad():
+            _, image_independent_aug = slow.project(slow.see(moved.to(self.device)).mean(1), "image")
+        if image_independent is None:
+            raise TypeError("separation: expected a model with heads for independent features")
+        found = ck.feature_separation(
+            shared, text[:rows], image_independent, independent[:rows], image_independent_aug, independent_aug[:rows],
+            self.model.logit_scale,
+        )  # fmt: skip
+        return cast("Tensor", found)
 
     def _matching(self, image: Tensor, text: Tensor, patches: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """Does the caption belong to the picture? Each has its own and a hard negative: drawn by the contrast."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
-from glyphs import GlyphData
+from glyphs import Batch, GlyphData
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from towers import Captions, CaptionSet, TwoTowers, prepare_images
 from train_clip import Settings, Trainer
 from transformer import Vocabulary, Words, WordTower
-from views import CaptionViews, same_face
+from views import CaptionViews, same_faces
 
 import contrastive_kernels as ck
 
@@ -67,11 +67,6 @@ class TowerSettings(Settings):
             raise ValueError(f"text: expected one of {TEXTS}, got {self.text!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}")
-
-    @property
-    def structure(self) -> Structure:
-        """The regularisers' weights."""
-        return Structure(self.separation, self.bridge, self.geometry)
 
 
 class StructuredTowers(TwoTowers):
@@ -183,7 +178,7 @@ class TowerTrainer(Trainer):
 
     def __init__(self, settings: TowerSettings, data: GlyphData, device: torch.device | str = "cpu") -> None:
         super().__init__(settings, data, device)
-        self.loss = ck.LatentStructureLoss(**dataclasses.asdict(settings.structure))
+        self.loss = ck.LatentStructureLoss(bridge=settings.bridge, geometry=settings.geometry)
         self.caption_views = CaptionViews(data.captions, self.model.prepare_captions, settings.drop, settings.seed)
         self.terms: dict[str, float] = {}
 
@@ -196,11 +191,11 @@ class TowerTrainer(Trainer):
         return _TowerState(Momentum(self.model, self.settings.momentum) if self.settings.momentum else None)
 
     def _loss(self) -> Tensor:
-        """Features of two views of each modality, of a third picture for the independent ones, and the loss."""
-        settings, batch, momentum = self.settings, self.sampler[self.step], self.objective.momentum
+        """Features of two views of each modality, and the loss; separation adds its own pictures."""
+        batch, momentum = self.sampler[self.step], self.objective.momentum
         characters = torch.from_numpy(batch.characters).to(self.device)
         first, second = (torch.from_numpy(images).to(self.device) for images in batch.images)
-        image, image_independent = self.model.image_features(first)
+        image, _ = self.model.image_features(first)
         text, text_independent = self.model.text_features(self.captions[characters])
         if momentum:
             momentum.follow(self.model)
@@ -208,14 +203,29 @@ class TowerTrainer(Trainer):
         with torch.set_grad_enabled(momentum is None):
             image_aug = views.encode_images(second)
             text_aug, text_independent_aug = views.text_features(self.caption_views.view(characters, self.step))
-            image_independent_aug = None
-            if image_independent is not None:
-                third = same_face(batch, self.step, settings.seed, settings.shift).to(self.device)
-                image_independent_aug = views.image_features(third)[1]
-        result = self.loss(
-            image, text, self.model.logit_scale, image_aug=image_aug, text_aug=text_aug,
-            image_independent=image_independent, text_independent=text_independent,
-            image_independent_aug=image_independent_aug, text_independent_aug=text_independent_aug,
-        )  # fmt: skip
+        scale = self.model.logit_scale
+        result = self.loss(image, text, scale, image_aug=image_aug, text_aug=text_aug)
         self.terms = {name: float(value.detach()) for name, value in result.items()}
-        return result["loss"]
+        if text_independent is None:
+            return result["loss"]
+        separation, terms = self._separation(batch, views, text, text_independent, text_independent_aug)
+        self.terms |= {"separation": float(separation.detach()), **{name: float(v) for name, v in terms.items()}}
+        return result["loss"] + self.settings.separation * separation
+
+    def _separation(
+        self, batch: Batch, views: StructuredTowers, text: Tensor, independent: Tensor, independent_aug: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Feature separation: the text's features as they are, the pictures' of characters in two faces each."""
+        settings = self.settings
+        pictures, moved = same_faces(batch, self.step, settings.seed, settings.shift)
+        shared, image_independent = self.model.image_features(pictures.to(self.device))
+        with torch.set_grad_enabled(views is self.model):
+            _, image_independent_aug = views.image_features(moved.to(self.device))
+        rows = len(pictures)  # one less than the captions where their number is odd
+        if image_independent is None:
+            raise TypeError("separation: expected towers with heads for independent features")
+        found = ck.feature_separation(
+            shared, text[:rows], image_independent, independent[:rows], image_independent_aug,
+            None if independent_aug is None else independent_aug[:rows], self.model.logit_scale, return_terms=True,
+        )  # fmt: skip
+        return cast("tuple[Tensor, dict[str, Tensor]]", found)

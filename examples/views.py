@@ -10,7 +10,7 @@ from glyphs import Batch, shift
 from torch import Tensor
 from towers import CaptionSet
 
-__all__ = ["CaptionViews", "drop_words", "same_face"]
+__all__ = ["CaptionViews", "drop_words", "same_faces"]
 
 COPIES = 4  # of every caption with other words dropped: cheaper than dropping anew at every step, and as good
 
@@ -50,11 +50,15 @@ class CaptionViews:
         return self._versions[torch.from_numpy(version).to(characters.device) * self._count + characters]
 
 
-def same_face(batch: Batch, step: int, seed: int, max_shift: int) -> Tensor:
-    """The batch's first pictures [B, 32, 32] moved once more: a view that keeps the face, as the second one does not.
+def same_faces(batch: Batch, step: int, seed: int, max_shift: int) -> tuple[Tensor, Tensor]:
+    """Pictures [2 (B // 2), 32, 32] that independent features are learnt from, and each of them moved once more.
 
-    Independent features are pulled towards this view: pulled towards another face, they would have to forget it.
+    Half of the batch's characters, each in two faces. A picture is pulled towards itself moved, not towards another
+    face, which would make the features forget the face; and among its negatives is its own character in another face,
+    so that knowing the character, which the caption tells as well, is not enough.
     """
+    half = len(batch.characters) // 2
+    pictures = np.concatenate([batch.images[0][:half], batch.images[1][:half]])
     random = np.random.default_rng([seed, 4, step])
-    shifts = random.integers(-max_shift, max_shift + 1, (2, len(batch.characters)))
-    return torch.from_numpy(shift(batch.images[0], shifts[0], shifts[1]))
+    shifts = random.integers(-max_shift, max_shift + 1, (2, len(pictures)))
+    return torch.from_numpy(pictures), torch.from_numpy(shift(pictures, shifts[0], shifts[1]))

@@ -159,17 +159,15 @@ def test_caption_views_drop_words_and_repeat_by_step():
         assert [word for word in texts[0].split() if word in kept] == kept, "another order"
 
 
-def test_same_face_is_the_first_view_moved(data):
-    batch = glyphs.BatchSampler(data, 20, views=2, max_shift=0)[0]
-    moved = views.same_face(batch, 3, seed=0, max_shift=1).numpy()
-    assert np.array_equal(views.same_face(batch, 3, seed=0, max_shift=1).numpy(), moved)
-    for picture, before in zip(moved, batch.images[0]):
-        candidates = [
-            glyphs.shift(before[None], np.array([down]), np.array([right]))[0]
-            for down in (-1, 0, 1)
-            for right in (-1, 0, 1)
-        ]
-        assert any(np.array_equal(picture, candidate) for candidate in candidates)
+def test_pictures_for_separation_are_two_faces_of_a_character_each_moved(data):
+    batch = glyphs.BatchSampler(data, 21, views=2, max_shift=0)[0]
+    pictures, moved = (part.numpy() for part in views.same_faces(batch, 3, seed=0, max_shift=1))
+    assert np.array_equal(pictures, np.concatenate([batch.images[0, :10], batch.images[1, :10]]))
+    assert np.array_equal(views.same_faces(batch, 3, seed=0, max_shift=1)[1].numpy(), moved)
+    down, right = np.divmod(np.arange(9), 3)
+    for picture, before in zip(moved, pictures):
+        candidates = glyphs.shift(np.repeat(before[None], 9, axis=0), down - 1, right - 1)
+        assert (candidates == picture).all(axis=(1, 2)).any()
 
 
 def test_rare_words_are_spelt():
@@ -300,7 +298,7 @@ def test_settings_name_what_is_wrong():
 
 
 def test_quick_command(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(structures, "load_glyphs", lambda folder: data)
+    monkeypatch.setattr(structures, "load_glyphs", lambda folder, faces: data)
     command = ["structures.py", "--quick", "--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
     monkeypatch.setattr(sys, "argv", command)
     structures.main()
