@@ -42,6 +42,30 @@ def weight_panel(
     dparams: int,
     /,
 ) -> None: ...
+def search_panel(
+    term: int,
+    scores: int,
+    rows: int,
+    cols: int,
+    stride: int,
+    params: int,
+    exclude: int,
+    exclude_count: int,
+    first_row: int,
+    first_column: int,
+    threads: int,
+    row_ids: int,
+    col_ids: int,
+    seed: int,
+    best: int,
+    best_column: int,
+    low: int,
+    high: int,
+    below: int,
+    above: int,
+    /,
+) -> None: ...
+def gumbel_array(seed: int, row: int, first_column: int, out: int, n: int, /) -> None: ...
 def exp_array(x: int, out: int, n: int, /) -> None: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str, /) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import reference, reference_structure
 from ._explain import explain, list_backends, why_not
+from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
 from .retrieval import RetrievalMetrics, retrieval_metrics
@@ -15,11 +16,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "DecomposableContrastiveLoss",
     "DecomposableLoss",
     "InfoNCELoss",
     "LatentStructureLoss",
     "MultimodalContrastiveLoss",
     "NTXentLoss",
+    "NormalizerMemory",
+    "NormalizerStatistics",
     "RetrievalMetrics",
     "SeparationHead",
     "SigmoidLoss",

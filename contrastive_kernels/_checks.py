@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._ops import checked_index
 from .backends import registry
-from .streaming import score_dtype
+from .stream import score_dtype
 
 __all__ = [
     "check_backend",
@@ -34,8 +34,8 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
             raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
         if value.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+        if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
         if value.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
     if x.shape[1] != y.shape[1]:
@@ -46,13 +46,13 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
         raise ValueError(f"{names[0]}: expected at least one feature; got shape {list(x.shape)}")
     if x.device != y.device:
         raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected a bool; got {type(normalize).__name__}")
     if normalize:
         x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
     x, y = _autocast(x), _autocast(y)
     if x.dtype != y.dtype:
         raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{names[0]}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
     return x, y
 
 
@@ -140,11 +140,12 @@ def check_backend(backend: Any) -> str:
 
 def check_number(value: Any, name: str, positive: bool) -> float:
     """A Python number: above 0, or at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not (value > 0 if positive else value >= 0) or value == float("inf"):
+    number = float(value)
+    if not (number > 0 if positive else number >= 0) or number == float("inf"):
         raise ValueError(f"{name}: expected a finite number {'above 0' if positive else 'of at least 0'}; got {value}")
-    return float(value)
+    return number
 
 
 def check_pair(value: Any, name: str) -> tuple[Any, Any]:

@@ -77,6 +77,7 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
     >>> import torch, contrastive_kernels as ck
     >>> ck.explain(torch.zeros(8, 4, dtype=torch.float64))
     clip_loss of 8 x 8 scores, D = 4, torch.float64 on cpu: 2 passes, 4 products (1 for the value alone)
+      triton no: it serves CUDA tensors, not those on cpu
       cpu    no: its scores are float32; float64 is the torch backend's
       torch  yes, chosen
     """

@@ -14,7 +14,8 @@ from . import backends
 from ._library import define
 from .backends.panel import Side
 from .specs import EXPONENTIAL, SIGMOID, PairTerm
-from .streaming import Gradients, Positives, Stream, keeps_scores, log_sums, positive_dots, reduce, score_dtype, weigh
+from .stream import Positives, Stream, score_dtype
+from .streaming import Gradients, keeps_scores, log_sums, positive_dots, reduce, weigh
 
 __all__ = ["checked_index", "log_sum", "log_sum_backward", "pair_sum"]
 
@@ -69,6 +70,10 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     return _empty(like) if value is None else value
 
 
+def _keeps_scores(x: Tensor, y: Tensor, backend: str, workspace_bytes: int) -> bool:
+    return keeps_scores(x, y, backends.choose(backend or None, x.device, x.dtype), workspace_bytes)
+
+
 def _log_sum(
     x: Tensor,
     y: Tensor,
@@ -83,7 +88,7 @@ def _log_sum(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = None
-    if keep and keeps_scores(x, y, workspace_bytes):
+    if keep and _keeps_scores(x, y, backend, workspace_bytes):
         kept = x.new_empty(len(x), len(y), dtype=score_dtype(x.dtype))
     stream = _stream(
         EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
@@ -100,11 +105,12 @@ def _log_sum(
 def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, keep, backend, workspace_bytes):  # type: ignore[no-untyped-def]
     dtype = score_dtype(x.dtype)
     held = index is not None or offset is not None
+    kept = keep and _keeps_scores(x, y, backend, workspace_bytes)
     return (
         x.new_empty(x.shape[0] if rows else 0, dtype=dtype),
         x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
         x.new_empty(x.shape[0] if held else 0, dtype=dtype),
-        x.new_empty((x.shape[0], y.shape[0]) if keep and keeps_scores(x, y, workspace_bytes) else (0,), dtype=dtype),
+        x.new_empty((x.shape[0], y.shape[0]) if kept else (0,), dtype=dtype),
     )
 
 

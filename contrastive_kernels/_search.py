@@ -28,7 +28,7 @@ def _best_column(
     term = MAXIMUM if seed is None else GUMBEL_MAX
     chosen = backends.choose(backend or None, x.device, x.dtype, term)
     x, y = x.contiguous(), y.contiguous()
-    return find(Search(term, x, y, params, exclude, chosen, workspace_bytes, row_ids, col_ids, seed))[1]
+    return find(Search(term, x, y, params, exclude.contiguous(), chosen, workspace_bytes, row_ids, col_ids, seed))[1]
 
 
 def _best_column_fake(x, y, params, exclude, row_ids, col_ids, seed, backend, workspace_bytes):  # type: ignore[no-untyped-def]
@@ -47,9 +47,10 @@ def _count_ranks(
     """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N]."""
     # float64 bounds ask for float64 scores
     chosen = backends.choose(backend or None, x.device, low.dtype if low.dtype == torch.float64 else x.dtype, RANK)
-    params = torch.tensor([1.0, 0.0], dtype=low.dtype).to(x.device)
+    params = low.new_ones(2)
+    params[1] = 0.0
     x, y = x.contiguous(), y.contiguous()
-    search = Search(RANK, x, y, params, exclude, chosen, workspace_bytes, score_dtype=low.dtype)
+    search = Search(RANK, x, y, params, exclude.contiguous(), chosen, workspace_bytes, score_dtype=low.dtype)
     return count(search, low.contiguous(), high.contiguous())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._checks import check_reduction, check_workspace
+from ._checks import check_backend, check_reduction, check_workspace
 
 __all__ = ["ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss"]
 
@@ -29,7 +29,7 @@ class _Loss(nn.Module):
         self.options: dict[str, Any] = {
             "reduction": check_reduction(reduction),
             "normalize": normalize,
-            "backend": backend,
+            "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
         }
 

@@ -212,6 +212,7 @@ def decomposable(
     z = logit_scale * (x @ y.T)
     nowhere = positive_logits is not None and positives is None
     held = torch.full((len(x),), -1, device=x.device) if nowhere else _positive_indices(x, positives)
+    log_k = log_or_minus_infinity(negative_scale)
     losses, log_zs = [], []
     for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
         log_zbar = log_zbar.detach().to(z.dtype)
@@ -220,16 +221,15 @@ def decomposable(
             z_pos = scores.gather(1, held[:, None])[:, 0]
         h = _mask(scores, held) - z_pos[:, None]
         log_u = log_weight - log_zbar
-        if weight is not None:
+        exponents = h + (log_u + log_k)[:, None]
+        if weight is not None:  # a row that does not count must not overflow, neither in its value nor in gradients
+            exponents = exponents.masked_fill((weight == 0)[:, None], -torch.inf)
             log_u = log_u.masked_fill(weight == 0, 0.0)
-        terms = torch.exp(h + log_u[:, None]).sum(1) * negative_scale
+        terms = torch.exp(exponents).sum(1)
         losses.append(terms + positive_constant * log_u.exp() - log_u - 1 - expected_excess(shape))
-        log_z = _logsumexp(h) + log_or_minus_infinity(negative_scale)
+        log_z = _logsumexp(h) + log_k
         log_zs.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(positive_constant))).detach())
-    total = torch.stack(losses).mean(0)
-    if weight is not None:  # a row that does not count must not overflow, however stale its normaliser
-        total = torch.where(weight == 0, torch.zeros_like(total), total)
-    loss = _reduce(total, weight, reduction)
+    loss = _reduce(torch.stack(losses).mean(0), weight, reduction)
     if not return_log_normalizer:
         return loss
     return loss, (tuple(log_zs) if len(log_zs) == 2 else log_zs[0])
@@ -254,7 +254,7 @@ def draw_log_weights(log_normalizer: Tensor, shape: float | None, generator: tor
     """
     if shape is None:
         return torch.zeros_like(log_normalizer)
-    alpha = torch.full(log_normalizer.shape, shape + 1.0, device=log_normalizer.device)
+    alpha = torch.full(log_normalizer.shape, shape + 1.0, dtype=torch.float32, device=log_normalizer.device)
     gamma = torch._standard_gamma(alpha, generator=generator)
     uniform = torch.zeros_like(alpha).uniform_(generator=generator)
     log_uniform = torch.log1p(-uniform)  # uniform is in [0, 1)

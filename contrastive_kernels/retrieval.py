@@ -14,6 +14,9 @@ from ._checks import check_backend, check_features, check_positives, check_works
 from ._ops import checked_index
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from ._search import count_ranks
+from .backends import registry
+from .searching import panel_side
+from .specs import RANK
 from .streaming import score_dtype
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]
@@ -108,8 +111,9 @@ def retrieval_metrics(
     x, y = check_features(x, y, ("x", "y"), normalize)
     options = check_backend(backend), check_workspace(workspace_bytes)
     index = _positives(positives, x, y)
-    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
+    panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed
+    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options)
     if score_dtype(x.dtype) != wide and bool(uncertain.any()):
         rows = uncertain.nonzero()[:, 0]
         ranks[rows] = _ranks(x[rows], y, index[rows], wide, "", options[1])[0]
@@ -128,7 +132,9 @@ def _ranks(
 ) -> tuple[Tensor, Tensor]:
     """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
     best = _best_positive(x, y, index, dtype, workspace_bytes)
-    longest = y.to(torch.float32).norm(dim=1).max() if len(y) else torch.ones((), device=y.device)
+    lengths = y.to(torch.float32).norm(dim=1)
+    # a document of NaN or infinity is its own trouble, not every query's
+    longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
     size = x.to(torch.float32).norm(dim=1) * longest
     slack = (_ROUNDINGS * _product_eps(x, dtype) * math.sqrt(x.shape[1])) * size.to(dtype)
     below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)

@@ -16,7 +16,8 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(make)
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = make(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        with torch.no_grad():  # it may be a leaf that requires a gradient
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     return wrapper
 

@@ -23,6 +23,9 @@ PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
 DECOMPOSABLE = ("decomposable", "decomposable_pair")
 ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
 
+#: Backends of CPU tensors. The others run on GPUs (test_gpu.py), or in an interpreter of their own (test_triton.py).
+CPU_BACKENDS = ("cpu", "torch")
+
 
 @dataclass(frozen=True)
 class Problem:

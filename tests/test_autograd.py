@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import ALL, BY_NAME, differentiable, engine_options, make_inputs, run
+from problems import ALL, BY_NAME, CPU_BACKENDS, differentiable, engine_options, make_inputs, run
 from tolerance import assert_outcome
 from torch.utils.checkpoint import checkpoint
 
 import contrastive_kernels as ck
 from contrastive_kernels.specs import LOSSES
 
-BACKENDS = ck.list_backends()
+BACKENDS = CPU_BACKENDS
 
 
 @pytest.fixture(params=BACKENDS)

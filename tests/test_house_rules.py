@@ -16,21 +16,27 @@ PACKAGE = ROOT / "contrastive_kernels"
 # From the top down; a module imports from lower layers only. `__init__` and `__main__` stand above all of them.
 LAYERS = [
     {"structure_losses"},
-    {"_explain", "losses", "structure"},
+    {"_explain", "em", "losses", "structure"},
+    {"_accumulate"},
+    {"_expectation"},
     {"functional"},
     {"_decomposable", "retrieval", "sampling"},
-    {"_autograd", "_reduction"},
+    {"_autograd", "_memory", "_reduction"},
     {"_checks"},
     {"_ops", "_search"},
     {"searching"},
     {"streaming"},
+    {"workspace"},
+    {"stream"},
     {"backends"},
     {"backends.registry"},
-    {"backends.cpu", "backends.torch"},
+    {"backends.cpu", "backends.torch", "backends.triton"},
     {"backends.panel"},
-    {"reference_structure"},
-    {"_C", "_geometry", "_library", "_philox", "reference", "specs"},
+    {"panel_shapes", "reference_structure"},
+    {"_C", "_geometry", "_library", "_philox", "_triton", "reference", "specs"},
 ]
+#: Parts of the package that are not its Python modules.
+OUTSIDE = {"_C", "_triton"}
 TOPS = {"", "__main__"}
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 
@@ -53,9 +59,11 @@ def project_files(suffixes):
 
 
 def package_modules():
-    """{dotted name below contrastive_kernels ("" for the package itself): path}."""
+    """{dotted name below contrastive_kernels ("" for the package itself): path}, without the Triton kernels."""
     modules = {}
     for path in PACKAGE.rglob("*.py"):
+        if "_triton" in path.relative_to(PACKAGE).parts:
+            continue
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return modules
@@ -65,7 +73,7 @@ MODULES = package_modules()
 
 
 def imported_modules(name, path):
-    """Names (as in MODULES, or "_C") of the package's own modules that a module imports, anywhere in its text."""
+    """Names (as in MODULES, or OUTSIDE) of the package's own modules that a module imports, anywhere in its text."""
     folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -84,14 +92,14 @@ def imported_modules(name, path):
             if full.split(".")[0] != "contrastive_kernels" or full.endswith(".__version__"):
                 continue
             inner = full.partition(".")[2]
-            while inner and inner not in MODULES and inner != "_C":  # `from .streaming import log_sum`: a name in it
+            while inner and inner not in MODULES and inner not in OUTSIDE:  # `import log_sum`: a name
                 inner = inner.rpartition(".")[0]
             found.add(inner)
     return found
 
 
 def test_every_module_has_its_layer():
-    assert set(MODULES) - TOPS == set(DEPTH) - {"_C"}, "a new module needs its place in LAYERS, and CONTRIBUTING.md's"
+    assert set(MODULES) - TOPS == set(DEPTH) - OUTSIDE, "a new module needs its place in LAYERS, and CONTRIBUTING.md's"
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - TOPS))
@@ -101,14 +109,31 @@ def test_imports_run_downwards(name):
         assert DEPTH[target] > DEPTH[name], f"{name} imports {target}, which is not below it"
 
 
+def test_triton_kernels_stand_alone():
+    """Their folder is a part of the package by a link, and knows nothing of the rest."""
+    folder = PACKAGE / "_triton"
+    files = sorted(folder.glob("*.py"))
+    assert {"score.py", "pair_terms.py", "configs.py", "launch.py"} <= {path.name for path in files}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{path.name} imports from above"
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            assert not [name for name in names if name.startswith("contrastive_kernels")], path.name
+
+
 def test_import_reader_sees_every_form(tmp_path):
     path = tmp_path / "cpu.py"
     path.write_text(
         "import contrastive_kernels.losses\nfrom contrastive_kernels import _C\nfrom .. import streaming\n"
         "from ..specs import PairTerm\nfrom .panel import Side\nimport torch\n"
-        "def f():\n    from ..functional import clip_loss\n"
+        "def f():\n    from ..functional import clip_loss\n    from .._triton import launch\n"
     )
-    expected = {"losses", "_C", "streaming", "specs", "backends.panel", "functional"}
+    expected = {"losses", "_C", "_triton", "streaming", "specs", "backends.panel", "functional"}
     assert imported_modules("backends.cpu", path) == expected
 
 

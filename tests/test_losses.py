@@ -5,13 +5,24 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from problems import ALL, BY_NAME, DECOMPOSABLE, PROBLEMS, Inputs, differentiable, engine_options, make_inputs, run
+from problems import (
+    ALL,
+    BY_NAME,
+    CPU_BACKENDS,
+    DECOMPOSABLE,
+    PROBLEMS,
+    Inputs,
+    differentiable,
+    engine_options,
+    make_inputs,
+    run,
+)
 from tolerance import UNITS, assert_accurate, assert_outcome, expected, rms
 
 import contrastive_kernels as ck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ck.list_backends()
+BACKENDS = CPU_BACKENDS
 
 
 def offered(backend: str, dtype: torch.dtype) -> bool:
@@ -222,6 +233,15 @@ def test_scalars_may_come_in_any_form(loss, backend):
         scale = torch.full(shape, 4.0, dtype=dtype, requires_grad=True)
         inputs.call(ck, loss, inputs.x, inputs.y, scale, -2.0, backend=backend).backward()
         assert scale.grad.shape == shape and scale.grad.dtype == dtype
+
+
+def test_numbers_may_be_numpys():
+    inputs = make_inputs(BY_NAME["base"], torch.float32)
+    draw = [torch.Generator().manual_seed(0) for _ in range(2)]
+    arguments = inputs.x, inputs.y, 4.0, inputs.log_normalizer[0]
+    want = ck.decomposable(*arguments, shape=0.5, negative_scale=2.0, generator=draw[0])
+    shape, k = numpy.float32(0.5), numpy.int64(2)
+    assert torch.equal(ck.decomposable(*arguments, shape=shape, negative_scale=k, generator=draw[1]), want)
 
 
 @pytest.mark.parametrize("loss", ALL)

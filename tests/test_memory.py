@@ -40,7 +40,17 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
     more = {"sigmoid": (-1.0,), "decomposable": (torch.zeros(n),)}.get(loss, ())
     before = resident("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # resets the peak
-    value = getattr(ck, loss)(x, y, 1.0, *more, backend=backend, workspace_bytes=workspace_bytes)
+    options = dict(backend=backend, workspace_bytes=workspace_bytes)
+    if loss == "geometric_consistency":
+        value = ck.geometric_consistency(x, y)
+    elif loss == "uniformity":
+        value = ck.feature_separation(x.detach(), y.detach(), x, y, None, None, 1.0, orthogonality=0.0, **options)
+    elif loss == "retrieval_metrics":
+        value = ck.retrieval_metrics(x, y, **options)
+    elif loss == "hardest_negatives":
+        value = ck.hardest_negatives(x, y, **options)
+    else:
+        value = getattr(ck, loss)(x, y, 1.0, *more, **options)
     if work != "forward":
         value.backward()
     return resident("VmHWM") - before - sum(v.grad.nbytes for v in (x, y) if v.grad is not None)
@@ -96,3 +106,27 @@ def test_memory_grows_with_the_number_of_rows_not_its_square():
     used = measured(*(("clip_loss", "cpu", "float32", n, 32, 4 * MIB, "gradients") for n in sizes))
     small, large = used.values()
     assert large - small <= 100 * (sizes[1] - sizes[0]), f"{small / MIB:.1f} MiB, {large / MIB:.1f} MiB"
+
+
+def test_searches_stay_within_the_workspace():
+    """N = 6144: 144 MiB of scores, and vectors of a few bytes per row beside the workspace."""
+    cases = [
+        (search, backend, "float32", 6144, 32, WORKSPACE, "forward")
+        for search in ("sample_negatives", "hardest_negatives", "retrieval_metrics")
+        for backend in ("cpu", "torch")
+    ]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > WORKSPACE + SLACK}
+    assert not over
+
+
+def test_structures_have_no_table_of_pairs():
+    """N = 8192: a table of N x N would take 256 MiB; A, B and a few temporaries of N x D take 2 MiB each."""
+    n, d = 8192, 64
+    used = measured(
+        ("geometric_consistency", "cpu", "float32", n, d, WORKSPACE, "gradients"),
+        ("uniformity", "cpu", "float32", n, d, WORKSPACE, "gradients"),
+    )
+    geometry, uniformity = used.values()
+    assert geometry < 8 * 4 * n * d + SLACK
+    # both modalities' gradients are summed before they leave
+    assert uniformity < WORKSPACE + SLACK + 4 * 4 * n * d

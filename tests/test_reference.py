@@ -157,6 +157,13 @@ def test_decomposable_at_its_own_normaliser_is_info_nce():
         assert_same(ours, ref.clip_loss(x, y, scale, reduction=reduction), x, y, scale)
 
 
+def test_decomposable_without_negatives_does_not_overflow():
+    """negative_scale 0 times an infinite exp(h) is 0, in value and gradient."""
+    x, y = make()
+    value = ref.decomposable(1000 * x, y, SCALE, torch.zeros(9), negative_scale=0.0)
+    assert value.item() == 0 and all((g == 0).all() for g in gradients(value, x, y))
+
+
 @pytest.mark.parametrize("u", [1e-3, 0.7, 1e3])
 def test_decomposable_similarity_gradients_sum_to_zero(u):
     """For any u, stale or drawn: what pushes the negatives away pulls the positive."""
@@ -195,6 +202,19 @@ def test_decomposable_both_directions_with_given_logits():
     assert_same(both, (rows + cols) / 2, x, y, scale)
 
 
+def test_decomposable_rows_that_do_not_count_do_not_overflow():
+    """A row of weight 0 whose exp(h) is infinite gives a gradient of 0, not NaN: the result is the one without it."""
+    x, y = make(6)
+    with torch.no_grad():
+        x[2] *= 4000.0
+    row, log_zbar, weight = torch.arange(6), torch.zeros(6), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.3])
+    keep = weight > 0
+    value = ref.decomposable(x, y, SCALE, log_zbar, weight=weight)
+    assert not ref.decomposable(x, y, SCALE, log_zbar).isfinite(), "the row does overflow"
+    without = ref.decomposable(x[keep], y, SCALE, log_zbar[keep], positives=row[keep], weight=weight[keep])
+    assert_same(value, without, x, y)
+
+
 @pytest.mark.parametrize("a", [0.5, 1.0, 3.0])
 def test_gamma_identity(a):
     """1/Z^a = 1/Gamma(a) integral u^(a-1) e^(-uZ) du, with u Z as the loss reports it, by quadrature over log u."""
@@ -222,6 +242,19 @@ def test_drawn_weights_are_gamma_distributed():
         distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max().item()
         assert distance < 1.95 / math.sqrt(n), f"shape {a}"  # 0.1 % of honest samples are further away
     assert (ref.draw_log_weights(torch.ones(4), None, None) == 0).all()
+
+
+def test_draws_do_not_depend_on_the_default_dtype():
+    """Nor fail under one of bfloat16, as large models are built under, in which torch draws no gamma numbers."""
+    log_zbar = torch.zeros(100)
+    want = ref.draw_log_weights(log_zbar, 1.0, torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            ours = ref.draw_log_weights(log_zbar, 1.0, torch.Generator().manual_seed(0))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(ours, want)
 
 
 @pytest.mark.parametrize("a", [0.5, 1.0, 5.0])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..specs import PairTerm
-from .panel import Panel, Side, score_product
+from ..specs import GUMBEL_MAX, RANK, PairTerm
+from .panel import Panel, SearchPanel, Side, present, score_product
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
     from contrastive_kernels import _C
@@ -15,7 +15,7 @@ except ImportError as error:
 else:
     _MISSING = None
 
-__all__ = ["instruction_set", "reduce_panel", "weight_panel", "why_not"]
+__all__ = ["instruction_set", "reduce_panel", "search_panel", "weight_panel", "why_not"]
 
 _WEIGHTS_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -50,6 +50,31 @@ def weight_panel(term: PairTerm, panel: Panel) -> None:
     out = (weights.data_ptr(), _WEIGHTS_DTYPES[weights.dtype], weights.stride(0), _address(panel.dparams))
     arguments = (*_common_arguments(term, panel), *vectors, *out)
     _C.weight_panel(*arguments)
+
+
+def search_panel(term: PairTerm, panel: SearchPanel) -> None:
+    """Folds the panel into the rows' best score and its column, or into their counts."""
+    score_product(panel)
+    rows, cols = panel.scores.shape
+    state = (panel.low, panel.high, panel.below, panel.above) if term is RANK else (panel.best, panel.best_column)
+    addresses = [_address(present(vector)) for vector in state]
+    _C.search_panel(
+        term.code,
+        panel.scores.data_ptr(),
+        rows,
+        cols,
+        panel.scores.stride(0),
+        panel.params.data_ptr(),
+        _address(panel.exclude),
+        panel.exclude.shape[1],
+        panel.first_row,
+        panel.first_column,
+        torch.get_num_threads(),
+        _address(panel.row_ids),
+        _address(panel.col_ids),
+        _address(present(panel.seed)) if term is GUMBEL_MAX else 0,
+        *([0, 0, *addresses] if term is RANK else [*addresses, 0, 0, 0, 0]),
+    )
 
 
 def _common_arguments(term: PairTerm, panel: Panel) -> tuple[int, ...]:

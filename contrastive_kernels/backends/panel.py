@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Panel", "SearchPanel", "Side", "present", "score_product"]
+__all__ = ["Panel", "SearchPanel", "Side", "default_weights_dtype", "present", "score_product"]
 
 
 @dataclass(slots=True)
@@ -28,12 +29,12 @@ class Side:
 class Panel:
     """A block of R rows and C columns of the score matrix."""
 
-    #: [R, D], [C, D] blocks of the operands, in the dtype of the scores
+    #: [R, D], [C, D] blocks of the operands, in the dtype of the scores or, if the backend says so, in their own
     x: Tensor
     y: Tensor
-    #: [R, C] workspace for the dot products, in float32 or float64
+    #: [R, C] workspace for the dot products, in float32 or float64; empty where the backend wants none
     scores: Tensor
-    #: [R, C] where a weight panel leaves scale * dL/dz; it may be `scores` itself
+    #: [R, C] where a weight panel leaves factor * dL/dz; it may be `scores` itself
     weights: Tensor
     #: [2] scale and bias, on the device
     params: Tensor
@@ -49,6 +50,10 @@ class Panel:
     col: Side = field(default_factory=Side)
     #: [2] += sum of w * score, sum of w (float64)
     dparams: Tensor | None = None
+    #: [1] what the weights are multiplied by: the scale, except where weights are float16; None: the scale
+    factor: Tensor | None = None
+    #: float32 for partial results, as many as the backend asked for
+    scratch: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -80,6 +85,14 @@ def present(vector: Tensor | None) -> Tensor:
     return vector
 
 
+def default_weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 where the CPU multiplies it faster than float32, else the dtype of the scores."""
+    onednn = dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _multiplies_bfloat16_exactly() -> bool:
     """Whether float32 products can run on AMX units, and torch (2.9 or later) has the switch for it."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -103,8 +116,11 @@ class _AmxProducts:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+                mkldnn: Any = torch.backends.mkldnn
+                before = mkldnn.matmul.fp32_precision
+                # What inherits its setting reads as what it inherits; written back, it would inherit no more.
+                self._before = "none" if before == mkldnn.fp32_precision else before
+                mkldnn.matmul.fp32_precision = "bf16"
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:

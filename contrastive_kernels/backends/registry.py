@@ -7,13 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
 from . import torch as torch_backend
-from .panel import Panel, SearchPanel
+from . import triton as triton_backend
+from .panel import Panel, SearchPanel, default_weights_dtype
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
+
+
+def _no_scratch(rows: int, cols: int, x: Tensor) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,17 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype], str | None]
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
+    #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
+    score_tile: bool = True
+    #: it takes operands in their own dtype, not in that of the scores
+    native_operands: bool = False
+    #: the dtype of its weights for a device and an operands' dtype; one with float16 weights honours panel.factor
+    weights_dtype: Callable[[torch.device, torch.dtype], torch.dtype] = default_weights_dtype
+    #: float32 that it wants for the partial results of a panel of R rows and C columns of x's stream
+    scratch: Callable[[int, int, Tensor], int] = _no_scratch
+    #: ... and a bound of it: bytes per score, and per row and column
+    scratch_per_score: float = 0.0
+    scratch_per_row: float = 0.0
     #: the pair terms that it knows
     terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
     #: the operation of the terms that search and count
@@ -43,7 +60,26 @@ class Backend:
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (
-    Backend("cpu", cpu_backend.reduce_panel, cpu_backend.weight_panel, cpu_backend.why_not),
+    Backend(
+        "triton",
+        triton_backend.reduce_panel,
+        triton_backend.weight_panel,
+        triton_backend.why_not,
+        score_tile=False,
+        native_operands=True,
+        weights_dtype=triton_backend.weights_dtype,
+        scratch=triton_backend.scratch,
+        scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
+        scratch_per_row=triton_backend.SCRATCH_PER_ROW,
+    ),
+    Backend(
+        "cpu",
+        cpu_backend.reduce_panel,
+        cpu_backend.weight_panel,
+        cpu_backend.why_not,
+        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
+        search_panel=cpu_backend.search_panel,
+    ),
     Backend(
         "torch",
         torch_backend.reduce_panel,

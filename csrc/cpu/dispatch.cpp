@@ -48,6 +48,22 @@ void check_panel(const Panel& p) {
     check(!p.col.sum && !p.col.gain, "panel: the sigmoid term has no column side");
 }
 
+void check_search(const SearchPanel& p) {
+  check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "search: sizes and stride must be non-negative and ordered");
+  check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "search: scores and params must not be null");
+  check(p.exclude_count == 0 || p.exclude, "search: exclude must not be null when exclude_count is not 0");
+  check(!p.row_ids == !p.col_ids, "search: ids of rows need ids of columns");
+  check(p.threads >= 1, "search: threads must be at least 1");
+  if (p.term == SearchTerm::kRank)
+    check(p.low && p.high && p.below && p.above, "search: a rank needs bounds and counts");
+  else
+    check(p.best && p.best_column, "search: a maximum needs its score and its column");
+  check(p.term != SearchTerm::kGumbelMax || p.seed, "search: noise needs its seed");
+  const int64_t last_row = p.first_row + p.rows, last_column = p.first_column + p.cols;
+  check(p.first_row >= 0 && last_row <= (int64_t{1} << 32), "search: rows must be 32-bit numbers");
+  check(p.first_column >= 0 && last_column <= (int64_t{1} << 34), "search: columns must be 34-bit numbers");
+}
+
 // Runs the pass with buffers of its own; memory that cannot be had is an exception, before any thread starts.
 void run(const Panel& p) {
   const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
@@ -78,6 +94,18 @@ void weight_panel(const Panel& panel) {
     check(!panel.row.gain == !panel.row.normalizer && !panel.col.gain == !panel.col.normalizer,
           "weight_panel: a gain needs its normalizer");
   run(panel);
+}
+
+void search_panel(const SearchPanel& panel) {
+  check_search(panel);
+  SearchPanel p = panel;
+  p.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(p.threads, p.rows)));
+  std::unique_ptr<SearchScratch[]> scratch(new SearchScratch[p.threads]);
+  chosen()->run_search(p, scratch.get());
+}
+
+void gumbel_array(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n) {
+  chosen()->gumbel_run(seed, row, first_column, out, n);
 }
 
 void exp_array(const float* x, float* out, int64_t n) { chosen()->exp_run(x, out, n); }

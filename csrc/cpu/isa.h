@@ -37,10 +37,18 @@ struct Buffers {
   float *col_reference, *col_sum;  // [stripes, cols], or null
 };
 
+// One thread's buffers of a search: a chunk of one row.
+struct SearchScratch {
+  float z[kChunk];
+  uint32_t words[kChunk + 8];  // columns begin anywhere in a group of four
+};
+
 struct IsaTable {
   const char* name;
   void (*run_panel)(const Panel&, const Buffers&);
   void (*exp_run)(const float* x, float* out, int64_t n);
+  void (*run_search)(const SearchPanel&, SearchScratch* scratch);  // scratch [threads]
+  void (*gumbel_run)(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
 };
 
 extern const IsaTable kBaseline;

@@ -14,11 +14,13 @@ namespace ck {
 namespace avx2 {
 
 #include "../include/dtype.h"
+#include "../include/noise.h"
 #include "../include/pair_terms.h"
 #include "panel_loops.h"
+#include "search_loops.h"
 
 }  // namespace avx2
 
-const IsaTable kAvx2 = {"avx2", avx2::run_panel, avx2::exp_run};
+const IsaTable kAvx2 = {"avx2", avx2::run_panel, avx2::exp_run, avx2::run_search, avx2::gumbel_run};
 
 }  // namespace ck

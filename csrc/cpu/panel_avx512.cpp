@@ -14,11 +14,13 @@ namespace ck {
 namespace avx512 {
 
 #include "../include/dtype.h"
+#include "../include/noise.h"
 #include "../include/pair_terms.h"
 #include "panel_loops.h"
+#include "search_loops.h"
 
 }  // namespace avx512
 
-const IsaTable kAvx512 = {"avx512", avx512::run_panel, avx512::exp_run};
+const IsaTable kAvx512 = {"avx512", avx512::run_panel, avx512::exp_run, avx512::run_search, avx512::gumbel_run};
 
 }  // namespace ck

@@ -14,11 +14,14 @@ namespace ck {
 namespace baseline {
 
 #include "../include/dtype.h"
+#include "../include/noise.h"
 #include "../include/pair_terms.h"
 #include "panel_loops.h"
+#include "search_loops.h"
 
 }  // namespace baseline
 
-const IsaTable kBaseline = {"baseline", baseline::run_panel, baseline::exp_run};
+const IsaTable kBaseline = {"baseline", baseline::run_panel, baseline::exp_run, baseline::run_search,
+                            baseline::gumbel_run};
 
 }  // namespace ck

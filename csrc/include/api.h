@@ -34,6 +34,31 @@ struct Panel {
   int threads = 1;
 };
 
+enum class SearchTerm : int { kMaximum = 2, kGumbelMax = 3, kRank = 4 };
+
+// One block of the score matrix of which only each row's best column, or two counts, are wanted.
+struct SearchPanel {
+  SearchTerm term = SearchTerm::kMaximum;
+  const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
+  int64_t rows = 0, cols = 0, stride = 0;
+  const float* params = nullptr;     // scale, bias
+  const int64_t* exclude = nullptr;  // [rows, exclude_count] columns of the whole matrix left out of the search
+  int64_t exclude_count = 0, first_row = 0, first_column = 0;
+  const int64_t *row_ids = nullptr, *col_ids = nullptr;  // [rows], [cols]: pairs of equal ids are left out; or null
+  const int64_t* seed = nullptr;                         // [1] of the noise
+  float* best = nullptr;                                 // [rows] largest z (with noise) so far, updated in place
+  int64_t* best_column = nullptr;                        // [rows] its column of the whole matrix
+  const float *low = nullptr, *high = nullptr;           // [rows] bounds
+  int64_t *below = nullptr, *above = nullptr;            // [rows] += how many z lie below low, above high
+  int threads = 1;
+};
+
+// Folds the panel into (best, best_column), the first of equal ones, or into (below, above). NaN is passed over.
+void search_panel(const SearchPanel& panel);
+
+// The Gumbel noise of one row's columns first_column ... first_column + n - 1, for tests of its distribution.
+void gumbel_array(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
+
 // Folds the panel into row.{reference, sum} and col.{reference, sum}.
 void reduce_panel(const Panel& panel);
 

@@ -1,0 +1,77 @@
+"""What the E-step knows, and the small questions that the loss over a data set asks of its arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_positives, check_vector, make_params
+
+__all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
+
+#: Rows of the features that are copied to the scores' dtype at a time.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the E-step knows of a batch before it is seen: [N, directions] each, on the features' device."""
+
+    index: Tensor
+    #: logarithm of the stored mean of exp(z) over negatives, and visits so far
+    log_mean: Tensor
+    visits: Tensor
+    #: log(u Zbar): the draw, or 0
+    log_weight: Tensor
+    direction: int | None
+    #: some sample may not have been met yet
+    cold: bool
+
+
+def recomputing() -> bool:
+    """Whether autograd's engine runs: only a recomputation calls a loss within backward."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and not torch.compiler.is_compiling() and current() != -1
+
+
+def check_negatives(negatives: Any) -> str | int:
+    if isinstance(negatives, str):
+        if negatives not in ("dataset", "batch"):
+            raise ValueError(f"negatives: expected 'dataset', 'batch' or an int; got {negatives!r}")
+        return negatives
+    if isinstance(negatives, bool) or not isinstance(negatives, int):
+        raise TypeError(f"negatives: expected 'dataset', 'batch' or an int; got {type(negatives).__name__}")
+    if negatives < 1:
+        raise ValueError(f"negatives: expected at least 1; got {negatives}")
+    return negatives
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str | float:
+    """One of the names, or a finite number."""
+    if isinstance(value, str):
+        if value in choices:
+            return value
+    elif not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"{name}: expected {', '.join(map(repr, choices))} or a finite number; got {value!r}")
+
+
+@torch.no_grad()
+def positive_scores(
+    x: Tensor, y: Tensor, logit_scale: float | Tensor, positives: int | Tensor | None, given: Tensor | None
+) -> Tensor:
+    """z_i,p(i) [N] in the dtype of the scores."""
+    if given is not None:
+        return check_vector(given, "positive_logits", len(x), x, differentiable=True).detach()
+    scale = make_params(x, logit_scale)[0]
+    index, offset = check_positives(positives, x, y)
+    parts = []
+    for start in range(0, len(x), _ROWS):
+        stop = min(start + _ROWS, len(x))
+        partner = y[start + (offset or 0) : stop + (offset or 0)] if index is None else y[index[start:stop]]
+        parts.append((x[start:stop].to(scale.dtype) * partner.to(scale.dtype)).sum(1))
+    return scale * torch.cat(parts) if parts else x.new_zeros(0, dtype=scale.dtype)

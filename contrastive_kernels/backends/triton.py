@@ -1,0 +1,110 @@
+"""NVIDIA GPUs by Triton: tile product and pair term in one kernel; no score leaves the chip."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..specs import PairTerm
+from .panel import Panel, Side, present
+
+__all__ = [
+    "SCRATCH_PER_ROW",
+    "SCRATCH_PER_SCORE",
+    "reduce_panel",
+    "scratch",
+    "weight_panel",
+    "weights_dtype",
+    "why_not",
+]
+
+#: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
+#: 8 per tile.
+_SMALLEST_TILE = 32
+SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 8 / _SMALLEST_TILE**2
+SCRATCH_PER_ROW = 16.0
+
+_TERMS = ("exponential", "sigmoid")
+
+
+@cache
+def _kernels() -> Any:
+    """The module that launches the kernels; imported where it is first needed."""
+    from .._triton import launch
+
+    return launch
+
+
+@cache
+def _missing() -> str | None:
+    """The reason why the kernels cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        _kernels()
+    except Exception as error:  # whatever a Triton of another version raises, it is the reason
+        return f"Triton cannot be used ({type(error).__name__}: {error})"
+    return None
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why this backend cannot serve, or None."""
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"it serves CUDA tensors, not those on {device.type}"
+    if dtype == torch.float64:
+        return "its scores are float32; float64 is the torch backend's"
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            return "this torch sees no NVIDIA GPU"
+        if _capability(device) < (8, 0):
+            return f"it needs compute capability 8.0; this GPU has {'.'.join(map(str, _capability(device)))}"
+    return _missing()
+
+
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which takes CPU tensors."""
+    return "triton" in sys.modules and _missing() is None and _kernels().INTERPRETED
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Weights are multiplied with the operands, in their dtype."""
+    return dtype
+
+
+def scratch(rows: int, cols: int, x: Tensor) -> int:
+    """float32 that a panel's partial results take."""
+    return _kernels().scratch_floats(rows, cols, x)
+
+
+def reduce_panel(term: PairTerm, panel: Panel) -> None:
+    """Folds the panel into row.state and col.state."""
+    _run(term, panel)
+
+
+def weight_panel(term: PairTerm, panel: Panel) -> None:
+    """Leaves factor * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
+    _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
+
+
+def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
+    device = panel.x.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        _kernels().run_panel(
+            term.name, panel.x, panel.y, panel.params, panel.exclude, panel.first_column,
+            _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs,
+        )  # fmt: skip
+
+
+def _vectors(side: Side) -> Any:
+    return _kernels().Vectors(side.state, side.normalizer, side.gain)

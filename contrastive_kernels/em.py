@@ -1,0 +1,437 @@
+"""Stochastic expectation-maximisation over a data set: the decomposable loss with a memory of its normalisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._accumulate import accumulate
+from ._autograd import Options, log_sum
+from ._checks import (
+    check_backend,
+    check_features,
+    check_number,
+    check_positives,
+    check_reduction,
+    check_workspace,
+    make_params,
+)
+from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
+from ._memory import NormalizerMemory, NormalizerStatistics
+from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from .functional import decomposable
+from .reference import draw_log_weights, expected_excess, log_or_minus_infinity
+
+__all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]
+
+
+class DecomposableContrastiveLoss(nn.Module):
+    """InfoNCE over a whole data set from small batches: the decomposable loss, its auxiliary variables, its memory.
+
+    Called once a step, it reads the batch's normalisers from the memory, draws the auxiliary variables u (E-step),
+    gives the loss for given u in one pass over the scores (M-step), and moves the memory to what that pass found.
+
+    Parameters
+    ----------
+    num_samples : int
+        Samples n of the data set.
+    shape : float, optional
+        None: u is its mean 1 / Zbar. A number a: u is drawn from Gamma(a, rate = a Zbar); 1 is the exact conditional
+        distribution. The expected gradient is the same, its variance is not.
+    negatives : "dataset", "batch" or int
+        The notional number of negatives K that a batch's ones stand for: n - 1, as many as the batch has, or a number.
+    include_positive : bool
+        Whether the denominator holds the positive (InfoNCE), or not (DCL).
+    weights : {"stored", "updated", "batch"} or float
+        Which normaliser weighs a row: the one stored before this batch (stochastic EM); its average with the batch's
+        own (SogCLR: less noise, some of the minibatch's bias); the batch's own alone (InfoNCE, or FlatNCE without the
+        positive); or a constant log Z for all rows.
+    max_ratio : float or "partial sum", optional
+        A bound of u Z for the batch's own Z. A number R takes E[(u Z - R)+] from the gradient's rows. "partial sum",
+        with negatives="dataset", is (n - 1) / (negatives in the batch): that bound never binds where Zbar is right, for
+        no part of a sum of positive terms exceeds the whole; it only tells that a stored Zbar cannot be right.
+    first_visit : {"reduce", "skip"}
+        A sample without a stored normaliser takes the batch's own, from a pass without gradients before the other one,
+        as long as there may be such samples; or it only enters the memory and has no weight in the loss.
+    safeguard : float, optional
+        With negatives="dataset": the stored normaliser is never left below exp(-safeguard) times the part of the sum
+        that the batch has seen.
+    directions, step, floor, device, storage
+        The memory's, see :class:`NormalizerMemory`.
+    reduction, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.decomposable`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+
+    Notes
+    -----
+    3 products of 2 N M D flop and O((N + M) D) memory, as the bare op, where ``weights`` is "stored" or a constant;
+    4 where the batch's own normalisers are needed before the weights: other ``weights``, a ``max_ratio``, and first
+    visits under "reduce".
+
+    The value is an upper bound of log Z_i = log(c + K mean_j exp(h_ij)), InfoNCE over K negatives, with equality at
+    u = 1 / Z; the excess that drawing u adds on average is subtracted.
+
+    To put this loss under activation checkpointing, call the three steps by themselves and checkpoint
+    :meth:`m_step` alone, a pure function. Called as a whole during a recomputation it raises.
+
+    References
+    ----------
+    After C. Chen et al., "Why do we need large batch sizes in contrastive learning? A gradient-bias perspective",
+    NeurIPS 2022; derivation in docs/decomposable.md. "updated": Z. Yuan et al., "Provable stochastic optimization for
+    global contrastive learning: small batch does not harm performance", ICML 2022. The safeguard: F. Fagan,
+    G. Iyengar, "Unbiased scalable softmax optimization", 2018.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.DecomposableContrastiveLoss(num_samples=1000)
+    >>> index = torch.arange(4)
+    >>> x = torch.eye(4).requires_grad_()
+    >>> value = loss(x, torch.eye(4), index, 5.0)
+    >>> value.backward()
+    >>> round(value.item(), 4), loss.memory.visits[:5, 0].tolist()  # log(1 + 999 exp(-5))
+    (2.0453, [1, 1, 1, 1, 0])
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        shape: float | None = None,
+        negatives: str | int = "dataset",
+        include_positive: bool = True,
+        weights: str | float = "stored",
+        max_ratio: float | str | None = None,
+        first_visit: str = "reduce",
+        safeguard: float | None = None,
+        directions: int = 2,
+        step: float = 1.0,
+        floor: float = 0.1,
+        device: torch.device | str | None = None,
+        storage: str | Path | None = None,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        super().__init__()
+        self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
+        self.shape = None if shape is None else check_number(shape, "shape", positive=True)
+        self.negatives = check_negatives(negatives)
+        self.include_positive = bool(include_positive)
+        self.weights = check_choice(weights, "weights", ("stored", "updated", "batch"))
+        self.max_ratio = None if max_ratio is None else check_choice(max_ratio, "max_ratio", ("partial sum",))
+        if first_visit not in ("reduce", "skip"):
+            raise ValueError(f"first_visit: expected 'reduce' or 'skip'; got {first_visit!r}")
+        self.first_visit = first_visit
+        self.safeguard = None if safeguard is None else check_number(safeguard, "safeguard", positive=False)
+        for value, name in ((self.safeguard, "safeguard"), (isinstance(self.max_ratio, str) or None, "max_ratio")):
+            if value is not None and self.negatives != "dataset":
+                raise ValueError(
+                    f"{name}: expected negatives='dataset', a finite sum that a batch holds a part of; "
+                    f"got negatives={negatives!r}"
+                )
+        if isinstance(self.max_ratio, float) and self.max_ratio < 1:
+            raise ValueError(f"max_ratio: expected at least 1, the ratio of a right normaliser; got {max_ratio}")
+        self.reduction = check_reduction(reduction)
+        self.normalize = normalize
+        self.engine: dict[str, Any] = {
+            "backend": backend or None,
+            "workspace_bytes": check_workspace(workspace_bytes),
+        }
+        check_backend(backend)
+
+    def extra_repr(self) -> str:
+        """The options, as they print."""
+        names = ("shape", "negatives", "include_positive", "weights", "max_ratio", "first_visit", "safeguard")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "reduction", "normalize"))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        logit_scale: float | Tensor,
+        *,
+        direction: int | None = None,
+        positives: int | Tensor | None = None,
+        positive_logits: Tensor | None = None,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss of a batch; in training mode it moves the memory.
+
+        Parameters
+        ----------
+        x : Tensor
+            Anchors [N, D].
+        y : Tensor
+            Their partners [N, D] for both directions; candidates [M, D] for one.
+        index : Tensor
+            Which samples the rows of ``x`` are, int64 [N].
+        logit_scale : float or Tensor
+            Multiplies the dot products: the inverse temperature, not its logarithm.
+        direction : int, optional
+            None: all that the memory has, from one pass. A number: x alone queries, with the normalisers of that
+            direction, as with momentum keys or a queue, which need no gradient.
+        positives : int or Tensor, optional
+            For one direction: where row i's positive lies in y, as in :func:`contrastive_kernels.info_nce`.
+        positive_logits : Tensor, optional
+            For one direction: z_i,p(i) [N], differentiable, where y holds negatives alone.
+        weight : Tensor, optional
+            Weights of the rows [N], not differentiated.
+        generator : torch.Generator, optional
+            Source of the draws of u.
+
+        Returns
+        -------
+        Tensor
+            A scalar, or [N]; float32 (float64 for float64 inputs).
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit.
+        RuntimeError
+            Within the recomputation of activation checkpointing.
+        """
+        if recomputing():
+            raise RuntimeError(
+                "DecomposableContrastiveLoss: called again by activation checkpointing, which would draw u and move "
+                "the memory twice; call e_step, a checkpointed m_step and update instead"
+            )
+        expectation = self.e_step(index, direction=direction, generator=generator)
+        loss, found = self.m_step(
+            x, y, logit_scale, expectation, positives=positives, positive_logits=positive_logits, weight=weight
+        )
+        if self.training:
+            columns = len(y) - (positive_logits is None)
+            self.update(expectation, found, columns=columns)
+        return loss
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def e_step(
+        self, index: Tensor, *, direction: int | None = None, generator: torch.Generator | None = None
+    ) -> Expectation:
+        """Reads the memory and draws u for the samples [N] of a batch, without having seen it."""
+        columns = self.memory._columns(direction)
+        log_mean, visits = self.memory.read(index)
+        log_mean, visits = log_mean[:, columns], visits[:, columns]
+        draws = [draw_log_weights(column, self.shape, generator) for column in log_mean.T]
+        return Expectation(index, log_mean, visits, torch.stack(draws, 1), direction, self.memory.cold)
+
+    def m_step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: float | Tensor,
+        expectation: Expectation,
+        *,
+        positives: int | Tensor | None = None,
+        positive_logits: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss for given u, and the logarithms of the means that the batch found [N, directions].
+
+        A pure function, which may be computed again. Arguments as in :meth:`forward`.
+        """
+        x, y = check_features(x, y, ("x", "y"), self.normalize)
+        two = expectation.log_mean.shape[1] == 2
+        if len(expectation.index) != len(x):
+            raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
+        if two and not (positives is None and positive_logits is None and len(x) == len(y)):
+            raise ValueError(
+                "direction: expected one of the memory's directions where x and y are not pairs of rows; got None, "
+                f"with {len(x)} and {len(y)} rows, positives {type(positives).__name__} and positive_logits "
+                f"{type(positive_logits).__name__}"
+            )
+        negatives = len(y) - (positive_logits is None)
+        weight = row_weights(weight, len(x), x)
+        if negatives < 1:
+            nothing = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            alone = reduce_losses(nothing, None, self.reduction) + 0.0 * (x.sum() + y.sum()).to(nothing.dtype)
+            return alone, torch.full_like(expectation.log_mean, -torch.inf)
+        log_k = math.log(self._notional(negatives))
+        z_pos = positive_scores(x, y, logit_scale, positives, positive_logits)
+        log_z, counted = self._normalizers(x, y, logit_scale, expectation, positives, positive_logits, z_pos, log_k)
+        log_u = expectation.log_weight.to(log_z) - log_z
+        if counted is not None:
+            weight = counted if weight is None else weight * counted
+        sides: Any = (-log_u[:, 0], -log_u[:, 1]) if two else -log_u[:, 0]
+        streamed, own = decomposable(
+            x, y, logit_scale, sides, positive_constant=0.0, negative_scale=self._notional(negatives) / negatives,
+            positive_logits=positive_logits, positives=positives, weight=weight, return_log_normalizer=True,
+            reduction=self.reduction, **self.engine,
+        )  # fmt: skip
+        rest = self._constant() * log_u.exp() - expected_excess(self.shape)
+        if weight is not None:
+            rest = rest.masked_fill((weight == 0)[:, None], 0.0)
+        loss = streamed + reduce_losses(rest.mean(1), weight, self.reduction)
+        found = torch.stack(list(own) if isinstance(own, Sequence) else [own], 1)
+        return loss, found + (z_pos - log_k)[:, None]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def update(self, expectation: Expectation, found: Tensor, *, columns: int | None = None) -> None:
+        """Moves the memory to what the M-step found, from ``columns`` negatives (needed by the safeguard alone)."""
+        bound = None
+        if self.safeguard is not None:
+            if columns is None:
+                raise ValueError("columns: expected the number of negatives that the safeguard counts on; got None")
+            bound = found + (math.log(max(columns, 1) / max(self.memory.num_samples - 1, 1)) - self.safeguard)
+        self.memory.update(expectation.index, found, expectation.direction, bound)
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        logit_scale: float | Tensor,
+        *,
+        direction: int | None = None,
+        positives: int | Tensor | None = None,
+        positive_logits: Tensor | None = None,
+    ) -> None:
+        """Visits the samples of a batch without a loss: one product. Arguments as in :meth:`forward`."""
+        x, y = check_features(x, y, ("x", "y"), self.normalize)
+        expectation = self.e_step(index, direction=direction)
+        two = expectation.log_mean.shape[1] == 2
+        found = self._found(x, y, logit_scale, positives, positive_logits, two)
+        self.update(expectation, found, columns=len(y) - (positive_logits is None))
+
+    def accumulate(
+        self,
+        encode: Callable[[Any], tuple[Tensor, Tensor]],
+        batches: Sequence[Any],
+        index: Sequence[Tensor],
+        logit_scale: float | Tensor,
+        *,
+        across: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One large batch in micro-batches, each encoded once; adds to the gradients of all parameters.
+
+        Parameters
+        ----------
+        encode : callable
+            From one of ``batches`` to (x, y), [N, D] each.
+        batches : sequence
+            The micro-batches: a random partition of the large one, in random order.
+        index : sequence of Tensor
+            The samples of each, int64 [N].
+        logit_scale : float or Tensor
+            Its gradient is added once, after the last micro-batch.
+        across : bool
+            Whether negatives of other micro-batches count; otherwise each has its own alone.
+        generator : torch.Generator, optional
+            Source of the draws of u.
+
+        Returns
+        -------
+        Tensor
+            The loss of the large batch (of its micro-batches' own pairs with ``across=False``), detached.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit, and where the weights need the whole batch's own normalisers.
+
+        Notes
+        -----
+        Exact, given u: the value, the temperature's gradient, what the memory learns, and the gradients of pairs within
+        a micro-batch. Not exact: a pair across micro-batches moves only the row that comes later, by twice its part,
+        since the earlier one's activations are gone. Over random orders of the micro-batches the mean is the large
+        batch's gradient. With columns that need no gradient (momentum keys) nothing is lost: call the loss itself for
+        each chunk of rows. Encoders that couple rows (batch norm) see micro-batches.
+
+        Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
+        """
+        if not (self.weights == "stored" or isinstance(self.weights, float)) or self.max_ratio is not None:
+            raise ValueError(
+                "accumulate: expected weights known before the batch ('stored' or a number) and no max_ratio; "
+                f"got weights={self.weights!r}, max_ratio={self.max_ratio!r}"
+            )
+        if len(batches) != len(index) or not len(index):
+            raise ValueError(f"index: expected one tensor per micro-batch [{len(batches)}]; got {len(index)}")
+        return accumulate(self, encode, batches, index, logit_scale, across, generator)
+
+    def _constant(self) -> float:
+        return 1.0 if self.include_positive else 0.0
+
+    def _notional(self, negatives: int) -> float:
+        """K, for a batch with so many negatives."""
+        if self.negatives == "dataset":
+            return float(max(self.memory.num_samples - 1, 1))
+        return float(negatives if self.negatives == "batch" else self.negatives)
+
+    @torch.no_grad()
+    def _normalizers(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: float | Tensor,
+        expectation: Expectation,
+        positives: int | Tensor | None,
+        positive_logits: Tensor | None,
+        z_pos: Tensor,
+        log_k: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """log Zbar [N, d] of the rows, and which of them count [N] (None: all)."""
+        log_c = log_or_minus_infinity(self._constant())
+
+        def log_z(log_mean: Tensor) -> Tensor:
+            streamed = log_mean.to(z_pos.dtype) + log_k - z_pos[:, None]
+            return torch.logaddexp(streamed, torch.full_like(streamed, log_c))
+
+        stored, new, counted = expectation.log_mean, expectation.visits == 0, None
+        if isinstance(self.weights, float):
+            chosen = torch.full_like(z_pos, self.weights)[:, None].expand(stored.shape)
+            if self.max_ratio is None:
+                return chosen, None
+        found = None
+        reduces = expectation.cold and self.first_visit == "reduce" and self.weights == "stored"
+        if reduces or self.weights in ("updated", "batch") or self.max_ratio is not None:
+            two = stored.shape[1] == 2
+            found = self._found(x, y, logit_scale, positives, positive_logits, two)
+            stored = stored.to(found.dtype)
+        if self.weights == "updated" and found is not None:
+            chosen = log_z(self.memory.average(stored, expectation.visits, found))
+        elif self.weights == "batch" and found is not None:
+            chosen = log_z(found)
+        elif self.weights == "stored":
+            chosen = log_z(stored if found is None else torch.where(new, found, stored))
+            if found is None and self.first_visit == "skip":  # a sample that was never met: nothing to weigh it by
+                counted = (~new.any(1)).to(z_pos.dtype)
+        if self.max_ratio is not None and found is not None:
+            negatives = len(y) - (positive_logits is None)
+            ratio = self._notional(negatives) / negatives if isinstance(self.max_ratio, str) else self.max_ratio
+            chosen = torch.maximum(chosen, log_z(found) - math.log(max(ratio, 1.0)))
+        return chosen, counted
+
+    @torch.no_grad()
+    def _found(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: float | Tensor,
+        positives: int | Tensor | None,
+        positive_logits: Tensor | None,
+        two: bool,
+    ) -> Tensor:
+        """Logarithms of the batch's own means of exp(z) over negatives [N, d]; one product."""
+        index, offset = (None, None) if positive_logits is not None else check_positives(positives, x, y)
+        options = Options(check_backend(self.engine["backend"]), self.engine["workspace_bytes"], offset)
+        row, col, _ = log_sum(x, y, make_params(x, logit_scale), index, True, two, options)
+        sums = torch.stack([row, col] if two else [row], 1)
+        return sums - math.log(max(len(y) - (positive_logits is None), 1))

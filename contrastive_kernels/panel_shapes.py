@@ -1,0 +1,121 @@
+"""How large a panel is: arithmetic on sizes, without tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["LARGEST_SQUARE", "SMALLEST_PANEL", "PanelBytes", "blocks_of", "square_side", "wave_shape"]
+
+#: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
+#: products are large enough for the vendor's GEMM to run at its rate.
+LARGEST_SQUARE = 1024
+#: No side is smaller: a workspace that cannot hold such a square is refused.
+SMALLEST_PANEL = 64
+#: Sides are multiples of this.
+STEP = 64
+
+#: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
+_GEMM_TILE = (128, 256)
+#: 16-bit products a GPU finishes while it moves a byte: 700 TFLOP/s sustained and 3.35 TB/s on an H100 (NVIDIA's data
+#: sheet). An A100 and a B200 lie within a factor of 1.5.
+_FLOP_PER_BYTE = 200
+#: ... and while it starts a kernel: 5 us of 700 TFLOP/s.
+_FLOP_PER_LAUNCH = 3.5e9
+#: Kernels that one panel starts.
+_LAUNCHES = 4
+
+
+@dataclass(frozen=True)
+class PanelBytes:
+    """What a panel of R x C scores takes: per_score * R * C + per_row * R + per_col * C bytes."""
+
+    per_score: float
+    per_row: float
+    per_col: float
+
+    def of(self, rows: int, cols: int) -> int:
+        """Bytes of one panel."""
+        return -int(-(self.per_score * rows * cols + self.per_row * rows + self.per_col * cols) // 1)
+
+
+def blocks_of(n: int, size: int) -> int:
+    """Number of blocks of this size."""
+    return -(-n // size)
+
+
+def _round_up(n: int) -> int:
+    return blocks_of(n, STEP) * STEP
+
+
+def square_side(n: int, m: int, size: PanelBytes, workspace_bytes: int) -> int | None:
+    """The side of square panels for a CPU, as large as the workspace allows; None: it is too small."""
+    side = LARGEST_SQUARE
+    while side > SMALLEST_PANEL and size.of(side, side) > workspace_bytes:
+        side -= STEP
+    if size.of(side, side) > workspace_bytes:
+        return None
+    longest = max(n, m, 1)
+    return _round_up(blocks_of(longest, blocks_of(longest, side)))
+
+
+@lru_cache(maxsize=256)
+def wave_shape(
+    n: int, m: int, d: int, size: PanelBytes, workspace_bytes: int, multiprocessors: int, products: int, square: bool
+) -> tuple[int, int] | None:
+    """Rows and columns of panels for a GPU, by the time they would take; None: the workspace is too small.
+
+    A panel costs its products, in whole waves of output tiles; a read and a write of the float32 sums it adds to; and
+    its launches. Blocks are nearly equal in size.
+
+    Parameters
+    ----------
+    n, m, d : int
+        The score matrix and the number of features.
+    size : PanelBytes
+        What a panel takes.
+    workspace_bytes : int
+        What there is.
+    multiprocessors : int
+        Of the GPU.
+    products : int
+        Gradient products that follow: 0 to 2.
+    square : bool
+        Rows and columns are cut alike (a symmetric score matrix, of which half the panels are walked).
+    """
+    best: tuple[float, tuple[int, int]] | None = None
+    for rows in _sides(n):
+        fitting = [c for c in ([rows] if square else _sides(m)) if size.of(rows, c) <= workspace_bytes]
+        for cols in fitting[:8]:  # sides come in falling order, and far smaller ones are never better
+            cost = _cost(n, m, d, rows, cols, multiprocessors, products, square)
+            if best is None or cost < best[0]:
+                best = cost, (rows, cols)
+    if best is not None:
+        return best[1]
+    smallest = SMALLEST_PANEL, SMALLEST_PANEL
+    return smallest if size.of(*smallest) <= workspace_bytes else None
+
+
+def _sides(n: int) -> list[int]:
+    """Sides that cut n into nearly equal blocks, the largest first."""
+    sides, count = [], 1
+    while True:
+        side = _round_up(blocks_of(max(n, 1), count))
+        sides.append(side)
+        if side == SMALLEST_PANEL:
+            return sides
+        count = blocks_of(max(n, 1), side - STEP)  # the fewest blocks that are smaller
+
+
+def _cost(n: int, m: int, d: int, rows: int, cols: int, multiprocessors: int, products: int, square: bool) -> float:
+    """Time of all panels, counted in flop."""
+    row_blocks, col_blocks = blocks_of(n, rows), blocks_of(m, cols)
+    panels = row_blocks * (row_blocks + 1) / 2 if square else row_blocks * col_blocks
+    tile_rows, tile_cols = _GEMM_TILE
+    tile_flop = 2 * tile_rows * tile_cols
+    wave = tile_flop * multiprocessors
+    cost = d * wave * blocks_of(blocks_of(rows, tile_rows) * blocks_of(cols, tile_cols), multiprocessors)
+    for length, depth in [(rows, cols), (cols, rows)][:products]:
+        cost += depth * wave * blocks_of(blocks_of(length, tile_rows) * blocks_of(d, tile_cols), multiprocessors)
+        cost += 8 * d * length * _FLOP_PER_BYTE
+    return panels * (cost + _LAUNCHES * _FLOP_PER_LAUNCH)

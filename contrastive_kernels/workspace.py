@@ -1,0 +1,172 @@
+"""The workspace: everything of the size of a panel, within its bound, and the walk over the panels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .backends.panel import Panel
+from .panel_shapes import SMALLEST_PANEL, PanelBytes, square_side, wave_shape
+from .stream import Stream, score_dtype
+
+__all__ = ["Workspace", "blocks", "panel_shape"]
+
+#: GPUs differ little in what follows from it; where there is none to ask (plans, the interpreter), an H100's number.
+_MULTIPROCESSORS = 132
+#: float16 weights, at most the largest gain, are kept times this: softmax-sized ones would fall subnormal.
+_FLOAT16_SCALE = 2.0**14
+
+
+class Workspace:
+    """The memory of one pass over the panels of a stream.
+
+    Parameters
+    ----------
+    stream : Stream
+        The score matrix.
+    weighs : bool
+        Whether the pass makes weights.
+    gains : tuple of Tensor
+        The gains of both sides, whose largest bounds the weights; needed where weights are float16.
+    """
+
+    def __init__(self, stream: Stream, weighs: bool = False, gains: tuple[Tensor | None, ...] = ()) -> None:
+        self.stream = stream
+        x, device, backend = stream.x, stream.x.device, stream.backend
+        self.dtype = score_dtype(x.dtype)
+        self.operand_dtype = x.dtype if backend.native_operands else self.dtype
+        weights_dtype = backend.weights_dtype(device, x.dtype)
+        self.rounded = weights_dtype != self.dtype
+        # kept scores must survive, and rounded weights do not fit where the scores are
+        self.separate = weighs and (self.rounded or stream.scores is not None or not backend.score_tile)
+        self.rows, self.cols = panel_shape(stream, weighs)
+        rows, cols = min(self.rows, len(x)), min(self.cols, len(stream.y))
+        holds_scores = backend.score_tile and stream.scores is None
+        self.scores = torch.empty(rows * cols if holds_scores else 0, dtype=self.dtype, device=device)
+        # A last, ragged panel keeps the stride of the others: cuBLAS wants its rows aligned. (Not on the CPU: oneDNN's
+        # bfloat16 product, as of torch 2.13, reads the gap behind a row, and NaN there reaches the result.)
+        self.stride = self.cols if device.type == "cuda" else None
+        self.weights = torch.empty(
+            rows * (self.stride or cols) if self.separate else 0, dtype=weights_dtype, device=device
+        )
+        self.scratch = torch.empty(backend.scratch(rows, cols, x) if rows and cols else 0, device=device)
+        self.exclude = stream.exclude()
+        self.x_block = x[:0]
+        self.factor, self.rescale = stream.params[:1], None
+        if weighs and weights_dtype == torch.float16:
+            largest = sum(g.abs().amax() for g in gains if g is not None and len(g))
+            largest = torch.as_tensor(largest, dtype=self.dtype, device=device).clamp(min=1e-30)
+            self.factor = (_FLOAT16_SCALE / largest).reshape(1)
+            self.rescale = stream.params[:1] * (largest / _FLOAT16_SCALE)
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Row blocks, with their copy in the operands' dtype at hand."""
+        for i in blocks(len(self.stream.x), self.rows):
+            self.x_block = self.stream.x[i].to(self.operand_dtype)
+            yield i
+
+    def col_blocks(self, i: slice) -> Iterator[slice]:
+        """Column blocks that go with one row block."""
+        for j in blocks(len(self.stream.y), self.cols):
+            if not self.stream.symmetric or j.start >= i.start:
+                yield j
+
+    def serves_columns(self, i: slice, j: slice) -> bool:
+        """A symmetric stream's panels off the diagonal also stand for their mirror images."""
+        return not self.stream.symmetric or i != j
+
+    def panel(self, i: slice, j: slice, dparams: Tensor | None = None) -> Panel:
+        """The panel of one row block and one column block."""
+        stream = self.stream
+        shape = (i.stop - i.start, j.stop - j.start)
+        if stream.scores is not None:
+            scores = stream.scores[i, j]
+        else:
+            scores = self.scores[: shape[0] * shape[1]].view(shape) if len(self.scores) else self.scores
+        return Panel(
+            x=self.x_block,
+            y=stream.y[j].to(self.operand_dtype),
+            scores=scores,
+            params=stream.params,
+            exclude=self.exclude[i],
+            first_column=j.start,
+            bfloat16_values=stream.x.dtype == torch.bfloat16,
+            weights=self._weights(shape) if self.separate else scores,
+            dparams=dparams,
+            factor=self.factor,
+            scratch=self.scratch,
+        )
+
+    def _weights(self, shape: tuple[int, int]) -> Tensor:
+        """Room for the weights of a panel [R, C]."""
+        stride = self.stride or shape[1]
+        return self.weights[: shape[0] * stride].view(shape[0], stride)[:, : shape[1]]
+
+    def accumulate(self, sums: Tensor, weights: Tensor, block: Tensor, block_in_operand_dtype: Tensor) -> None:
+        """sums += weights @ block, in the weights' dtype, with sums in the scores' dtype."""
+        if not self.rounded:
+            torch.addmm(sums, weights, block_in_operand_dtype.to(self.dtype), out=sums)
+        elif weights.is_cuda and _ADDS_IN_FLOAT32:
+            torch.addmm(sums, weights, block, out_dtype=torch.float32, out=sums)
+        elif weights.dtype == torch.float16:  # their products pass float16's largest number
+            torch.addmm(sums, weights.to(self.dtype), block.to(self.dtype), out=sums)
+        else:
+            sums += weights @ block
+
+
+#: torch 2.8 adds 16-bit products to float32 sums without rounding them in between (on CUDA).
+_ADDS_IN_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive blocks of at most `size`."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def panel_shape(stream: Stream, weighs: bool) -> tuple[int, int]:
+    """Rows and columns of the stream's panels."""
+    x, workspace_bytes = stream.x, stream.workspace_bytes
+    # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
+    both = panel_bytes(stream, True)
+    if stream.backend.score_tile and x.device.type != "cuda":
+        side = square_side(len(x), len(stream.y), both, workspace_bytes)
+        shape = None if side is None else (side, side)
+    elif both.of(SMALLEST_PANEL, SMALLEST_PANEL) > workspace_bytes:
+        shape = None
+    else:
+        shape = wave_shape(
+            len(x), len(stream.y), x.shape[1], panel_bytes(stream, weighs), workspace_bytes,
+            multiprocessors(x.device), 2 * weighs, stream.symmetric,
+        )  # fmt: skip
+    if shape is None:
+        raise ValueError(
+            f"workspace_bytes: expected at least {both.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
+            f"with D = {x.shape[1]}; got {workspace_bytes}"
+        )
+    return shape
+
+
+def panel_bytes(stream: Stream, weighs: bool) -> PanelBytes:
+    """What a panel takes of the workspace."""
+    backend, dtype, d = stream.backend, stream.x.dtype, stream.x.shape[1]
+    scores = score_dtype(dtype)
+    weights_dtype = backend.weights_dtype(stream.x.device, dtype)
+    separate = weights_dtype != scores or not backend.score_tile
+    tile = scores.itemsize * (1 + backend.temporaries) if backend.score_tile else 0
+    per_score = tile + (weights_dtype.itemsize if separate and weighs else 0) + backend.scratch_per_score
+    if dtype == scores:
+        return PanelBytes(per_score, backend.scratch_per_row, backend.scratch_per_row)
+    if backend.native_operands:  # a block of sums
+        block = d * scores.itemsize * weighs
+        return PanelBytes(per_score, block + backend.scratch_per_row, backend.scratch_per_row)
+    # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
+    return PanelBytes(per_score, d * (3 * scores.itemsize + 2), 0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU, or an H100's where there is none to ask."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _MULTIPROCESSORS

@@ -1,0 +1,220 @@
+"""The memory by itself: its averages, duplicates, growth, storage, size, and what it tells."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+
+
+def column(*values):
+    return torch.tensor(values)[:, None]
+
+
+def memory_of_one(**options):
+    return ck.NormalizerMemory(10, directions=1, **options)
+
+
+def test_averages_are_of_the_means_and_not_of_their_logarithms():
+    generator = torch.Generator().manual_seed(0)
+    found = 3 * torch.randn(20, 4, 2, generator=generator)
+    index = torch.tensor([9, 0, 5, 3])
+    memory = ck.NormalizerMemory(10, step=1.0)
+    for values in found:
+        memory.update(index, values)
+    torch.testing.assert_close(memory.read(index)[0], found.logsumexp(0) - math.log(20))
+    assert (memory.read(index)[1] == 20).all() and memory.visits.sum() == 160
+
+
+@pytest.mark.parametrize("step, floor", [(0.6, 0.0), (1.0, 0.3), (0.8, 0.9)])
+def test_the_step_rule(step, floor):
+    memory = memory_of_one(step=step, floor=floor)
+    index, want = torch.tensor([4]), 0.0
+    for visit, value in enumerate((5.0, 1.0, 3.0, 0.5, 8.0, 2.0), 1):
+        gain = max(visit**-step, floor)
+        want = (1 - gain) * want + gain * value
+        memory.update(index, column(value).log())
+        torch.testing.assert_close(memory.read(index)[0].exp().item(), want, rtol=1e-6, atol=0)
+
+
+def test_the_average_survives_a_thousand_nats():
+    memory = memory_of_one(floor=0.5)
+    index = torch.tensor([0])
+    for value in (-500.0, 500.0, 500.0, -500.0):
+        memory.update(index, column(value))
+    torch.testing.assert_close(memory.read(index)[0].item(), 500 + math.log(0.75 / 2), rtol=1e-6, atol=0)
+
+
+def test_of_duplicates_the_last_row_counts_as_one_visit():
+    memory = memory_of_one()
+    index = torch.tensor([7, 2, 7, 2, 7, 1])
+    memory.update(index, column(1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    assert memory.read(torch.tensor([7, 2, 1]))[0].flatten().tolist() == [5.0, 4.0, 6.0]
+    assert memory.read(torch.tensor([7, 2, 1, 0]))[1].flatten().tolist() == [1, 1, 1, 0]
+    assert memory.unvisited.tolist() == [7]
+    memory.update(torch.tensor([7, 7]), column(torch.inf, 9.0))
+    assert memory.visits[7] == 2
+    memory.update(torch.tensor([7, 7]), column(9.0, torch.inf))  # the last row counts, and it says nothing
+    assert memory.visits[7] == 2
+
+
+def test_what_is_not_finite_does_not_enter():
+    memory = ck.NormalizerMemory(3)
+    memory.update(torch.arange(3), torch.zeros(3, 2))
+    memory.update(torch.arange(3), torch.tensor([[torch.nan, 1.0], [-torch.inf, torch.inf], [1.0, 1.0]]))
+    assert memory.visits.tolist() == [[1, 2], [1, 1], [2, 2]]
+    assert memory.log_mean.isfinite().all() and memory.log_mean[0, 0] == 0
+
+
+def test_cold_until_every_sample_was_met():
+    memory = ck.NormalizerMemory(4)
+    for index in ([0, 1], [1, 2], [2, 2]):
+        memory.update(torch.tensor(index), torch.zeros(2, 2))
+        assert memory.cold
+    memory.update(torch.tensor([3]), torch.zeros(1, 1), direction=0)
+    assert memory.cold and memory.unvisited.tolist() == [0, 1]
+    memory.update(torch.tensor([3]), torch.zeros(1, 1), direction=1)
+    assert not memory.cold
+    memory.grow(6)
+    assert memory.cold and memory.unvisited.tolist() == [2, 2]
+    memory.update(torch.tensor([4, 5]), torch.ones(2, 2))
+    assert not memory.cold
+    assert memory.read(torch.tensor([0, 5]))[0].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    with pytest.raises(ValueError, match="num_samples"):
+        memory.grow(5)
+
+
+def test_a_state_dict_restores_everything():
+    memory = ck.NormalizerMemory(5, step=0.7, floor=0.2)
+    memory.update(torch.arange(5), torch.randn(5, 2))
+    memory.update(torch.arange(3), torch.randn(3, 2))
+    stored = io.BytesIO()
+    torch.save(memory.state_dict(), stored)
+    stored.seek(0)
+    other = ck.NormalizerMemory(5, step=0.7, floor=0.2)
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    assert not other.cold and other.statistics() == memory.statistics()
+    for one in (other, copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        found = torch.full((5, 2), 0.3)
+        one.update(torch.arange(5), found)
+    memory.update(torch.arange(5), found)
+    assert torch.equal(one.log_mean, memory.log_mean) and torch.equal(other.log_mean, memory.log_mean)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ck.NormalizerMemory(6).load_state_dict(memory.state_dict())
+
+
+def test_a_hundred_million_samples_take_what_the_documentation_says():
+    memory = ck.NormalizerMemory(10**8, device="meta")
+    assert memory.log_mean.nbytes == memory.visits.nbytes == 800_000_000
+    assert sum(b.nbytes for b in memory.buffers()) < 1_600_001_000
+
+
+def test_a_hundred_million_samples_on_disk(tmp_path):
+    """Sparse files: only what is touched takes memory."""
+    memory = ck.NormalizerMemory(10**8, storage=tmp_path)
+    index = torch.tensor([0, 99_999_999, 31_415_926])
+    memory.update(index, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    assert memory.read(index)[0].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert memory.unvisited.tolist() == [10**8 - 3] * 2
+    for name in ("log_mean", "visits"):
+        file = (tmp_path / f"{name}.bin").stat()
+        assert file.st_size == 800_000_000 and file.st_blocks * 512 < 1_000_000
+
+
+def test_a_storage_is_taken_up_again_and_grows(tmp_path):
+    memory = ck.NormalizerMemory(1000, storage=tmp_path)
+    index = torch.tensor([0, 999, 314])
+    for visit in range(1, 300):  # every byte of a count is used
+        memory.update(index, torch.full((3, 2), float(visit)))
+    again = ck.NormalizerMemory(1000, storage=tmp_path)
+    assert torch.equal(again.log_mean, memory.log_mean) and torch.equal(again.visits, memory.visits)
+    assert again.unvisited.tolist() == [997, 997] and again.cold
+    again.grow(1500)
+    assert torch.equal(again.log_mean[:1000], memory.log_mean) and torch.equal(again.visits[:1000], memory.visits)
+    assert again.visits[1000:].sum() == 0 and again.unvisited.tolist() == [1497, 1497]
+    with pytest.raises(ValueError, match="storage"):
+        ck.NormalizerMemory(10, storage=tmp_path)
+
+
+def test_statistics_tell_how_far_the_state_lags():
+    memory = ck.NormalizerMemory(1000, directions=1, step=1.0)
+    assert math.isnan(memory.statistics().log_ratio[0]) and memory.statistics().visited == 0
+    index = torch.arange(1000)
+    memory.update(index, torch.zeros(1000, 1))
+    generator = torch.Generator().manual_seed(0)
+    memory.update(index, 2.0 + 0.5 * torch.randn(1000, 1, generator=generator))
+    told = memory.statistics()
+    assert (told.samples, told.visited, told.mean_visits) == (1000, 1000, 2.0)
+    assert abs(told.log_ratio[0] - 2.0) < 0.05 and abs(told.log_ratio_std[0] - 0.5) < 0.05
+    assert abs(told.effective[0] - math.exp(-0.25)) < 0.05  # of log-normal ratios
+    assert 3.0 < told.largest[0] < 4.5
+    quiet = memory.running.clone()
+    memory.update(torch.arange(0), torch.zeros(0, 1))
+    assert torch.equal(memory.running, quiet)
+
+
+def test_no_step_waits_for_the_host():
+    """On a meta tensor every synchronisation raises."""
+    memory = ck.NormalizerMemory(100, device="meta")
+    index = torch.arange(4, device="meta")
+    stored, visits = memory.log_mean[index], memory.visits[index]
+    memory._observe(slice(0, 2), stored, visits > 0)
+    memory.average(stored, visits, stored)
+    memory.unvisited[0:2] -= (visits == 0).sum(0)
+    memory._tell_host()
+    assert memory.cold
+
+
+def test_the_batch_is_moved_to_the_memory_and_back():
+    memory = ck.NormalizerMemory(10).double()
+    memory.update(torch.arange(2), torch.ones(2, 2, dtype=torch.float16))
+    assert memory.read(torch.arange(2))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "index, found, error, named",
+    [
+        (torch.tensor([10]), torch.zeros(1, 2), ValueError, "index"),
+        (torch.tensor([-1]), torch.zeros(1, 2), ValueError, "index"),
+        (torch.tensor([1], dtype=torch.int32), torch.zeros(1, 2), TypeError, "index"),
+        (torch.tensor([[1]]), torch.zeros(1, 2), ValueError, "index"),
+        ([1], torch.zeros(1, 2), TypeError, "index"),
+        (torch.tensor([1]), torch.zeros(1), ValueError, "found"),
+        (torch.tensor([1]), torch.zeros(2, 2), ValueError, "found"),
+        (torch.tensor([1]), [0.0, 0.0], TypeError, "found"),
+    ],
+)
+def test_wrong_updates_are_named(index, found, error, named):
+    memory = ck.NormalizerMemory(10)
+    with pytest.raises(error, match=named):
+        memory.update(index, found)
+    assert memory.visits.sum() == 0
+
+
+@pytest.mark.parametrize("samples, error", [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_wrong_sizes_are_named(samples, error):
+    with pytest.raises(error, match="num_samples"):
+        ck.NormalizerMemory(samples)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_neither_waits_nor_depends_on_the_order_of_duplicates():
+    memory, on_cpu = ck.NormalizerMemory(50, device="cuda"), ck.NormalizerMemory(50)
+    index = torch.randint(0, 50, (200,))
+    found = torch.randn(200, 2)
+    on_device = index.cuda(), found.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        memory.update(*on_device)
+        memory.read(on_device[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu.update(index, found)
+    torch.testing.assert_close(memory.log_mean.cpu(), on_cpu.log_mean)
+    assert torch.equal(memory.visits.cpu(), on_cpu.visits)

@@ -1,0 +1,118 @@
+"""The tile table, and the one predicate that says whether a tile can run at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PRECISIONS", "Tile", "family", "itemsize", "legality", "shipped", "tile_for"]
+
+#: How operands are multiplied: 16-bit and TF32 on the tensor cores, float32 exactly ("ieee") without them.
+PRECISIONS = ("16-bit", "tf32", "ieee")
+
+#: Bytes of shared memory that one program may take (CUDA C++ Programming Guide, table of compute capabilities).
+_SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+#: Architectures whose limits are those of another.
+_FAMILIES = {87: 80, 89: 86, 103: 100, 110: 100, 121: 120}
+
+#: float32 accumulators that a thread can hold beside what the pair term needs of its 255 registers.
+_LARGEST_ACCUMULATOR = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of one program's work: a tile of block_m x block_n scores, multiplied block_k features at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    #: row blocks that go through the columns together, so that they find each other's operands in L2
+    group: int = 8
+
+    def shared_bytes(self, precision: str) -> int:
+        """Bytes of shared memory that the operands in flight take."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize(precision)
+
+
+def itemsize(precision: str) -> int:
+    """Bytes of one operand."""
+    return 2 if precision == "16-bit" else 4
+
+
+def family(capability: int) -> int | None:
+    """The member of the table that serves a compute capability (86 for 8.6); None for what is too old or unknown."""
+    known = _FAMILIES.get(capability, capability)
+    if known in _SHARED_MEMORY:
+        return known
+    return max((member for member in _SHARED_MEMORY if member <= known), default=None) if known > 80 else None
+
+
+def legality(tile: Tile, capability: int, precision: str) -> str | None:
+    """The reason why a tile cannot run, or None: it can."""
+    member = family(capability)
+    if member is None:
+        return f"compute capability {capability / 10:.1f} is below 8.0"
+    for name in ("block_m", "block_n", "block_k", "num_warps"):
+        value = getattr(tile, name)
+        if value < 1 or value & (value - 1):
+            return f"{name}: expected a power of two; got {value}"
+    if min(tile.block_m, tile.block_n, tile.block_k) < 16:
+        return "the tensor cores take blocks of at least 16"
+    accumulator = tile.block_m * tile.block_n // (32 * tile.num_warps)
+    if accumulator > _LARGEST_ACCUMULATOR:
+        return f"{accumulator} accumulators a thread, of which {_LARGEST_ACCUMULATOR} fit its registers"
+    if member == 90 and precision != "ieee" and (tile.num_warps < 4 or tile.block_m < 16 * tile.num_warps):
+        return "wgmma takes groups of 4 warps with 64 rows each"
+    shared, limit = tile.shared_bytes(precision), _SHARED_MEMORY[member]
+    if shared > limit:
+        return f"{shared} bytes of shared memory, of which there are {limit}"
+    return None
+
+
+#: The tile by family, precision and work: "reduce" (statistics), "weights" of one side and "both" sides. Shapes that
+#: compile without spills; tests compile every one of them.
+_TABLE: dict[tuple[int, str, str], Tile] = {
+    (80, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
+    (80, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
+    (80, "16-bit", "both"): Tile(128, 128, 64, 8, 3),
+    (80, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
+    (80, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
+    (80, "tf32", "both"): Tile(128, 128, 32, 8, 3),
+    (86, "16-bit", "reduce"): Tile(128, 128, 32, 8, 3),
+    (86, "16-bit", "weights"): Tile(128, 128, 32, 8, 3),
+    (86, "16-bit", "both"): Tile(128, 128, 32, 8, 3),
+    (86, "tf32", "reduce"): Tile(128, 128, 32, 8, 2),
+    (86, "tf32", "weights"): Tile(128, 128, 32, 8, 2),
+    (86, "tf32", "both"): Tile(128, 128, 32, 8, 2),
+    (90, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
+    (90, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
+    (90, "16-bit", "both"): Tile(128, 128, 64, 8, 3),
+    (90, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
+    (90, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
+    (90, "tf32", "both"): Tile(128, 128, 32, 8, 3),
+    (100, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
+    (100, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
+    (100, "16-bit", "both"): Tile(128, 64, 64, 8, 3),
+    (100, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
+    (100, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
+    (100, "tf32", "both"): Tile(128, 64, 32, 8, 3),
+}
+#: Without the tensor cores a thread multiplies by itself: small tiles of many warps.
+_IEEE = Tile(64, 64, 16, 8, 2)
+_WORKS = ("reduce", "weights", "both")
+
+
+def tile_for(capability: int, precision: str, weights: bool, two_sided: bool, features: int) -> Tile:
+    """The tile for a compute capability, a precision, reduce or weight panels of one or two sides, and D features."""
+    if precision == "ieee":
+        return _IEEE
+    member = family(capability)
+    work = ("both" if two_sided else "weights") if weights else "reduce"
+    return _TABLE[(86 if member == 120 else member or 80, precision, work)]
+
+
+def shipped() -> list[tuple[int, str, str, Tile]]:
+    """Every (family, precision, work, tile) of the table."""
+    rest = [(member, "ieee", work, _IEEE) for member in _SHARED_MEMORY for work in _WORKS]
+    return [(*key, tile) for key, tile in _TABLE.items()] + rest

@@ -1,0 +1,142 @@
+"""From tensors to launches: which kernel, which tile, which grid. Checks of users' input are the callers'."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import pair_terms
+from .configs import Tile, tile_for
+from .score import merge_kernel, score_kernel
+
+__all__ = ["INTERPRETED", "MERGE_BLOCK", "Scratch", "Vectors", "precision_of", "run_panel", "scratch_floats", "tile_of"]
+
+#: The kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
+#: Rows (or columns) that one program of the merge kernel takes.
+MERGE_BLOCK = 256
+
+_TERMS = {"exponential": pair_terms.EXPONENTIAL, "sigmoid": pair_terms.SIGMOID}
+#: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
+_INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
+
+
+class Vectors(NamedTuple):
+    """What goes with a panel's rows (or columns); None where this side takes no part."""
+
+    #: [state_rows, n], its rows dense
+    state: Tensor | None = None
+    #: [n]
+    normalizer: Tensor | None = None
+    #: [n]
+    gain: Tensor | None = None
+
+
+class Scratch(NamedTuple):
+    """The partial results of one panel, in one vector of float32: rows, columns, params."""
+
+    rows: int
+    cols: int
+    params: int
+
+    @classmethod
+    def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
+        """Sizes for a panel of this shape."""
+        row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
+        return cls(2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How operands of this dtype are multiplied: float32 by torch's own setting."""
+    if dtype.itemsize == 2:
+        return "16-bit"
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9; reading allow_tf32 beside it may raise
+    if setting is None:
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile_of(device: torch.device, precision: str, weights: bool, two_sided: bool, features: int) -> Tile:
+    """The tile for panels on this device."""
+    if INTERPRETED:
+        return _INTERPRETED_TILE
+    return tile_for(_capability(device), precision, weights, two_sided, features)
+
+
+def scratch_floats(rows: int, cols: int, x: Tensor) -> int:
+    """float32 that the partial results of a panel of x's stream take at most."""
+    precision = precision_of(x.dtype)
+    works = [(False, True), (True, False), (True, True)]
+    tiles = {tile_of(x.device, precision, weights, both, x.shape[1]) for weights, both in works}
+    return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
+
+
+def run_panel(
+    term: str,
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    exclude: Tensor,
+    first_column: int,
+    row: Vectors,
+    col: Vectors,
+    scratch: Tensor,
+    weights: Tensor | None = None,
+    factor: Tensor | None = None,
+    dparams: Tensor | None = None,
+) -> None:
+    """One panel: its statistics into the states, its weights times `factor`, its sums into dparams [2].
+
+    x [R, D], y [C, D] with dense rows; params [2]; exclude [R, K]; scratch: at least scratch_floats of float32.
+    """
+    (n, d), m = x.shape, len(y)
+    has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
+    precision = precision_of(x.dtype)
+    tile = tile_of(x.device, precision, weights is not None, has_row and has_col, d)
+    row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
+    row_partials, col_partials, params_partials = scratch[: sum(Scratch.of(tile, n, m))].split(Scratch.of(tile, n, m))
+    excludes = exclude.shape[1]
+    _launch(
+        score_kernel, row_blocks * col_blocks,
+        x, y, params, exclude if excludes else None,
+        row.normalizer, row.gain, col.normalizer, col.gain,
+        weights, factor,
+        None if row.state is None else row_partials,
+        None if col.state is None else col_partials,
+        None if dparams is None else params_partials,
+        n, m, d, first_column, x.stride(0), y.stride(0), 0 if weights is None else weights.stride(0),
+        TERM=_TERMS[term], ROW=has_row, COL=has_col, EXCLUDES=excludes,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group,
+        EVEN_K=d % tile.block_k == 0,
+        INPUT_PRECISION="ieee" if precision == "ieee" else "tf32",
+        UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    programs = sum(-(-size // MERGE_BLOCK) for size, v in ((n, row), (m, col)) if v.state is not None)
+    programs += dparams is not None
+    if programs:
+        states = [v.state for v in (row, col) if v.state is not None]
+        _launch(
+            merge_kernel, programs,
+            row.state, col.state, row_partials, col_partials, dparams, params_partials,
+            n, m, row_blocks, col_blocks,
+            *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
+            TERM=_TERMS[term], STATE_ROWS=len(states[0]) if states else 1, BLOCK=MERGE_BLOCK,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """The one place where kernels start. Triton 3.10 will switch fused multiply-add off unless it is asked for."""
+    kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
