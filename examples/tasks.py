@@ -141,7 +141,7 @@ def relation(shown: int, claimed: int, hidden: str | None) -> str:
 # Fonts' x-height is row 12 and their baseline row 24 (glyphs.py). A capital loses its upper third with its marks; which
 # letter it is can still be seen.
 _HIDDEN_ROWS = {ABOVE: slice(0, 11), BELOW: slice(25, 32)}
-_GREY = 128
+GREY = 128
 
 
 def hide(image: npt.NDArray[np.uint8], side: str | None) -> npt.NDArray[np.uint8]:
@@ -149,7 +149,7 @@ def hide(image: npt.NDArray[np.uint8], side: str | None) -> npt.NDArray[np.uint8
     if side is None:
         return image
     image = image.copy()
-    image[_HIDDEN_ROWS[side]] = _GREY
+    image[_HIDDEN_ROWS[side]] = GREY
     return image
 
 

@@ -73,7 +73,9 @@ def test_hiding_takes_the_mark_and_leaves_the_letter(data):
 
     assert not np.array_equal(picture("é"), picture("e"))
     assert np.array_equal(tasks.hide(picture("é"), "above"), tasks.hide(picture("e"), "above"))
-    assert np.array_equal(tasks.hide(picture("ẹ"), "below")[:25], picture("e")[:25])
+    assert np.array_equal(tasks.hide(picture("ẹ"), "below"), tasks.hide(picture("e"), "below"))
+    assert np.array_equal(tasks.hide(picture("ẹ"), "below")[:25], picture("ẹ")[:25])
+    assert (tasks.hide(picture("ẹ"), "below")[25:] == tasks.GREY).all()
     assert np.array_equal(tasks.hide(picture("é"), None), picture("é"))
 
 
