@@ -182,9 +182,6 @@ PROBLEMS = (
     Problem("part-block", "columns that hold some rows' positives", m=33, block="some", losses=("decomposable",)),
 )  # fmt: skip
 
-#: The backends that a CPU's tensors are tried with, installed or not; those of GPUs have tests of their own.
-CPU_BACKENDS = tuple(name for name in contrastive_kernels.list_backends() if name not in ("triton", "cuda"))
-
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 
 

@@ -5,6 +5,8 @@ The panels themselves are in test_panel_pass.py.
 
 from __future__ import annotations
 
+import dataclasses
+
 import emulated
 import pytest
 import torch
@@ -13,7 +15,7 @@ from problems import PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import Backend, cuda, native, registry
+from contrastive_kernels.backends import cuda, registry
 from contrastive_kernels.backends.panel import Side
 from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
 
@@ -22,7 +24,7 @@ from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
 def kernels(monkeypatch):
     """The emulated extension in the backend's hands, which serves the CPU's tensors; the emulator's controls."""
     monkeypatch.setattr(cuda, "_C", emulated.extension())
-    backend = Backend("cuda", cuda.reduce_panel, cuda.weight_panel, lambda device, dtype: None)
+    backend = dataclasses.replace(registry.get("cuda"), why_not=lambda device, dtype: None)
     order = tuple(backend if other.name == "cuda" else other for other in registry.ORDER)
     monkeypatch.setattr(registry, "ORDER", order)
     yield emulated.controls()
@@ -30,11 +32,18 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "problem, loss", [pytest.param(p, loss, id=f"{p.name}-{loss}") for p in PROBLEMS for loss in p.losses]
+    "problem, loss, dtype",
+    [
+        pytest.param(p, loss, dtype, id=f"{p.name}-{loss}-{str(dtype)[6:]}")
+        for p in PROBLEMS
+        for loss in p.losses
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if p.float16 or dtype != torch.float16
+    ],
 )
-def test_every_problem(kernels, problem, loss):
-    inputs = make_inputs(problem, torch.float32)
-    outcome = run(ck, inputs, loss, torch.float32, **engine_options(inputs, loss, "cuda"))
+def test_every_problem(kernels, problem, loss, dtype):
+    inputs = make_inputs(problem, dtype)
+    outcome = run(ck, inputs, loss, dtype, **engine_options(inputs, loss, "cuda"))
     assert_outcome(inputs, loss, "mean", outcome)
 
 
@@ -98,15 +107,15 @@ def test_a_failed_launch_is_a_runtime_error(kernels):
     assert kernels.emulator_device() == 0
     cuda.reduce_panel(EXPONENTIAL, panel)
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        cuda._C.cuda_reduce_panel(
-            **cuda.common_fields(EXPONENTIAL, panel), **cuda._launch_fields(cuda._scratch(panel)), device=7
-        )
+        memory = cuda._memory(panel)
+        cuda._C.cuda_reduce_panel(**cuda._fields(EXPONENTIAL, panel, memory), device=7)
 
 
 def test_the_device_is_chosen_and_put_back(kernels):
     case = Case(5, 7)
     panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
-    fields = cuda.common_fields(EXPONENTIAL, panel) | cuda._launch_fields(cuda._scratch(panel))
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
     cuda._C.cuda_reduce_panel(**fields, device=1)
     assert kernels.emulator_device() == 0
 
@@ -123,10 +132,11 @@ def test_why_not_asks_the_device(kernels):
     ("change", "message"),
     [
         ({"scratch_bytes": 8}, "the scratch is too small"),
-        ({"scores": 0}, "scores and params must not be null"),
+        ({"scores": 0}, "scores, or x and y, must not be null"),
         ({"row_reference": 0}, "a sum needs its reference"),
         ({"row_sum": 0, "row_reference": 0}, "at least one side must be wanted"),
-        ({"stride": 3}, "sizes and stride"),
+        ({"stride": 3}, "stride must be at least cols"),
+        ({"params": 0}, "params must not be null"),
         ({"term": 7}, "the sigmoid term has no column side"),
         ({"weights": 64}, "weights and dparams must be null"),
         ({"exclude_count": 1}, "exclude must not be null"),
@@ -136,7 +146,8 @@ def test_wrong_calls_are_refused(kernels, change, message):
     case = Case(5, 7)
     panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
     panel.col = Side(start_states(case)[0][1])
-    fields = cuda.common_fields(EXPONENTIAL, panel) | cuda._launch_fields(cuda._scratch(panel))
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
     if "row_sum" in change:
         fields = {name: value for name, value in fields.items() if not name.startswith("col")}
     with pytest.raises(ValueError, match=message):
@@ -156,19 +167,15 @@ class Product:
         wide = [torch.randn(n, depth + padding, generator=g).to(dtype)[:, :depth] for n in (rows, cols)]
         self.x, self.y = wide
         self.scores = (self.x.double() @ self.y.double().T).float()
-        self.depth, self.dtype = depth, dtype
+        self.depth = depth
         self.size = (self.x.double().norm(dim=1)[:, None] * self.y.double().norm(dim=1)).float()
 
-    def fields(self):
-        return {
-            "scores": 0,
-            "x": self.x.data_ptr(),
-            "y": self.y.data_ptr(),
-            "operands": native.DTYPES[self.dtype],
-            "depth": self.depth,
-            "x_stride": self.x.stride(0),
-            "y_stride": self.y.stride(0),
-        }
+    def panel(self, ready, *arguments, **vectors):
+        """A panel whose scores are there, or one that holds the operands."""
+        panel = make_panel(self.scores.clone(), *arguments, **vectors)
+        if not ready:
+            panel.x, panel.y, panel.scores, panel.scores_ready = self.x, self.y, torch.empty(0), False
+        return panel
 
 
 PRODUCTS = {
@@ -190,16 +197,15 @@ def test_products_on_the_tensor_cores(kernels, name, dtype, order):
     rows, cols = product.scores.shape
     exclude = (torch.arange(rows) * 3 % cols)[:, None]
     results = []
-    for fields in ({}, product.fields()):
+    for ready in (True, False):
         states = [torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]) for n in (rows, cols)]
         normalizers = [torch.linspace(0, 2, n) for n in (rows, cols)]
         gains = [torch.linspace(-1, 1, n) for n in (rows, cols)]
         weights, dparams = torch.empty(rows, cols), torch.zeros(2, dtype=torch.float64)
         sides = [Side(*vectors) for vectors in zip(states, normalizers, gains)]
-        panel = make_panel(product.scores.clone(), (0.1, 0.3), exclude, 0, weights, *sides, dparams)
-        everything = cuda.common_fields(EXPONENTIAL, panel) | cuda.weight_fields(panel)
-        scratch = cuda._scratch(panel)
-        cuda._C.cuda_weight_panel(**(everything | cuda._launch_fields(scratch) | fields))
+        panel = product.panel(ready, (0.1, 0.3), exclude, 0, weights, *sides, dparams)
+        assert cuda._on_tensor_cores(panel) != ready
+        cuda.weight_panel(EXPONENTIAL, panel)
         results.append([weights, dparams, *(state[0].double() + state[1].double().log() for state in states)])
     # float32 sums in the order of the depth: a few roundings of the terms' size, which the exponential passes on
     allowed = 0.1 * product.size.max() * (product.depth + 8) * torch.finfo(torch.float32).eps
@@ -224,8 +230,41 @@ def test_products_on_the_tensor_cores(kernels, name, dtype, order):
     ],
 )
 def test_wrong_operands_are_refused(kernels, change, message):
-    product = Product(5, 7, 40, torch.bfloat16)
-    panel = make_panel(product.scores, (1.0, 0.0), row=Side(torch.zeros(2, 5)))
-    fields = cuda.common_fields(EXPONENTIAL, panel) | cuda._launch_fields(cuda._scratch(panel)) | product.fields()
+    panel = Product(5, 7, 40, torch.bfloat16).panel(False, (1.0, 0.0), row=Side(torch.zeros(2, 5)))
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
     with pytest.raises(ValueError, match=message):
         cuda._C.cuda_reduce_panel(**(fields | change))
+
+
+@pytest.mark.parametrize(
+    ("depth", "dtype", "offset"),
+    [(7, torch.bfloat16, 0), (16, torch.bfloat16, 1), (16, torch.float32, 0), (12, torch.float16, 0)],
+)
+def test_other_operands_take_the_portable_route(kernels, depth, dtype, offset):
+    """Odd widths, addresses that are not aligned, float32: scores in memory, whose room is in the scratch."""
+    g = torch.Generator().manual_seed(depth)
+    x, y = (torch.randn(n, depth + offset, generator=g).to(dtype)[:, offset:] for n in (65, 70))
+    x = x.contiguous() if not offset else x
+    results = []
+    for room in (0, cuda.scratch(65, 70, x)):
+        row = Side(torch.stack([torch.full((65,), -torch.inf), torch.zeros(65)]))
+        panel = make_panel(torch.empty(0), (0.5, 0.0), torch.zeros(65, 0, dtype=torch.int64), row=row)
+        panel.x, panel.y, panel.scores_ready, panel.scratch = x, y, False, torch.empty(room)
+        assert not cuda._on_tensor_cores(panel)
+        cuda.reduce_panel(EXPONENTIAL, panel)
+        results.append(row.state[0].double() + row.state[1].double().log())
+    assert torch.equal(*results)
+    exact = torch.logsumexp(0.5 * x.double() @ y.double().T, 1)
+    assert ((results[0] - exact).abs() <= 1e-5 * (1 + exact.abs())).all()
+
+
+def test_a_factor_takes_the_scales_place(kernels):
+    case = Case(33, 40)
+    for factor, wanted in ((None, 1.3), (2.0**14, 2.0**14)):
+        weights = torch.empty(33, 40)
+        panel = make_panel(case.scores.clone(), case.params, weights=weights, row=sides_of(case, state=None))
+        panel.factor = None if factor is None else torch.tensor([factor])
+        cuda.weight_panel(EXPONENTIAL, panel)
+        unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double()[:, None])
+        assert ((weights - wanted * unit).abs() <= 1e-5 * wanted * unit.abs() + 1e-30).all()

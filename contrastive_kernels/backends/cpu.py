@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..specs import PairTerm
-from .native import MISSING, common_fields, search_fields, weight_fields
+from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
 from .panel import Panel, SearchPanel, score_product
 
 if MISSING is None:
@@ -32,17 +32,20 @@ def instruction_set() -> str | None:
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:
     """Folds the panel into row.state and col.state."""
-    score_product(panel)
-    _C.reduce_panel(**common_fields(term, panel), threads=torch.get_num_threads())
+    _C.reduce_panel(**_fields(term, panel))
 
 
 def weight_panel(term: PairTerm, panel: Panel) -> None:
     """Leaves scale * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
-    score_product(panel)
-    _C.weight_panel(**common_fields(term, panel), **weight_fields(panel), threads=torch.get_num_threads())
+    _C.weight_panel(**_fields(term, panel), **weight_fields(panel))
 
 
 def search_panel(term: PairTerm, panel: SearchPanel) -> None:
     """Folds the panel into the rows' best score and its column, or into their counts."""
+    _C.search_panel(**_fields(term, panel), **search_fields(panel))
+
+
+def _fields(term: PairTerm, panel: Panel) -> dict[str, int]:
+    """Makes the scores; what every operation is told."""
     score_product(panel)
-    _C.search_panel(**common_fields(term, panel), **search_fields(panel), threads=torch.get_num_threads())
+    return common_fields(term, panel) | score_fields(panel.scores) | {"threads": torch.get_num_threads()}

@@ -15,21 +15,17 @@ except ImportError as error:
 else:
     MISSING = None
 
-__all__ = ["DTYPES", "MISSING", "common_fields", "search_fields", "weight_fields"]
+__all__ = ["DTYPES", "MISSING", "common_fields", "score_fields", "search_fields", "weight_fields"]
 
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
-    """What both operations need: the scores, the parameters, what is left out, and the states."""
-    scores, excluded = panel.scores, panel.exclude.shape[1]
+    """What every operation needs beside the scores: the parameters, what is left out, and the states."""
+    excluded = panel.exclude.shape[1]
     fields = {
         "term": term.code,
-        "scores": scores.data_ptr(),
-        "rows": scores.shape[0],
-        "cols": scores.shape[1],
-        "stride": scores.stride(0),
         "params": panel.params.data_ptr(),
         "exclude": _address(panel.exclude) if excluded else 0,
         "exclude_count": excluded,
@@ -41,6 +37,12 @@ def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
                 fields[f"{name}_reference"] = _address(side.state[0])
             fields[f"{name}_sum"] = _address(side.state[-1])
     return fields
+
+
+def score_fields(scores: Tensor) -> dict[str, int]:
+    """The dot products [R, C], in rows without gaps."""
+    rows, cols = scores.shape
+    return {"scores": scores.data_ptr(), "rows": rows, "cols": cols, "stride": scores.stride(0)}
 
 
 def weight_fields(panel: Panel) -> dict[str, int]:

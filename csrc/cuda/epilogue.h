@@ -51,7 +51,7 @@ struct Element {
     is_row = static_cast<int>(threadIdx.x) < kTile;
     index = static_cast<int>(threadIdx.x) % kTile;
     inside = is_row ? row_wanted && index < tile.rows : col_wanted && index < tile.cols;
-    at = (is_row ? tile.row0 : tile.col0) + index;
+    at = (is_row ? tile.row0() : tile.col0()) + index;
   }
 };
 
@@ -141,6 +141,8 @@ template <bool SHARED, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ ParamSums sweep_exponential(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
                                                        const Scores& s, bool by_row, bool by_col, EpilogueMemory& m) {
   const float scale = p.params[0], bias = p.params[1], factor = p.factor ? *p.factor : scale;
+  // read where it is needed: eight more registers are not to be had
+  const volatile float* const col_reference = m.reference + kTile + mine.col;
   WeightWriter writer(p, tile, mine);
   ParamSums params;
   float col_sum[kCols] = {};
@@ -166,7 +168,7 @@ __device__ __forceinline__ ParamSums sweep_exponential(const Panel& p, const Til
           w = e * row_gain;
         }
         if (by_col) {
-          const float e = exp_term(z - m.reference[kTile + mine.col + j]);
+          const float e = exp_term(z - col_reference[j]);
           col_sum[j] += e;
           w += e * col_gain;
         }
@@ -248,7 +250,6 @@ __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& til
   find_excluded(p, tile, mine, s);
   const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
   const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
-  const Element mine_of_vectors(tile, by_row, by_col);
   ParamSums params;
   bool shared = false;
   if (EXPONENTIAL) {
@@ -256,12 +257,12 @@ __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& til
       find_maxima(mine, s, p.params[0], p.params[1], m);
       __syncthreads();
     }
-    shared = choose_references<SUMS, WEIGHTS>(p, mine, mine_of_vectors, m);
+    shared = choose_references<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
     params = shared ? sweep_exponential<true, SUMS, WEIGHTS>(p, tile, mine, s, by_row, by_col, m)
                     : sweep_exponential<false, SUMS, WEIGHTS>(p, tile, mine, s, by_row, by_col, m);
   } else {
     if (WEIGHTS) {
-      const Element& e = mine_of_vectors;
+      const Element e(tile, by_row, by_col);
       if (e.is_row) m.gain[e.index] = e.inside ? p.row.gain[e.at] : 0.0f;
       __syncthreads();
     }
@@ -269,15 +270,17 @@ __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& til
   }
   if (SUMS) {
     __syncthreads();
-    const Element& e = mine_of_vectors;
+    const Element e(tile, by_row, by_col);
     const Scratch scratch(p);
     if (e.inside && e.is_row && p.row.sum) {
-      if (EXPONENTIAL) scratch.row_reference[tile.tile_col * p.rows + e.at] = m.reference[threadIdx.x];
-      scratch.row_sum[tile.tile_col * p.rows + e.at] = merged_sum(m, e);
+      if (EXPONENTIAL)
+        scratch.row_reference[static_cast<int64_t>(tile.across) * p.rows + e.at] = m.reference[threadIdx.x];
+      scratch.row_sum[static_cast<int64_t>(tile.across) * p.rows + e.at] = merged_sum(m, e);
     }
     if (e.inside && !e.is_row && p.col.sum) {
-      if (EXPONENTIAL) scratch.col_reference[tile.tile_row * p.cols + e.at] = m.reference[threadIdx.x];
-      scratch.col_sum[tile.tile_row * p.cols + e.at] = merged_sum(m, e);
+      if (EXPONENTIAL)
+        scratch.col_reference[static_cast<int64_t>(tile.down) * p.cols + e.at] = m.reference[threadIdx.x];
+      scratch.col_sum[static_cast<int64_t>(tile.down) * p.cols + e.at] = merged_sum(m, e);
     }
   }
   if (WEIGHTS && p.dparams) leave_params(p, mine, params, m);

@@ -34,8 +34,8 @@ __device__ __forceinline__ int y_place(int col) {
 
 // Starts copying the elements [begin, begin + kDepth) of the tile's rows; zeros beyond the panel and the depth.
 __device__ __forceinline__ void fetch(const Panel& p, const TilePlace& tile, int64_t begin, Stage& stage) {
-  const uint16_t* const x = static_cast<const uint16_t*>(p.x) + tile.row0 * p.x_stride;
-  const uint16_t* const y = static_cast<const uint16_t*>(p.y) + tile.col0 * p.y_stride;
+  const uint16_t* const x = static_cast<const uint16_t*>(p.x) + tile.row0() * p.x_stride;
+  const uint16_t* const y = static_cast<const uint16_t*>(p.y) + tile.col0() * p.y_stride;
 #pragma unroll
   for (int k = 0; k < kTile * kPieces / kThreads; ++k) {
     const int number = static_cast<int>(threadIdx.x) + k * kThreads;

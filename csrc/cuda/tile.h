@@ -23,19 +23,19 @@ constexpr unsigned kAllLanes = ~0u;
 
 // The tile of this block, and what of it lies within the panel.
 struct TilePlace {
-  int64_t row0, col0;  // in the panel
-  int rows, cols;      // at most kTile
-  int64_t tile_row, tile_col;
+  int down, across;  // which tile
+  int rows, cols;    // at most kTile
 
-  __device__ __forceinline__ TilePlace(const Panel& p, int64_t block) {
-    const int64_t across = (p.cols + kTile - 1) / kTile;
-    tile_row = block / across;
-    tile_col = block % across;
-    row0 = tile_row * kTile;
-    col0 = tile_col * kTile;
-    rows = static_cast<int>(p.rows - row0 < kTile ? p.rows - row0 : kTile);
-    cols = static_cast<int>(p.cols - col0 < kTile ? p.cols - col0 : kTile);
+  __device__ __forceinline__ TilePlace(const Panel& p, unsigned block) {
+    const unsigned tiles_across = static_cast<unsigned>((p.cols + kTile - 1) / kTile);
+    down = static_cast<int>(block / tiles_across);
+    across = static_cast<int>(block % tiles_across);
+    rows = static_cast<int>(p.rows - row0() < kTile ? p.rows - row0() : kTile);
+    cols = static_cast<int>(p.cols - col0() < kTile ? p.cols - col0() : kTile);
   }
+  // Its first row and column in the panel.
+  __device__ __forceinline__ int64_t row0() const { return static_cast<int64_t>(down) * kTile; }
+  __device__ __forceinline__ int64_t col0() const { return static_cast<int64_t>(across) * kTile; }
 };
 
 // This thread's first row and first column in the tile: it has rows `row`, `row + 8`, ... and columns `col`, `col + 1`,
@@ -82,7 +82,7 @@ __device__ __forceinline__ void find_excluded(const Panel& p, const TilePlace& t
     }
     if (row < tile.rows)
       for (int64_t k = 0; k < p.exclude_count; ++k) {
-        const int64_t column = p.exclude[(tile.row0 + row) * p.exclude_count + k] - p.first_column - tile.col0;
+        const int64_t column = p.exclude[(tile.row0() + row) * p.exclude_count + k] - p.first_column - tile.col0();
         const int64_t local = column - mine.col;
         if (local >= 0 && local < kCols) bits |= 1u << static_cast<int>(local);
       }
@@ -105,7 +105,7 @@ __device__ __forceinline__ void load_row(const float* from, int valid, bool alig
 // Reads the thread's scores where they lie.
 __device__ __forceinline__ void load_scores(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 && p.stride % 4 == 0;
-  const float* from = p.scores + (tile.row0 + mine.row) * p.stride + tile.col0 + mine.col;
+  const float* from = p.scores + (tile.row0() + mine.row) * p.stride + tile.col0() + mine.col;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int valid = mine.row + i * kRowStep < tile.rows ? tile.cols - mine.col : 0;
@@ -123,7 +123,7 @@ struct WeightWriter {
 
   __device__ __forceinline__ WeightWriter(const Panel& p, const TilePlace& tile, const ThreadPlace& mine) {
     const int64_t size = p.weights_dtype == Dtype::kFloat32 ? 4 : 2;
-    const int64_t at = (tile.row0 + mine.row) * p.weights_stride + tile.col0 + mine.col;
+    const int64_t at = (tile.row0() + mine.row) * p.weights_stride + tile.col0() + mine.col;
     to = static_cast<unsigned char*>(p.weights) + at * size;
     row_step = kRowStep * p.weights_stride * size;
     rows = tile.rows - mine.row;
