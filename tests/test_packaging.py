@@ -88,6 +88,16 @@ def test_one_openmp_runtime_in_the_process():
     assert len(runtimes) == 1, runtimes
 
 
+def test_documents_link_to_what_is_there():
+    """In a checkout and, by MANIFEST.in, in the sdist."""
+    linked = 0
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
+            linked += 1
+    assert linked > 5
+
+
 def test_report_names_versions_and_backends():
     report = run_python("-m", "contrastive_kernels")
     for word in (ck.__version__, "torch", *ck.list_backends()):
