@@ -2,7 +2,7 @@
 # Another Python: make PYTHON=/path/to/python3 test. Another torch: pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint bench wheel gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -16,8 +16,8 @@ PY := '$(VENV)/bin/python'
 IN_VENV := PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH"
 # --no-compile: half of torch's modules are never imported, so bytecode is made by those that are
 INSTALL := $(PY) -m pip install -qq --no-input --no-compile --constraint constraints.txt
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp tests/cuda_emulator/*)
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-6s  %s\n", $$1, $$2}'
@@ -28,13 +28,14 @@ demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pai
 test: $(VENV)/.with-dev $(VENV)/.extension  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy
+lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy, zizmor
 	@$(IN_VENV); bad=0; \
 	run() { echo "$$1"; shift; "$$@" || bad=1; }; \
 	run "ruff check" ruff check . ; \
 	run "ruff format" ruff format --check . ; \
 	run "clang-format, $(words $(CXX_ALL)) files" clang-format --dry-run -Werror $(CXX_ALL) ; \
 	run "mypy" mypy ; \
+	run "zizmor, workflows" zizmor --quiet --offline --strict-collection .github ; \
 	exit $$bad
 
 bench: $(VENV)/.with-bench $(VENV)/.extension  ## the microbenchmark; BENCH_ARGS="--help" for its options
@@ -42,6 +43,12 @@ bench: $(VENV)/.with-bench $(VENV)/.extension  ## the microbenchmark; BENCH_ARGS
 
 wheel: $(VENV)/.with-dev  ## sdist and wheel in dist/, tried in a fresh environment outside the checkout
 	$(IN_VENV) scripts/wheel.sh
+
+# Without .venv and without a network: the machine's own Python, with its torch.
+GPU_PYTHON ?= python3
+GPU_OUT ?= build/gpu
+gpu:  ## on a GPU: build, test, bench, table; STAGE="test" for some of them, GPU_PYTHON, GPU_OUT
+	'$(GPU_PYTHON)' scripts/gpu.py $(STAGE) --out '$(GPU_OUT)'
 
 clean:  ## remove what builds and tests made (.venv stays)
 	rm -rf build dist *.egg-info contrastive_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,12 @@ Environment variables of the build (there are none at run time):
 CK_EXTENSION    1 (the default): build the extension; the installation fails if the compiler does.
                 0: do without; the package runs on the torch backend and says so (the default on Windows).
                 auto: build it where that works, do without where it does not.
+CK_CUDA         auto (the default): with CUDA where there is nvcc and an NVIDIA GPU, for that GPU: it takes seconds.
+                1: with CUDA, for the architectures of CK_ARCHS; the installation fails where there is no nvcc.
+                0: without; the package then says so, and runs on its other backends.
+CK_ARCHS        what CK_CUDA=1 (or auto) compiles for, as in "80;90;+PTX": SASS for each, and PTX of the last one for
+                GPUs to come. "native": this machine's GPUs. The default of CK_CUDA=1 is every supported one.
+CUDA_HOME       where the CUDA toolkit is; otherwise the nvcc in PATH, then that of /usr/local/cuda.
 CXX             the compiler; otherwise the first of c++, g++ and clang++.
 CXXFLAGS        before our own flags, so that the optimisation level stays ours.
 LDFLAGS         after our own flags.
@@ -15,6 +21,7 @@ The work is done by ninja in build/ninja-*, which is kept: only what changed is 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -40,6 +47,11 @@ ISA_FLAGS = {
     "panel_avx2.cpp": shlex.split("-mavx2 -mfma -mf16c"),
     "panel_avx512.cpp": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"),
 }
+
+#: From Turing (the tensor-core kernels from Ampere) to Blackwell, and PTX for what comes later.
+RELEASE_ARCHS = "75;80;86;89;90;100;+PTX"
+# Denormals, division and roots as IEEE has them; NaN and infinities mean what they say on the device too.
+CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 
 
 class Toolchain(NamedTuple):
@@ -83,6 +95,83 @@ def find_toolchain() -> Toolchain:
     )
 
 
+class CudaToolchain(NamedTuple):
+    """The CUDA compiler and what it compiles for."""
+
+    nvcc: list[str]  # the command with its host compiler
+    archs: list[str]  # "75", ..., "90"; "90+PTX" for PTX
+
+    def flags(self) -> list[str]:
+        """-gencode for each architecture, and their names for the library to tell."""
+        codes = []
+        for arch in self.archs:
+            number, _, ptx = arch.partition("+")
+            code = "compute" if ptx else "sm"
+            codes.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+        # a preprocessing number, which needs no quotes on its way through shells; split again in backends/cuda.py
+        return [*codes, "-DCK_CUDA_ARCHITECTURES=" + "_".join(self.archs).replace("+", "")]
+
+
+def find_nvcc() -> str | None:
+    """The path of nvcc: of $CUDA_HOME, of PATH, of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def native_archs() -> list[str]:
+    """The architectures of this machine's NVIDIA GPUs, as its driver's tool tells them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.findall(r"^(\d+)\.(\d+)\s*$", result.stdout, flags=re.MULTILINE) if result.returncode == 0 else []
+    return sorted({major + minor for major, minor in found}, key=int)
+
+
+def parse_archs(text: str) -> list[str]:
+    """ "80;90;+PTX" as ["80", "90", "90+PTX"]; SystemExit for what is no such list."""
+    archs: list[str] = []
+    for part in filter(None, re.split(r"[;,\s]+", text)):
+        number, plus, ptx = part.partition("+")
+        if not re.fullmatch(r"(\d{2,3}[af]?)?", number) or (plus and ptx != "PTX") or not (number or archs):
+            raise SystemExit(f"CK_ARCHS: expected a list such as 80;90;+PTX, or native; got {text!r}")
+        archs += [number] if number else []
+        archs += [archs[-1] + "+PTX"] if ptx else []
+    return archs
+
+
+def find_cuda(toolchain: Toolchain) -> CudaToolchain | None:
+    """The CUDA compiler where CK_CUDA wants it; None: without. CompileError where it is wanted and missing."""
+    wanted, text = os.environ.get("CK_CUDA") or "auto", os.environ.get("CK_ARCHS") or ""
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"CK_CUDA: expected 0, 1 or auto, got {wanted!r}")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if nvcc is None:
+        if wanted == "1":
+            raise CompileError("CK_CUDA=1, and no nvcc: put it in PATH, or set CUDA_HOME")
+        return None
+    if text == "native" or (wanted == "auto" and not text):
+        archs = native_archs()
+        if not archs and text == "native":
+            raise CompileError("CK_ARCHS=native, and nvidia-smi tells of no GPU")
+    elif text:
+        archs = parse_archs(text)
+    else:  # an older nvcc does without the newest ones
+        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+        archs = parse_archs(";".join(part for part in RELEASE_ARCHS.split(";") if part in listing or part == "+PTX"))
+    return CudaToolchain([nvcc, "-ccbin", toolchain.cxx[0]], archs) if archs else None
+
+
+def cuda_units(cuda: CudaToolchain | None) -> list[Unit]:
+    """csrc/cuda, or what stands in for it."""
+    if cuda is None:
+        return [Unit(Path("csrc/cuda/absent.cpp"), "cxx", [])]
+    return [Unit(path.relative_to(ROOT), "nvcc", cuda.flags()) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+
+
 def cpu_units(toolchain: Toolchain) -> list[Unit]:
     """The torch-free, Python-free C++ of csrc/cpu."""
     shared = [*(toolchain.openmp or ["-Wno-unknown-pragmas"]), *(["-DCK_X86=1"] if toolchain.x86 else [])]
@@ -115,26 +204,45 @@ def quote(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-def ninja_file(toolchain: Toolchain, units: list[Unit], folder: Path, target: Path) -> str:
-    """The text of build.ninja: objects and the log in `folder`, paths relative to the root."""
+def link_command(toolchain: Toolchain, cuda: CudaToolchain | None) -> list[str]:
+    """The linker and its flags; nvcc links the CUDA runtime in, statically."""
     if sys.platform == "darwin":
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
     else:
         shared = ["-shared", "-Wl,--exclude-libs,ALL"]
-    link = [*shared, *toolchain.openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    flags = [*shared, *toolchain.openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    if cuda is None:
+        return [*toolchain.cxx, *flags]
+    passed = []  # nvcc cuts the values of -Xcompiler at commas
+    for flag in flags:
+        parts = flag.split(",")
+        passed += [f"-Xlinker={part}" for part in parts[1:]] if parts[0] == "-Wl" else [f"-Xcompiler={flag}"]
+    return [*cuda.nvcc, "-cudart=static", "-shared", *passed]
+
+
+def ninja_file(toolchain: Toolchain, cuda: CudaToolchain | None, units: list[Unit], folder: Path, target: Path) -> str:
+    """The text of build.ninja: objects and the log in `folder`, paths relative to the root."""
+    strict = ["-Werror=all-warnings"] if "-Werror" in toolchain.cxx else []
     lines = [
         "ninja_required_version = 1.8",
         f"builddir = {escape(folder)}",
         f"cxx = {quote(toolchain.cxx)}",
         f"cxxflags = {quote([*OPTIMISE, *COMMON, *WARNINGS])}",
-        f"ldflags = {quote(link)}",
+        f"nvcc = {quote(cuda.nvcc) if cuda else 'false'}",
+        f"nvccflags = {quote([*CUDA_FLAGS, *strict])}",
+        f"link = {quote(link_command(toolchain, cuda))}",
         "rule cxx",
         "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
+        "rule nvcc",
+        "  command = $nvcc $nvccflags $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
         "rule link",
-        "  command = $cxx $in $ldflags -o $out",
+        "  command = $link $in -o $out",
         "  description = link $out",
     ]
     objects = []
@@ -181,10 +289,11 @@ class NinjaBuildExt(build_ext):
         folder = Path("build", f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         toolchain = find_toolchain()
-        units = [*binding_units(), *cpu_units(toolchain)]
+        cuda = find_cuda(toolchain)
+        units = [*binding_units(), *cpu_units(toolchain), *cuda_units(cuda)]
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         build_file = folder / "build.ninja"
-        (ROOT / build_file).write_text(ninja_file(toolchain, units, folder, target))
+        (ROOT / build_file).write_text(ninja_file(toolchain, cuda, units, folder, target))
         run_ninja(build_file)
         return ROOT / target
 

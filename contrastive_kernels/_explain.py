@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends as _registry
 from ._plan import plan
+from .specs import LOSSES, SEARCH_SPECS, LossSpec
 
 __all__ = ["explain", "list_backends", "why_not"]
 
@@ -28,7 +29,7 @@ def list_backends() -> tuple[str, ...]:
     return _registry.names()
 
 
-def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
+def why_not(name: str, x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> str | None:
     """The reason why a backend cannot serve these features, or None: it can.
 
     Parameters
@@ -37,6 +38,8 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
         A backend's name.
     x, y : Tensor
         The features [N, D], [M, D]; their device and dtype decide.
+    loss : str
+        The name of a loss function, or of one that searches, such as ``"sample_negatives"``.
 
     Returns
     -------
@@ -46,7 +49,7 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
     Raises
     ------
     ValueError
-        For a name that is not a backend's.
+        For a name that is not a backend's, or not a function's.
 
     Examples
     --------
@@ -54,7 +57,7 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None) -> str | None:
     >>> ck.why_not("cpu", torch.zeros(2, 3, dtype=torch.float64)) is None
     False
     """
-    return _registry.get(name).why_not(x.device, x.dtype)
+    return _registry.get(name).refusal(x.device, x.dtype, _spec(loss).term)
 
 
 def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None:
@@ -65,12 +68,12 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
     x, y : Tensor
         The features [N, D], [M, D]; ``y`` is ``x`` if left out.
     loss : str
-        The loss function's name.
+        The name of a loss function, or of one that searches, such as ``"sample_negatives"``.
 
     Raises
     ------
     ValueError
-        For a name that is not a loss's.
+        For a name that is not a function's.
 
     Examples
     --------
@@ -82,8 +85,27 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
       ...
       torch  yes, chosen
     """
-    columns = len(x if y is None else y)
-    print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss))
+    spec, columns = _spec(loss), len(x if y is None else y)
+    if loss in LOSSES:
+        print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss))
+        return
+    print(
+        f"{loss} of {len(x)} x {columns} scores, D = {x.shape[1]}, {x.dtype} on {x.device}: "
+        "1 pass, 1 product without gradients"
+    )
+    rows = _registry.table(x.device, x.dtype, spec.term)
+    chosen = next(name for name, reason in rows if reason is None)
+    for name, reason in rows:
+        verdict = f"no: {reason}" if reason else ("yes, chosen" if name == chosen else "yes")
+        print(f"  {name:<6} {verdict}")
+
+
+def _spec(loss: str) -> LossSpec:
+    """What a function asks of the stream, or a ValueError that lists the names."""
+    specs = {**LOSSES, **SEARCH_SPECS}
+    if loss not in specs:
+        raise ValueError(f"loss: expected one of {', '.join(specs)}; got {loss!r}")
+    return specs[loss]
 
 
 def report() -> str:

@@ -160,7 +160,7 @@ def plan(
     --------
     >>> import torch, contrastive_kernels as ck
     >>> p = ck.plan(65536, 65536, 768, torch.bfloat16, "cpu", "clip_loss", backend="torch")
-    >>> [each.name for each in p.passes], p.products
+    >>> [each.name for each in p.passes], float(p.products)
     (['reduce', 'weigh'], 4.0)
     """
     device = torch.device(device)

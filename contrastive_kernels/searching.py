@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .backends import Backend
 from .backends.panel import SearchPanel
-from .panel_shapes import LARGEST_SQUARE, SMALLEST_PANEL
+from .panel_shapes import SMALLEST_PANEL, PanelBytes, square_side
 from .specs import PairTerm
 from .stream import score_dtype
+from .workspace import blocks
 
 __all__ = ["Search", "count", "find", "panel_side"]
 
@@ -75,11 +76,11 @@ def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
     """Every panel with its rows, row block by row block."""
     x, y = search.x, search.y
     dtype = search.score_dtype or score_dtype(x.dtype)
-    side = panel_side(x, dtype, search.backend, search.workspace_bytes)
+    side = panel_side(x, y, dtype, search.backend, search.workspace_bytes)
     scores = torch.empty(min(side, len(x)) * min(side, len(y)), dtype=dtype, device=x.device)
-    for i in _blocks(len(x), side):
+    for i in blocks(len(x), side):
         x_block = x[i].to(dtype)
-        for j in _blocks(len(y), side):
+        for j in blocks(len(y), side):
             shape = (i.stop - i.start, j.stop - j.start)
             tile = scores[: shape[0] * shape[1]].view(shape)
             yield (
@@ -101,21 +102,14 @@ def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
             )
 
 
-def panel_side(x: Tensor, dtype: torch.dtype, backend: Backend, workspace_bytes: int) -> int:
+def panel_side(x: Tensor, y: Tensor, dtype: torch.dtype, backend: Backend, workspace_bytes: int) -> int:
     """The side of a square panel for scores in `dtype`: as large as the workspace allows, in multiples of 64."""
-    per_score = dtype.itemsize * (1 + backend.search_temporaries)
     per_row = 2 * x.shape[1] * dtype.itemsize if x.dtype != dtype else 0  # copies of the operands' blocks
-    side = LARGEST_SQUARE
-    while side > SMALLEST_PANEL and side * side * per_score + side * per_row > workspace_bytes:
-        side -= 64
-    needed = side * side * per_score + side * per_row
-    if needed > workspace_bytes:
+    size = PanelBytes(dtype.itemsize * (1 + backend.search_temporaries), per_row, 0)
+    side = square_side(len(x), len(y), size, workspace_bytes)
+    if side is None:
         raise ValueError(
-            f"workspace_bytes: expected at least {needed} for the smallest panel with D = {x.shape[1]}; "
-            f"got {workspace_bytes}"
+            f"workspace_bytes: expected at least {size.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
+            f"with D = {x.shape[1]}; got {workspace_bytes}"
         )
     return side
-
-
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))

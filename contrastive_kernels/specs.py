@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EXPONENTIAL", "GUMBEL_MAX", "LOSSES", "MAXIMUM", "RANK", "SEARCHES", "SIGMOID", "LossSpec", "PairTerm"]
+__all__ = [
+    "EXPONENTIAL",
+    "GUMBEL_MAX",
+    "LOSSES",
+    "MAXIMUM",
+    "RANK",
+    "SEARCHES",
+    "SEARCH_SPECS",
+    "SIGMOID",
+    "LossSpec",
+    "PairTerm",
+]
 
 
 @dataclass(frozen=True)
@@ -77,5 +88,15 @@ LOSSES: dict[str, LossSpec] = {
         LossSpec("nt_xent", EXPONENTIAL, 2, 2, 0.5, 2),
         LossSpec("sigmoid", SIGMOID, 1, 3, 1, 2),
         LossSpec("decomposable", EXPONENTIAL, 1, 3, 1, 2),
+    )
+}
+
+#: Every function that searches, by name. They have no gradients: one product each.
+SEARCH_SPECS: dict[str, LossSpec] = {
+    spec.name: spec
+    for spec in (
+        LossSpec("sample_negatives", GUMBEL_MAX, 1, 1, 1, 1),
+        LossSpec("hardest_negatives", MAXIMUM, 1, 1, 1, 1),
+        LossSpec("retrieval_metrics", RANK, 1, 1, 1, 1),
     )
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_number, check_workspace
+from ._checks import check_backend, check_number, check_workspace
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from .structure import brownian_bridge, feature_separation, geometric_consistency, multimodal_contrastive
 
@@ -44,7 +44,7 @@ class MultimodalContrastiveLoss(nn.Module):
         super().__init__()
         self.options: dict[str, Any] = {
             "normalize": normalize,
-            "backend": backend,
+            "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
         }
 
@@ -119,6 +119,9 @@ class LatentStructureLoss(nn.Module):
     Notes
     -----
     The paper prints no weights. CyCLIP's, for what is geometry here, is 0.25.
+
+    All terms but the bridge compare the samples of a batch with one another. The batch is what is given: features of
+    several processes have to be gathered, with their gradients, before.
 
     References
     ----------

@@ -1,5 +1,9 @@
-// The Python module contrastive_kernels._C: addresses and sizes come in as integers (0 for a null pointer).
+// The Python module contrastive_kernels._C. A panel comes in as keywords, named in one table: integers all of them,
+// where 0 is a null pointer.
 #include <pybind11/pybind11.h>
+
+#include <string>
+#include <unordered_map>
 
 #include "include/api.h"
 
@@ -7,108 +11,159 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
 template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+void assign(T*& member, py::handle value) {
+  member = reinterpret_cast<T*>(value.cast<uintptr_t>());
+}
+template <typename T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
+void assign(T& member, py::handle value) {
+  member = value.cast<T>();
+}
+template <typename T, std::enable_if_t<std::is_enum_v<T>, int> = 0>
+void assign(T& member, py::handle value) {
+  member = static_cast<T>(value.cast<int>());
 }
 
-ck::Panel make_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params,
-                     Address exclude, int64_t exclude_count, int64_t first_column, int threads) {
-  ck::Panel p;
-  p.term = static_cast<ck::PairTerm>(term);
-  p.scores = pointer<float>(scores);
-  p.rows = rows;
-  p.cols = cols;
-  p.stride = stride;
-  p.params = pointer<const float>(params);
-  p.exclude = pointer<const int64_t>(exclude);
-  p.exclude_count = exclude_count;
-  p.first_column = first_column;
-  p.threads = threads;
-  return p;
+template <typename Panel>
+using Fields = std::unordered_map<std::string, void (*)(Panel&, py::handle)>;
+
+template <typename Panel, auto Member>
+void set(Panel& panel, py::handle value) {
+  assign(panel.*Member, value);
+}
+template <auto Side, auto Member>
+void set_side(ck::Panel& panel, py::handle value) {
+  assign(panel.*Side.*Member, value);
 }
 
-void set_states(ck::Panel& p, Address row_reference, Address row_sum, Address col_reference, Address col_sum) {
-  p.row.reference = pointer<float>(row_reference);
-  p.row.sum = pointer<float>(row_sum);
-  p.col.reference = pointer<float>(col_reference);
-  p.col.sum = pointer<float>(col_sum);
+using P = ck::Panel;
+using S = ck::Side;
+using Q = ck::SearchPanel;
+
+// Every member of a panel by its name.
+template <typename Panel>
+const Fields<Panel>& fields();
+
+template <>
+const Fields<P>& fields<P>() {
+  static const Fields<P> table = {
+      {"term", set<P, &P::term>},
+      {"scores", set<P, &P::scores>},
+      {"rows", set<P, &P::rows>},
+      {"cols", set<P, &P::cols>},
+      {"stride", set<P, &P::stride>},
+      {"params", set<P, &P::params>},
+      {"exclude", set<P, &P::exclude>},
+      {"exclude_count", set<P, &P::exclude_count>},
+      {"first_column", set<P, &P::first_column>},
+      {"row_reference", set_side<&P::row, &S::reference>},
+      {"row_sum", set_side<&P::row, &S::sum>},
+      {"row_normalizer", set_side<&P::row, &S::normalizer>},
+      {"row_gain", set_side<&P::row, &S::gain>},
+      {"col_reference", set_side<&P::col, &S::reference>},
+      {"col_sum", set_side<&P::col, &S::sum>},
+      {"col_normalizer", set_side<&P::col, &S::normalizer>},
+      {"col_gain", set_side<&P::col, &S::gain>},
+      {"weights", set<P, &P::weights>},
+      {"weights_dtype", set<P, &P::weights_dtype>},
+      {"weights_stride", set<P, &P::weights_stride>},
+      {"dparams", set<P, &P::dparams>},
+      {"threads", set<P, &P::threads>},
+      {"x", set<P, &P::x>},
+      {"y", set<P, &P::y>},
+      {"operands", set<P, &P::operands>},
+      {"depth", set<P, &P::depth>},
+      {"x_stride", set<P, &P::x_stride>},
+      {"y_stride", set<P, &P::y_stride>},
+      {"factor", set<P, &P::factor>},
+      {"device", set<P, &P::device>},
+      {"stream", set<P, &P::stream>},
+      {"scratch", set<P, &P::scratch>},
+      {"scratch_bytes", set<P, &P::scratch_bytes>},
+  };
+  return table;
 }
 
-void reduce_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params, Address exclude,
-                  int64_t exclude_count, int64_t first_column, int threads, Address row_reference, Address row_sum,
-                  Address col_reference, Address col_sum) {
-  ck::Panel p = make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
-  set_states(p, row_reference, row_sum, col_reference, col_sum);
+template <>
+const Fields<Q>& fields<Q>() {
+  static const Fields<Q> table = {
+      {"term", set<Q, &Q::term>},
+      {"scores", set<Q, &Q::scores>},
+      {"rows", set<Q, &Q::rows>},
+      {"cols", set<Q, &Q::cols>},
+      {"stride", set<Q, &Q::stride>},
+      {"params", set<Q, &Q::params>},
+      {"exclude", set<Q, &Q::exclude>},
+      {"exclude_count", set<Q, &Q::exclude_count>},
+      {"first_row", set<Q, &Q::first_row>},
+      {"first_column", set<Q, &Q::first_column>},
+      {"row_ids", set<Q, &Q::row_ids>},
+      {"col_ids", set<Q, &Q::col_ids>},
+      {"seed", set<Q, &Q::seed>},
+      {"best", set<Q, &Q::best>},
+      {"best_column", set<Q, &Q::best_column>},
+      {"low", set<Q, &Q::low>},
+      {"high", set<Q, &Q::high>},
+      {"below", set<Q, &Q::below>},
+      {"above", set<Q, &Q::above>},
+      {"threads", set<Q, &Q::threads>},
+  };
+  return table;
+}
+
+template <typename Panel>
+py::list names() {
+  py::list all;
+  for (const auto& field : fields<Panel>()) all.append(field.first);
+  return all;
+}
+
+template <typename Panel>
+Panel make_panel(const py::kwargs& arguments) {
+  Panel panel;
+  const Fields<Panel>& known = fields<Panel>();
+  for (const std::pair<py::handle, py::handle> item : arguments) {
+    const std::string name = py::cast<std::string>(item.first);
+    const auto found = known.find(name);
+    if (found == known.end()) throw py::type_error("a panel has no member " + name);
+    found->second(panel, item.second);
+  }
+  return panel;
+}
+
+template <typename Panel, void (*Pass)(const Panel&)>
+void run(const py::kwargs& arguments) {
+  const Panel panel = make_panel<Panel>(arguments);
   py::gil_scoped_release release;
-  ck::reduce_panel(p);
+  Pass(panel);
 }
 
-void weight_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params, Address exclude,
-                  int64_t exclude_count, int64_t first_column, int threads, Address row_reference, Address row_sum,
-                  Address col_reference, Address col_sum, Address row_normalizer, Address row_gain,
-                  Address col_normalizer, Address col_gain, Address weights, int weights_dtype, int64_t weights_stride,
-                  Address dparams) {
-  ck::Panel p = make_panel(term, scores, rows, cols, stride, params, exclude, exclude_count, first_column, threads);
-  set_states(p, row_reference, row_sum, col_reference, col_sum);
-  p.row.normalizer = pointer<const float>(row_normalizer);
-  p.row.gain = pointer<const float>(row_gain);
-  p.col.normalizer = pointer<const float>(col_normalizer);
-  p.col.gain = pointer<const float>(col_gain);
-  p.weights = pointer<void>(weights);
-  p.weights_dtype = static_cast<ck::Dtype>(weights_dtype);
-  p.weights_stride = weights_stride;
-  p.dparams = pointer<double>(dparams);
-  py::gil_scoped_release release;
-  ck::weight_panel(p);
+void exp_array(uintptr_t x, uintptr_t out, int64_t n) {
+  ck::exp_array(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n);
 }
 
-void search_panel(int term, Address scores, int64_t rows, int64_t cols, int64_t stride, Address params, Address exclude,
-                  int64_t exclude_count, int64_t first_row, int64_t first_column, int threads, Address row_ids,
-                  Address col_ids, Address seed, Address best, Address best_column, Address low, Address high,
-                  Address below, Address above) {
-  ck::SearchPanel p;
-  p.term = static_cast<ck::SearchTerm>(term);
-  p.scores = pointer<const float>(scores);
-  p.rows = rows;
-  p.cols = cols;
-  p.stride = stride;
-  p.params = pointer<const float>(params);
-  p.exclude = pointer<const int64_t>(exclude);
-  p.exclude_count = exclude_count;
-  p.first_row = first_row;
-  p.first_column = first_column;
-  p.threads = threads;
-  p.row_ids = pointer<const int64_t>(row_ids);
-  p.col_ids = pointer<const int64_t>(col_ids);
-  p.seed = pointer<const int64_t>(seed);
-  p.best = pointer<float>(best);
-  p.best_column = pointer<int64_t>(best_column);
-  p.low = pointer<const float>(low);
-  p.high = pointer<const float>(high);
-  p.below = pointer<int64_t>(below);
-  p.above = pointer<int64_t>(above);
-  py::gil_scoped_release release;
-  ck::search_panel(p);
+void gumbel_array(int64_t seed, int64_t row, int64_t first_column, uintptr_t out, int64_t n) {
+  ck::gumbel_array(seed, row, first_column, reinterpret_cast<float*>(out), n);
 }
-
-void gumbel_array(int64_t seed, int64_t row, int64_t first_column, Address out, int64_t n) {
-  ck::gumbel_array(seed, row, first_column, pointer<float>(out), n);
-}
-
-void exp_array(Address x, Address out, int64_t n) { ck::exp_array(pointer<const float>(x), pointer<float>(out), n); }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The CPU's pass over one panel of scores. Addresses and sizes are integers; 0 is a null pointer.";
-  m.def("reduce_panel", &reduce_panel);
-  m.def("weight_panel", &weight_panel);
-  m.def("search_panel", &search_panel);
-  m.def("gumbel_array", &gumbel_array);
+  m.doc() = "The pass over one panel of scores, on the CPU and in CUDA. A panel's members are keywords; see api.h.";
+  m.attr("_panel_members") = names<P>();
+  m.attr("_search_panel_members") = names<Q>();
+  m.def("reduce_panel", &run<P, ck::reduce_panel>);
+  m.def("weight_panel", &run<P, ck::weight_panel>);
+  m.def("search_panel", &run<Q, ck::search_panel>);
   m.def("exp_array", &exp_array);
+  m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);
   m.def("set_instruction_set", &ck::set_instruction_set);
+  m.def("cuda_reduce_panel", &run<P, ck::cuda::reduce_panel>);
+  m.def("cuda_weight_panel", &run<P, ck::cuda::weight_panel>);
+  m.def("cuda_scratch_bytes", &ck::cuda::scratch_bytes);
+  m.def("cuda_version", &ck::cuda::version);
+  m.def("cuda_architectures", &ck::cuda::architectures);
+  m.def("cuda_why_not", &ck::cuda::why_not);
+  m.def("cuda_has_tensor_cores", &ck::cuda::has_tensor_cores);
 }

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Builds the sdist and from it the wheel, makes the wheel portable, and tries it in a fresh environment outside the
-# checkout. Run by `make wheel`, with .venv/bin first in PATH.
+# Builds the sdist and from it the wheels, without CUDA and, where there is nvcc, with it; makes them portable, and tries
+# each in a fresh environment outside the checkout. Run by `make wheel`, with .venv/bin first in PATH.
+#
+# CK_ARCHS: the GPU architectures, as setup.py has them; the default is every supported one, which takes minutes.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -9,23 +11,36 @@ cd "$root"
 
 cp constraints.txt "$work" # pip splits PIP_CONSTRAINT at blanks, and this path has none
 export PIP_CONSTRAINT="$work/constraints.txt"
-python -m build --quiet --outdir "$work/built" .
 
 rm -rf dist && mkdir dist
+echo "wheel: without CUDA"
+CK_CUDA=0 python -m build --quiet --outdir "$work/built" .
 mv "$work"/built/*.tar.gz dist
-if [ "$(uname)" = Linux ] && ! ls "$work"/built/*-none-any.whl >/dev/null 2>&1; then
-    # torch brings libgomp.so.1; a second one in the wheel would be a second team of threads on the same cores
-    auditwheel repair --exclude libgomp.so.1 --wheel-dir dist "$work"/built/*.whl
-else
-    mv "$work"/built/*.whl dist
+scripts/repair_wheel.sh "$work"/built/*.whl dist cpu
+variants=cpu
+
+nvcc=$(python -c 'import setup; print(setup.find_nvcc() or "")')
+if [ -n "$nvcc" ]; then
+    major=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
+    echo "wheel: with CUDA $major, for ${CK_ARCHS:-every supported architecture}"
+    mkdir "$work/sdist" && tar -xzf dist/*.tar.gz -C "$work/sdist" --strip-components=1
+    CK_CUDA=1 python -m build --quiet --wheel --outdir "$work/built-cuda" "$work/sdist"
+    scripts/repair_wheel.sh "$work"/built-cuda/*.whl dist "cuda$major"
+    variants="cpu cuda$major"
 fi
 ls -l dist
-for needed in csrc/bindings.cpp tests/test_packaging.py examples/demo.py Makefile constraints.txt; do
+for needed in csrc/bindings.cpp csrc/cuda/panel_pass.cu tests/test_packaging.py examples/demo.py Makefile constraints.txt; do
     tar -tzf dist/*.tar.gz | grep "/$needed\$" >/dev/null || { echo "the sdist lacks $needed" >&2; exit 1; }
 done
 
 python -m venv "$work/fresh"
-"$work/fresh/bin/python" -m pip install -qq --no-input --no-compile dist/*.whl
 cp scripts/wheel_smoke_test.py "$work"
-cd "$work"
-"$work/fresh/bin/python" -I wheel_smoke_test.py "$root"
+for variant in $variants; do
+    case $variant in
+    cpu) wheel=$(ls dist/*.whl | grep -v cuda) ;;
+    *) wheel=$(ls dist/*-"${variant#cuda}"cuda-*.whl) ;;
+    esac
+    "$work/fresh/bin/python" -m pip uninstall -qq --yes contrastive-kernels 2>/dev/null
+    "$work/fresh/bin/python" -m pip install -qq --no-input --no-compile "$wheel"
+    (cd "$work" && fresh/bin/python -I wheel_smoke_test.py "$root" "$variant")
+done

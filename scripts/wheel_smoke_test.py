@@ -1,6 +1,9 @@
 """Tries an installed contrastive_kernels: run by the Python of an environment that has the wheel and nothing else.
 
-python -I wheel_smoke_test.py CHECKOUT    (CHECKOUT: the folder that nothing may be imported from)
+python -I wheel_smoke_test.py CHECKOUT VARIANT
+
+CHECKOUT    the folder that nothing may be imported from
+VARIANT     cpu, or cuda with its major version: what the wheel was built for
 """
 
 import subprocess
@@ -40,7 +43,7 @@ def check_contents(checkout: Path) -> None:
     require(tops == {"contrastive_kernels"}, f"installs one folder: {sorted(tops)}")
     names = {file.name for file in files}
     require({"py.typed", "_C.pyi"} <= names, "has py.typed and _C.pyi")
-    require(not [name for name in names if name.endswith((".cpp", ".h"))], "has no C++ sources")
+    require(not [name for name in names if name.endswith((".cpp", ".cu", ".h"))], "has no C++ sources")
 
 
 def check_libraries() -> None:
@@ -48,7 +51,7 @@ def check_libraries() -> None:
     from contrastive_kernels import _C
 
     linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
-    for unwanted in ("libtorch", "libc10", "libcudart", "libpython"):
+    for unwanted in ("libtorch", "libc10", "libcudart", "libcuda.", "libpython"):
         require(unwanted not in linked, f"the extension is not linked with {unwanted}")
     require(not list(Path(_C.__file__).parents[1].glob("contrastive_kernels.libs/*gomp*")), "brings no libgomp")
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
@@ -69,16 +72,33 @@ def check_loss() -> None:
         require(error < 1e-4, f"clip_loss, cpu backend, {name}: relative error {error:.1e}")
 
 
+def check_cuda(variant: str) -> None:
+    """The kernels are there, or the package says that they are not; either way it works without a GPU."""
+    from contrastive_kernels.backends import cuda
+
+    build, reason = cuda.build(), ck.why_not("cuda", torch.zeros(2, 2))
+    if variant.startswith("cuda"):
+        version = f"CUDA {variant.removeprefix('cuda')}"
+        require(build is not None and version in build and "sm_" in build, f"has CUDA kernels: {build}")
+        require(reason is not None and "not on cpu" in reason, f"says why they do not run here: {reason}")
+    else:
+        require(build is None, "has no CUDA kernels")
+        require(reason is not None and "built without CUDA" in reason, f"and says so: {reason}")
+
+
 def check_report() -> None:
-    """`python -m contrastive_kernels` works and names the backends."""
+    """`python -m contrastive_kernels` works, names the backends and says what they lack."""
     command = [sys.executable, "-I", "-m", "contrastive_kernels"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     require(ck.__version__ in report and "torch" in report and "cpu" in report, "python -m contrastive_kernels reports")
+    reason = ck.why_not("cuda", torch.zeros(2, 2))
+    require(reason is None or reason in report, "and says why there is no CUDA")
 
 
 if __name__ == "__main__":
     check_contents(Path(sys.argv[1]).resolve())
     check_libraries()
     check_loss()
+    check_cuda(sys.argv[2])
     check_report()
     print(f"wheel smoke test: passed with torch {torch.__version__}, Python {sys.version.split()[0]}")

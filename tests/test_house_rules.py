@@ -31,7 +31,8 @@ LAYERS = [
     {"stream"},
     {"backends"},
     {"backends.registry"},
-    {"backends.cpu", "backends.torch", "backends.triton"},
+    {"backends.cpu", "backends.cuda", "backends.torch", "backends.triton"},
+    {"backends.native"},
     {"backends.panel"},
     {"panel_shapes", "reference_structure"},
     {"_C", "_geometry", "_library", "_philox", "_triton", "reference", "specs"},
@@ -93,9 +94,7 @@ def imported_modules(name, path):
             if full.split(".")[0] != "contrastive_kernels" or full.endswith(".__version__"):
                 continue
             inner = full.partition(".")[2]
-            while (
-                inner and inner not in MODULES and inner not in OUTSIDE
-            ):  # `from .streaming import log_sum`: a name in it
+            while inner and inner not in MODULES and inner not in OUTSIDE:  # `import log_sum`: a name
                 inner = inner.rpartition(".")[0]
             found.add(inner)
     return found
@@ -217,7 +216,11 @@ def test_nothing_names_a_machine_or_a_registry():
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
-    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    panels = {
+        node.name: {member.target.id for member in node.body} for node in stub.body if isinstance(node, ast.ClassDef)
+    }
     module = pytest.importorskip("contrastive_kernels._C", reason="no extension to compare the stub with")
     defined = {name for name in dir(module) if not name.startswith("_")}
     assert declared == defined, "_C.pyi and csrc/bindings.cpp name different things"
+    assert panels == {"_Panel": set(module._panel_members), "_SearchPanel": set(module._search_panel_members)}

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 import contrastive_kernels as ck
 from contrastive_kernels.reference_structure import ranks
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = [name for name in ("cpu", "torch") if ck.why_not(name, torch.zeros(1, 1)) is None]
 SMALL = 2**19  # several panels, of either backend
 
 
@@ -126,6 +126,24 @@ def test_workspaces_threads_and_backends_agree(set_threads):
             for threads in (1, 3):
                 set_threads(threads)
                 assert torch.equal(ck.retrieval_metrics(x, y, backend=backend, workspace_bytes=size).ranks, want)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch cannot take float32 for bfloat16 on a CPU"
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_products_may_be_rounded(backend):
+    """Where torch may round operands to bfloat16 (and does, on AMX units), ranks are still those of float32."""
+    x, y = features(200, 700, d=64)
+    anywhere = (torch.arange(200) * 37 + 5) % 700  # in the middle of the crowd, where rounding matters
+    want = dense(x, y, anywhere)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        assert torch.equal(ck.retrieval_metrics(x, y, positives=anywhere, backend=backend).ranks, want)
+    finally:
+        matmul.fp32_precision = "none" if before == torch.backends.mkldnn.fp32_precision else before
 
 
 def test_nan_counts_against_the_query():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,8 +11,10 @@ from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 from contrastive_kernels import _philox
+from contrastive_kernels.backends import registry
+from contrastive_kernels.specs import EXPONENTIAL, MAXIMUM, SEARCH_SPECS, SEARCHES, SIGMOID
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = [name for name in ("cpu", "torch") if ck.why_not(name, torch.zeros(1, 1)) is None]
 SMALL = 2**18  # several panels, of either backend
 
 
@@ -271,7 +274,7 @@ def test_nan_is_never_chosen(backend):
         ck.sample_negatives(x, y, 5.0, backend=backend, workspace_bytes=SMALL),
         ck.hardest_negatives(x, y, backend=backend, workspace_bytes=SMALL),
     ):
-        assert (index % 2 == 1).all()
+        assert (index >= 0).all() and (index % 2 == 1).all()
     x[3] = torch.nan
     assert ck.hardest_negatives(x, y, backend=backend)[3] == -1
 
@@ -319,6 +322,35 @@ class TestCompile:
         torch.library.opcheck(
             torch.ops.contrastive_kernels.count_ranks.default, (x, y, exclude, bounds, bounds, "", 2**20)
         )
+
+
+# ---- backends that lack a term ----
+
+
+def test_a_backend_says_which_terms_it_knows(monkeypatch, capsys):
+    known = dataclasses.replace(registry.get("torch"), name="partial", terms=(EXPONENTIAL, SIGMOID, MAXIMUM))
+    monkeypatch.setattr(registry, "ORDER", (known, *registry.ORDER))
+    x, y = features(20)
+    assert ck.why_not("partial", x, y) is None
+    assert ck.why_not("partial", x, y, loss="hardest_negatives") is None
+    assert ck.why_not("partial", x, y, loss="sample_negatives") == "it has no gumbel_max term"
+    with pytest.raises(ValueError, match=r"backend: 'partial' cannot serve .* it has no gumbel_max term"):
+        ck.sample_negatives(x, y, 1.0, backend="partial")
+    with pytest.raises(ValueError, match="it has no rank term"):
+        ck.retrieval_metrics(x, y, backend="partial")
+    assert torch.equal(ck.hardest_negatives(x, y, backend="partial"), ck.hardest_negatives(x, y))
+    assert len(ck.sample_negatives(x, y, 1.0)) == 20, "unnamed, the next one serves"
+    ck.explain(x, y, loss="sample_negatives")
+    printed = capsys.readouterr().out
+    assert "1 pass, 1 product " in printed and "it has no gumbel_max term" in printed
+
+
+def test_every_function_that_searches_is_registered():
+    assert {spec.term for spec in SEARCH_SPECS.values()} == set(SEARCHES)
+    assert all(callable(getattr(ck, name)) for name in SEARCH_SPECS)
+    for backend in registry.ORDER:
+        assert (backend.search_panel is not None) == bool(set(SEARCHES) & set(backend.terms)), backend.name
+    assert set(SEARCHES) <= set(registry.ORDER[-1].terms), "the last one serves everything"
 
 
 # ---- the C++ pass ----

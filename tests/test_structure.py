@@ -329,6 +329,8 @@ def test_uniformity_streams_panels_of_both_backends():
     features = make("separation", 300, 24, torch.float32)
     want, wanted = run(reference, "separation", features, torch.float64)
     for backend in ("cpu", "torch"):
+        if ck.why_not(backend, features[0]) is not None:
+            continue
         value = call(ck, "separation", features, backend=backend, workspace_bytes=2**17)
         torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
         for ours, gradient in zip(torch.autograd.grad(value, features), wanted):

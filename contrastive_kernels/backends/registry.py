@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
+from . import cuda as cuda_backend
 from . import torch as torch_backend
 from . import triton as triton_backend
 from .panel import Panel, SearchPanel, default_weights_dtype
@@ -79,6 +80,18 @@ ORDER: tuple[Backend, ...] = (
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
     Backend(
+        "cuda",
+        cuda_backend.reduce_panel,
+        cuda_backend.weight_panel,
+        cuda_backend.why_not,
+        score_tile=False,
+        native_operands=True,
+        weights_dtype=cuda_backend.weights_dtype,
+        scratch=cuda_backend.scratch,
+        scratch_per_score=cuda_backend.SCRATCH_PER_SCORE,
+        scratch_per_row=cuda_backend.SCRATCH_PER_ROW,
+    ),
+    Backend(
         "cpu",
         cpu_backend.reduce_panel,
         cpu_backend.weight_panel,
@@ -128,9 +141,9 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     raise AssertionError("the torch backend serves everything")
 
 
-def table(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:
     """Each backend's name with the reason why it cannot serve (None: it can)."""
-    return [(backend.name, backend.why_not(device, dtype)) for backend in ORDER]
+    return [(backend.name, backend.refusal(device, dtype, term)) for backend in ORDER]
 
 
 _warned: set[str] = set()

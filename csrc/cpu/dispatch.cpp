@@ -41,6 +41,7 @@ void check_panel(const Panel& p) {
   check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "panel: sizes and stride must be non-negative and ordered");
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "panel: scores and params must not be null");
   check(p.exclude_count == 0 || p.exclude, "panel: exclude must not be null when exclude_count is not 0");
+  check(p.weights_dtype != Dtype::kFloat16 && !p.factor, "panel: the CPU has no float16 weights and no factor");
   check(p.threads >= 1, "panel: threads must be at least 1");
   if (p.term == PairTerm::kExponential)
     check(!p.row.sum == !p.row.reference && !p.col.sum == !p.col.reference, "panel: a sum needs its reference");

@@ -7,13 +7,6 @@
 // Stripes do not depend on the number of threads, and their partial results are merged in order: results are
 // bitwise reproducible.
 
-// One exponential per score serves rows and columns while every reference lies this close to a common one: what then
-// underflows is below e^(40 - 87) of its row's and its column's largest term.
-constexpr float kCommonReferenceSpread = 40.0f;
-
-// ... and while no gain's exponential against it comes near the largest number.
-constexpr float kLargestGainExponent = 80.0f;
-
 // The part of a panel that one call of the sweeps works on.
 struct Chunk {
   int64_t row0, rows, col0, cols;
@@ -77,18 +70,12 @@ static void fill(float* to, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// A reference that exponentials can be taken against: a row of nothing (-inf) gets 0, and keeps an empty sum.
 static void make_finite(float* reference, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) reference[i] = reference[i] == -__builtin_inff() ? 0.0f : reference[i];
+  for (int64_t i = 0; i < n; ++i) reference[i] = finite_reference(reference[i]);
 }
 
-// gain * e^(reference - normalizer), the factor of an exponential taken against `reference`. The exponential saturates,
-// so that a gain of zero stays zero. A normaliser of +inf says that there are no negatives, and gives zero.
-static void refer_gain(const float* gain, const float* normalizer, const float* reference, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float factor = exp_term(reference[i] - normalizer[i]);
-    out[i] = normalizer[i] == __builtin_inff() ? 0.0f : gain[i] * factor;
-  }
+static void refer_gains(const float* gain, const float* normalizer, const float* reference, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = refer_gain(gain[i], normalizer[i], reference[i]);
 }
 
 static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
@@ -207,15 +194,13 @@ static bool choose_references(const Panel& p, const Chunk& c, Scratch& s, bool r
   Range references;
   if (row) references.add(s.row_reference, c.rows);
   if (col) references.add(s.col_reference, c.cols);
-  // A gain must not saturate where the exponential it belongs to is small. An empty or infinite range is not narrow.
-  const bool common = references.high - references.low <= kCommonReferenceSpread && references.low <= references.high &&
-                      !(references.high - normalizers.low > kLargestGainExponent);
+  const bool common = share_reference(references.low, references.high, normalizers.low);
   if (common) {
     fill(s.row_reference, c.rows, references.high);
     fill(s.col_reference, c.cols, references.high);
   }
-  if (weights && row) refer_gain(p.row.gain + c.row0, p.row.normalizer + c.row0, s.row_reference, s.row_gain, c.rows);
-  if (weights && col) refer_gain(p.col.gain + c.col0, p.col.normalizer + c.col0, s.col_reference, s.col_gain, c.cols);
+  if (weights && row) refer_gains(p.row.gain + c.row0, p.row.normalizer + c.row0, s.row_reference, s.row_gain, c.rows);
+  if (weights && col) refer_gains(p.col.gain + c.col0, p.col.normalizer + c.col0, s.col_reference, s.col_gain, c.cols);
   return common;
 }
 

@@ -3,11 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace ck {
 
 enum class PairTerm : int { kExponential = 0, kSigmoid = 1 };
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A vector per row (or column) of the panel. Null pointers: this side is not wanted.
 struct Side {
@@ -17,10 +18,10 @@ struct Side {
   const float* gain = nullptr;        // [n] r_i (rows) or c_j (columns); null in a reduce panel
 };
 
-// One block of the score matrix.
+// One block of the score matrix. bindings.cpp gives each member its name in Python.
 struct Panel {
   PairTerm term = PairTerm::kExponential;
-  float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
+  float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>; null: the CUDA pass makes them from x and y
   int64_t rows = 0, cols = 0, stride = 0;
   const float* params = nullptr;     // scale, bias
   const int64_t* exclude = nullptr;  // [rows, exclude_count] columns of the whole matrix left out of the stream
@@ -31,7 +32,17 @@ struct Panel {
   Dtype weights_dtype = Dtype::kFloat32;
   int64_t weights_stride = 0;
   double* dparams = nullptr;  // [2] += sum of w * score, sum of w; null: not wanted
-  int threads = 1;
+  int threads = 1;            // the CPU's
+
+  // The rest is CUDA's. The operands [rows, depth], [cols, depth], 16-bit, where `scores` is null.
+  const void *x = nullptr, *y = nullptr;
+  Dtype operands = Dtype::kBFloat16;
+  int64_t depth = 0, x_stride = 0, y_stride = 0;
+  const float* factor = nullptr;  // [1] what dL/dz leaves times in the weights' place; null: the scale
+  int device = 0;
+  void* stream = nullptr;   // a cudaStream_t
+  void* scratch = nullptr;  // of scratch_bytes, aligned to 8
+  int64_t scratch_bytes = 0;
 };
 
 enum class SearchTerm : int { kMaximum = 2, kGumbelMax = 3, kRank = 4 };
@@ -74,5 +85,27 @@ const char* instruction_set();
 // Runs with another one ("auto" for the best), for tests and benchmarks. Throws std::invalid_argument where the machine
 // lacks it.
 void set_instruction_set(const char* name);
+
+// The same two operations on an NVIDIA GPU: every pointer is the device's. They launch on the panel's stream and wait
+// for nothing. Without CUDA in the build they throw std::runtime_error.
+namespace cuda {
+
+void reduce_panel(const Panel& panel);
+void weight_panel(const Panel& panel);
+
+// What a panel's pass needs as scratch.
+int64_t scratch_bytes(int64_t rows, int64_t cols);
+
+// The release of CUDA that this was built with (13000 for 13.0), and its architectures ("80_90_90PTX"). 0 and "": none.
+int version();
+const char* architectures();
+
+// The CUDA runtime's reason why its kernels do not run on this device; "": they do.
+std::string why_not(int device);
+
+// Whether the code that a device would run multiplies on tensor cores: such a panel needs no scores.
+bool has_tensor_cores(int device);
+
+}  // namespace cuda
 
 }  // namespace ck

@@ -64,3 +64,26 @@ CK_INLINE void merge_exponential(float& reference, float& sum, float other_refer
   sum = (sum != 0.0f ? my_part : 0.0f) + (other_sum != 0.0f ? their_part : 0.0f);
   reference = higher;
 }
+
+// One exponential per score serves rows and columns while every reference lies this close to a common one: what then
+// underflows is below e^(40 - 87) of its row's and its column's largest term.
+constexpr float kCommonReferenceSpread = 40.0f;
+
+// ... and while no gain's exponential against it comes near the largest number.
+constexpr float kLargestGainExponent = 80.0f;
+
+// Whether references from `low` to `high` can all be replaced by `high`. A gain must not saturate where the exponential
+// it belongs to is small. An empty or infinite range is not narrow.
+CK_INLINE bool share_reference(float low, float high, float lowest_normalizer) {
+  return high - low <= kCommonReferenceSpread && low <= high && !(high - lowest_normalizer > kLargestGainExponent);
+}
+
+// A reference that exponentials can be taken against: a row of nothing (-inf) gets 0, and keeps an empty sum.
+CK_INLINE float finite_reference(float maximum) { return maximum == -__builtin_inff() ? 0.0f : maximum; }
+
+// gain * e^(reference - normalizer), the factor of an exponential taken against `reference`. The exponential saturates,
+// so that a gain of zero stays zero. A normaliser of +inf says that there are no negatives, and gives zero.
+CK_INLINE float refer_gain(float gain, float normalizer, float reference) {
+  const float factor = exp_term(reference - normalizer);
+  return normalizer == __builtin_inff() ? 0.0f : gain * factor;
+}

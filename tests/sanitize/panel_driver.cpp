@@ -249,6 +249,70 @@ void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& 
   if (variant.weights) check_weights(c);
 }
 
+// One search of a ragged panel, against plain loops. The noise is the library's own, called column by column.
+void run_search(ck::SearchTerm term, int64_t rows, int64_t cols, int64_t excluded, bool ids, std::mt19937& random) {
+  std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
+  const int64_t stride = cols + 3, first_row = 11, first_column = 5;
+  Buffer<float> scores((rows - 1) * stride + cols), params(2), best(rows), low(rows), high(rows);
+  Buffer<int64_t> exclude(rows * excluded), row_ids(rows), col_ids(cols), seed(1), column(rows), below(rows),
+      above(rows);
+  for (int64_t i = 0; i < scores.size; ++i) scores[i] = unit(random);
+  for (int64_t i = 0; i < exclude.size; ++i)
+    exclude[i] = first_column + static_cast<int64_t>(random() % (cols + 4)) - 2;
+  for (int64_t j = 0; j < cols; ++j) col_ids[j] = static_cast<int64_t>(random() % 5);
+  params[0] = 3.0f, params[1] = 0.5f, seed[0] = -1234567890123456789;
+  for (int64_t i = 0; i < rows; ++i) {
+    row_ids[i] = i % 5, low[i] = unit(random), high[i] = low[i] + 0.5f, column[i] = -1;
+    best[i] = i % 3 == 1 ? 2.0f : -std::numeric_limits<float>::infinity();  // some have a candidate already
+  }
+  ck::SearchPanel p;
+  p.term = term, p.scores = scores.get(), p.rows = rows, p.cols = cols, p.stride = stride, p.params = params.get();
+  p.exclude = exclude.get(), p.exclude_count = excluded, p.first_row = first_row, p.first_column = first_column;
+  if (ids) p.row_ids = row_ids.get(), p.col_ids = col_ids.get();
+  p.seed = seed.get(), p.threads = static_cast<int>(random() % 3 + 1);
+  p.best = best.get(), p.best_column = column.get(), p.low = low.get(), p.high = high.get();
+  p.below = below.get(), p.above = above.get();
+  const std::vector<float> start(best.get(), best.get() + rows);
+  ck::search_panel(p);
+  for (int64_t i = 0; i < rows; ++i) {
+    float want = start[i];
+    int64_t want_column = -1, want_below = 0, want_above = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      bool out = ids && row_ids[i] == col_ids[j];
+      for (int64_t k = 0; k < excluded; ++k) out = out || exclude[i * excluded + k] == first_column + j;
+      if (out) continue;
+      float z = std::fma(scores[i * stride + j], params[0], params[1]), noise;
+      ck::gumbel_array(seed[0], first_row + i, first_column + j, &noise, 1);
+      if (term == ck::SearchTerm::kGumbelMax) z += noise;
+      want_below += z<low[i], want_above += z> high[i];
+      if (z > want + 1e-5f) want_column = first_column + j;
+      want = std::max(want, z);
+    }
+    const bool rank = term == ck::SearchTerm::kRank;
+    const bool right = rank ? below[i] == want_below && above[i] == want_above
+                            : column[i] == want_column && (best[i] == want || std::fabs(best[i] - want) < 1e-5f);
+    if (right) continue;
+    std::printf("FAILED %s: search %d of %lld x %lld, row %lld\n", ck::instruction_set(), static_cast<int>(term),
+                static_cast<long long>(rows), static_cast<long long>(cols), static_cast<long long>(i));
+    std::exit(1);
+  }
+}
+
+int64_t run_searches() {
+  std::mt19937 random(3);
+  int64_t panels = 0;
+  for (const auto term : {ck::SearchTerm::kMaximum, ck::SearchTerm::kGumbelMax, ck::SearchTerm::kRank})
+    for (const int64_t rows : {1, 3, 33})
+      for (const int64_t cols : {1, 2, 5, 64, 127, 2048, 2051})
+        for (const int64_t excluded : {0, 1, 3})
+          for (const bool ids : {false, true}) {
+            if (rows * cols > 20000 && excluded != 1) continue;
+            run_search(term, rows, cols, excluded, ids, random);
+            ++panels;
+          }
+  return panels;
+}
+
 // Every legal combination of what a panel can be asked for.
 std::vector<Variant> all_variants() {
   std::vector<Variant> all;
@@ -311,7 +375,8 @@ int main(int argc, char**) {
       std::printf("%s: not on this machine\n", name);
       continue;
     }
-    std::printf("%s: %lld panels are right\n", name, static_cast<long long>(run_instruction_set()));
+    const int64_t panels = run_instruction_set() + run_searches();
+    std::printf("%s: %lld panels are right\n", name, static_cast<long long>(panels));
   }
   return argc == 0;
 }

@@ -1,0 +1,175 @@
+"""NVIDIA GPUs, in CUDA.
+
+16-bit operands are multiplied on the tensor cores, with the pass over the tile in the product's epilogue. Others
+(float32; widths that are no multiple of 8; GPUs older than Ampere) take the portable route: torch's matrix product
+(cuBLAS) for the tile, then one pass over it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+from torch import Tensor
+
+from ..specs import PairTerm
+from .native import DTYPES, MISSING, common_fields, score_fields, weight_fields
+from .panel import Panel
+
+if MISSING is None:
+    from contrastive_kernels import _C
+
+__all__ = [
+    "SCRATCH_PER_ROW",
+    "SCRATCH_PER_SCORE",
+    "build",
+    "reduce_panel",
+    "scratch",
+    "weight_panel",
+    "weights_dtype",
+    "why_not",
+]
+
+#: Bytes: the portable route's scores; a maximum and a sum per row and column of a tile of 128 x 128, and two doubles.
+SCRATCH_PER_SCORE = 4 + 16 / 128 + 16 / 128**2
+#: Of the last, ragged tiles.
+SCRATCH_PER_ROW = 16.0
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why this backend cannot serve, or None."""
+    if MISSING is not None:
+        return MISSING
+    if _C.cuda_version() == 0:
+        return "the extension was built without CUDA (CK_CUDA=1 installs it with CUDA, where there is nvcc)"
+    if device.type != "cuda":
+        return f"it serves tensors on CUDA devices, not on {device.type}"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if dtype == torch.float64:
+        return "its scores are float32; float64 is the torch backend's"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(index) < (8, 0):
+        return "bfloat16 needs compute capability 8.0"
+    reason = _device_reason(index)
+    return f"it is built for {build()}: {reason}" if reason else None
+
+
+def build() -> str | None:
+    """What the extension was built with and for, as in "CUDA 13.0, sm_80, sm_90, PTX 90"; None: without CUDA."""
+    if MISSING is not None or _C.cuda_version() == 0:
+        return None
+    version, archs = _C.cuda_version(), _C.cuda_architectures().split("_")
+    names = [re.sub(r"(.*)PTX", r"PTX \1", arch) if arch.endswith("PTX") else f"sm_{arch}" for arch in archs]
+    return ", ".join([f"CUDA {version // 1000}.{version % 1000 // 10}", *names])
+
+
+@functools.cache
+def _device_reason(index: int) -> str:
+    """The CUDA runtime's reason why the kernels do not run on a device; empty: they do."""
+    return _C.cuda_why_not(index)
+
+
+@functools.cache
+def _has_tensor_cores(index: int) -> bool:
+    """Whether the kernel that multiplies is there for a device."""
+    return _C.cuda_has_tensor_cores(index)
+
+
+def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Weights are multiplied with the operands, in their dtype."""
+    return dtype
+
+
+def scratch(rows: int, cols: int, x: Tensor) -> int:
+    """float32 that a panel of x's stream wants: partial results and, on the portable route, the scores."""
+    return _partial_floats(rows, cols) + (0 if _suits_tensor_cores(x) else rows * cols)
+
+
+def reduce_panel(term: PairTerm, panel: Panel) -> None:
+    """Folds the panel into row.state and col.state."""
+    memory = _memory(panel)
+    _C.cuda_reduce_panel(**_fields(term, panel, memory))
+
+
+def weight_panel(term: PairTerm, panel: Panel) -> None:
+    """Leaves factor * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
+    memory = _memory(panel)
+    factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
+    _C.cuda_weight_panel(**_fields(term, panel, memory), **weight_fields(panel), **factor)
+
+
+def _partial_floats(rows: int, cols: int) -> int:
+    """float32 of the blocks' partial results, a multiple of 16 bytes."""
+    return -(-_C.cuda_scratch_bytes(rows, cols) // 16) * 4
+
+
+def _suits_tensor_cores(operand: Tensor) -> bool:
+    """Whether rows of 16-bit elements can be copied in pieces of 16 bytes, and there is the kernel that does it."""
+    suits = operand.dtype in _SIXTEEN_BITS and operand.shape[1] % 8 == 0 and operand.shape[1] > 0
+    aligned = operand.data_ptr() % 16 == 0 and operand.stride(0) % 8 == 0 and operand.stride(1) == 1
+    return suits and aligned and _has_tensor_cores(max(operand.get_device(), 0))
+
+
+def _memory(panel: Panel) -> Tensor:
+    """The panel's scratch; memory of its own where that is too small, which torch hands on in the stream's order."""
+    rows, cols = _shape(panel)
+    needed = _partial_floats(rows, cols) + (0 if panel.scores_ready or _on_tensor_cores(panel) else rows * cols)
+    if panel.scratch is not None and len(panel.scratch) >= needed:
+        return panel.scratch
+    return torch.empty(needed, dtype=torch.float32, device=panel.params.device)
+
+
+def _shape(panel: Panel) -> tuple[int, int]:
+    """Rows and columns [R, C]."""
+    x, y = (panel.scores, panel.scores.T) if panel.scores_ready else (panel.x, panel.y)
+    return len(x), len(y)
+
+
+def _on_tensor_cores(panel: Panel) -> bool:
+    """Whether the kernel that multiplies serves."""
+    return not panel.scores_ready and _suits_tensor_cores(panel.x) and _suits_tensor_cores(panel.y)
+
+
+def _fields(term: PairTerm, panel: Panel, memory: Tensor) -> dict[str, int]:
+    """What both operations are told: the scores or what makes them, where to run, the scratch."""
+    rows, cols = _shape(panel)
+    partial = _partial_floats(rows, cols)
+    fields = {"scratch": memory.data_ptr(), "scratch_bytes": 4 * partial}
+    if _on_tensor_cores(panel):
+        fields |= _operand_fields(panel)
+    elif panel.scores_ready:
+        fields |= score_fields(panel.scores)
+    else:
+        fields |= score_fields(_product(panel.x, panel.y, memory[partial : partial + rows * cols].view(rows, cols)))
+    if memory.is_cuda:
+        stream = torch.cuda.current_stream(memory.device)
+        fields |= {"device": memory.get_device(), "stream": stream.cuda_stream}
+    return common_fields(term, panel) | fields
+
+
+def _operand_fields(panel: Panel) -> dict[str, int]:
+    """x [R, D] and y [C, D], in 16 bits."""
+    x, y = panel.x, panel.y
+    return {
+        "rows": len(x),
+        "cols": len(y),
+        "depth": x.shape[1],
+        "operands": DTYPES[x.dtype],
+        "x": x.data_ptr(),
+        "x_stride": x.stride(0),
+        "y": y.data_ptr(),
+        "y_stride": y.stride(0),
+    }
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """x yT in float32 [R, C], unrounded where the operands have 16 bits."""
+    if x.dtype == torch.float32:
+        return torch.mm(x, y.T, out=out)
+    if x.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8
+        return torch.mm(x, y.T, out_dtype=torch.float32, out=out)
+    return torch.mm(x.float(), y.T.float(), out=out)

@@ -1,0 +1,25 @@
+// What the kernels' source files offer to the dispatcher.
+#pragma once
+
+#include "../include/api.h"
+
+namespace ck {
+namespace cuda {
+
+// A kernel with one block of kThreads for each tile, and its shared memory.
+struct TileKernel {
+  void (*kernel)(Panel);
+  unsigned shared_bytes;
+};
+
+// Over scores in memory.
+TileKernel panel_pass(bool exponential, bool sums, bool weights);
+
+// With the product of 16-bit operands; from sm_80 on, elsewhere it does nothing.
+TileKernel tensor_cores(Dtype operands, bool exponential, bool sums, bool weights);
+
+// Folds what the tiles' blocks left in the scratch into row and column states and dparams.
+void launch_merge(const Panel& panel);
+
+}  // namespace cuda
+}  // namespace ck

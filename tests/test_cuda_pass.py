@@ -1,0 +1,270 @@
+"""What is CUDA's own in the C++ pass, run on the CPU by tests/cuda_emulator: every loss, threads, launches, errors.
+
+The panels themselves are in test_panel_pass.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import emulated
+import pytest
+import torch
+from panels import CASES, Case, make_panel, start_states
+from problems import PROBLEMS, engine_options, make_inputs, run
+from tolerance import assert_outcome
+
+import contrastive_kernels as ck
+from contrastive_kernels.backends import cuda, registry
+from contrastive_kernels.backends.panel import Side
+from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The emulated extension in the backend's hands, which serves the CPU's tensors; the emulator's controls."""
+    monkeypatch.setattr(cuda, "_C", emulated.extension())
+    backend = dataclasses.replace(registry.get("cuda"), why_not=lambda device, dtype: None)
+    order = tuple(backend if other.name == "cuda" else other for other in registry.ORDER)
+    monkeypatch.setattr(registry, "ORDER", order)
+    yield emulated.controls()
+    emulated.controls().emulator_set_order(0)
+
+
+@pytest.mark.parametrize(
+    "problem, loss, dtype",
+    [
+        pytest.param(p, loss, dtype, id=f"{p.name}-{loss}-{str(dtype)[6:]}")
+        for p in PROBLEMS
+        for loss in p.losses
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if p.float16 or dtype != torch.float16
+    ],
+)
+def test_every_problem(kernels, problem, loss, dtype):
+    inputs = make_inputs(problem, dtype)
+    outcome = run(ck, inputs, loss, dtype, **engine_options(inputs, loss, "cuda"))
+    assert_outcome(inputs, loss, "mean", outcome)
+
+
+def everything(case):
+    """What both operations give for one panel: weights, dparams and states."""
+    neutral, _ = start_states(case)
+    sides = [
+        Side(state.clone(), normalizer, gain) if used else Side()
+        for state, normalizer, gain, used in zip(neutral, case.normalizers, case.gains, case.use)
+    ]
+    reduced = [Side(None if side.state is None else side.state.clone()) for side in sides]
+    arguments = (case.params, case.exclude, case.first_column)
+    weights, dparams = torch.empty_like(case.scores), torch.zeros(2, dtype=torch.float64)
+    cuda.reduce_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, row=reduced[0], col=reduced[1]))
+    cuda.weight_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, weights, *sides, dparams))
+    return [weights, dparams] + [side.state for side in (*sides, *reduced) if side.state is not None]
+
+
+@pytest.mark.parametrize("name", ["tiles", "tiles-far-apart", "two-chunks", "rows", "cols"])
+def test_the_order_of_threads_and_blocks_does_not_show(kernels, name):
+    """Bitwise. A barrier too few would show where threads run backwards or by lot."""
+    case = CASES[name]()
+    one = everything(case)
+    for order in (1, 2, 3):
+        kernels.emulator_set_order(order)
+        for a, b in zip(everything(case), one):
+            assert torch.equal(a, b)
+
+
+def sides_of(case, **replaced):
+    row = {"state": start_states(case)[0][0], "normalizer": case.normalizers[0], "gain": case.gains[0]}
+    return Side(**(row | replaced))
+
+
+def test_launches(kernels):
+    """One launch for the tiles and one to merge what is to be summed."""
+    case = Case(130, 140)
+
+    def count(operation, term, panel):
+        before = kernels.emulator_launches()
+        operation(term, panel)
+        return kernels.emulator_launches() - before
+
+    both = [Side(state) for state in start_states(case)[0]]
+    assert count(cuda.reduce_panel, EXPONENTIAL, make_panel(case.scores, case.params, row=both[0], col=both[1])) == 2
+    weights_alone = make_panel(case.scores.clone(), case.params, row=sides_of(case, state=None))
+    assert count(cuda.weight_panel, EXPONENTIAL, weights_alone) == 1
+    with_sums = make_panel(case.scores.clone(), case.params, row=sides_of(case))
+    assert count(cuda.weight_panel, EXPONENTIAL, with_sums) == 2
+    sums = make_panel(case.scores, case.params, row=Side(torch.zeros(1, 130)))
+    assert count(cuda.reduce_panel, SIGMOID, sums) == 2
+
+
+def test_a_failed_launch_is_a_runtime_error(kernels):
+    """With the CUDA API's own words; the current device is what it was, and the next call works."""
+    case = Case(5, 7)
+    panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
+    kernels.emulator_fail_next(98)
+    with pytest.raises(RuntimeError, match="panel_pass_kernel: emulated failure"):
+        cuda.reduce_panel(EXPONENTIAL, panel)
+    assert kernels.emulator_device() == 0
+    cuda.reduce_panel(EXPONENTIAL, panel)
+    with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
+        memory = cuda._memory(panel)
+        cuda._C.cuda_reduce_panel(**cuda._fields(EXPONENTIAL, panel, memory), device=7)
+
+
+def test_the_device_is_chosen_and_put_back(kernels):
+    case = Case(5, 7)
+    panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
+    cuda._C.cuda_reduce_panel(**fields, device=1)
+    assert kernels.emulator_device() == 0
+
+
+def test_why_not_asks_the_device(kernels):
+    assert cuda._C.cuda_why_not(0) == ""
+    kernels.emulator_fail_next(98)
+    assert cuda._C.cuda_why_not(0).endswith("cudaFuncGetAttributes: emulated failure")
+    assert "invalid device ordinal" in cuda._C.cuda_why_not(5)
+    assert kernels.emulator_device() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scratch_bytes": 8}, "the scratch is too small"),
+        ({"scores": 0}, "scores, or x and y, must not be null"),
+        ({"row_reference": 0}, "a sum needs its reference"),
+        ({"row_sum": 0, "row_reference": 0}, "at least one side must be wanted"),
+        ({"stride": 3}, "stride must be at least cols"),
+        ({"params": 0}, "params must not be null"),
+        ({"term": 7}, "the sigmoid term has no column side"),
+        ({"weights": 64}, "weights and dparams must be null"),
+        ({"exclude_count": 1}, "exclude must not be null"),
+    ],
+)
+def test_wrong_calls_are_refused(kernels, change, message):
+    case = Case(5, 7)
+    panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
+    panel.col = Side(start_states(case)[0][1])
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
+    if "row_sum" in change:
+        fields = {name: value for name, value in fields.items() if not name.startswith("col")}
+    with pytest.raises(ValueError, match=message):
+        cuda._C.cuda_reduce_panel(**(fields | change))
+    with pytest.raises(TypeError, match="no member colour"):
+        cuda._C.cuda_reduce_panel(**fields, colour=1)
+
+
+# ---- the product on the tensor cores ----
+
+
+class Product:
+    """Operands of a panel, whose product is made by the kernel or by float64."""
+
+    def __init__(self, rows, cols, depth, dtype, padding=0):
+        g = torch.Generator().manual_seed(rows * 1009 + cols * 31 + depth)
+        wide = [torch.randn(n, depth + padding, generator=g).to(dtype)[:, :depth] for n in (rows, cols)]
+        self.x, self.y = wide
+        self.scores = (self.x.double() @ self.y.double().T).float()
+        self.depth = depth
+        self.size = (self.x.double().norm(dim=1)[:, None] * self.y.double().norm(dim=1)).float()
+
+    def panel(self, ready, *arguments, **vectors):
+        """A panel whose scores are there, or one that holds the operands."""
+        panel = make_panel(self.scores.clone(), *arguments, **vectors)
+        if not ready:
+            panel.x, panel.y, panel.scores, panel.scores_ready = self.x, self.y, torch.empty(0), False
+        return panel
+
+
+PRODUCTS = {
+    "one-piece": lambda dtype: Product(3, 5, 8, dtype),
+    "one-stage": lambda dtype: Product(128, 128, 32, dtype),
+    "ragged": lambda dtype: Product(130, 137, 40, dtype, padding=8),
+    "all-stages": lambda dtype: Product(65, 129, 96, dtype),
+    "stages-come-round": lambda dtype: Product(129, 64, 136, dtype, padding=16),
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_on_the_tensor_cores(kernels, name, dtype, order):
+    """The kernel that multiplies against the pass over scores that float64 multiplied: sums, weights, parameters."""
+    kernels.emulator_set_order(order)
+    product = PRODUCTS[name](dtype)
+    rows, cols = product.scores.shape
+    exclude = (torch.arange(rows) * 3 % cols)[:, None]
+    results = []
+    for ready in (True, False):
+        states = [torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]) for n in (rows, cols)]
+        normalizers = [torch.linspace(0, 2, n) for n in (rows, cols)]
+        gains = [torch.linspace(-1, 1, n) for n in (rows, cols)]
+        weights, dparams = torch.empty(rows, cols), torch.zeros(2, dtype=torch.float64)
+        sides = [Side(*vectors) for vectors in zip(states, normalizers, gains)]
+        panel = product.panel(ready, (0.1, 0.3), exclude, 0, weights, *sides, dparams)
+        assert cuda._on_tensor_cores(panel) != ready
+        cuda.weight_panel(EXPONENTIAL, panel)
+        results.append([weights, dparams, *(state[0].double() + state[1].double().log() for state in states)])
+    # float32 sums in the order of the depth: a few roundings of the terms' size, which the exponential passes on
+    allowed = 0.1 * product.size.max() * (product.depth + 8) * torch.finfo(torch.float32).eps
+    (w, dparams, *sums), (ours, our_dparams, *our_sums) = results
+    size = (torch.linspace(-1, 1, rows).abs()[:, None] + torch.linspace(-1, 1, cols).abs()) * torch.exp(
+        0.1 * product.scores + 0.3
+    )
+    assert ((ours - w).abs() <= (allowed + 4e-7) * size).all()
+    assert ((our_dparams - dparams).abs() <= (allowed + 4e-7) * (size * (1 + product.size)).sum().double()).all()
+    for a, b in zip(our_sums, sums):
+        assert torch.equal(a.isinf(), b.isinf())
+        assert ((a - b).abs()[b.isfinite()] <= allowed + 4e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 36}, "multiple of 8"),
+        ({"operands": 0}, "have 16 bits"),
+        ({"x_stride": 44}, "aligned to 16 bytes"),
+        ({"y": 0}, "must not be null"),
+    ],
+)
+def test_wrong_operands_are_refused(kernels, change, message):
+    panel = Product(5, 7, 40, torch.bfloat16).panel(False, (1.0, 0.0), row=Side(torch.zeros(2, 5)))
+    memory = cuda._memory(panel)
+    fields = cuda._fields(EXPONENTIAL, panel, memory)
+    with pytest.raises(ValueError, match=message):
+        cuda._C.cuda_reduce_panel(**(fields | change))
+
+
+@pytest.mark.parametrize(
+    ("depth", "dtype", "offset"),
+    [(7, torch.bfloat16, 0), (16, torch.bfloat16, 1), (16, torch.float32, 0), (12, torch.float16, 0)],
+)
+def test_other_operands_take_the_portable_route(kernels, depth, dtype, offset):
+    """Odd widths, addresses that are not aligned, float32: scores in memory, whose room is in the scratch."""
+    g = torch.Generator().manual_seed(depth)
+    x, y = (torch.randn(n, depth + offset, generator=g).to(dtype)[:, offset:] for n in (65, 70))
+    x = x.contiguous() if not offset else x
+    results = []
+    for room in (0, cuda.scratch(65, 70, x)):
+        row = Side(torch.stack([torch.full((65,), -torch.inf), torch.zeros(65)]))
+        panel = make_panel(torch.empty(0), (0.5, 0.0), torch.zeros(65, 0, dtype=torch.int64), row=row)
+        panel.x, panel.y, panel.scores_ready, panel.scratch = x, y, False, torch.empty(room)
+        assert not cuda._on_tensor_cores(panel)
+        cuda.reduce_panel(EXPONENTIAL, panel)
+        results.append(row.state[0].double() + row.state[1].double().log())
+    assert torch.equal(*results)
+    exact = torch.logsumexp(0.5 * x.double() @ y.double().T, 1)
+    assert ((results[0] - exact).abs() <= 1e-5 * (1 + exact.abs())).all()
+
+
+def test_a_factor_takes_the_scales_place(kernels):
+    case = Case(33, 40)
+    for factor, wanted in ((None, 1.3), (2.0**14, 2.0**14)):
+        weights = torch.empty(33, 40)
+        panel = make_panel(case.scores.clone(), case.params, weights=weights, row=sides_of(case, state=None))
+        panel.factor = None if factor is None else torch.tensor([factor])
+        cuda.weight_panel(EXPONENTIAL, panel)
+        unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double()[:, None])
+        assert ((weights - wanted * unit).abs() <= 1e-5 * wanted * unit.abs() + 1e-30).all()
