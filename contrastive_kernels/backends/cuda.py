@@ -29,6 +29,7 @@ __all__ = [
     "weight_panel",
     "weights_dtype",
     "why_not",
+    "why_not_capability",
 ]
 
 #: Bytes: the portable route's scores; a maximum and a sum per row and column of a tile of 128 x 128, and two doubles.
@@ -49,6 +50,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it serves tensors on CUDA devices, not on {device.type}"
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "this torch sees no NVIDIA GPU"
     if dtype == torch.float64:
         return "its scores are float32; float64 is the torch backend's"
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -56,6 +59,24 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "bfloat16 needs compute capability 8.0"
     reason = _device_reason(index)
     return f"it is built for {build()}: {reason}" if reason else None
+
+
+def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
+    """The reason why this backend could not serve a GPU of this compute capability (90 for 9.0), or None."""
+    if MISSING is not None:
+        return MISSING
+    if _C.cuda_version() == 0:
+        return "the extension was built without CUDA (CK_CUDA=1 installs it with CUDA, where there is nvcc)"
+    if dtype == torch.float64:
+        return "its scores are float32; float64 is the torch backend's"
+    if dtype == torch.bfloat16 and capability < 80:
+        return "bfloat16 needs compute capability 8.0"
+    for arch in _C.cuda_architectures().split("_"):
+        number = int(re.match(r"\d*", arch)[0] or 0)  # type: ignore[index]
+        # machine code serves later members of its family, PTX every later GPU
+        if number <= capability and (arch.endswith("PTX") or number // 10 == capability // 10):
+            return None
+    return f"it is built for {build()}"
 
 
 def build() -> str | None:
