@@ -73,7 +73,6 @@ ORDER: tuple[Backend, ...] = (
         scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
         scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
-    Backend("cuda", cuda_backend.reduce_panel, cuda_backend.weight_panel, cuda_backend.why_not),
     Backend(
         "cuda",
         cuda_backend.reduce_panel,
