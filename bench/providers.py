@@ -25,6 +25,8 @@ Forward = Callable[[], Tensor]
 
 #: Rows of one checkpointed block.
 BLOCK_ROWS = 1024
+#: Visits behind a memory's averages: so many that a hundred more do not move the result.
+EM_VISITS = 10**8
 #: A provider whose estimated peak is above this part of the free memory is left out instead of tried.
 MEMORY_SHARE = 0.8
 
@@ -182,6 +184,24 @@ def _our_providers() -> list[Provider]:
     ]
 
 
+def _em_step(case: Case, i: Inputs) -> Forward:
+    """The whole step of stochastic EM: normalisers read from a warm memory, the loss, the memory moved."""
+    import contrastive_kernels as ck
+
+    assert i.log_z is not None
+    # c = 0, for the case's stale normalisers may lie below c = 1; what c adds to the value is a constant
+    loss = ck.DecomposableContrastiveLoss(
+        case.n, negatives="batch", include_positive=False, step=1.0, floor=0.0, device=case.device
+    )
+    constant = torch.stack(i.log_z).neg().exp().mean()
+    z_pos = (i.scale * (i.x.to(i.scale.dtype) * i.y.to(i.scale.dtype)).sum(1)).detach()
+    index = torch.arange(case.n, device=case.device)
+    means = torch.stack(i.log_z, 1) + (z_pos - math.log(max(case.n - 1, 1)))[:, None]
+    loss.memory.update(index, means)
+    loss.memory.visits.fill_(EM_VISITS)
+    return lambda: loss(i.x, i.y, index, i.scale) + constant
+
+
 # ---- plain torch ----
 
 
@@ -287,6 +307,13 @@ def _inf_cl_refuses(case: Case) -> str | None:
 _ALL = frozenset(DENSE)
 _CLIP = frozenset({"clip_loss"})
 _PEERS = (
+    Provider(
+        "em-step",
+        _em_step,
+        frozenset({"decomposable"}),
+        package="contrastive-kernels",
+        by_default=lambda case: case.d == 512,
+    ),
     # two matrices of logits, their log-softmax and its gradient; 4.1 GB measured at N = 16,384 in fp32
     Provider("dense", _dense, _ALL, peak_bytes=_matrices(4), by_default=_up_to(16384)),
     Provider(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import reference, reference_structure
 from ._explain import explain, list_backends, why_not
+from ._plan import plan
 from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
@@ -39,6 +40,7 @@ __all__ = [
     "list_backends",
     "multimodal_contrastive",
     "nt_xent",
+    "plan",
     "reference",
     "reference_structure",
     "retrieval_metrics",

@@ -59,7 +59,9 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on (it leaves float64 alone, and so do we)."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Before torch 2.7 the compiler cannot trace the question whether a device has autocast; what it compiles for has.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if x.dtype != torch.float64 and has_autocast and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

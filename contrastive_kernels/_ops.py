@@ -71,7 +71,8 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _keeps_scores(x: Tensor, y: Tensor, backend: str, workspace_bytes: int) -> bool:
-    return keeps_scores(x, y, backends.choose(backend or None, x.device, x.dtype), workspace_bytes)
+    chosen = backends.choose(backend or None, x.device, x.dtype)
+    return keeps_scores(x.shape[0], y.shape[0], x.dtype, chosen, workspace_bytes)
 
 
 def _log_sum(

@@ -23,6 +23,8 @@ __all__ = ["RetrievalMetrics", "retrieval_metrics"]
 
 #: Two scores are equal if they differ by less than so many roundings of a sum of D products, each taken as eps sqrt(D).
 _ROUNDINGS = 4
+#: Rows whose norms are taken at a time.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def retrieval_metrics(
     A score in float32 depends in its last digits on how the product was cut up. So whatever lies within rounding of the
     positive's score is decided in float64, for those queries alone; ranks therefore do not depend on the workspace or
     the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
-    inputs and the workspace.
+    inputs and the workspace, and a copy of the queries that are counted again.
 
     Examples
     --------
@@ -132,17 +134,23 @@ def _ranks(
 ) -> tuple[Tensor, Tensor]:
     """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
     best = _best_positive(x, y, index, dtype, workspace_bytes)
-    lengths = y.to(torch.float32).norm(dim=1)
+    lengths = _lengths(y)
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
-    size = x.to(torch.float32).norm(dim=1) * longest
-    slack = (_ROUNDINGS * _product_eps(x, dtype) * math.sqrt(x.shape[1])) * size.to(dtype)
+    size = _lengths(x) * longest
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
+    slack = rounding * size.to(dtype)
     below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)
     ordered = index.sort(1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     others = y.shape[0] - ((ordered >= 0) & ~repeated).sum(1)
     return others - below, others - below > above
+
+
+def _lengths(v: Tensor) -> Tensor:
+    """Euclidean norms of the rows [n] in float32, a block of rows at a time: no copy of a 16-bit corpus."""
+    return torch.cat([block.to(torch.float32).norm(dim=1) for block in v.split(_ROWS)])
 
 
 def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
@@ -160,18 +168,16 @@ def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, work
     return best
 
 
-def _product_eps(x: Tensor, dtype: torch.dtype) -> float:
-    """The relative rounding of products in `dtype`: torch may be allowed to take float32 for less than it is."""
-    if dtype == torch.float64 or x.dtype in (torch.float16, torch.bfloat16):  # whose products are exact in float32
-        return torch.finfo(dtype).eps
+def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
+    """By how much a product of unit vectors is off because torch may round float32 operands to TF32 or bfloat16."""
+    if dtype == torch.float64 or x.dtype != torch.float32:  # 16-bit operands have no more digits than those
+        return 0.0
     owner: Any = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
     matmul = getattr(owner, "matmul", None)
     precision = getattr(matmul, "fp32_precision", None)
-    if precision == "bf16":
-        return 2.0**-7
-    if precision == "tf32" or (x.device.type == "cuda" and bool(getattr(matmul, "allow_tf32", False))):
-        return 2.0**-10
-    return torch.finfo(dtype).eps
+    if precision is None and getattr(matmul, "allow_tf32", False):  # before torch 2.9
+        precision = "tf32"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(str(precision), 0.0)
 
 
 def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -45,11 +45,11 @@ class Gradients:
     dparams: Tensor | None = None
 
 
-def keeps_scores(x: Tensor, y: Tensor, backend: Backend, workspace_bytes: int) -> bool:
+def keeps_scores(rows: int, cols: int, dtype: torch.dtype, backend: Backend, workspace_bytes: int) -> bool:
     """Whether the whole matrix of scores is small enough to be kept for the backward pass."""
     if not backend.score_tile:
         return False
-    size = x.shape[0] * y.shape[0] * score_dtype(x.dtype).itemsize
+    size = rows * cols * score_dtype(dtype).itemsize
     return size <= min(KEPT_SCORES_BYTES, workspace_bytes // 4)
 
 

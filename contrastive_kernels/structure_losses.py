@@ -120,6 +120,9 @@ class LatentStructureLoss(nn.Module):
     -----
     The paper prints no weights. CyCLIP's, for what is geometry here, is 0.25.
 
+    All terms but the bridge compare the samples of a batch with one another. The batch is what is given: features of
+    several processes have to be gathered, with their gradients, before.
+
     References
     ----------
     Q. Jiang et al., "Understanding and constructing latent modality structures in multi-modal representation

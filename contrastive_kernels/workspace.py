@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .backends import Backend
 from .backends.panel import Panel
 from .panel_shapes import SMALLEST_PANEL, PanelBytes, square_side, wave_shape
-from .stream import Stream, score_dtype
+from .stream import Size, Stream, score_dtype
 
-__all__ = ["Workspace", "blocks", "panel_shape"]
+__all__ = ["MULTIPROCESSORS", "Workspace", "blocks", "multiprocessors", "panel_bytes", "panel_shape", "size_of"]
 
-#: GPUs differ little in what follows from it; where there is none to ask (plans, the interpreter), an H100's number.
-_MULTIPROCESSORS = 132
+#: By compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where there is no GPU
+#: to ask: for plans and the interpreter.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 #: float16 weights, at most the largest gain, are kept times this: softmax-sized ones would fall subnormal.
 _FLOAT16_SCALE = 2.0**14
 
@@ -41,7 +43,7 @@ class Workspace:
         self.rounded = weights_dtype != self.dtype
         # kept scores must survive, and rounded weights do not fit where the scores are
         self.separate = weighs and (self.rounded or stream.scores is not None or not backend.score_tile)
-        self.rows, self.cols = panel_shape(stream, weighs)
+        self.rows, self.cols = panel_shape(backend, size_of(stream), weighs)
         rows, cols = min(self.rows, len(x)), min(self.cols, len(stream.y))
         holds_scores = backend.score_tile and stream.scores is None
         self.scores = torch.empty(rows * cols if holds_scores else 0, dtype=self.dtype, device=device)
@@ -125,48 +127,55 @@ def blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def panel_shape(stream: Stream, weighs: bool) -> tuple[int, int]:
-    """Rows and columns of the stream's panels."""
-    x, workspace_bytes = stream.x, stream.workspace_bytes
+def size_of(stream: Stream) -> Size:
+    """What the shape of the stream's panels depends on."""
+    x = stream.x
+    return Size(
+        len(x), len(stream.y), x.shape[1], x.dtype, x.device, stream.symmetric, stream.workspace_bytes,
+        multiprocessors(x.device),
+    )  # fmt: skip
+
+
+def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
+    """Rows and columns of panels."""
     # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
-    both = panel_bytes(stream, True)
-    if stream.backend.score_tile and x.device.type != "cuda":
-        side = square_side(len(x), len(stream.y), both, workspace_bytes)
+    both = panel_bytes(backend, size, True)
+    if backend.score_tile and size.device.type != "cuda":
+        side = square_side(size.rows, size.cols, both, size.workspace_bytes)
         shape = None if side is None else (side, side)
-    elif both.of(SMALLEST_PANEL, SMALLEST_PANEL) > workspace_bytes:
+    elif both.of(SMALLEST_PANEL, SMALLEST_PANEL) > size.workspace_bytes:
         shape = None
     else:
         shape = wave_shape(
-            len(x), len(stream.y), x.shape[1], panel_bytes(stream, weighs), workspace_bytes,
-            multiprocessors(x.device), 2 * weighs, stream.symmetric,
+            size.rows, size.cols, size.features, panel_bytes(backend, size, weighs), size.workspace_bytes,
+            size.multiprocessors, 2 * weighs, size.symmetric,
         )  # fmt: skip
     if shape is None:
         raise ValueError(
             f"workspace_bytes: expected at least {both.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
-            f"with D = {x.shape[1]}; got {workspace_bytes}"
+            f"with D = {size.features}; got {size.workspace_bytes}"
         )
     return shape
 
 
-def panel_bytes(stream: Stream, weighs: bool) -> PanelBytes:
+def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     """What a panel takes of the workspace."""
-    backend, dtype, d = stream.backend, stream.x.dtype, stream.x.shape[1]
-    scores = score_dtype(dtype)
-    weights_dtype = backend.weights_dtype(stream.x.device, dtype)
+    scores = score_dtype(size.dtype)
+    weights_dtype = backend.weights_dtype(size.device, size.dtype)
     separate = weights_dtype != scores or not backend.score_tile
     tile = scores.itemsize * (1 + backend.temporaries) if backend.score_tile else 0
     per_score = tile + (weights_dtype.itemsize if separate and weighs else 0) + backend.scratch_per_score
-    if dtype == scores:
+    if size.dtype == scores:
         return PanelBytes(per_score, backend.scratch_per_row, backend.scratch_per_row)
     if backend.native_operands:  # a block of sums
-        block = d * scores.itemsize * weighs
+        block = size.features * scores.itemsize * weighs
         return PanelBytes(per_score, block + backend.scratch_per_row, backend.scratch_per_row)
     # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
-    return PanelBytes(per_score, d * (3 * scores.itemsize + 2), 0)
+    return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
 
 
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU, or an H100's where there is none to ask."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS
+    return MULTIPROCESSORS[90]

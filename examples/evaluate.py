@@ -10,8 +10,10 @@ import torch
 from glyphs import GlyphData
 from torch import Tensor
 from torch.nn.functional import normalize
-from towers import Captions, TwoTowers
+from towers import TwoTowers
 from unicode_scripts import SCRIPTS
+
+import contrastive_kernels as ck
 
 __all__ = ["Scores", "evaluate", "ranks", "zero_shot_accuracy"]
 
@@ -47,13 +49,12 @@ def encode_pictures(model: TwoTowers, data: GlyphData, rows: np.ndarray[Any, Any
 @torch.no_grad()
 def encode_texts(model: TwoTowers, texts: list[str]) -> Tensor:
     """Unit features [len(texts), D]."""
-    return model.encode_captions(Captions(texts, model.log_logit_scale.device).all())
+    return model.encode_captions(model.prepare_captions(texts).all())
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     """How many candidates stand before each query's own, [N]; a tie counts against it, and so does NaN."""
-    scores = queries @ candidates.T
-    return len(candidates) - 1 - (scores < scores.diagonal().unsqueeze(1)).sum(1)
+    return ck.retrieval_metrics(queries, candidates).ranks
 
 
 def _recall(rank: Tensor) -> dict[int, float]:

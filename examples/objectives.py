@@ -67,64 +67,31 @@ _FORMULAS: dict[str, Formula] = {
 
 
 class Decomposable:
-    """The decomposable loss with a memory of every character's log-normaliser, one per direction.
-
-    A batch is weighed by the normalisers stored *before* it: with its own ones the loss would be plain InfoNCE again,
-    bias and all. Only a character that was never met takes the batch's own, from a pass without gradients.
+    """The decomposable loss over all characters, with a memory of every character's normaliser, one per direction.
 
     Parameters
     ----------
     num_samples : int
         Characters in the data set.
     device : torch.device or str
-    power, floor : float
-        Visit v moves the stored normaliser by ``max(v ** -power, floor)`` of the way. The average forgets as long as
-        the towers learn, hence the floor.
+    options
+        Of ``contrastive_kernels.DecomposableContrastiveLoss``.
     """
 
-    def __init__(
-        self, num_samples: int, device: torch.device | str = "cpu", power: float = 0.6, floor: float = 0.5
-    ) -> None:
-        self.log_z = torch.zeros(2, num_samples, device=device)
-        self.visits = torch.zeros(num_samples, device=device)
-        self.power, self.floor = power, floor
-        self._all_met = False  # on the host, so that the warm loop never asks the device
+    def __init__(self, num_samples: int, device: torch.device | str = "cpu", **options: Any) -> None:
+        self.loss = ck.DecomposableContrastiveLoss(num_samples, device=device, **options)
 
     def __call__(self, model: TwoTowers, image: Tensor, text: Tensor, characters: Tensor) -> Tensor:
         """The mean loss, 0-d; moves the memory."""
-        scale = model.logit_scale
-        stored = self.log_z[:, characters]
-        if not self._all_met:
-            new = self.visits[characters] == 0
-            if bool(new.any()):
-                stored = torch.where(new, self._own(image, text, scale), stored)
-            else:
-                self._all_met = bool((self.visits > 0).all())
-        loss, own = ck.decomposable(image, text, scale, (stored[0], stored[1]), return_log_normalizer=True)
-        self._move(characters, stored, torch.stack(list(own)))
-        return loss
-
-    @torch.no_grad()
-    def _own(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """The batch's own log-normalisers [2, N]: the cross-entropies of both directions."""
-        rows = ck.info_nce(image, text, scale, reduction="none")
-        return torch.stack([rows, ck.info_nce(text, image, scale, reduction="none")])
-
-    @torch.no_grad()
-    def _move(self, characters: Tensor, stored: Tensor, own: Tensor) -> None:
-        """Zbar <- (1 - g) Zbar + g Z, as logarithms."""
-        self.visits[characters] += 1
-        step = self.visits[characters].pow(-self.power).clamp_min(self.floor)
-        self.log_z[:, characters] = torch.logaddexp(stored + torch.log1p(-step), own + step.log())
+        return self.loss(image, text, characters, model.logit_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory."""
-        return {"log_z": self.log_z, "visits": self.visits}
+        return self.loss.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the memory back."""
-        self.log_z.copy_(state["log_z"])
-        self.visits.copy_(state["visits"])
+        self.loss.load_state_dict(state)
 
 
 def make_objective(loss: str, num_samples: int, device: torch.device | str = "cpu") -> Objective:

@@ -7,12 +7,13 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pixel_unshuffle
 
-__all__ = ["Captions", "ImageTower", "TextTower", "TwoTowers", "prepare_images"]
+__all__ = ["CaptionSet", "Captions", "ImageTower", "TextTower", "TwoTowers", "prepare_images"]
 
 BUCKETS = 2**15  # rows of the n-gram table; the captions have 18,000 different n-grams
 MAX_LOGIT_SCALE = 100.0  # as in CLIP
@@ -35,6 +36,16 @@ def n_grams(caption: str) -> list[str]:
     distant = [f"{a} ... {b}" for i, a in enumerate(words) for b in words[i + 2 :]]
     letters = [word[i : i + n] for n in (2, 3) for word in marked for i in range(len(word) - n + 1)]
     return marked + adjacent + distant + letters
+
+
+class CaptionSet(Protocol):
+    """Texts made ready for a text encoder: two tensors, whatever they mean to it."""
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the texts, by number [N]."""
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Every text, in order."""
 
 
 class Captions:
@@ -139,6 +150,10 @@ class TwoTowers(nn.Module):
     def encode_captions(self, captions: tuple[Tensor, Tensor]) -> Tensor:
         """Unit features [N, D]."""
         return normalize(self.text(captions), dim=1)
+
+    def prepare_captions(self, texts: Sequence[str]) -> CaptionSet:
+        """Texts as ``encode_captions`` takes them."""
+        return Captions(texts, self.log_logit_scale.device)
 
     @property
     def logit_scale(self) -> Tensor:

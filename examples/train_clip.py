@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from evaluate import RECALL_AT, Scores, evaluate
 from glyphs import BatchSampler, GlyphData, load_glyphs
-from objectives import LOSSES, initial_logits, make_objective
+from objectives import LOSSES, Objective, initial_logits, make_objective
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from towers import Captions, TwoTowers
+from towers import TwoTowers
 
 import contrastive_kernels as ck
 
@@ -73,24 +73,33 @@ class Trainer:
     device : torch.device or str
     """
 
+    views = 1  # of each picture in a batch
+
     def __init__(self, settings: Settings, data: GlyphData, device: torch.device | str = "cpu") -> None:
         self.settings, self.data, self.device = settings, data, torch.device(device)
         torch.manual_seed(settings.seed)
-        self.model = TwoTowers(settings.dim, *initial_logits(settings.loss)).to(self.device)
-        self.objective = make_objective(settings.loss, len(data.codepoints), self.device)
-        self.sampler = BatchSampler(data, settings.batch, seed=settings.seed, max_shift=settings.shift)
+        self.model = self._make_model().to(self.device)
+        self.objective = self._make_objective()
+        options = {"seed": settings.seed, "views": self.views, "max_shift": settings.shift}
+        self.sampler = BatchSampler(data, settings.batch, split="train", **options)
         self.steps = settings.steps or settings.epochs * len(self.sampler)
-        self.captions = Captions(data.captions, self.device)
+        self.captions = self.model.prepare_captions(data.captions)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
         self.step = 0
         self.seconds = 0.0  # spent in steps, over all sittings
         self.losses: list[Tensor] = []  # on the device: a step asks nothing of it
         self.scales: list[Tensor] = []
 
+    def _make_model(self) -> TwoTowers:
+        return TwoTowers(self.settings.dim, *initial_logits(self.settings.loss))
+
+    def _make_objective(self) -> Objective:
+        return make_objective(self.settings.loss, len(self.data.codepoints), self.device)
+
     def _groups(self) -> list[dict[str, Any]]:
         """Weight decay for matrices alone; the temperature learns ten times faster than the rest."""
         logits = [self.model.log_logit_scale, self.model.logit_bias]
-        others = [*self.model.image.parameters(), *self.model.text.parameters()]
+        others = [p for name, p in self.model.named_parameters() if p.requires_grad and "logit_" not in name]
         return [
             {"params": [p for p in others if p.ndim > 1], "weight_decay": self.settings.weight_decay, "speed": 1.0},
             {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "speed": 1.0},
@@ -106,13 +115,9 @@ class Trainer:
     def train_step(self) -> None:
         """Draws a batch and moves the towers."""
         started = time.perf_counter()
-        batch = self.sampler[self.step]
-        characters = torch.from_numpy(batch.characters).to(self.device)
-        images = torch.from_numpy(batch.images[0]).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate() * group["speed"]
-        image, text = self.model(images, self.captions[characters])
-        loss = self.objective(self.model, image, text, characters)
+        loss = self._loss()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -121,6 +126,14 @@ class Trainer:
         self.scales.append(self.model.logit_scale.detach())
         self.step += 1
         self.seconds += time.perf_counter() - started
+
+    def _loss(self) -> Tensor:
+        """The loss of this step's batch, 0-d."""
+        batch = self.sampler[self.step]
+        characters = torch.from_numpy(batch.characters).to(self.device)
+        images = torch.from_numpy(batch.images[0]).to(self.device)
+        image, text = self.model(images, self.captions[characters])
+        return self.objective(self.model, image, text, characters)
 
     def curve(self) -> dict[str, list[float]]:
         """Loss and temperature at every step so far."""

@@ -124,6 +124,15 @@ def test_a_model_compiled_by_inductor_trains():
             torch.testing.assert_close(p, q, rtol=5e-2, atol=2e-3)
 
 
+def test_the_compiler_meets_nothing_that_older_ones_cannot_trace(monkeypatch):
+    """torch 2.6 breaks the graph where it is asked whether a device has autocast."""
+    untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    (x, y, scale), _ = make("clip_loss", 20)
+    compiled = torch.compile(lambda: ck.clip_loss(x, y, scale), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), ck.clip_loss(x, y, scale))
+
+
 def test_no_grad_compiles_without_gradient_work():
     (x, y, scale), _ = make("clip_loss", 20)
     compiled = torch.compile(lambda: ck.clip_loss(x, y, scale), fullgraph=True, backend="aot_eager")

@@ -148,7 +148,7 @@ def test_explain_prints_every_backend_and_the_one_that_runs(capsys):
     ck.explain(X, Z, loss="info_nce")
     lines = capsys.readouterr().out.splitlines()
     assert "info_nce of 4 x 6 scores" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == list(ck.list_backends())
+    assert [line.split()[0] for line in lines[-len(ck.list_backends()) :]] == list(ck.list_backends())
     assert sum("chosen" in line for line in lines) == 1
     first = next(name for name in ck.list_backends() if ck.why_not(name, X) is None)
     assert next(line for line in lines if "chosen" in line).split()[0] == first

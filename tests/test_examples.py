@@ -244,27 +244,20 @@ def test_resumed_run_is_the_uninterrupted_run(finished, data, tmp_path, loss):
         train_clip.start(data, {"batch": 7}, path, True, "cpu")
 
 
-def test_decomposable_uses_what_was_stored_before_the_batch():
+def test_decomposable_remembers_every_character():
     torch.manual_seed(0)
     model = towers.TwoTowers(dim=8)
     x, y = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
-    memory = objectives.Decomposable(10, power=0.6, floor=0.0)
+    objective = objectives.make_objective("decomposable", 10)
     characters = torch.tensor([1, 3, 5, 7, 8, 9])
-    scale = model.logit_scale.detach()
-    own = torch.stack([ck.info_nce(a, b, scale, reduction="none") for a, b in ((x, y), (y, x))])
-
-    first = memory(model, x, y, characters)  # nothing stored yet: the batch's own, so InfoNCE's value
-    torch.testing.assert_close(first.detach(), ck.clip_loss(x, y, scale))
-    torch.testing.assert_close(memory.log_z[:, characters], own)
-    assert memory.visits.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 1, 1]
-
-    memory.log_z += 0.7
-    second = memory(model, x, y, characters)
-    expected = (torch.exp(torch.tensor(-0.7)) + own + 0.7 - 1).mean()  # u Z - log u - 1 at u = exp(-0.7) / Z
-    torch.testing.assert_close(second.detach(), expected)
-    step = 2**-0.6
-    moved = torch.log((1 - step) * torch.exp(own + 0.7) + step * torch.exp(own))
-    torch.testing.assert_close(memory.log_z[:, characters], moved)
+    loss = ck.DecomposableContrastiveLoss(10)
+    for scale in (0.0, 0.3):  # of the second batch, the first one's normalisers are stored
+        x = torch.nn.functional.normalize(x + scale, dim=1)
+        want = loss(x, y, characters, model.logit_scale)
+        torch.testing.assert_close(objective(model, x, y, characters), want)
+    state = objective.state_dict()
+    assert any(torch.equal(value, loss.memory.log_mean) for value in state.values())
+    assert state["memory.visits"][:, 0].tolist() == [0, 2, 0, 2, 0, 2, 0, 2, 2, 2]
 
 
 def test_settings_name_what_is_wrong():

@@ -128,6 +128,24 @@ def test_workspaces_threads_and_backends_agree(set_threads):
                 assert torch.equal(ck.retrieval_metrics(x, y, backend=backend, workspace_bytes=size).ranks, want)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch cannot take float32 for bfloat16 on a CPU"
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_products_may_be_rounded(backend):
+    """Where torch may round operands to bfloat16 (and does, on AMX units), ranks are still those of float32."""
+    x, y = features(200, 700, d=64)
+    anywhere = (torch.arange(200) * 37 + 5) % 700  # in the middle of the crowd, where rounding matters
+    want = dense(x, y, anywhere)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        assert torch.equal(ck.retrieval_metrics(x, y, positives=anywhere, backend=backend).ranks, want)
+    finally:
+        matmul.fp32_precision = "none" if before == torch.backends.mkldnn.fp32_precision else before
+
+
 def test_nan_counts_against_the_query():
     x, y = features(20, 30)
     y[25] = torch.nan

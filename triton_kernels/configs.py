@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PRECISIONS", "Tile", "family", "itemsize", "legality", "shipped", "tile_for"]
+__all__ = [
+    "PRECISIONS",
+    "WORKS",
+    "Tile",
+    "family",
+    "itemsize",
+    "legality",
+    "shared_memory",
+    "shipped",
+    "tile_for",
+    "work_of",
+]
 
 #: How operands are multiplied: 16-bit and TF32 on the tensor cores, float32 exactly ("ieee") without them.
 PRECISIONS = ("16-bit", "tf32", "ieee")
@@ -48,6 +59,11 @@ def family(capability: int) -> int | None:
     return max((member for member in _SHARED_MEMORY if member <= known), default=None) if known > 80 else None
 
 
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may take."""
+    return _SHARED_MEMORY[family(capability) or 80]
+
+
 def legality(tile: Tile, capability: int, precision: str) -> str | None:
     """The reason why a tile cannot run, or None: it can."""
     member = family(capability)
@@ -70,49 +86,56 @@ def legality(tile: Tile, capability: int, precision: str) -> str | None:
     return None
 
 
-#: The tile by family, precision and work: "reduce" (statistics), "weights" of one side and "both" sides. Shapes that
-#: compile without spills; tests compile every one of them.
-_TABLE: dict[tuple[int, str, str], Tile] = {
-    (80, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
-    (80, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
-    (80, "16-bit", "both"): Tile(128, 128, 64, 8, 3),
-    (80, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
-    (80, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
-    (80, "tf32", "both"): Tile(128, 128, 32, 8, 3),
-    (86, "16-bit", "reduce"): Tile(128, 128, 32, 8, 3),
-    (86, "16-bit", "weights"): Tile(128, 128, 32, 8, 3),
-    (86, "16-bit", "both"): Tile(128, 128, 32, 8, 3),
-    (86, "tf32", "reduce"): Tile(128, 128, 32, 8, 2),
-    (86, "tf32", "weights"): Tile(128, 128, 32, 8, 2),
-    (86, "tf32", "both"): Tile(128, 128, 32, 8, 2),
-    (90, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
-    (90, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
-    (90, "16-bit", "both"): Tile(128, 128, 64, 8, 3),
-    (90, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
-    (90, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
-    (90, "tf32", "both"): Tile(128, 128, 32, 8, 3),
-    (100, "16-bit", "reduce"): Tile(128, 128, 64, 8, 3),
-    (100, "16-bit", "weights"): Tile(128, 128, 64, 8, 3),
-    (100, "16-bit", "both"): Tile(128, 64, 64, 8, 3),
-    (100, "tf32", "reduce"): Tile(128, 128, 32, 8, 3),
-    (100, "tf32", "weights"): Tile(128, 128, 32, 8, 3),
-    (100, "tf32", "both"): Tile(128, 64, 32, 8, 3),
+#: What a kernel does: "reduce" leaves statistics, "weights" the weights of one side, "both" those of two, "fused"
+#: weights and statistics.
+WORKS = ("reduce", "weights", "both", "fused")
+
+#: Multiplied on the tensor cores. Shapes that compile without spills (tests compile every one of them): a thread holds
+#: its part of the tile twice, as scores and as weights, and the normalisers and gains of its columns.
+_WIDE_16, _NARROW_16 = Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)
+_WIDE_TF32, _NARROW_TF32 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
+#: ... with less shared memory.
+_SMALL_WIDE_16, _SMALL_NARROW_16 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
+_SMALL_WIDE_TF32, _SMALL_NARROW_TF32 = Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)
+#: Without the tensor cores a thread multiplies by itself.
+_IEEE = Tile(64, 64, 16, 4, 2)
+
+#: (family, precision): the tiles of WORKS.
+_TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
+    (80, "16-bit"): (_WIDE_16, _WIDE_16, _WIDE_16, _NARROW_16),
+    (80, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
+    (86, "16-bit"): (_SMALL_WIDE_16, _SMALL_WIDE_16, _SMALL_NARROW_16, _SMALL_NARROW_16),
+    (86, "tf32"): (_SMALL_WIDE_TF32, _SMALL_WIDE_TF32, _SMALL_NARROW_TF32, _SMALL_NARROW_TF32),
+    (90, "16-bit"): (_WIDE_16, _WIDE_16, _WIDE_16, _NARROW_16),
+    (90, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
+    (100, "16-bit"): (_WIDE_16, _WIDE_16, _NARROW_16, _NARROW_16),
+    (100, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
+    (120, "16-bit"): (_SMALL_WIDE_16, _SMALL_WIDE_16, _SMALL_NARROW_16, _SMALL_NARROW_16),
+    (120, "tf32"): (_SMALL_WIDE_TF32, _SMALL_WIDE_TF32, _SMALL_NARROW_TF32, _SMALL_NARROW_TF32),
 }
-#: Without the tensor cores a thread multiplies by itself: small tiles of many warps.
-_IEEE = Tile(64, 64, 16, 8, 2)
-_WORKS = ("reduce", "weights", "both")
 
 
-def tile_for(capability: int, precision: str, weights: bool, two_sided: bool, features: int) -> Tile:
-    """The tile for a compute capability, a precision, reduce or weight panels of one or two sides, and D features."""
+def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:
+    """The member of WORKS that a kernel with these outputs belongs to."""
+    if not weights:
+        return "reduce"
+    if statistics:
+        return "fused"
+    return "both" if two_sided else "weights"
+
+
+def tile_for(capability: int, precision: str, work: str) -> Tile:
+    """The tile for a compute capability, a precision and a kind of work."""
     if precision == "ieee":
         return _IEEE
-    member = family(capability)
-    work = ("both" if two_sided else "weights") if weights else "reduce"
-    return _TABLE[(86 if member == 120 else member or 80, precision, work)]
+    return _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
 
 
 def shipped() -> list[tuple[int, str, str, Tile]]:
-    """Every (family, precision, work, tile) of the table."""
-    rest = [(member, "ieee", work, _IEEE) for member in _SHARED_MEMORY for work in _WORKS]
-    return [(*key, tile) for key, tile in _TABLE.items()] + rest
+    """Every (family, precision, work, tile) that `tile_for` can answer with."""
+    return [
+        (member, precision, work, tile_for(member, precision, work))
+        for member in _SHARED_MEMORY
+        for precision in PRECISIONS
+        for work in WORKS
+    ]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from . import pair_terms
-from .configs import Tile, tile_for
+from .configs import WORKS, Tile, tile_for, work_of
 from .score import merge_kernel, score_kernel
 
 __all__ = ["INTERPRETED", "MERGE_BLOCK", "Scratch", "Vectors", "precision_of", "run_panel", "scratch_floats", "tile_of"]
@@ -22,7 +22,7 @@ MERGE_BLOCK = 256
 
 _TERMS = {"exponential": pair_terms.EXPONENTIAL, "sigmoid": pair_terms.SIGMOID}
 #: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
-_INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
+_INTERPRETED_TILE = Tile(64, 128, 32, 4, 1)
 
 
 class Vectors(NamedTuple):
@@ -67,18 +67,17 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile_of(device: torch.device, precision: str, weights: bool, two_sided: bool, features: int) -> Tile:
+def tile_of(device: torch.device, precision: str, work: str) -> Tile:
     """The tile for panels on this device."""
     if INTERPRETED:
         return _INTERPRETED_TILE
-    return tile_for(_capability(device), precision, weights, two_sided, features)
+    return tile_for(_capability(device), precision, work)
 
 
 def scratch_floats(rows: int, cols: int, x: Tensor) -> int:
     """float32 that the partial results of a panel of x's stream take at most."""
     precision = precision_of(x.dtype)
-    works = [(False, True), (True, False), (True, True)]
-    tiles = {tile_of(x.device, precision, weights, both, x.shape[1]) for weights, both in works}
+    tiles = {tile_of(x.device, precision, work) for work in WORKS}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
 
@@ -103,7 +102,8 @@ def run_panel(
     (n, d), m = x.shape, len(y)
     has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
     precision = precision_of(x.dtype)
-    tile = tile_of(x.device, precision, weights is not None, has_row and has_col, d)
+    statistics = row.state is not None or col.state is not None
+    tile = tile_of(x.device, precision, work_of(weights is not None, statistics, has_row and has_col))
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     row_partials, col_partials, params_partials = scratch[: sum(Scratch.of(tile, n, m))].split(Scratch.of(tile, n, m))
     excludes = exclude.shape[1]

@@ -52,11 +52,11 @@ def _tile_place(R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def _excluded_column(exclude_ptr, rows, k, R, first_column, EXCLUDES: tl.constexpr):
-    """The panel's column that the k-th exclusion of these rows leaves out [BLOCK_M]; negative past the end."""
+def _excluded_column(exclude_ptr, rows, k, R, C, first_column, EXCLUDES: tl.constexpr):
+    """The panel's column that the k-th exclusion of these rows leaves out [BLOCK_M]; -1 where it leaves out none."""
     inside = rows < R
-    column = tl.load(exclude_ptr + rows.to(tl.int64) * EXCLUDES + k, mask=inside, other=0)
-    return tl.where(inside, column - first_column, -1)
+    column = tl.load(exclude_ptr + rows.to(tl.int64) * EXCLUDES + k, mask=inside, other=0) - first_column
+    return tl.where(inside & (column >= 0) & (column < C), column, -1).to(tl.int32)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _every_pair_counts(
     """Whether a tile lies within the panel and holds no excluded pair; so it is with most tiles."""
     complete = (row0 + BLOCK_M <= R) & (col0 + BLOCK_N <= C)
     for k in tl.static_range(EXCLUDES):
-        column = _excluded_column(exclude_ptr, row0 + tl.arange(0, BLOCK_M), k, R, first_column, EXCLUDES)
+        column = _excluded_column(exclude_ptr, row0 + tl.arange(0, BLOCK_M), k, R, C, first_column, EXCLUDES)
         here = (column >= col0) & (column < col0 + BLOCK_N)
         complete = complete & (tl.max(here.to(tl.int32), 0) == 0)
     return complete
@@ -78,7 +78,7 @@ def _leave_out(z, exclude_ptr, rows, cols, R, C, first_column, EXCLUDES: tl.cons
     """z with -inf past the panel's ends and where a row's own columns are excluded."""
     z = tl.where((rows < R)[:, None] & (cols < C)[None, :], z, float("-inf"))
     for k in tl.static_range(EXCLUDES):
-        column = _excluded_column(exclude_ptr, rows, k, R, first_column, EXCLUDES)
+        column = _excluded_column(exclude_ptr, rows, k, R, C, first_column, EXCLUDES)
         z = tl.where(column[:, None] == cols[None, :], float("-inf"), z)
     return z
 

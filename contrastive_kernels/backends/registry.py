@@ -31,6 +31,10 @@ class Backend:
     reduce_panel: Callable[[PairTerm, Panel], None]
     weight_panel: Callable[[PairTerm, Panel], None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    #: the same for a GPU that is not there, by its compute capability (90 for 9.0); None: it serves none
+    why_not_capability: Callable[[int, torch.dtype], str | None] | None = None
+    #: kernels that a panel starts, (reduce, weight), without the driver's products; None: not counted
+    launches: tuple[int, int] | None = None
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
     #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
@@ -66,6 +70,8 @@ ORDER: tuple[Backend, ...] = (
         triton_backend.reduce_panel,
         triton_backend.weight_panel,
         triton_backend.why_not,
+        why_not_capability=triton_backend.why_not_capability,
+        launches=triton_backend.LAUNCHES,
         score_tile=False,
         native_operands=True,
         weights_dtype=triton_backend.weights_dtype,

@@ -26,11 +26,12 @@ __all__ = [
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
 #: 8 per tile.
-_SMALLEST_TILE = 32
+_SMALLEST_TILE = 64
 SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 8 / _SMALLEST_TILE**2
 SCRATCH_PER_ROW = 16.0
 
-_TERMS = ("exponential", "sigmoid")
+#: The score kernel and the one that merges, for a reduce panel and for a weight panel with sums for params.
+LAUNCHES = (2, 2)
 
 
 @cache
@@ -53,18 +54,24 @@ def _missing() -> str | None:
     return None
 
 
+def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
+    """The reason why this backend could not serve a GPU of this compute capability (90 for 9.0), or None."""
+    if dtype == torch.float64:
+        return "its scores are float32; float64 is the torch backend's"
+    if capability < 80:
+        return f"it needs compute capability 8.0; this GPU has {capability / 10:.1f}"
+    return _missing()
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why this backend cannot serve, or None."""
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it serves CUDA tensors, not those on {device.type}"
-    if dtype == torch.float64:
-        return "its scores are float32; float64 is the torch backend's"
-    if device.type == "cuda":
-        if not torch.cuda.is_available() or torch.version.cuda is None:
-            return "this torch sees no NVIDIA GPU"
-        if _capability(device) < (8, 0):
-            return f"it needs compute capability 8.0; this GPU has {'.'.join(map(str, _capability(device)))}"
-    return _missing()
+    if device.type != "cuda":
+        return why_not_capability(80, dtype)
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "this torch sees no NVIDIA GPU"
+    return why_not_capability(_capability(device), dtype)
 
 
 def _interpreted() -> bool:
@@ -73,8 +80,9 @@ def _interpreted() -> bool:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,261 @@
+"""What would run: which backend, how the score matrix is cut, and what each pass costs; nothing is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ._reduction import DEFAULT_WORKSPACE_BYTES
+from .backends import Backend, registry
+from .panel_shapes import blocks_of
+from .specs import LOSSES, LossSpec
+from .stream import Size, score_dtype
+from .streaming import keeps_scores
+from .workspace import MULTIPROCESSORS, multiprocessors, panel_bytes, panel_shape
+
+__all__ = ["Pass", "Plan", "plan"]
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk over the panels of the score matrix.
+
+    Parameters
+    ----------
+    name : str
+        "reduce" (the state of rows and columns) or "weigh" (weights and gradients).
+    panel : tuple of int
+        Rows and columns of a panel; the last ones may be smaller.
+    panels : int
+        How many there are.
+    products : float
+        Products of 2 rows cols features flop, of all panels together.
+    flop : int
+        Those products' floating-point operations.
+    bytes : int
+        Memory traffic beyond the caches at most: operands, scores and weights of panels, float32 sums.
+    launches : int or None
+        Kernels that the panels start, the vendor's products included; None where the backend does not count them.
+    workspace_bytes : int
+        What a panel takes.
+    """
+
+    name: str
+    panel: tuple[int, int]
+    panels: int
+    products: float
+    flop: int
+    bytes: int
+    launches: int | None
+    workspace_bytes: int
+
+    def __str__(self) -> str:
+        rows, cols = self.panel
+        count = "" if self.launches is None else f", {self.launches} launches"
+        return (
+            f"{self.name}: {self.panels} panel{'s' * (self.panels != 1)} of {rows} x {cols}, {self.products:g} "
+            f"product{'s' * (self.products != 1)}, {self.flop / 1e9:.3g} Gflop, {self.bytes / 2**20:.3g} MiB moved"
+            f"{count}, workspace {self.workspace_bytes / 2**20:.3g} MiB"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found; its string is what :func:`explain` prints.
+
+    Parameters
+    ----------
+    loss, rows, cols, features, dtype, device
+        What was asked. Rows and columns are those of the score matrix: both views' for ``nt_xent``.
+    backend : str
+        The backend that would run.
+    reasons : dict
+        Every backend's reason not to, by name; None: it could.
+    passes : tuple of Pass
+        For value and all gradients, in their order.
+    """
+
+    loss: str
+    rows: int
+    cols: int
+    features: int
+    dtype: torch.dtype
+    device: str
+    backend: str
+    reasons: dict[str, str | None]
+    passes: tuple[Pass, ...]
+
+    @property
+    def products(self) -> float:
+        """Products of all passes."""
+        return sum(each.products for each in self.passes)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The most that a pass takes."""
+        return max(each.workspace_bytes for each in self.passes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.loss} of {self.rows} x {self.cols} scores, D = {self.features}, {self.dtype} on {self.device}, "
+            f"value and gradients:"
+        ]
+        lines += [f"  {each}" for each in self.passes]
+        for name, reason in self.reasons.items():
+            verdict = f"no: {reason}" if reason else ("yes, chosen" if name == self.backend else "yes")
+            lines.append(f"  {name:<6} {verdict}")
+        return "\n".join(lines)
+
+
+def plan(
+    n: int,
+    m: int | None = None,
+    d: int = 512,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    loss: str = "clip_loss",
+    *,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    capability: int | None = None,
+) -> Plan:
+    """Says what would run for a loss of this size: backend, panels, products, launches and bytes. Computes nothing.
+
+    Parameters
+    ----------
+    n, m, d : int
+        Features are [N, D] and [M, D]; M is N if left out.
+    dtype : torch.dtype
+        Of the features.
+    device : str or torch.device
+        Where they would be. "cuda" may be asked for where there is none, with `capability`.
+    loss : str
+        The loss function's name.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        As the losses take it.
+    capability : int, optional
+        Plan for a GPU of this compute capability (90 for 9.0) instead of the one that is here.
+
+    Returns
+    -------
+    Plan
+        A dataclass; its string is a table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    What is counted is the walk over the panels; around it are O((N + M) D) operations of torch. Passes are those for
+    value and all gradients, of a mean: "none" takes one more product where the loss has a single pass.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> p = ck.plan(65536, 65536, 768, torch.bfloat16, "cpu", "clip_loss", backend="torch")
+    >>> [each.name for each in p.passes], float(p.products)
+    (['reduce', 'weigh'], 4.0)
+    """
+    device = torch.device(device)
+    rows, cols = _checked(n, m, d, dtype, loss, workspace_bytes)
+    spec = LOSSES[loss]
+    symmetric = loss == "nt_xent"
+    if symmetric:
+        rows, cols = 2 * rows, 2 * cols
+    if capability is not None and device.type != "cuda":
+        raise ValueError(f"capability: expected None for a device that is not CUDA's; got {capability} on {device}")
+    reasons = {each.name: _reason(each, device, dtype, capability, spec) for each in registry.ORDER}
+    name = next(name for name, reason in reasons.items() if reason is None) if backend is None else backend
+    chosen = registry.get(name)
+    if reasons[chosen.name] is not None:
+        raise ValueError(f"backend: {chosen.name!r} cannot serve {dtype} on {device}: {reasons[chosen.name]}")
+    count = multiprocessors(device) if capability is None else _multiprocessors(capability)
+    size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count)
+    where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
+    return Plan(loss, rows, cols, d, dtype, where, chosen.name, reasons, _passes(chosen, size, spec))
+
+
+def _checked(n: object, m: object, d: object, dtype: object, loss: str, workspace_bytes: object) -> tuple[int, int]:
+    """N and M."""
+    m = n if m is None else m
+    for name, value in (("n", n), ("m", m), ("d", d), ("workspace_bytes", workspace_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+        if value < (0 if name in ("n", "m") else 1):
+            raise ValueError(f"{name}: expected a positive number; got {value}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(_DTYPES.values())}; got {dtype!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}; got {loss!r}")
+    if n != m and loss in ("clip_loss", "nt_xent", "sigmoid"):
+        raise ValueError(f"m: expected as many as n for {loss}, whose rows match; got n = {n}, m = {m}")
+    return int(n), int(m)  # type: ignore[call-overload]
+
+
+def _reason(
+    backend: Backend, device: torch.device, dtype: torch.dtype, capability: int | None, spec: LossSpec
+) -> str | None:
+    """Why a backend cannot serve, on this machine or on one with a GPU of this capability."""
+    if capability is None or backend.why_not_capability is None:
+        return backend.refusal(device, dtype, spec.term)
+    return backend.why_not_capability(capability, dtype)
+
+
+def _multiprocessors(capability: int) -> int:
+    """Of the largest known GPU generation up to this one."""
+    known = [each for each in MULTIPROCESSORS if each <= capability] or [min(MULTIPROCESSORS)]
+    return MULTIPROCESSORS[max(known)]
+
+
+def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[Pass, ...]:
+    if spec.passes == 1:
+        return (_pass(backend, size, spec.products, weighs=True, scores=True),)
+    kept = keeps_scores(size.rows, size.cols, size.dtype, backend, size.workspace_bytes)
+    first = spec.forward_products
+    rest = spec.products - (2 if kept else 1) * first  # kept scores are not multiplied again
+    return (
+        _pass(backend, size, first, weighs=False, scores=True),
+        _pass(backend, size, rest, weighs=True, scores=not kept),
+    )
+
+
+def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: bool) -> Pass:
+    """One pass of this many products (of the whole matrix), which does the scores' product or finds them kept."""
+    shape = panel_shape(backend, size, weighs)
+    rows, cols = min(shape[0], size.rows), min(shape[1], size.cols)
+    blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
+    panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
+    launches = None
+    if backend.launches is not None:
+        # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
+        launches = panels * (backend.launches[weighs] + (2 if weighs else 0))
+    return Pass(
+        "weigh" if weighs else "reduce",
+        (rows, cols),
+        panels,
+        products,
+        int(2 * size.rows * size.cols * size.features * products),
+        panels * _panel_traffic(backend, size, rows, cols, weighs, scores),
+        launches,
+        panel_bytes(backend, size, weighs).of(rows, cols),
+    )
+
+
+def _panel_traffic(backend: Backend, size: Size, rows: int, cols: int, weighs: bool, scores: bool) -> int:
+    """Bytes that one panel reads and writes."""
+    operand, score, d = size.dtype.itemsize, score_dtype(size.dtype).itemsize, size.features
+    total = (rows + cols) * d * operand if scores else 0
+    if backend.score_tile:  # written by the product, read by the pass
+        total += (2 if scores else 1) * rows * cols * score
+    if weighs:
+        weights = backend.weights_dtype(size.device, size.dtype).itemsize
+        total += 3 * rows * cols * weights  # written once, read by two products
+        total += (rows + cols) * d * (operand + 2 * score)  # operands again; sums read and written
+    return total

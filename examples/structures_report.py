@@ -1,0 +1,207 @@
+"""The table and the picture of ``structures.py``: means over seeds, intervals, differences to the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from structured_towers import VARIANTS
+
+__all__ = ["COLUMNS", "draw_report", "interval", "print_report"]
+
+Result = dict[str, Any]
+Read = Callable[[Result], float | None]
+# Student's t, 97.5 %, by degrees of freedom; more are treated as normal
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def _at(*keys: str) -> Read:
+    """A number somewhere in a result, or None where that model has none."""
+
+    def read(result: Result) -> float | None:
+        value: Any = result
+        for key in keys:
+            if key not in value:
+                return None
+            value = value[key]
+        return float(value)
+
+    return read
+
+
+# {model: {table: {column: where its number is}}}; shares of 1 except the gap
+COLUMNS: dict[str, dict[str, dict[str, Read]]] = {
+    "towers": {
+        "zero-shot, balanced accuracy": {
+            **{f"script top-{k}": _at("zero-shot", "script", str(k)) for k in (1, 3, 5)},
+            **{f"category top-{k}": _at("zero-shot", "category", str(k)) for k in (1, 3, 5)},
+            "shift: known faces": _at("shift", "known faces", "1"),
+            "shift: new faces": _at("shift", "new faces", "1"),
+        },
+        "linear probes, balanced accuracy": {
+            **{f"script {k}-shot": _at("few-shot", "script", str(k)) for k in (1, 5, 20)},
+            **{f"category {k}-shot": _at("few-shot", "category", str(k)) for k in (1, 5, 20)},
+            "face, shared": _at("face", "shared", "mean"),
+            "face, independent": _at("face", "independent", "mean"),
+        },
+        "retrieval": {
+            **{f"image to text R@{k}": _at("retrieval", f"image to text R@{k}") for k in (1, 5, 10)},
+            **{f"text to image R@{k}": _at("retrieval", f"text to image R@{k}") for k in (1, 5, 10)},
+            "gap of the clouds": _at("gap"),
+        },
+    },
+    "fusion": {
+        "fusion tasks, accuracy": {
+            **{name: _at("questions", name, "accuracy") for name in ("script", "face", "marks", "pairs", "entailment")},
+            "image to text R@1": _at("retrieval", "image to text R@1"),
+            "text to image R@1": _at("retrieval", "text to image R@1"),
+        }
+    },
+}
+AVERAGED = ("zero-shot, balanced accuracy", "linear probes, balanced accuracy")  # as the issue's claim is put
+NOT_AVERAGED = ("face, independent",)  # the base has none
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval over seeds (Student's t); NaN for a single one."""
+    count = len(values)
+    mean = float(np.mean(values))
+    if count < 2:
+        return mean, math.nan
+    return mean, _T.get(count - 1, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(count)
+
+
+def by_seed(results: Sequence[Result], model: str, variant: str, read: Read) -> dict[int, float]:
+    """{seed: the column's number}."""
+    found = {}
+    for result in results:
+        if (result["cell"]["model"], result["cell"]["variant"]) == (model, variant):
+            value = read(result)
+            if value is not None:
+                found[int(result["cell"]["seed"])] = value
+    return found
+
+
+def average(name: str, columns: dict[str, Read]) -> Read:
+    """The mean of a table's columns, those that every variant has."""
+
+    def read(result: Result) -> float | None:
+        values = [column(result) for title, column in columns.items() if title not in NOT_AVERAGED]
+        return None if None in values else float(np.mean([v for v in values if v is not None]))
+
+    return read
+
+
+def _shown(values: dict[int, float], percent: bool, sign: str = "") -> str:
+    if not values:
+        return "-"
+    mean, half = interval(list(values.values()))
+    unit, digits = (100.0, 1) if percent else (1.0, 2)
+    text = f"{mean * unit:{sign}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half * unit:.{digits}f}"
+
+
+def print_report(console: Console, results: Sequence[Result]) -> None:
+    """Every table: a row per column of numbers, a column per variant; then what each variant adds to the base."""
+    for model, tables in COLUMNS.items():
+        own = [result for result in results if result["cell"]["model"] == model]
+        variants = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in own)]
+        if not own:
+            continue
+        for name, columns in tables.items():
+            table = Table("", *variants, title=f"{model}: {name}, %, mean ± 95 % interval", title_justify="left")
+            rows = dict(columns)
+            if name in AVERAGED or model == "fusion":
+                rows["average"] = average(name, columns)
+            for title, read in rows.items():
+                values = [by_seed(own, model, variant, read) for variant in variants]
+                table.add_row(title, *(_shown(v, title != "gap of the clouds") for v in values))
+            if "average" in rows and "base" in variants:
+                base = by_seed(own, model, "base", rows["average"])
+                table.add_section()
+                differences = [_difference(own, model, v, rows["average"], base) for v in variants]
+                table.add_row("average, less base's", *differences)
+            for column in table.columns[1:]:
+                column.justify = "right"
+            console.print(table)
+        seeds = sorted({result["cell"]["seed"] for result in own})
+        console.print(f"Seeds {', '.join(map(str, seeds))}. {_chances(own)}\n", highlight=False)
+
+
+def _difference(results: Sequence[Result], model: str, variant: str, read: Read, base: dict[int, float]) -> str:
+    """Paired by seed: the same first weights as far as both have them, the same batches, the same questions."""
+    values = by_seed(results, model, variant, read)
+    paired = {seed: values[seed] - base[seed] for seed in values if seed in base}
+    return "" if variant == "base" else _shown(paired, True, "+")
+
+
+def _chances(results: Sequence[Result]) -> str:
+    """What guessing reaches."""
+    first = results[0]
+    if "questions" in first:
+        parts = [f"{name} {value['by chance']:.1%}" for name, value in first["questions"].items()]
+    else:
+        parts = [f"{name} {1 / count:.1%} (top-1)" for name, count in first["classes"].items()] + ["face 50.0%"]
+    return "By chance: " + ", ".join(parts) + "."
+
+
+def draw_report(path: Path, results: Sequence[Result]) -> None:
+    """The towers' clouds in two dimensions, a panel per variant; below, what shared and independent features know."""
+    from matplotlib.figure import Figure
+
+    towers = [result for result in results if result["cell"]["model"] == "towers"]
+    variants = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in towers)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(3 * max(3, len(variants)), 6.4), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    upper, lower = parts
+    for axes, variant in zip(upper.subplots(1, max(1, len(variants)), squeeze=False)[0], variants):
+        result = next(result for result in towers if result["cell"]["variant"] == variant)
+        for name, color in (("image", "tab:blue"), ("text", "tab:orange")):
+            points = np.array(result["clouds"][name])
+            axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.5, color=color, label=name)
+        axes.set(
+            title=f"{variant}\ngap {result['gap']:.2f}", xlabel="along the gap", xticks=[], yticks=[], aspect="equal"
+        )
+    if variants:
+        upper.axes[0].legend(fontsize=7)
+    left, right = lower.subplots(1, 2, width_ratios=(1, 1.4))
+    tables = COLUMNS["towers"]
+    for name, color in (("shared", "tab:blue"), ("independent", "tab:green")):
+        read = tables["linear probes, balanced accuracy"][f"face, {name}"]
+        _bars(left, towers, "towers", variants, {f"face, {name}": read}, color, 0 if name == "shared" else 1, 2)
+    left.axhline(50, color="black", lw=0.8, ls=":")
+    left.set(title="linear probe of the face (bold, italic, serif, mono)", ylabel="balanced accuracy, %")
+    fusion = [result for result in results if result["cell"]["model"] == "fusion"]
+    asked = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in fusion)]
+    columns = COLUMNS["fusion"]["fusion tasks, accuracy"]
+    for i, (name, read) in enumerate(columns.items()):
+        _bars(right, fusion, "fusion", asked, {name: read}, f"C{i}", i, len(columns))
+    right.set(title="fusion model", ylabel="accuracy, %")
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def _bars(
+    axes: Any, results: Sequence[Result], model: str, variants: Sequence[str],
+    column: dict[str, Read], color: str, place: int, places: int,
+) -> None:  # fmt: skip
+    """One group of bars, a bar per variant, with intervals."""
+    ((name, read),) = column.items()
+    width = 0.8 / places
+    for i, variant in enumerate(variants):
+        values = list(by_seed(results, model, variant, read).values())
+        if values:
+            mean, half = interval(values)
+            label = name if not any(bar.get_label() == name for bar in axes.containers) else None
+            axes.bar(i + (place - (places - 1) / 2) * width, 100 * mean, width, color=color, label=label,
+                     yerr=None if math.isnan(half) else 100 * half)  # fmt: skip
+    axes.set_xticks(range(len(variants)), variants, fontsize=8)

@@ -1,0 +1,150 @@
+"""What would run, and how large panels are: arithmetic that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+from contrastive_kernels.backends import registry
+from contrastive_kernels.panel_shapes import PanelBytes, blocks_of, square_side, wave_shape
+from contrastive_kernels.specs import LOSSES
+
+MIB = 2**20
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (65, 65), (1000, 3), (65536, 65536), (70000, 70000), (1_000_000, 512)])
+@pytest.mark.parametrize("workspace", [4 * MIB, 64 * MIB])
+@pytest.mark.parametrize("products", [0, 2])
+def test_wave_shapes_fit_and_are_balanced(n, m, workspace, products):
+    size = PanelBytes(2.25, 4 * 512.0, 0.0)
+    rows, cols = wave_shape(n, m, 512, size, workspace, 132, products, False)
+    assert size.of(rows, cols) <= workspace
+    for length, side in ((n, rows), (m, cols)):
+        assert side % 64 == 0
+        count = blocks_of(length, side)
+        assert side == 64 or side - blocks_of(length, count) < 64, "blocks are of nearly equal size"
+
+
+def test_wave_shapes_weigh_both_sides():
+    """Thin panels spend their time on one side's sums; an H100's are squarish, and of whole waves."""
+    size = PanelBytes(2.25, 4 * 768.0, 0.0)
+    rows, cols = wave_shape(65536, 65536, 768, size, 64 * MIB, 132, 2, False)
+    assert 1 / 2 <= rows / cols <= 2
+    assert size.of(rows, cols) > 0.75 * 64 * MIB
+    for side in (rows, cols):
+        tiles = blocks_of(side, 128) * blocks_of(768, 256)
+        assert tiles / (132 * blocks_of(tiles, 132)) > 0.7, "the gradient products' last wave is mostly full"
+
+
+def test_wave_shapes_of_a_symmetric_matrix_are_square_and_several():
+    rows, cols = wave_shape(65536, 65536, 512, PanelBytes(0.25, 16.0, 16.0), 64 * MIB, 132, 0, True)
+    assert rows == cols
+    assert blocks_of(65536, rows) >= 4, "one panel would multiply both halves"
+
+
+def test_smallest_panels():
+    size = PanelBytes(8.0, 100.0, 0.0)
+    smallest = size.of(64, 64)
+    assert wave_shape(1000, 1000, 64, size, smallest, 132, 2, False) == (64, 64)
+    assert wave_shape(1000, 1000, 64, size, smallest - 1, 132, 2, False) is None
+    assert square_side(1000, 1000, size, smallest) == 64
+    assert square_side(1000, 1000, size, smallest - 1) is None
+
+
+def test_squares_of_a_cpu_stay_in_cache():
+    size = PanelBytes(4.0, 0.0, 0.0)
+    assert square_side(8192, 8192, size, 64 * MIB) == 1024
+    assert square_side(1025, 10, size, 64 * MIB) == 576  # two blocks of nearly equal size
+    assert square_side(0, 0, size, 64 * MIB) == 64
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plan_for_a_gpu_that_is_not_here(loss, dtype):
+    plan = ck.plan(20000, None, 768, dtype, "cuda", loss, capability=90)
+    spec = LOSSES[loss]
+    assert plan.products == spec.products
+    assert len(plan.passes) == spec.passes
+    assert plan.workspace_bytes <= 64 * MIB
+    assert set(plan.reasons) == set(ck.list_backends())
+    assert plan.reasons[plan.backend] is None
+    assert plan.passes[-1].name == "weigh" and plan.passes[-1].panel[0] >= 1024
+    text = str(plan)
+    assert "9.0" in text and plan.backend in text and f"{plan.passes[0].panels} panel" in text
+
+
+def test_plan_says_why_not():
+    plan = ck.plan(1000, device="cuda", capability=75)
+    assert "8.0" in plan.reasons["triton"] and "CPU" in plan.reasons["cpu"]
+    with pytest.raises(ValueError, match=r"'triton' cannot serve .*8\.0"):
+        ck.plan(1000, device="cuda", capability=75, backend="triton")
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU" in ck.plan(1000, device="cuda").reasons["triton"]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"n": 3.0}, TypeError, "n: expected an int; got float"),
+        ({"n": -1}, ValueError, "n: expected"),
+        ({"n": 4, "d": 0}, ValueError, "d: expected"),
+        ({"n": 4, "dtype": torch.int32}, TypeError, "dtype: expected"),
+        ({"n": 4, "loss": "triplet"}, ValueError, "loss: expected one of"),
+        ({"n": 4, "m": 5}, ValueError, "m: expected as many as n"),
+        ({"n": 4, "capability": 90}, ValueError, "capability: expected None"),
+        ({"n": 4, "workspace_bytes": 1}, ValueError, "workspace_bytes: expected at least"),
+        ({"n": 4, "backend": "fast"}, ValueError, "backend: expected"),
+    ],
+)
+def test_plan_refuses(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ck.plan(**arguments)
+
+
+@pytest.mark.parametrize("n", [100, 2000])
+def test_plan_counts_what_the_driver_does(n, monkeypatch):
+    """Panels of either pass, kept scores and all."""
+    counted = {"reduce": 0, "weigh": 0}
+    torch_backend = registry.get("torch")
+
+    def counting(name, operation):
+        def run(term, panel):
+            counted[name] += 1
+            operation(term, panel)
+
+        return run
+
+    replaced = {
+        **vars(torch_backend),
+        "reduce_panel": counting("reduce", torch_backend.reduce_panel),
+        "weight_panel": counting("weigh", torch_backend.weight_panel),
+    }
+    order = tuple(type(b)(**replaced) if b.name == "torch" else b for b in registry.ORDER)
+    monkeypatch.setattr(registry, "ORDER", order)
+    for loss in ("clip_loss", "nt_xent", "sigmoid"):
+        counted.update(reduce=0, weigh=0)
+        x, y = (torch.randn(n, 8).requires_grad_() for _ in range(2))
+        more = (-1.0,) if loss == "sigmoid" else ()
+        getattr(ck, loss)(x, y, 1.0, *more, backend="torch", workspace_bytes=4 * MIB).backward()
+        plan = ck.plan(n, d=8, loss=loss, backend="torch", workspace_bytes=4 * MIB)
+        assert {each.name: each.panels for each in plan.passes} == {k: v for k, v in counted.items() if v}
+
+
+def test_launches_are_those_of_the_plan():
+    """Kernels and products counted in the interpreter, against the plan's arithmetic."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, str(TESTS / "interpreted.py"), "launches"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = json.loads(result.stdout)
+    assert len(counts) >= 3
+    for case, (planned, counted) in counts.items():
+        assert planned == counted, case

@@ -1,0 +1,146 @@
+"""The Triton backend without a GPU: its kernels in the interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import offline
+
+from contrastive_kernels._triton import configs
+from contrastive_kernels.backends import triton as backend
+
+TESTS = Path(__file__).resolve().parent
+ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.mark.parametrize("what", ["float32", "float16", "bfloat16", "hostile"])
+def test_interpreted(what):
+    """The real driver and the one rule, with the kernels in Triton's interpreter."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "interpreted.py"), what]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def thinned(capability):
+    """Of an architecture's configurations, every one in bfloat16; of the other dtypes, those with the most to hold."""
+    for case in offline.cases(capability):
+        heaviest = case.statistics and case.weights and (case.two_sided or case.term == "sigmoid")
+        if case.dtype == "bf16" or (heaviest and (case.precision != "ieee" or capability == 90)):
+            yield case
+
+
+@pytest.mark.parametrize("case", itertools.chain.from_iterable(map(thinned, ARCHITECTURES)), ids=str)
+def test_compiled(case):
+    """No spills, memory that there is, and the architecture's own matrix instructions."""
+    made = offline.compile_score(case)
+    assert made.stack == 0, f"{made.stack} bytes of registers spilled"
+    assert made.shared <= configs.shared_memory(case.capability)
+    wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.capability]
+    assert (wanted in made.ptx) == (case.precision != "ieee")
+    if case.weights:
+        assert "st.global.v4" in made.ptx, "weights leave the chip 16 bytes at a time"
+
+
+def test_odd_sizes_compile_too():
+    """Rows that are no whole vectors, and features that are no whole blocks."""
+    case = next(c for c in offline.cases(90) if c.dtype == "bf16" and c.weights and c.statistics and c.two_sided)
+    odd = offline.Case(**{**vars(case), "even": False})
+    made = offline.compile_score(odd)
+    assert made.stack == 0 and "wgmma.mma_async" in made.ptx
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("term", ["exponential", "sigmoid"])
+def test_merge_compiles(term, capability):
+    made = offline.compile_merge(capability, term)
+    assert made.stack == 0
+
+
+def test_shipped_tiles_are_legal():
+    for member, precision, work, tile in configs.shipped():
+        assert configs.legality(tile, member, precision) is None, (member, precision, work)
+
+
+@pytest.mark.parametrize(
+    "tile, capability, precision, word",
+    [
+        (configs.Tile(128, 128, 64, 8, 3), 75, "16-bit", "below 8.0"),
+        (configs.Tile(96, 128, 64, 8, 3), 90, "16-bit", "block_m: expected a power of two; got 96"),
+        (configs.Tile(8, 128, 64, 8, 3), 90, "16-bit", "at least 16"),
+        (configs.Tile(256, 256, 64, 8, 3), 90, "16-bit", "accumulators"),
+        (configs.Tile(64, 128, 64, 8, 3), 90, "16-bit", "wgmma"),
+        (configs.Tile(128, 256, 64, 8, 5), 90, "16-bit", "shared memory"),
+        (configs.Tile(128, 128, 64, 8, 3), 86, "tf32", "shared memory"),
+    ],
+)
+def test_illegal_tiles_say_why(tile, capability, precision, word):
+    assert word in configs.legality(tile, capability, precision)
+
+
+def test_families_of_architectures():
+    assert [configs.family(c) for c in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)] == [
+        None, 80, 86, 80, 86, 90, 100, 100, 120, 120,
+    ]  # fmt: skip
+
+
+def test_cache_key_follows_the_members():
+    """A pair term's key holds its members' keys: an edited member is another kernel on disk."""
+    from contrastive_kernels._triton import pair_terms
+
+    for term in (pair_terms.EXPONENTIAL, pair_terms.SIGMOID):
+        assert all(member.cache_key in term.cache_key for member in term)
+        other = term._replace(merge=pair_terms.EXPONENTIAL.tile)
+        assert other.cache_key != term.cache_key
+
+
+def test_scratch_is_bounded():
+    """What the driver counts per score and per row covers what a panel's partial results take, for every tile."""
+    from contrastive_kernels._triton.launch import Scratch
+
+    tiles = {tile for *_, tile in configs.shipped()}
+    for tile, rows, cols in itertools.product(tiles, (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504)):
+        floats = sum(Scratch.of(tile, rows, cols))
+        bound = backend.SCRATCH_PER_SCORE * rows * cols + backend.SCRATCH_PER_ROW * (rows + cols) + 8
+        assert 4 * floats <= bound, (tile, rows, cols)
+
+
+def test_reasons():
+    cpu = torch.device("cpu")
+    assert "CUDA" in backend.why_not(cpu, torch.float32)
+    assert "float64" in backend.why_not_capability(90, torch.float64)
+    assert "8.0" in backend.why_not_capability(75, torch.float32)
+    assert backend.why_not_capability(90, torch.bfloat16) is None
+    with pytest.raises(ValueError, match="'triton' cannot serve"):
+        ck.clip_loss(torch.eye(4), torch.eye(4), 1.0, backend="triton")
+
+
+def test_package_lives_without_triton():
+    """Neither the import nor a loss needs Triton, and the reason says that it is missing."""
+    script = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("blocked for the test")
+sys.meta_path.insert(0, Blocked())
+import torch, contrastive_kernels as ck
+from contrastive_kernels.backends import triton as backend
+assert "triton" not in sys.modules
+ck.clip_loss(torch.eye(4), torch.eye(4), 1.0)
+print(backend.why_not_capability(90, torch.float32))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "not installed" in result.stdout or "blocked" in result.stdout
