@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 import sysconfig
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,8 @@ def build(tmp_path_factory):
     nvcc = setup.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
-    native_objects = [
-        *sorted((ROOT / "build").glob("ninja-*/csrc/cpu/*.o")),
-        *(ROOT / "build").glob("ninja-*/csrc/bindings.o"),
-    ]
+    built = ROOT / f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    native_objects = [*sorted((built / "csrc/cpu").glob("*.o")), *(built / "csrc").glob("bindings.o")]
     if len(native_objects) < 3:
         pytest.skip("the extension was not built in this checkout")
     toolchain = setup.find_toolchain()
