@@ -336,7 +336,7 @@ def run(
     scalars = {name: v.to(score_dtype(dtype)) for name, v in (("scale", inputs.scale), ("bias", inputs.bias))}
     leaves = {name: v.detach().requires_grad_(name in names) for name, v in (features | scalars).items()}
     value = inputs.call(module, loss, *leaves.values(), **options)
-    upstream = upstream_like(value, inputs.problem.seed).to(value.dtype)
+    upstream = upstream_like(value, inputs.problem.seed).to(value)
     if names:
         torch.autograd.backward(value, upstream)
     return Outcome(value.detach(), {name: leaf.grad for name, leaf in leaves.items()})

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import roofline
 import torch
 
 import contrastive_kernels as ck
@@ -136,6 +137,25 @@ def test_plan_counts_what_the_driver_does(n, monkeypatch):
         getattr(ck, loss)(x, y, 1.0, *more, backend="torch", workspace_bytes=4 * MIB).backward()
         plan = ck.plan(n, d=8, loss=loss, backend="torch", workspace_bytes=4 * MIB)
         assert {each.name: each.panels for each in plan.passes} == {k: v for k, v in counted.items() if v}
+
+
+def test_roofline_document_is_the_codes():
+    _, written, _ = roofline.split(roofline.DOCUMENT.read_text())
+    assert written == roofline.table(), "python tests/roofline.py writes it anew"
+
+
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent"])
+def test_flop_and_bytes_of_a_plan(loss):
+    """By hand, for whole panels of a bfloat16 problem on an H100."""
+    plan = ck.plan(8192, d=256, dtype=torch.bfloat16, device="cuda", loss=loss, backend="triton", capability=90)
+    weigh = plan.passes[-1]
+    rows, cols = weigh.panel
+    weights = 3 * 2 * rows * cols  # written, and read by two products
+    operands = 2 * (2 * 256 * (rows + cols))  # bfloat16, for the scores and for the gradients
+    sums = 2 * 4 * 256 * (rows + cols)  # float32, read and written
+    assert weigh.bytes == weigh.panels * (weights + operands + sums)
+    assert weigh.flop == 2 * 256 * plan.rows * plan.cols * (1.5 if loss == "nt_xent" else 3)
+    assert weigh.launches == 4 * weigh.panels
 
 
 def test_launches_are_those_of_the_plan():

@@ -45,9 +45,10 @@ class Scratch(NamedTuple):
 
     @classmethod
     def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
-        """Sizes for a panel of this shape."""
+        """Sizes for a panel of this shape, in whole 16 bytes: each part begins as aligned as the first."""
         row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
-        return cls(2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks)
+        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks)
+        return cls(*(-(-size // 4) * 4 for size in sizes))
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -84,6 +84,7 @@ ORDER: tuple[Backend, ...] = (
         cuda_backend.reduce_panel,
         cuda_backend.weight_panel,
         cuda_backend.why_not,
+        why_not_capability=cuda_backend.why_not_capability,
         score_tile=False,
         native_operands=True,
         weights_dtype=cuda_backend.weights_dtype,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from functools import cache
 from typing import Any
@@ -45,10 +44,10 @@ def _kernels() -> Any:
 @cache
 def _missing() -> str | None:
     """The reason why the kernels cannot be imported, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     try:
         _kernels()
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
     except Exception as error:  # whatever a Triton of another version raises, it is the reason
         return f"Triton cannot be used ({type(error).__name__}: {error})"
     return None

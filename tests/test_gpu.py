@@ -1,0 +1,275 @@
+"""On an NVIDIA GPU: the same problems by the same rule, and what only a GPU has: streams, graphs, huge sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from problems import ALL, BY_NAME, PROBLEMS, Inputs, Outcome, engine_options, make_inputs, run
+from tolerance import assert_outcome
+
+import contrastive_kernels as ck
+
+pytestmark = pytest.mark.gpu
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+MIB = 2**20
+DEVICE = torch.device("cuda")
+BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
+FUSED = [name for name in BACKENDS if name != "torch"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def require(backend: str, dtype: torch.dtype) -> None:
+    """Skips where the backend cannot serve this GPU."""
+    reason = ck.why_not(backend, torch.zeros(1, 1, dtype=dtype, device=DEVICE))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    """The same arguments on the GPU, in the same layout."""
+
+    def moved(value):
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.dim() == 2 and not value.is_contiguous():
+            length = value.untyped_storage().size() // value.element_size()
+            base = torch.full((length,), torch.nan, dtype=value.dtype, device=DEVICE)
+            view = base.as_strided(value.shape, value.stride(), value.storage_offset())
+            (view[:1] if 0 in value.stride() else view).copy_(value[:1] if 0 in value.stride() else value)
+            return view
+        return value.to(DEVICE)
+
+    return dataclasses.replace(inputs, **{f.name: moved(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)})
+
+
+def on_cpu(outcome: Outcome) -> Outcome:
+    return outcome.map(lambda name, value: value.cpu())
+
+
+CASES = [
+    pytest.param(problem, loss, dtype, backend, id=f"{problem.name}-{loss}-{named(dtype)}-{backend}")
+    for problem in PROBLEMS
+    for dtype in DTYPES
+    for loss in problem.losses
+    for backend in BACKENDS
+    if (problem.float16 or dtype != torch.float16)
+    and (dtype != torch.float64 or backend == "torch")
+    and not problem.name.startswith("drawn")  # a GPU's generator draws other numbers than the truth's
+]
+
+
+@pytest.mark.parametrize("problem, loss, dtype, backend", CASES)
+def test_value_and_gradients(problem, loss, dtype, backend):
+    require(backend, dtype)
+    inputs = make_inputs(problem, dtype)
+    there = on_gpu(inputs)
+    options = engine_options(there, loss, backend)
+    for reduction in ("mean", "none"):
+        outcome = run(ck, there, loss, dtype, reduction=reduction, **options)
+        assert_outcome(inputs, loss, reduction, on_cpu(outcome))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_two_runs_are_bitwise_equal(loss, dtype, backend):
+    require(backend, dtype)
+    there = on_gpu(make_inputs(BY_NAME["panels"], dtype))
+    options = engine_options(there, loss, backend)
+    first, second = (run(ck, there, loss, dtype, **options) for _ in range(2))
+    for name in ("value", "x", "y", "scale"):
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("loss", ALL)
+def test_nan_is_not_lost(loss, backend):
+    require(backend, torch.bfloat16)
+    there = on_gpu(make_inputs(BY_NAME["panels"], torch.bfloat16))
+    x = there.x.clone()
+    x[-1, 3] = torch.nan
+    x.requires_grad_()
+    value = there.call(ck, loss, x, there.y, there.scale, there.bias, backend=backend)
+    value.backward()
+    assert value.isnan() and x.grad[-1].isnan().all()
+
+
+def features(n, d, dtype, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    make = (torch.randn(n, d, generator=generator, device=DEVICE) for _ in range(2))
+    return [torch.nn.functional.normalize(v, dim=1).to(dtype).requires_grad_() for v in make]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_another_stream(backend):
+    """Work goes to the current stream: inputs that a side stream is still making are waited for, by it alone."""
+    require(backend, torch.bfloat16)
+    x, y = features(3000, 256, torch.bfloat16)
+    ck.clip_loss(x, y, 14.0, backend=backend).backward()
+    wanted, x.grad, y.grad = (x.grad, y.grad), None, None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late_x, late_y = (v.detach().clone().requires_grad_() for v in (x, y))
+        ck.clip_loss(late_x, late_y, 14.0, backend=backend).backward()
+    side.synchronize()
+    assert torch.equal(late_x.grad, wanted[0]) and torch.equal(late_y.grad, wanted[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent"])
+def test_captured_in_a_graph(loss, backend):
+    """A captured step, replayed on other data, gives what an eager step gives."""
+    require(backend, torch.bfloat16)
+    x, y = features(1500, 128, torch.bfloat16)
+    scale = torch.full((), 10.0, device=DEVICE, requires_grad=True)
+    more = (torch.full((), -5.0, device=DEVICE),) if loss == "sigmoid" else ()
+    leaves = (x, y, scale)
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        value = getattr(ck, loss)(x, y, scale, *more, backend=backend)
+        value.backward()
+        return value
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    for leaf in leaves:
+        leaf.grad = None
+    with torch.cuda.graph(graph):
+        captured = getattr(ck, loss)(x, y, scale, *more, backend=backend)
+        captured.backward()
+    captured_gradients = [leaf.grad for leaf in leaves]
+    with torch.no_grad():
+        for leaf, fresh in zip((x, y), features(1500, 128, torch.bfloat16, seed=1)):
+            leaf.copy_(fresh)
+        scale.fill_(20.0)
+    graph.replay()
+    replayed = [captured.clone(), *(g.clone() for g in captured_gradients)]
+    eager = step()
+    for ours, wanted in zip(replayed, [eager, *(leaf.grad for leaf in leaves)]):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent", "decomposable"])
+def test_nothing_synchronises(loss, backend):
+    require(backend, torch.float16)
+    x, y = features(1000, 64, torch.float16)
+    scale = torch.full((), 10.0, device=DEVICE, requires_grad=True)
+    more = {"sigmoid": (-5.0,), "decomposable": (torch.full((1000,), 7.0, device=DEVICE),)}.get(loss, ())
+    getattr(ck, loss)(x, y, scale, *more, backend=backend).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(ck, loss)(x, y, scale, *more, backend=backend).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_sizes_beyond_int32(backend):
+    """70,000 x 70,000 scores: their number passes 2^31. Values of all rows, gradients of some, against float64."""
+    require(backend, torch.bfloat16)
+    n, scale = 70_000, 20.0
+    x, y = features(n, 64, torch.bfloat16)
+    losses = ck.info_nce(x, y, scale, reduction="none", backend=backend)
+    losses.sum().backward()
+    for start in (0, 35_000, n - 64):
+        rows = slice(start, start + 64)
+        exact = x[rows].detach().double().requires_grad_()
+        z = scale * exact @ y.detach().double().T
+        wanted = z.logsumexp(1) - z[torch.arange(64), torch.arange(start, start + 64)]
+        wanted.sum().backward()
+        torch.testing.assert_close(losses[rows].double(), wanted, rtol=1e-5, atol=1e-5)
+        error = (x.grad[rows].double() - exact.grad).norm() / exact.grad.norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, error
+    total = torch.zeros(64, 64, dtype=torch.float64, device=DEVICE)
+    last = slice(n - 64, n)
+    for start in range(0, n, 10_000):
+        z = scale * x[start : start + 10_000].detach().double() @ y.detach().double().T
+        p = z.softmax(1)[:, last]
+        total += scale * p.T @ x[start : start + 10_000].detach().double()
+    total -= scale * x[last].detach().double()
+    error = (y.grad[last].double() - total).norm() / total.norm()
+    assert error < 4 * torch.finfo(torch.bfloat16).eps, error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent", "decomposable"])
+def test_memory_stays_within_its_bound(loss, backend):
+    require(backend, torch.bfloat16)
+    n, d, workspace = 12_000, 256, 32 * MIB
+    x, y = features(n, d, torch.bfloat16)
+    more = {"sigmoid": (-5.0,), "decomposable": (torch.full((n,), 9.0, device=DEVICE),)}.get(loss, ())
+
+    def step():
+        x.grad = y.grad = None
+        getattr(ck, loss)(x, y, 10.0, *more, backend=backend, workspace_bytes=workspace).backward()
+
+    step()
+    x.grad = y.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    used = torch.cuda.max_memory_allocated() - before
+    matrices = n * d * (4 * 2 + 2 * 4)  # float32 sums of both, and both gradients with room for a copy
+    assert used <= workspace + matrices * (2 if loss == "nt_xent" else 1) + 24 * MIB, used / MIB
+
+
+def test_float32_products_follow_torchs_setting():
+    """TF32 where torch has it, and not where it has not."""
+    require("triton", torch.float32)
+    x, y = features(2000, 512, torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    errors = {}
+    truth = ck.clip_loss(x.double(), y.double(), 100.0, backend="torch")
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            errors[allowed] = (
+                ck.clip_loss(x, y, 100.0, backend="triton", reduction="none").double().mean() - truth
+            ).abs()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert errors[False] < 1e-5 < errors[True] < 1e-2
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_compiled_in_one_graph(backend):
+    require(backend, torch.bfloat16)
+    x, y = features(1000, 128, torch.bfloat16)
+    scale = torch.full((), 10.0, device=DEVICE)
+
+    def loss(x, y, scale):
+        return ck.clip_loss(2 * x, y, scale, backend=backend)
+
+    eager = loss(x, y, scale)
+    eager.backward()
+    wanted, x.grad = x.grad, None
+    compiled = torch.compile(loss, fullgraph=True)(x, y, scale)
+    compiled.backward()
+    assert torch.equal(compiled, eager) and torch.equal(x.grad, wanted)
+
+
+def test_a_gpu_is_served_by_its_own_kernels():
+    require("triton", torch.bfloat16)
+    plan = ck.plan(8192, d=512, dtype=torch.bfloat16, device="cuda")
+    assert plan.backend == "triton"
