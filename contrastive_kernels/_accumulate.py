@@ -116,6 +116,7 @@ def accumulate(
         x, y = check_features(*encode(batch), ("x", "y"), loss.normalize)
         if len(x) != size or len(y) != size:
             raise ValueError(f"encode: expected {size} rows, as its index has; got {len(x)} and {len(y)}")
+        expectation = expectation.to(x.device)
         negatives = max((total if across else size) - 1, 1)
         notional = loss._notional(negatives)
         z_pos = positive_scores(x, y, scale, None, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from ._checks import check_positives, check_vector, make_params
 
 __all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
 
-#: Rows of the features that are copied to the scores' dtype at a time.
-_ROWS = 4096
+#: Numbers of a block of products of features, a megabyte of float32.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the E-step knows of a batch before it is seen: [N, directions] each, on the features' device."""
+    """What the E-step knows of a batch before it is seen, [N, directions] each, on the index's device."""
 
     index: Tensor
     #: logarithm of the stored mean of exp(z) over negatives, and visits so far
@@ -30,6 +30,11 @@ class Expectation:
     direction: int | None
     #: some sample may not have been met yet
     cold: bool
+
+    def to(self, device: torch.device) -> Expectation:
+        """The same on the features' device; the index stays where it is."""
+        values = {name: getattr(self, name).to(device) for name in ("log_mean", "visits", "log_weight")}
+        return replace(self, **values)
 
 
 def recomputing() -> bool:
@@ -69,9 +74,9 @@ def positive_scores(
         return check_vector(given, "positive_logits", len(x), x, differentiable=True).detach()
     scale = make_params(x, logit_scale)[0]
     index, offset = check_positives(positives, x, y)
-    parts = []
-    for start in range(0, len(x), _ROWS):
-        stop = min(start + _ROWS, len(x))
+    parts, rows = [], max(1, _BLOCK // x.shape[1])
+    for start in range(0, len(x), rows):
+        stop = min(start + rows, len(x))
         partner = y[start + (offset or 0) : stop + (offset or 0)] if index is None else y[index[start:stop]]
         parts.append((x[start:stop].to(scale.dtype) * partner.to(scale.dtype)).sum(1))
     return scale * torch.cat(parts) if parts else x.new_zeros(0, dtype=scale.dtype)

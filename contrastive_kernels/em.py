@@ -246,6 +246,7 @@ class DecomposableContrastiveLoss(nn.Module):
         A pure function, which may be computed again. Arguments as in :meth:`forward`.
         """
         x, y = check_features(x, y, ("x", "y"), self.normalize)
+        expectation = expectation.to(x.device)
         two = expectation.log_mean.shape[1] == 2
         if len(expectation.index) != len(x):
             raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")

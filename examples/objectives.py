@@ -69,6 +69,10 @@ _FORMULAS: dict[str, Formula] = {
 class Decomposable:
     """The decomposable loss over all characters, with a memory of every character's normaliser, one per direction.
 
+    By default the batch enters the average before it is weighed by it: at the temperatures that are learnt here a row's
+    normaliser scatters by a factor of five from batch to batch, and rows weighed by what never saw the batch outweigh
+    one another. docs/decomposable.md has figures.
+
     Parameters
     ----------
     num_samples : int
@@ -79,6 +83,7 @@ class Decomposable:
     """
 
     def __init__(self, num_samples: int, device: torch.device | str = "cpu", **options: Any) -> None:
+        options = {"weights": "updated", "floor": 0.6, **options}
         self.loss = ck.DecomposableContrastiveLoss(num_samples, device=device, **options)
 
     def __call__(self, model: TwoTowers, image: Tensor, text: Tensor, characters: Tensor) -> Tensor:

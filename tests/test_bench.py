@@ -35,7 +35,7 @@ needs_proc = pytest.mark.skipif(memory.why_not("cpu") is not None, reason=str(me
 def test_every_backend_and_every_peer_has_a_provider():
     import contrastive_kernels as ck
 
-    assert set(providers()) == PEERS | {f"ours-{name}" for name in ck.list_backends()}
+    assert set(providers()) == PEERS | {"em-step"} | {f"ours-{name}" for name in ck.list_backends()}
     for loss in LOSSES:
         able = {name for name, p in providers().items() if loss in p.losses}
         assert {"ours-torch", "ours-cpu", "dense", "checkpointed"} <= able
