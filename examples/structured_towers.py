@@ -32,7 +32,7 @@ class Structure:
     geometry: float = 0.0
 
 
-# The paper prints no weights. These are ours: docs/structures_experiment.md says how they were found.
+# The paper prints no weights. These are first guesses: docs/structures_experiment.md has what they do.
 SEPARATION, BRIDGE, GEOMETRY = 0.1, 0.1, 0.02
 VARIANTS: dict[str, Structure] = {
     "base": Structure(),
