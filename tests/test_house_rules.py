@@ -17,7 +17,7 @@ PACKAGE = ROOT / "contrastive_kernels"
 LAYERS = [
     {"structure_losses"},
     {"_explain", "em", "losses", "structure"},
-    {"_plan"},
+    {"_plan", "_tuning"},
     {"_accumulate"},
     {"_expectation"},
     {"functional"},
