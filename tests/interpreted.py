@@ -56,6 +56,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "t0.01": ("nt_xent", "sigmoid"),
         "zero-weights": ("clip_loss",),
         "sparse-weights": ("decomposable",),
+        "rather-stale": None,
     },
     "bfloat16": {
         "base": None,

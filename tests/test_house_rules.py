@@ -34,7 +34,7 @@ LAYERS = [
     {"backends.cpu", "backends.cuda", "backends.torch", "backends.triton"},
     {"backends.native"},
     {"backends.panel"},
-    {"panel_shapes", "reference_structure"},
+    {"overlap", "panel_shapes", "reference_structure"},
     {"_C", "_geometry", "_library", "_philox", "_triton", "reference", "specs"},
 ]
 #: Parts of the package that are not its Python modules.
