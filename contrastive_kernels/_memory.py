@@ -241,6 +241,15 @@ class NormalizerMemory(nn.Module):
         )
 
     @torch.no_grad()
+    def rescale(self, ratio: float | Tensor) -> None:
+        """Multiplies all logarithms by (new scale / old scale), after the temperature moved by more than some percent.
+
+        The logarithm of a mean of exp(scale * s) is convex in the scale and 0 at scale 0, so that this falls short of
+        the truth by less than leaving it alone does; docs/decomposable.md has figures. O(num_samples), in place.
+        """
+        self.log_mean.mul_(ratio)
+
+    @torch.no_grad()
     def grow(self, num_samples: int) -> None:
         """Makes room for samples that the data set gained; they have not been met. What is stored stays.
 

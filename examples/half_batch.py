@@ -46,7 +46,7 @@ __all__ = ["METHODS", "Run", "Towers", "train_towers"]
 BUCKETS, DIM, WIDTH = 4096, 64, 128
 LOGIT_SCALE = 1 / 0.07
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 2e-3, 0.1, 0.1
-BATCH, SEEDS, SAMPLES = 64, 5, 40_000
+BATCH, SEEDS, SAMPLES = 64, 5, 60_000
 
 #: Options of ``DecomposableContrastiveLoss`` by name; None: the conventional loss of the batch.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -154,14 +154,12 @@ def run(method: str, batch: int, seed: int, samples: int) -> Run:
 
 
 def plan(batch: int) -> list[tuple[str, int]]:
-    """(method, batch size) of B, B / 2 and B / 4, as far as a comparison needs them."""
+    """(method, batch size) of B, B / 2 and B / 4, as far as a comparison needs them; the most telling first."""
     half, quarter = batch // 2, batch // 4
     return [
-        *(("conventional", size) for size in (batch, half, quarter)),
-        ("stored", half),
-        *(("updated", size) for size in (half, quarter)),
-        *(("own", size) for size in (batch, half)),
-    ]
+        ("conventional", batch), ("updated", half), ("conventional", half), ("own", half),
+        ("stored", half), ("own", batch), ("updated", quarter), ("conventional", quarter),
+    ]  # fmt: skip
 
 
 #: Student's t, two-sided 95 %, by degrees of freedom; beyond 9, 2.2.
@@ -217,7 +215,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             means, widths = zip(*(interval(p) for p in points))
             places = [b * 1.03 ** (k - 1) for b in sizes]  # side by side
             axis.errorbar(places, means, widths, marker="o", capsize=3, label=method, color=colours.get(method))
-        largest = [100 * getattr(r, name) for r in runs if r.batch == max(r.batch for r in runs)]
+        base = [r for r in runs if r.method == "conventional"]
+        largest = [100 * getattr(r, name) for r in base if r.batch == max(r.batch for r in base)]
         axis.axhline(interval(largest)[0], color="tab:blue", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="batch size", title=title)
         ticks = sorted({r.batch for r in runs})
@@ -231,10 +230,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
-def train_all(settings: Sequence[tuple[str, int]], seeds: Sequence[int], samples: int, processes: int) -> Iterator[Run]:
-    """All runs, a few at a time, in whichever order they end."""
+def train_all(jobs: Sequence[tuple[str, int, int, int]], processes: int) -> Iterator[Run]:
+    """All runs (method, batch, seed, samples), a few at a time, in whichever order they end."""
     load_glyphs(progress=False)  # drawn once, before the processes want it
-    jobs = [(method, batch, seed, samples) for seed in seeds for method, batch in settings]
     if processes == 1:
         yield from (run(*job) for job in jobs)
         return
@@ -252,7 +250,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures that every run sees")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write a row per run; rows of other runs in it stay")
+    parser.add_argument("--json", type=Path, help="write a row per run; runs that it holds are not repeated")
     parser.add_argument("--png", type=Path, help="draw the scores")
     arguments = parser.parse_args()
     settings = [s for s in plan(arguments.batch) if s[0] in ("conventional", *arguments.methods)]
@@ -260,13 +258,15 @@ def main() -> None:
     runs: list[Run] = []
     if arguments.json and arguments.json.exists():
         runs = [Run(**row) for row in json.loads(arguments.json.read_text())]
+    wanted = [(*setting, seed, arguments.samples) for setting in settings for seed in seeds]
+    held = {(r.method, r.batch, r.seed, r.samples) for r in runs}
+    jobs = [job for job in wanted if job not in held]
     console = Console(width=None if sys.stdout.isatty() else 120)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("training", total=len(settings) * len(seeds))
-        for new in train_all(settings, seeds, arguments.samples, arguments.processes):
-            same = (new.method, new.batch, new.seed)
-            runs = [r for r in runs if (r.method, r.batch, r.seed) != same] + [new]
+        task = progress.add_task("training", total=len(wanted), completed=len(wanted) - len(jobs))
+        for new in train_all(jobs, arguments.processes):
+            runs.append(new)
             progress.update(task, advance=1, description=f"{new.method}, B = {new.batch}: {new.recall:.1%}")
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def test_half_batch_command(data, tmp_path, monkeypatch, capsys):
     assert {(r["method"], r["batch"]) for r in rows} == wanted and len(rows) == 2 * len(wanted)
     assert all(0 <= r["recall"] <= 1 and 0 <= r["zero_shot"] <= 1 for r in rows)
     assert png.read_bytes().startswith(PNG) and "difference" in capsys.readouterr().out
-    command(half_batch, monkeypatch, *options, "--seeds", 1)  # the same runs replace themselves
+    command(half_batch, monkeypatch, *options, "--seeds", 1)  # what is there is not repeated
     assert len(json.loads(out.read_text())) == len(rows)
     half_batch._data.cache_clear()
 

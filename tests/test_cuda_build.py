@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 import sysconfig
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,10 +35,8 @@ def build(tmp_path_factory):
     nvcc = setup.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
-    native_objects = [
-        *sorted((ROOT / "build").glob("ninja-*/csrc/cpu/*.o")),
-        *(ROOT / "build").glob("ninja-*/csrc/bindings.o"),
-    ]
+    built = ROOT / f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    native_objects = [*sorted((built / "csrc/cpu").glob("*.o")), *(built / "csrc").glob("bindings.o")]
     if len(native_objects) < 3:
         pytest.skip("the extension was not built in this checkout")
     toolchain = setup.find_toolchain()
@@ -98,6 +98,9 @@ def test_the_library_loads_and_tells_what_it_lacks(build, monkeypatch):
     monkeypatch.setattr(cuda, "_C", module)
     assert re.fullmatch(rf"CUDA \d+\.\d, sm_{ARCH}", cuda.build())
     assert cuda.why_not(torch.device("cpu"), torch.float32) == "it serves tensors on CUDA devices, not on cpu"
+    for capability, served in ((75, False), (80, False), (90, True), (100, False)):
+        assert (cuda.why_not_capability(capability, torch.float16) is None) == served
+    assert "float64" in cuda.why_not_capability(90, torch.float64)
     if torch.cuda.is_available():
         return
     case = Case(5, 7)
@@ -105,6 +108,16 @@ def test_the_library_loads_and_tells_what_it_lacks(build, monkeypatch):
     with pytest.raises(RuntimeError, match=r"contrastive_kernels: cuda.*(driver|device)"):
         cuda.reduce_panel(EXPONENTIAL, panel)
     assert re.search(r"cuda.*(driver|device)", module.cuda_why_not(0))
+
+
+def test_a_gpu_is_served_by_its_generation_or_by_ptx(monkeypatch):
+    built = types.SimpleNamespace(cuda_version=lambda: 13000, cuda_architectures=lambda: "75_86_90_90PTX")
+    monkeypatch.setattr(cuda, "_C", built)
+    assert cuda.build() == "CUDA 13.0, sm_75, sm_86, sm_90, PTX 90"
+    served = {arch: cuda.why_not_capability(arch, torch.float16) is None for arch in (70, 75, 80, 86, 89, 90, 100, 120)}
+    assert served == {70: False, 75: True, 80: False, 86: True, 89: True, 90: True, 100: True, 120: True}
+    assert cuda.why_not_capability(75, torch.bfloat16) == "bfloat16 needs compute capability 8.0"
+    assert cuda.why_not_capability(80, torch.float16).endswith("PTX 90, and this GPU has compute capability 8.0")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,19 @@ def test_no_step_waits_for_the_host():
     assert memory.cold
 
 
+def test_rescaling_comes_nearer_to_a_moved_temperature():
+    n = 200
+    generator = torch.Generator().manual_seed(0)
+    similarities = torch.tanh(0.5 * torch.randn(n, n, generator=generator))
+    old, new = (torch.logsumexp(s * similarities, 1)[:, None] - math.log(n) for s in (10.0, 12.0))
+    memory = ck.NormalizerMemory(n, directions=1)
+    memory.update(torch.arange(n), old)
+    memory.rescale(torch.tensor(1.2))
+    assert ((memory.log_mean < new) & (memory.log_mean > old)).all()
+    assert (new - memory.log_mean).mean() < 0.6 * (new - old).mean()
+    assert (new - memory.log_mean).std() < (new - old).std()
+
+
 def test_the_batch_is_moved_to_the_memory_and_back():
     memory = ck.NormalizerMemory(10).double()
     memory.update(torch.arange(2), torch.ones(2, 2, dtype=torch.float16))

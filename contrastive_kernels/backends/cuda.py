@@ -42,41 +42,51 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why this backend cannot serve, or None."""
-    if MISSING is not None:
-        return MISSING
-    if _C.cuda_version() == 0:
-        return "the extension was built without CUDA (CK_CUDA=1 installs it with CUDA, where there is nvcc)"
+    if (reason := _missing()) is not None:
+        return reason
     if device.type != "cuda":
         return f"it serves tensors on CUDA devices, not on {device.type}"
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "this torch sees no NVIDIA GPU"
-    if dtype == torch.float64:
-        return "its scores are float32; float64 is the torch backend's"
     index = torch.cuda.current_device() if device.index is None else device.index
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(index) < (8, 0):
-        return "bfloat16 needs compute capability 8.0"
-    reason = _device_reason(index)
-    return f"it is built for {build()}: {reason}" if reason else None
+    major, minor = torch.cuda.get_device_capability(index)
+    reason = _dtype_reason(10 * major + minor, dtype)
+    if reason is None and _device_reason(index):
+        return f"it is built for {build()}: {_device_reason(index)}"
+    return reason
 
 
 def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
     """The reason why this backend could not serve a GPU of this compute capability (90 for 9.0), or None."""
+    reason = _missing() or _dtype_reason(capability, dtype)
+    if reason is not None:
+        return reason
+    for arch in _C.cuda_architectures().split("_"):
+        number = int(re.sub(r"\D", "", arch))
+        same_generation = number // 10 == capability // 10
+        if number <= capability and (same_generation or arch.endswith("PTX")):
+            return None
+    return f"it is built for {build()}, and this GPU has compute capability {capability / 10:.1f}"
+
+
+def _missing() -> str | None:
+    """Why there are no kernels to run anywhere."""
     if MISSING is not None:
         return MISSING
     if _C.cuda_version() == 0:
         return "the extension was built without CUDA (CK_CUDA=1 installs it with CUDA, where there is nvcc)"
+    return None
+
+
+def _dtype_reason(capability: int, dtype: torch.dtype) -> str | None:
+    """Why a dtype is not served on a GPU."""
     if dtype == torch.float64:
         return "its scores are float32; float64 is the torch backend's"
     if dtype == torch.bfloat16 and capability < 80:
         return "bfloat16 needs compute capability 8.0"
-    for arch in _C.cuda_architectures().split("_"):
-        number = int(re.match(r"\d*", arch)[0] or 0)  # type: ignore[index]
-        # machine code serves later members of its family, PTX every later GPU
-        if number <= capability and (arch.endswith("PTX") or number // 10 == capability // 10):
-            return None
-    return f"it is built for {build()}"
+    return None
 
 
 def build() -> str | None:

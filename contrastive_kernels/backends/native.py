@@ -9,7 +9,7 @@ from ..specs import PairTerm
 from .panel import Panel, SearchPanel, Side
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
-    from contrastive_kernels import _C  # noqa: F401
+    import contrastive_kernels._C  # noqa: F401  (`from contrastive_kernels import` would blame a circular import)
 except ImportError as error:
     MISSING: str | None = f"the C++ extension contrastive_kernels._C is not installed ({error})"
 else:
