@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import reference, reference_structure
 from ._explain import explain, list_backends, why_not
 from ._plan import plan
+from ._tuning import autotune
 from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
@@ -29,6 +30,7 @@ __all__ = [
     "SeparationHead",
     "SigmoidLoss",
     "__version__",
+    "autotune",
     "brownian_bridge",
     "clip_loss",
     "decomposable",

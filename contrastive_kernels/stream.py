@@ -75,6 +75,8 @@ class Size:
     workspace_bytes: int
     #: of the GPU
     multiprocessors: int
+    #: panels of weights that are held at a time
+    buffers: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Stream:
     scores: Tensor | None = None
     #: y is x, and no row is its own negative: panels above the diagonal serve their mirror images too
     symmetric: bool = False
+    #: a second CUDA stream makes the weights of the next panel while this one's are multiplied; for measurements, with
+    #: the triton backend
+    overlap: bool = False
 
     def exclude(self) -> Tensor:
         """Columns left out of each row, [N, K]."""

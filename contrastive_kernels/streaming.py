@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .backends.panel import Side
+from .overlap import Overlap
 from .panel_shapes import LARGEST_SQUARE, SMALLEST_PANEL
 from .specs import EXPONENTIAL
 from .stream import Positives, Stream, score_dtype
@@ -99,7 +100,9 @@ def weigh(
         Gives `positive` where it depends on the states, once they are complete.
     """
     want_x, want_y, want_params = wanted
-    workspace = Workspace(stream, weighs=True, gains=(row.gain, col.gain))
+    bounded = stream.term is not EXPONENTIAL or (row.state is None and col.state is None)
+    workspace = Workspace(stream, weighs=True, gains=(row.gain, col.gain), bounded=bounded)
+    overlap = Overlap(stream.x.device, stream.overlap)
     # The rows are swept one block after the other, so their sums are finished block by block where nothing comes late.
     by_block = late_positive is None and not stream.symmetric
     dx = _Sums(stream, stream.x, workspace.rows if by_block else None) if want_x else None
@@ -107,15 +110,17 @@ def weigh(
     dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=stream.x.device) if want_params else None
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
-            panel = workspace.panel(i, j, dparams)
+            panel = workspace.panel(i, j, dparams, overlap.buffer)
             panel.scores_ready = stream.scores is not None
             panel.row = _side_part(row, i)
             panel.col = _side_part(col, j) if workspace.serves_columns(i, j) else Side()
-            stream.backend.weight_panel(stream.term, panel)
+            with overlap.making():
+                stream.backend.weight_panel(stream.term, panel)
             if dx is not None:
                 workspace.accumulate(dx.part(i), panel.weights, stream.y[j], panel.y)
             if dy is not None:
                 workspace.accumulate(dy.part(j), panel.weights.T, stream.x[i], panel.x)
+            overlap.multiplied()
         if dx is not None and dx.blocked:
             dx.rescale(workspace.rescale)
             _add_positives_to_rows(stream, dx, i, positive)

@@ -19,6 +19,8 @@ __all__ = ["MULTIPROCESSORS", "Workspace", "blocks", "multiprocessors", "panel_b
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 #: float16 weights, at most the largest gain, are kept times this: softmax-sized ones would fall subnormal.
 _FLOAT16_SCALE = 2.0**14
+#: ... with room for weights up to 255 times their gains where normalisers are known beforehand, and perhaps stale.
+_FLOAT16_SCALE_OF_STALE = 2.0**8
 
 
 class Workspace:
@@ -31,10 +33,14 @@ class Workspace:
     weighs : bool
         Whether the pass makes weights.
     gains : tuple of Tensor
-        The gains of both sides, whose largest bounds the weights; needed where weights are float16.
+        The gains of both sides; needed where weights are float16.
+    bounded : bool
+        The gains bound the weights: normalisers are of this matrix, not known beforehand and perhaps stale.
     """
 
-    def __init__(self, stream: Stream, weighs: bool = False, gains: tuple[Tensor | None, ...] = ()) -> None:
+    def __init__(
+        self, stream: Stream, weighs: bool = False, gains: tuple[Tensor | None, ...] = (), bounded: bool = True
+    ) -> None:
         self.stream = stream
         x, device, backend = stream.x, stream.x.device, stream.backend
         self.dtype = score_dtype(x.dtype)
@@ -51,7 +57,9 @@ class Workspace:
         # bfloat16 product, as of torch 2.13, reads the gap behind a row, and NaN there reaches the result.)
         self.stride = self.cols if device.type == "cuda" else None
         self.weights = torch.empty(
-            rows * (self.stride or cols) if self.separate else 0, dtype=weights_dtype, device=device
+            (2 if stream.overlap else 1) * rows * (self.stride or cols) if self.separate else 0,
+            dtype=weights_dtype,
+            device=device,
         )
         self.scratch = torch.empty(backend.scratch(rows, cols, x) if rows and cols else 0, device=device)
         self.exclude = stream.exclude()
@@ -60,8 +68,9 @@ class Workspace:
         if weighs and weights_dtype == torch.float16:
             largest = sum(g.abs().amax() for g in gains if g is not None and len(g))
             largest = torch.as_tensor(largest, dtype=self.dtype, device=device).clamp(min=1e-30)
-            self.factor = (_FLOAT16_SCALE / largest).reshape(1)
-            self.rescale = stream.params[:1] * (largest / _FLOAT16_SCALE)
+            scale = _FLOAT16_SCALE if bounded else _FLOAT16_SCALE_OF_STALE
+            self.factor = (scale / largest).reshape(1)
+            self.rescale = stream.params[:1] * (largest / scale)
 
     def row_blocks(self) -> Iterator[slice]:
         """Row blocks, with their copy in the operands' dtype at hand."""
@@ -79,8 +88,8 @@ class Workspace:
         """A symmetric stream's panels off the diagonal also stand for their mirror images."""
         return not self.stream.symmetric or i != j
 
-    def panel(self, i: slice, j: slice, dparams: Tensor | None = None) -> Panel:
-        """The panel of one row block and one column block."""
+    def panel(self, i: slice, j: slice, dparams: Tensor | None = None, buffer: int = 0) -> Panel:
+        """The panel of one row block and one column block, with its weights in one of the buffers."""
         stream = self.stream
         shape = (i.stop - i.start, j.stop - j.start)
         if stream.scores is not None:
@@ -95,16 +104,17 @@ class Workspace:
             exclude=self.exclude[i],
             first_column=j.start,
             bfloat16_values=stream.x.dtype == torch.bfloat16,
-            weights=self._weights(shape) if self.separate else scores,
+            weights=self._weights(shape, buffer) if self.separate else scores,
             dparams=dparams,
             factor=self.factor,
             scratch=self.scratch,
         )
 
-    def _weights(self, shape: tuple[int, int]) -> Tensor:
+    def _weights(self, shape: tuple[int, int], buffer: int) -> Tensor:
         """Room for the weights of a panel [R, C]."""
         stride = self.stride or shape[1]
-        return self.weights[: shape[0] * stride].view(shape[0], stride)[:, : shape[1]]
+        start = len(self.weights) // 2 if buffer else 0
+        return self.weights[start : start + shape[0] * stride].view(shape[0], stride)[:, : shape[1]]
 
     def accumulate(self, sums: Tensor, weights: Tensor, block: Tensor, block_in_operand_dtype: Tensor) -> None:
         """sums += weights @ block, in the weights' dtype, with sums in the scores' dtype."""
@@ -132,7 +142,7 @@ def size_of(stream: Stream) -> Size:
     x = stream.x
     return Size(
         len(x), len(stream.y), x.shape[1], x.dtype, x.device, stream.symmetric, stream.workspace_bytes,
-        multiprocessors(x.device),
+        multiprocessors(x.device), 2 if stream.overlap else 1,
     )  # fmt: skip
 
 
@@ -164,7 +174,7 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     weights_dtype = backend.weights_dtype(size.device, size.dtype)
     separate = weights_dtype != scores or not backend.score_tile
     tile = scores.itemsize * (1 + backend.temporaries) if backend.score_tile else 0
-    per_score = tile + (weights_dtype.itemsize if separate and weighs else 0) + backend.scratch_per_score
+    per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + backend.scratch_per_score
     if size.dtype == scores:
         return PanelBytes(per_score, backend.scratch_per_row, backend.scratch_per_row)
     if backend.native_operands:  # a block of sums

@@ -15,7 +15,7 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
+from problems import BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 from triton.runtime import interpreter
 
@@ -56,6 +56,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "t0.01": ("nt_xent", "sigmoid"),
         "zero-weights": ("clip_loss",),
         "sparse-weights": ("decomposable",),
+        "rather-stale": None,
     },
     "bfloat16": {
         "base": None,
@@ -100,7 +101,7 @@ def hostile() -> list[str]:
     """What fails of NaN and infinity among the inputs, and of equality of two runs."""
     failures = []
     inputs = make_inputs(BY_NAME["base"], torch.float32)
-    for loss in ALL:
+    for loss in ("clip_loss", "sigmoid", "decomposable_pair"):
         first, second = (run(ck, inputs, loss, torch.float32, backend="triton") for _ in range(2))
         for name in ("value", "x", "y", "scale"):
             if not torch.equal(first[name], second[name]):

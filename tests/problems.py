@@ -172,6 +172,8 @@ PROBLEMS = (
     Problem("zero-weights", "a mean of nothing is 0, not NaN", n=3, weight="zero"),
     # the decomposable loss
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
+    Problem("rather-stale", "weights sixty times their gains: 16-bit ones need the room",
+            staleness=-4.0, losses=DECOMPOSABLE),
     Problem("very-stale", "u Z = e^80: close to the largest number",
             staleness=-80.0, temperature=1.0, float16=False, losses=DECOMPOSABLE),
     Problem("drawn", "u from its exact conditional distribution", decomposable=(("shape", 1.0),), losses=DECOMPOSABLE),

@@ -10,6 +10,11 @@ from problems import ALL, BY_NAME, PROBLEMS, Inputs, Outcome, engine_options, ma
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
+from contrastive_kernels.backends import get
+from contrastive_kernels.backends.panel import Side
+from contrastive_kernels.specs import EXPONENTIAL
+from contrastive_kernels.stream import Positives, Stream
+from contrastive_kernels.streaming import weigh
 
 pytestmark = pytest.mark.gpu
 
@@ -267,6 +272,27 @@ def test_compiled_in_one_graph(backend):
     compiled = torch.compile(loss, fullgraph=True)(x, y, scale)
     compiled.backward()
     assert torch.equal(compiled, eager) and torch.equal(x.grad, wanted)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_overlap_changes_nothing(backend):
+    """Panels in turn on two streams: the same sums, and in two runs bitwise so."""
+    require(backend, torch.bfloat16)
+    x, y = (v.detach() for v in features(6000, 256, torch.bfloat16))
+    params = torch.tensor([10.0, 0.0], device=DEVICE)
+    normalizer = torch.full((6000,), 9.0, device=DEVICE)
+    side = Side(None, normalizer, torch.ones_like(normalizer))
+    results = []
+    for overlap in (False, True, True):
+        # twice the room for two buffers; the shapes of panels may still differ
+        stream = Stream(
+            EXPONENTIAL, x, y, params, Positives(0), get(backend), (2 if overlap else 1) * 8 * MIB, overlap=overlap
+        )
+        results.append(weigh(stream, side, side, (True, True, True)))
+    for name in ("dx", "dy", "dparams"):
+        for other in results[1:]:
+            torch.testing.assert_close(getattr(other, name), getattr(results[0], name), rtol=1e-2, atol=1e-3)
+        assert torch.equal(getattr(results[1], name), getattr(results[2], name))
 
 
 def test_a_gpu_is_served_by_its_own_kernels():

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "contrastive_kernels"
 LAYERS = [
     {"structure_losses"},
     {"_explain", "em", "losses", "structure"},
-    {"_plan"},
+    {"_plan", "_tuning"},
     {"_accumulate"},
     {"_expectation"},
     {"functional"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"backends.cpu", "backends.cuda", "backends.torch", "backends.triton"},
     {"backends.native"},
     {"backends.panel"},
-    {"panel_shapes", "reference_structure"},
+    {"overlap", "panel_shapes", "reference_structure"},
     {"_C", "_geometry", "_library", "_philox", "_triton", "reference", "specs"},
 ]
 #: Parts of the package that are not its Python modules.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import registry
+from contrastive_kernels.overlap import Overlap
 from contrastive_kernels.panel_shapes import PanelBytes, blocks_of, square_side, wave_shape
 from contrastive_kernels.specs import LOSSES
 
@@ -137,6 +139,53 @@ def test_plan_counts_what_the_driver_does(n, monkeypatch):
         getattr(ck, loss)(x, y, 1.0, *more, backend="torch", workspace_bytes=4 * MIB).backward()
         plan = ck.plan(n, d=8, loss=loss, backend="torch", workspace_bytes=4 * MIB)
         assert {each.name: each.panels for each in plan.passes} == {k: v for k, v in counted.items() if v}
+
+
+class Recorded:
+    """A CUDA stream or event that notes what it is told, and what has been told to it before."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, "after", other.name))
+
+    def wait_event(self, event):
+        self.log.append((self.name, "waits", event.name))
+
+    def record(self, stream):
+        self.log.append((stream.name, "records", self.name))
+
+
+def test_overlap_takes_turns(monkeypatch):
+    """A panel's products come after its weights; the weights of the next but one after those products."""
+    log, names = [], iter(["made0", "made1", "used0", "used1"])
+    current = []
+    main, side = Recorded("main", log), Recorded("side", log)
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Recorded(next(names), log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    overlap = Overlap(torch.device("cuda"), True)
+    for k in range(4):
+        assert overlap.buffer == k % 2
+        with overlap.making():
+            log.append((current[-1].name, "weights", k))
+        log.append(("main", "products", k))
+        overlap.multiplied()
+    for k in range(4):
+        made, used = f"made{k % 2}", f"used{k % 2}"
+        at = log.index(("side", "weights", k))
+        assert log[at + 1 : at + 4] == [("side", "records", made), ("main", "waits", made), ("main", "products", k)]
+        assert log[at + 4] == ("main", "records", used)
+        assert (log[at - 1] == ("side", "waits", used)) == (k >= 2)
 
 
 def test_roofline_document_is_the_codes():

@@ -13,12 +13,13 @@ import torch
 
 import contrastive_kernels as ck
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
-import offline  # noqa: E402 (it imports Triton, as the rest does)
+import offline
+import triton.testing
 
-from contrastive_kernels._triton import configs, launch, pair_terms  # noqa: E402
-from contrastive_kernels.backends import triton as backend  # noqa: E402
+from contrastive_kernels._triton import configs, launch, pair_terms, tuning
+from contrastive_kernels.backends import triton as backend
 
 TESTS = Path(__file__).resolve().parent
 ARCHITECTURES = (80, 90, 100)
@@ -112,7 +113,18 @@ class AbsentGPU:
 
 
 @pytest.fixture
-def started(monkeypatch):
+def absent_gpu(monkeypatch, tmp_path):
+    """An H100 that nobody has measured, as far as the launcher asks."""
+    monkeypatch.setattr(launch, "_capability", lambda device: 90)
+    monkeypatch.setattr(launch, "gpu_name", lambda device: "GPU")
+    monkeypatch.setattr(tuning, "tiles", tuning.TunedTiles(tmp_path / "cache" / "tiles.json"))
+    launch.tile_of.cache_clear()
+    yield
+    launch.tile_of.cache_clear()
+
+
+@pytest.fixture
+def started(monkeypatch, absent_gpu):
     """The kernels that would have started on an H100, compiled from the launcher's own arguments."""
     kernels = []
 
@@ -121,7 +133,6 @@ def started(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU())
     monkeypatch.setattr(launch, "_launch", start)
-    monkeypatch.setattr(launch, "_capability", lambda device: 90)
     return kernels
 
 
@@ -159,6 +170,68 @@ def test_scratch_is_bounded():
         floats = sum(launch.Scratch.of(tile, rows, cols))
         bound = backend.SCRATCH_PER_SCORE * rows * cols + backend.SCRATCH_PER_ROW * (rows + cols) + 64
         assert 4 * floats <= bound, (tile, rows, cols)
+
+
+def test_measured_tiles_are_kept_and_found(absent_gpu):
+    """Written by one process, read by the next; another key, or a tile that is no longer legal, has the table's."""
+    path = tuning.tiles.path
+    tile = configs.Tile(64, 128, 32, 4, 2)
+    name = tuning.key("GPU", triton.__version__, "16-bit", "reduce", 500)
+    tuning.TunedTiles(path).put({name: tile})
+    tuning.TunedTiles(path).put({name.replace("reduce", "both"): configs.Tile(256, 256, 64, 4, 2)})
+    assert tuning.TunedTiles(path).get(name) == tile
+    device = torch.device("cuda", 7)
+    assert launch.tile_of(device, "16-bit", "reduce", 512) == tile
+    assert launch.tile_of(device, "16-bit", "reduce", 513) == configs.tile_for(90, "16-bit", "reduce")
+    assert launch.tile_of(device, "16-bit", "both", 512) == configs.tile_for(90, "16-bit", "both")
+
+
+@pytest.mark.parametrize("work", configs.WORKS)
+def test_measuring_tries_every_candidate(work, absent_gpu, monkeypatch):
+    """Without a GPU: the launches that would be timed, and the choice by made-up times."""
+    tried = []
+
+    def start(kernel, programs, *arguments, **constants):
+        if kernel is launch.score_kernel:
+            shape = constants["BLOCK_M"], constants["BLOCK_N"], constants["BLOCK_K"]
+            tried.append(configs.Tile(*shape, constants["num_warps"], constants["num_stages"]))
+            assert programs == -(-300 // shape[0]) * -(-300 // shape[1])
+            assert constants["COL"] == (work != "weights")
+
+    def bench(run, return_mode):
+        run()
+        return 2.0 if tried[-1] != wanted else 1.0
+
+    candidates = tuning.candidates(90, "16-bit", work)
+    wanted = candidates[5]
+    monkeypatch.setattr(launch, "_launch", start)
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    assert launch.measure(torch.device("cpu"), "16-bit", work, 96, torch.bfloat16, 300) == wanted
+    assert tried == candidates
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": {"block_m": 64}}', '{"a": 3}'])
+def test_a_damaged_file_of_tiles_is_named(tmp_path, text):
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    with pytest.warns(RuntimeWarning, match="tiles.json is left aside"):
+        assert tuning.TunedTiles(path).get("a") is None
+
+
+def test_candidates_are_legal_and_the_fastest_wins():
+    for member, precision, work, tile in configs.shipped():
+        tried = tuning.candidates(member, precision, work)
+        assert tried[0] == tile and len(set(tried)) == len(tried) > 3
+        assert all(configs.legality(each, member, precision) is None for each in tried)
+        assert min(min(each.block_m, each.block_n) for each in tried) >= 64, (
+            "what the driver's bound of scratch counts on"
+        )
+    times = dict(zip(tried, [2.0, None, 1.0, 1.0]))
+    assert tuning.fastest(tried, times.get) == (tried[2], 1.0)
+    with pytest.raises(RuntimeError, match="no tile ran"):
+        tuning.fastest(tried, lambda tile: None)
+    with pytest.raises(TypeError, match="features: expected an int"):
+        ck.autotune(3.0)
 
 
 def test_reasons():

@@ -9,11 +9,22 @@ import torch
 import triton
 from torch import Tensor
 
-from . import pair_terms
-from .configs import WORKS, Tile, tile_for, work_of
+from . import pair_terms, tuning
+from .configs import WORKS, Tile, legality, tile_for, work_of
 from .score import merge_kernel, score_kernel
 
-__all__ = ["INTERPRETED", "MERGE_BLOCK", "Scratch", "Vectors", "precision_of", "run_panel", "scratch_floats", "tile_of"]
+__all__ = [
+    "INTERPRETED",
+    "MERGE_BLOCK",
+    "Scratch",
+    "Vectors",
+    "gpu_name",
+    "measure",
+    "precision_of",
+    "run_panel",
+    "scratch_floats",
+    "tile_of",
+]
 
 #: The kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
@@ -68,17 +79,28 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile_of(device: torch.device, precision: str, work: str) -> Tile:
-    """The tile for panels on this device."""
+@cache
+def gpu_name(device: torch.device) -> str:
+    """The name of a GPU, as measured tiles are filed under it."""
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def tile_of(device: torch.device, precision: str, work: str, features: int) -> Tile:
+    """The tile for panels on this device: the measured one, if someone has measured, or the table's."""
     if INTERPRETED:
         return _INTERPRETED_TILE
-    return tile_for(_capability(device), precision, work)
+    capability = _capability(device)
+    measured = tuning.tiles.get(tuning.key(gpu_name(device), triton.__version__, precision, work, features))
+    if measured is not None and legality(measured, capability, precision) is None:
+        return measured
+    return tile_for(capability, precision, work)
 
 
 def scratch_floats(rows: int, cols: int, x: Tensor) -> int:
     """float32 that the partial results of a panel of x's stream take at most."""
     precision = precision_of(x.dtype)
-    tiles = {tile_of(x.device, precision, work) for work in WORKS}
+    tiles = {tile_of(x.device, precision, work, x.shape[1]) for work in WORKS}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
 
@@ -95,16 +117,19 @@ def run_panel(
     weights: Tensor | None = None,
     factor: Tensor | None = None,
     dparams: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """One panel: its statistics into the states, its weights times `factor`, its sums into dparams [2].
 
-    x [R, D], y [C, D] with dense rows; params [2]; exclude [R, K]; scratch: at least scratch_floats of float32.
+    x [R, D], y [C, D] with dense rows; params [2]; exclude [R, K]; scratch: at least scratch_floats of float32. The
+    tile is chosen unless it is given.
     """
     (n, d), m = x.shape, len(y)
     has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
     precision = precision_of(x.dtype)
     statistics = row.state is not None or col.state is not None
-    tile = tile_of(x.device, precision, work_of(weights is not None, statistics, has_row and has_col))
+    work = work_of(weights is not None, statistics, has_row and has_col)
+    tile = tile_of(x.device, precision, work, d) if tile is None else tile
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     row_partials, col_partials, params_partials = scratch[: sum(Scratch.of(tile, n, m))].split(Scratch.of(tile, n, m))
     excludes = exclude.shape[1]
@@ -141,3 +166,30 @@ def run_panel(
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """The one place where kernels start. Triton 3.10 will switch fused multiply-add off unless it is asked for."""
     kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
+
+
+def measure(device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int) -> Tile:
+    """The fastest legal tile for panels of side x side scores, by the GPU's own clock."""
+    from triton.testing import do_bench
+
+    x, y = (torch.randn(side, features, device=device).to(dtype) for _ in range(2))
+    vector, state = torch.zeros(side, device=device), torch.zeros(2, side, device=device)
+    params, exclude = torch.ones(2, device=device), torch.arange(side, device=device)[:, None]
+    scratch = torch.empty(sum(Scratch.of(Tile(64, 64, 16, 4, 1), side, side)), device=device)
+    weighs, both = work != "reduce", work != "weights"
+    row = Vectors(state if work in ("reduce", "fused") else None, *((vector, vector) if weighs else (None, None)))
+    col = row if both else Vectors()
+    weights = torch.empty(side, side, dtype=dtype, device=device) if weighs else None
+    dparams = torch.zeros(2, dtype=torch.float64, device=device) if weighs else None
+
+    def seconds(tile: Tile) -> float | None:
+        def run() -> None:
+            run_panel("exponential", x, y, params, exclude, 0, row, col, scratch, weights, params[:1], dparams, tile)
+
+        try:
+            return 1e-3 * float(do_bench(run, return_mode="median"))
+        except triton.runtime.errors.OutOfResources:
+            return None
+
+    best, _ = tuning.fastest(tuning.candidates(_capability(device), precision, work), seconds)
+    return best
