@@ -199,7 +199,7 @@ def test_two_processes_are_refused():
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     for _ in range(2):
         _, (clip, sigmoid, value) = queue.get()
