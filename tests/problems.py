@@ -27,6 +27,11 @@ ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposa
 CPU_BACKENDS = ("cpu", "torch")
 
 
+def call(loss: str, *arguments: Any, **options: Any) -> Tensor:
+    """The loss of one of the names in ALL."""
+    return getattr(contrastive_kernels, loss.removesuffix("_pair"))(*arguments, **options)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem: what is unusual about it (`name`), and why that is worth a test (`reason`)."""

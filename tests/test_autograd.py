@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import ALL, BY_NAME, CPU_BACKENDS, differentiable, engine_options, make_inputs, run
+from problems import ALL, BY_NAME, CPU_BACKENDS, call, differentiable, engine_options, make_inputs, run
 from tolerance import assert_outcome
 from torch.utils.checkpoint import checkpoint
 
@@ -23,10 +23,6 @@ def backend(request):
     if reason is not None:
         pytest.skip(reason)
     return request.param
-
-
-def call(loss, *arguments, **options):
-    return getattr(ck, loss.removesuffix("_pair"))(*arguments, **options)
 
 
 def make(loss, n=4, m=None, d=3, dtype=torch.float64, seed=0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import ALL
+from problems import ALL, call
 
 import contrastive_kernels as ck
 
@@ -22,10 +22,6 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def call(loss, *arguments, **options):
-    return getattr(ck, loss.removesuffix("_pair"))(*arguments, **options)
 
 
 def make(loss, n, d=16, m=None, dtype=torch.float32):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import ALL, BY_NAME, CPU_BACKENDS, PAIRED, differentiable, engine_options, make_inputs, run
+from problems import ALL, BY_NAME, CPU_BACKENDS, PAIRED, call, differentiable, engine_options, make_inputs, run
 
 import contrastive_kernels as ck
 
@@ -36,10 +36,6 @@ def extra(loss, n):
         "decomposable": (3 + noise,),
         "decomposable_pair": ((3 + noise, 3 - noise),),
     }.get(loss, ())
-
-
-def call(loss, *arguments, **options):
-    return getattr(ck, loss.removesuffix("_pair"))(*arguments, **options)
 
 
 def close(a, b, rounding=64):
