@@ -109,9 +109,9 @@ def test_memory_grows_with_the_number_of_rows_not_its_square():
 
 
 def test_searches_stay_within_the_workspace():
-    """N = 6144: 144 MiB of scores, and vectors of a few bytes per row beside the workspace."""
+    """N = 3072: 36 MiB of scores, and vectors of a few bytes per row beside the workspace."""
     cases = [
-        (search, backend, "float32", 6144, 32, WORKSPACE, "forward")
+        (search, backend, "float32", 3072, 32, WORKSPACE, "forward")
         for search in ("sample_negatives", "hardest_negatives", "retrieval_metrics")
         for backend in ("cpu", "torch")
     ]
