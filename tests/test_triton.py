@@ -241,7 +241,7 @@ def test_reasons(monkeypatch):
     assert "8.0" in backend.why_not_capability(75, torch.float32)
     assert backend.why_not_capability(90, torch.bfloat16) is None
     monkeypatch.setattr(launch, "TRITON_VERSION", (3, 6))
-    assert "3.9" in backend.why_not_capability(100, torch.bfloat16)
+    assert "3.8" in backend.why_not_capability(100, torch.bfloat16)
     assert backend.why_not_capability(90, torch.bfloat16) is None
     assert backend.why_not_capability(120, torch.bfloat16) is None
     monkeypatch.setattr(launch, "TRITON_VERSION", (3, 10))

@@ -65,11 +65,11 @@ def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
 def _miscompiles(capability: int) -> str | None:
     """The reason why the Triton that is here cannot compile the kernels for a GPU.
 
-    Triton 3.6 stops in its pass OptimizeTMemLayouts at a maximum of maxima on data-centre Blackwell; 3.9 does not.
+    Triton 3.6 and 3.7 stop in their pass OptimizeTMemLayouts at a maximum of maxima on data-centre Blackwell.
     """
-    if not 100 <= capability < 120 or _kernels().TRITON_VERSION >= (3, 9):
+    if not 100 <= capability < 120 or _kernels().TRITON_VERSION >= (3, 8):
         return None
-    return "Triton 3.9 is the first known to compile its kernels for compute capability 10 and 11"
+    return "Triton 3.8 is the first that compiles these kernels for compute capability 10 and 11"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
