@@ -12,7 +12,8 @@ import os
 import sys
 import warnings
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from problems import BY_NAME, PROBLEMS, engine_options, make_inputs, run

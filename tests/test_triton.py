@@ -234,12 +234,18 @@ def test_candidates_are_legal_and_the_fastest_wins():
         ck.autotune(3.0)
 
 
-def test_reasons():
+def test_reasons(monkeypatch):
     cpu = torch.device("cpu")
     assert "CUDA" in backend.why_not(cpu, torch.float32)
     assert "float64" in backend.why_not_capability(90, torch.float64)
     assert "8.0" in backend.why_not_capability(75, torch.float32)
     assert backend.why_not_capability(90, torch.bfloat16) is None
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 6))
+    assert "3.8" in backend.why_not_capability(100, torch.bfloat16)
+    assert backend.why_not_capability(90, torch.bfloat16) is None
+    assert backend.why_not_capability(120, torch.bfloat16) is None
+    monkeypatch.setattr(launch, "TRITON_VERSION", (3, 10))
+    assert backend.why_not_capability(100, torch.bfloat16) is None
     with pytest.raises(ValueError, match="'triton' cannot serve"):
         ck.clip_loss(torch.eye(4), torch.eye(4), 1.0, backend="triton")
 

@@ -16,6 +16,7 @@ from .score import merge_kernel, score_kernel
 __all__ = [
     "INTERPRETED",
     "MERGE_BLOCK",
+    "TRITON_VERSION",
     "Scratch",
     "Vectors",
     "gpu_name",
@@ -28,6 +29,8 @@ __all__ = [
 
 #: The kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
+#: (major, minor)
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes.
 MERGE_BLOCK = 256
 

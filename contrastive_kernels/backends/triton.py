@@ -59,7 +59,17 @@ def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
         return "its scores are float32; float64 is the torch backend's"
     if capability < 80:
         return f"it needs compute capability 8.0; this GPU has {capability / 10:.1f}"
-    return _missing()
+    return _missing() or _miscompiles(capability)
+
+
+def _miscompiles(capability: int) -> str | None:
+    """The reason why the Triton that is here cannot compile the kernels for a GPU.
+
+    Triton 3.6 and 3.7 stop in their pass OptimizeTMemLayouts at a maximum of maxima on data-centre Blackwell.
+    """
+    if not 100 <= capability < 120 or _kernels().TRITON_VERSION >= (3, 8):
+        return None
+    return "Triton 3.8 is the first that compiles these kernels for compute capability 10 and 11"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
