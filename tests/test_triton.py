@@ -234,6 +234,12 @@ def test_candidates_are_legal_and_the_fastest_wins():
         ck.autotune(3.0)
 
 
+def test_this_process_is_not_interpreted():
+    """The interpreter is for a process of its own: here it would take the CPU's tensors, slowly."""
+    assert not launch.INTERPRETED
+    assert "triton" in sys.modules and ck.why_not("triton", torch.zeros(1, 1)) is not None
+
+
 def test_reasons(monkeypatch):
     cpu = torch.device("cpu")
     assert "CUDA" in backend.why_not(cpu, torch.float32)
