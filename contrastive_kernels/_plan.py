@@ -8,9 +8,9 @@ import torch
 
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from .backends import Backend, registry
-from .panel_shapes import blocks_of
+from .panel_shapes import Size, blocks_of
 from .specs import LOSSES, LossSpec
-from .stream import Size, score_dtype
+from .stream import score_dtype
 from .streaming import keeps_scores
 from .workspace import MULTIPROCESSORS, multiprocessors, panel_bytes, panel_shape
 
@@ -177,7 +177,8 @@ def plan(
     if reasons[chosen.name] is not None:
         raise ValueError(f"backend: {chosen.name!r} cannot serve {dtype} on {device}: {reasons[chosen.name]}")
     count = multiprocessors(device) if capability is None else _multiprocessors(capability)
-    size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count)
+    pieces = d * dtype.itemsize % 16 == 0
+    size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
     return Plan(loss, rows, cols, d, dtype, where, chosen.name, reasons, _passes(chosen, size, spec))
 
@@ -232,10 +233,9 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     rows, cols = min(shape[0], size.rows), min(shape[1], size.cols)
     blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
-    launches = None
-    if backend.launches is not None:
-        # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
-        launches = panels * (backend.launches[weighs] + (2 if weighs else 0))
+    launches = backend.route(size).launches
+    # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
+    started = None if launches is None else panels * (launches[weighs] + (2 if weighs else 0))
     return Pass(
         "weigh" if weighs else "reduce",
         (rows, cols),
@@ -243,7 +243,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
         products,
         int(2 * size.rows * size.cols * size.features * products),
         panels * _panel_traffic(backend, size, rows, cols, weighs, scores),
-        launches,
+        started,
         panel_bytes(backend, size, weighs).of(rows, cols),
     )
 
@@ -252,7 +252,7 @@ def _panel_traffic(backend: Backend, size: Size, rows: int, cols: int, weighs: b
     """Bytes that one panel reads and writes."""
     operand, score, d = size.dtype.itemsize, score_dtype(size.dtype).itemsize, size.features
     total = (rows + cols) * d * operand if scores else 0
-    if backend.score_tile:  # written by the product, read by the pass
+    if backend.score_tile or backend.route(size).scores_in_scratch:  # written by the product, read by the pass
         total += (2 if scores else 1) * rows * cols * score
     if weighs:
         weights = backend.weights_dtype(size.device, size.dtype).itemsize

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["LARGEST_SQUARE", "SMALLEST_PANEL", "PanelBytes", "blocks_of", "square_side", "wave_shape"]
+import torch
+
+__all__ = ["LARGEST_SQUARE", "SMALLEST_PANEL", "PanelBytes", "Size", "blocks_of", "square_side", "wave_shape"]
 
 #: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
 #: products are large enough for the vendor's GEMM to run at its rate.
@@ -24,6 +26,27 @@ _FLOP_PER_BYTE = 200
 _FLOP_PER_LAUNCH = 3.5e9
 #: Kernels that one panel starts.
 _LAUNCHES = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the shape of a stream's panels depends on, and by which route a backend computes them."""
+
+    rows: int
+    cols: int
+    features: int
+    dtype: torch.dtype
+    device: torch.device
+    symmetric: bool
+    workspace_bytes: int
+    #: of the GPU
+    multiprocessors: int
+    #: rows of both operands can be copied in pieces of 16 bytes
+    pieces: bool
+    #: panels of weights that are held at a time
+    buffers: int = 1
+    #: of a GPU that is not there (90 for 9.0); None: the device is
+    capability: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends import Backend
 from .specs import PairTerm
 
-__all__ = ["Positives", "Size", "Stream", "score_dtype"]
+__all__ = ["Positives", "Stream", "score_dtype"]
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,23 +60,6 @@ class Positives:
     def _shifted(self, rows: slice) -> slice:
         offset = self.offset or 0
         return slice(rows.start + offset, rows.stop + offset)
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the shape of a stream's panels depends on."""
-
-    rows: int
-    cols: int
-    features: int
-    dtype: torch.dtype
-    device: torch.device
-    symmetric: bool
-    workspace_bytes: int
-    #: of the GPU
-    multiprocessors: int
-    #: panels of weights that are held at a time
-    buffers: int = 1
 
 
 @dataclass(frozen=True)

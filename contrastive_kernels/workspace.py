@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .backends.panel import Panel
-from .panel_shapes import SMALLEST_PANEL, PanelBytes, square_side, wave_shape
-from .stream import Size, Stream, score_dtype
+from .backends.panel import Panel, in_pieces
+from .panel_shapes import SMALLEST_PANEL, PanelBytes, Size, square_side, wave_shape
+from .stream import Stream, score_dtype
 
 __all__ = ["MULTIPROCESSORS", "Workspace", "blocks", "multiprocessors", "panel_bytes", "panel_shape", "size_of"]
 
@@ -49,7 +49,8 @@ class Workspace:
         self.rounded = weights_dtype != self.dtype
         # kept scores must survive, and rounded weights do not fit where the scores are
         self.separate = weighs and (self.rounded or stream.scores is not None or not backend.score_tile)
-        self.rows, self.cols = panel_shape(backend, size_of(stream), weighs)
+        size = size_of(stream)
+        self.rows, self.cols = panel_shape(backend, size, weighs)
         rows, cols = min(self.rows, len(x)), min(self.cols, len(stream.y))
         holds_scores = backend.score_tile and stream.scores is None
         self.scores = torch.empty(rows * cols if holds_scores else 0, dtype=self.dtype, device=device)
@@ -61,7 +62,7 @@ class Workspace:
             dtype=weights_dtype,
             device=device,
         )
-        self.scratch = torch.empty(backend.scratch(rows, cols, x) if rows and cols else 0, device=device)
+        self.scratch = torch.empty(backend.scratch(rows, cols, size) if rows and cols else 0, device=device)
         self.exclude = stream.exclude()
         self.x_block = x[:0]
         self.factor, self.rescale = stream.params[:1], None
@@ -142,7 +143,7 @@ def size_of(stream: Stream) -> Size:
     x = stream.x
     return Size(
         len(x), len(stream.y), x.shape[1], x.dtype, x.device, stream.symmetric, stream.workspace_bytes,
-        multiprocessors(x.device), 2 if stream.overlap else 1,
+        multiprocessors(x.device), in_pieces(x) and in_pieces(stream.y), 2 if stream.overlap else 1,
     )  # fmt: skip
 
 
@@ -174,12 +175,13 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     weights_dtype = backend.weights_dtype(size.device, size.dtype)
     separate = weights_dtype != scores or not backend.score_tile
     tile = scores.itemsize * (1 + backend.temporaries) if backend.score_tile else 0
-    per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + backend.scratch_per_score
+    route = backend.route(size)
+    per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + route.scratch_per_score
     if size.dtype == scores:
-        return PanelBytes(per_score, backend.scratch_per_row, backend.scratch_per_row)
+        return PanelBytes(per_score, route.scratch_per_row, route.scratch_per_row)
     if backend.native_operands:  # a block of sums
         block = size.features * scores.itemsize * weighs
-        return PanelBytes(per_score, block + backend.scratch_per_row, backend.scratch_per_row)
+        return PanelBytes(per_score, block + route.scratch_per_row, route.scratch_per_row)
     # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
     return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
 

@@ -16,8 +16,11 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import cuda, registry
-from contrastive_kernels.backends.panel import Side
+from contrastive_kernels.backends.panel import Side, in_pieces
+from contrastive_kernels.panel_shapes import Size
 from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
+from contrastive_kernels.stream import Positives, Stream
+from contrastive_kernels.workspace import Workspace
 
 
 @pytest.fixture
@@ -254,7 +257,8 @@ def test_other_operands_take_the_portable_route(kernels, depth, dtype, offset):
     x, y = (torch.randn(n, depth + offset, generator=g).to(dtype)[:, offset:] for n in (65, 70))
     x = x.contiguous() if not offset else x
     results = []
-    for room in (0, cuda.scratch(65, 70, x)):
+    size = Size(65, 70, depth, dtype, x.device, False, 0, 1, in_pieces(x) and in_pieces(y))
+    for room in (0, cuda.scratch(65, 70, size)):
         row = Side(torch.stack([torch.full((65,), -torch.inf), torch.zeros(65)]))
         panel = make_panel(torch.empty(0), (0.5, 0.0), torch.zeros(65, 0, dtype=torch.int64), row=row)
         panel.x, panel.y, panel.scores_ready, panel.scratch = x, y, False, torch.empty(room)
@@ -275,3 +279,68 @@ def test_a_factor_takes_the_scales_place(kernels):
         cuda.weight_panel(EXPONENTIAL, panel)
         unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double()[:, None])
         assert ((weights - wanted * unit).abs() <= 1e-5 * wanted * unit.abs() + 1e-30).all()
+
+
+# ---- how the matrix is cut for either route ----
+
+
+def operands(n, d, dtype, offsets):
+    """x and y [n, d] contiguous, that many elements behind an address that is aligned."""
+    return [torch.zeros(n * d + 8, dtype=dtype)[offset:][: n * d].view(n, d) for offset in offsets]
+
+
+@pytest.mark.parametrize("weighs", [False, True], ids=["reduce", "weigh"])
+@pytest.mark.parametrize(
+    ("d", "dtype", "offsets", "route"),
+    [
+        (64, torch.bfloat16, (0, 0), cuda.TENSOR_CORES),
+        (64, torch.float16, (8, 0), cuda.TENSOR_CORES),
+        (60, torch.bfloat16, (0, 0), cuda.PORTABLE),
+        (64, torch.bfloat16, (1, 0), cuda.PORTABLE),
+        (64, torch.bfloat16, (0, 1), cuda.PORTABLE),
+        (64, torch.float32, (0, 0), cuda.PORTABLE),
+    ],
+)
+def test_panels_are_as_large_as_their_route_allows(kernels, d, dtype, offsets, route, weighs):
+    """Room for scores where they are in memory, and nowhere else; what a panel wants is in the workspace, all of it."""
+    n, room = 5000, 2**22
+    x, y = operands(n, d, dtype, offsets)
+    stream = Stream(EXPONENTIAL, x, y, torch.ones(2), Positives(0), registry.get("cuda"), room)
+    workspace = Workspace(stream, weighs, (torch.ones(n), None))
+    i = next(workspace.row_blocks())
+    panel = workspace.panel(i, next(workspace.col_blocks(i)))
+    assert cuda._on_tensor_cores(panel) == (route is cuda.TENSOR_CORES)
+    assert cuda._memory(panel) is workspace.scratch
+    assert workspace.scratch.nbytes + workspace.weights.nbytes <= room
+    scores = 0 if route is cuda.TENSOR_CORES else 4
+    weights = dtype.itemsize if weighs else 0
+    per_score = (workspace.scratch.nbytes + workspace.weights.nbytes) / (workspace.rows * workspace.cols)
+    assert scores + weights < per_score < scores + weights + 0.2
+    bound = room / (scores + weights + 0.2)
+    assert workspace.rows * workspace.cols > 0.6 * min(bound, n * n), "most of the workspace is used"
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(16, torch.bfloat16), (7, torch.float16), (16, torch.float32)])
+def test_launches_are_those_of_the_plan(kernels, d, dtype, monkeypatch):
+    """Kernels and products of value and gradients, counted, by either route."""
+    counted = 0
+
+    def counting(function):
+        def run(*arguments):
+            nonlocal counted
+            counted += 1
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(cuda, "_product", counting(cuda._product))
+    monkeypatch.setattr(Workspace, "accumulate", counting(Workspace.accumulate))
+    for loss, n in (("clip_loss", 130), ("nt_xent", 70), ("sigmoid", 65)):
+        x, y = (torch.randn(n, d).to(dtype).requires_grad_() for _ in range(2))
+        scale = torch.ones((), requires_grad=True)
+        more = (-1.0,) if loss == "sigmoid" else ()
+        counted, before = 0, kernels.emulator_launches()
+        getattr(ck, loss)(x, y, scale, *more, backend="cuda", workspace_bytes=2**16).backward()
+        counted += kernels.emulator_launches() - before
+        plan = ck.plan(n, d=d, dtype=dtype, loss=loss, backend="cuda", workspace_bytes=2**16)
+        assert sum(each.launches for each in plan.passes) == counted > 0, loss

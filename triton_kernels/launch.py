@@ -100,10 +100,10 @@ def tile_of(device: torch.device, precision: str, work: str, features: int) -> T
     return tile_for(capability, precision, work)
 
 
-def scratch_floats(rows: int, cols: int, x: Tensor) -> int:
-    """float32 that the partial results of a panel of x's stream take at most."""
-    precision = precision_of(x.dtype)
-    tiles = {tile_of(x.device, precision, work, x.shape[1]) for work in WORKS}
+def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int) -> int:
+    """float32 that the partial results of a panel take at most."""
+    precision = precision_of(dtype)
+    tiles = {tile_of(device, precision, work, features) for work in WORKS}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
 

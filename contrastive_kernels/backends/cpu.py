@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from ..panel_shapes import Size
 from ..specs import PairTerm
 from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
-from .panel import Panel, SearchPanel, score_product
+from .panel import Panel, Route, SearchPanel, score_product
 
 if MISSING is None:
     from contrastive_kernels import _C
 
-__all__ = ["instruction_set", "reduce_panel", "search_panel", "weight_panel", "why_not"]
+__all__ = ["instruction_set", "reduce_panel", "route", "search_panel", "weight_panel", "why_not"]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -28,6 +29,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def instruction_set() -> str | None:
     """The instruction set that the C++ pass runs with, or None without the extension."""
     return None if MISSING is not None else _C.instruction_set()
+
+
+def route(size: Size) -> Route:
+    """Its only one."""
+    return Route(f"torch's matrix product + one pass in {instruction_set()}")
 
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:

@@ -13,18 +13,20 @@ import re
 import torch
 from torch import Tensor
 
+from ..panel_shapes import Size
 from ..specs import PairTerm
 from .native import DTYPES, MISSING, common_fields, score_fields, weight_fields
-from .panel import Panel
+from .panel import Panel, Route, in_pieces
 
 if MISSING is None:
     from contrastive_kernels import _C
 
 __all__ = [
-    "SCRATCH_PER_ROW",
-    "SCRATCH_PER_SCORE",
+    "PORTABLE",
+    "TENSOR_CORES",
     "build",
     "reduce_panel",
+    "route",
     "scratch",
     "weight_panel",
     "weights_dtype",
@@ -32,10 +34,14 @@ __all__ = [
     "why_not_capability",
 ]
 
-#: Bytes: the portable route's scores; a maximum and a sum per row and column of a tile of 128 x 128, and two doubles.
-SCRATCH_PER_SCORE = 4 + 16 / 128 + 16 / 128**2
-#: Of the last, ragged tiles.
-SCRATCH_PER_ROW = 16.0
+#: Bytes of the blocks' partial results: a maximum and a sum per row and column of a tile of 128 x 128, and two doubles;
+#: those of the last, ragged tiles are counted by row and column.
+_PARTIALS_PER_SCORE, _PARTIALS_PER_ROW = 16 / 128 + 16 / 128**2, 16.0
+
+#: The kernel of a tile and the one that merges; on the portable route after cuBLAS's (without the casts of 16-bit
+#: operands that it takes before torch 2.8).
+TENSOR_CORES = Route("tensor cores", (2, 2), _PARTIALS_PER_SCORE, _PARTIALS_PER_ROW)
+PORTABLE = Route("cuBLAS + one pass", (3, 3), 4 + _PARTIALS_PER_SCORE, _PARTIALS_PER_ROW, scores_in_scratch=True)
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -50,7 +56,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "this torch sees no NVIDIA GPU"
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     major, minor = torch.cuda.get_device_capability(index)
     reason = _dtype_reason(10 * major + minor, dtype)
     if reason is None and _device_reason(index):
@@ -63,12 +69,27 @@ def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
     reason = _missing() or _dtype_reason(capability, dtype)
     if reason is not None:
         return reason
+    if _built_for(capability):
+        return None
+    return f"it is built for {build()}, and this GPU has compute capability {capability / 10:.1f}"
+
+
+def _built_for(capability: int) -> list[int]:
+    """The architectures of the build whose code a GPU of this compute capability runs."""
+    found = []
     for arch in _C.cuda_architectures().split("_"):
         number = int(re.sub(r"\D", "", arch))
         same_generation = number // 10 == capability // 10
         if number <= capability and (same_generation or arch.endswith("PTX")):
-            return None
-    return f"it is built for {build()}, and this GPU has compute capability {capability / 10:.1f}"
+            found.append(number)
+    return found
+
+
+def _index(device: torch.device) -> int:
+    """A GPU's number, by default the current one's; 0 for what the kernels' emulator takes for one."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _missing() -> str | None:
@@ -115,9 +136,20 @@ def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def scratch(rows: int, cols: int, x: Tensor) -> int:
-    """float32 that a panel of x's stream wants: partial results and, on the portable route, the scores."""
-    return _partial_floats(rows, cols) + (0 if _suits_tensor_cores(x) else rows * cols)
+def route(size: Size) -> Route:
+    """The tensor cores for 16-bit operands that can be copied in pieces of 16 bytes, where there is the kernel."""
+    if size.dtype not in _SIXTEEN_BITS or not size.pieces:
+        return PORTABLE
+    if size.capability is None:
+        there = _has_tensor_cores(_index(size.device))
+    else:
+        there = max(_built_for(size.capability), default=0) >= 80
+    return TENSOR_CORES if there else PORTABLE
+
+
+def scratch(rows: int, cols: int, size: Size) -> int:
+    """float32 that a panel wants: partial results and, on the portable route, the scores."""
+    return _partial_floats(rows, cols) + (rows * cols if route(size).scores_in_scratch else 0)
 
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:
@@ -140,9 +172,8 @@ def _partial_floats(rows: int, cols: int) -> int:
 
 def _suits_tensor_cores(operand: Tensor) -> bool:
     """Whether rows of 16-bit elements can be copied in pieces of 16 bytes, and there is the kernel that does it."""
-    suits = operand.dtype in _SIXTEEN_BITS and operand.shape[1] % 8 == 0 and operand.shape[1] > 0
-    aligned = operand.data_ptr() % 16 == 0 and operand.stride(0) % 8 == 0 and operand.stride(1) == 1
-    return suits and aligned and _has_tensor_cores(max(operand.get_device(), 0))
+    suits = operand.dtype in _SIXTEEN_BITS and in_pieces(operand)
+    return suits and _has_tensor_cores(max(operand.get_device(), 0))
 
 
 def _memory(panel: Panel) -> Tensor:

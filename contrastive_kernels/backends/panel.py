@@ -10,7 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Panel", "SearchPanel", "Side", "default_weights_dtype", "present", "score_product"]
+__all__ = [
+    "Panel",
+    "Route",
+    "SearchPanel",
+    "Side",
+    "default_weights_dtype",
+    "in_pieces",
+    "present",
+    "score_product",
+]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a backend computes panels of some size, dtype and device, and what that takes beside operands and weights."""
+
+    name: str
+    #: kernels that a panel starts, (reduce, weight with sums for params), without the driver's products; None: not
+    #: counted
+    launches: tuple[int, int] | None = None
+    #: a bound of the scratch: bytes per score, and per row and column
+    scratch_per_score: float = 0.0
+    scratch_per_row: float = 0.0
+    #: the scratch holds the panel's scores, in float32
+    scores_in_scratch: bool = False
 
 
 @dataclass(slots=True)
@@ -83,6 +107,13 @@ def present(vector: Tensor | None) -> Tensor:
     if vector is None:
         raise RuntimeError("contrastive_kernels: a panel came without a vector that its pair term needs")
     return vector
+
+
+def in_pieces(operand: Tensor) -> bool:
+    """Whether rows can be copied in pieces of 16 bytes."""
+    wide = operand.stride(1) == 1 and operand.shape[1] > 0
+    lengths = (operand.shape[1], operand.stride(0))
+    return wide and operand.data_ptr() % 16 == 0 and not any(n * operand.element_size() % 16 for n in lengths)
 
 
 def default_weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

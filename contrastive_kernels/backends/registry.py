@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..panel_shapes import Size
 from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
 from . import cuda as cuda_backend
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .panel import Panel, SearchPanel, default_weights_dtype
+from .panel import Panel, Route, SearchPanel, default_weights_dtype
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
 
 
-def _no_scratch(rows: int, cols: int, x: Tensor) -> int:
+def _no_scratch(rows: int, cols: int, size: Size) -> int:
     return 0
 
 
@@ -31,10 +31,10 @@ class Backend:
     reduce_panel: Callable[[PairTerm, Panel], None]
     weight_panel: Callable[[PairTerm, Panel], None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    #: how it would compute what it can serve
+    route: Callable[[Size], Route]
     #: the same for a GPU that is not there, by its compute capability (90 for 9.0); None: it serves none
     why_not_capability: Callable[[int, torch.dtype], str | None] | None = None
-    #: kernels that a panel starts, (reduce, weight), without the driver's products; None: not counted
-    launches: tuple[int, int] | None = None
     #: score-sized temporaries that its operations allocate beside the workspace's own
     temporaries: int = 0
     #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
@@ -43,11 +43,8 @@ class Backend:
     native_operands: bool = False
     #: the dtype of its weights for a device and an operands' dtype; one with float16 weights honours panel.factor
     weights_dtype: Callable[[torch.device, torch.dtype], torch.dtype] = default_weights_dtype
-    #: float32 that it wants for the partial results of a panel of R rows and C columns of x's stream
-    scratch: Callable[[int, int, Tensor], int] = _no_scratch
-    #: ... and a bound of it: bytes per score, and per row and column
-    scratch_per_score: float = 0.0
-    scratch_per_row: float = 0.0
+    #: float32 that it wants beside for a panel of R rows and C columns; its route has a bound
+    scratch: Callable[[int, int, Size], int] = _no_scratch
     #: the pair terms that it knows
     terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
     #: the operation of the terms that search and count
@@ -70,33 +67,31 @@ ORDER: tuple[Backend, ...] = (
         triton_backend.reduce_panel,
         triton_backend.weight_panel,
         triton_backend.why_not,
+        triton_backend.route,
         why_not_capability=triton_backend.why_not_capability,
-        launches=triton_backend.LAUNCHES,
         score_tile=False,
         native_operands=True,
         weights_dtype=triton_backend.weights_dtype,
         scratch=triton_backend.scratch,
-        scratch_per_score=triton_backend.SCRATCH_PER_SCORE,
-        scratch_per_row=triton_backend.SCRATCH_PER_ROW,
     ),
     Backend(
         "cuda",
         cuda_backend.reduce_panel,
         cuda_backend.weight_panel,
         cuda_backend.why_not,
+        cuda_backend.route,
         why_not_capability=cuda_backend.why_not_capability,
         score_tile=False,
         native_operands=True,
         weights_dtype=cuda_backend.weights_dtype,
         scratch=cuda_backend.scratch,
-        scratch_per_score=cuda_backend.SCRATCH_PER_SCORE,
-        scratch_per_row=cuda_backend.SCRATCH_PER_ROW,
     ),
     Backend(
         "cpu",
         cpu_backend.reduce_panel,
         cpu_backend.weight_panel,
         cpu_backend.why_not,
+        cpu_backend.route,
         terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
         search_panel=cpu_backend.search_panel,
     ),
@@ -105,6 +100,7 @@ ORDER: tuple[Backend, ...] = (
         torch_backend.reduce_panel,
         torch_backend.weight_panel,
         torch_backend.why_not,
+        torch_backend.route,
         temporaries=3,
         terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
         search_panel=torch_backend.search_panel,

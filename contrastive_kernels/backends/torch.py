@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from .._philox import gumbel
+from ..panel_shapes import Size
 from ..specs import GUMBEL_MAX, RANK, SIGMOID, PairTerm
-from .panel import Panel, SearchPanel, Side, present, score_product
+from .panel import Panel, Route, SearchPanel, Side, present, score_product
 
-__all__ = ["reduce_panel", "search_panel", "weight_panel", "why_not"]
+__all__ = ["reduce_panel", "route", "search_panel", "weight_panel", "why_not"]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """It runs everywhere."""
     return None
+
+
+def route(size: Size) -> Route:
+    """Its only one."""
+    return Route("operations of torch")
 
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:

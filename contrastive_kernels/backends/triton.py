@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..panel_shapes import Size
 from ..specs import PairTerm
-from .panel import Panel, Side, present
+from .panel import Panel, Route, Side, present
 
 __all__ = [
     "SCRATCH_PER_ROW",
     "SCRATCH_PER_SCORE",
     "reduce_panel",
+    "route",
     "scratch",
     "weight_panel",
     "weights_dtype",
@@ -31,6 +33,9 @@ SCRATCH_PER_ROW = 16.0
 
 #: The score kernel and the one that merges, for a reduce panel and for a weight panel with sums for params.
 LAUNCHES = (2, 2)
+
+#: How float32 operands are multiplied, or those of 16 bits.
+_ROUTES = {"16-bit": "tensor cores", "tf32": "tensor cores, in TF32", "ieee": "float32 without tensor cores"}
 
 
 @cache
@@ -99,9 +104,15 @@ def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def scratch(rows: int, cols: int, x: Tensor) -> int:
+def route(size: Size) -> Route:
+    """By the dtype of the operands and, of float32, torch's setting."""
+    name = _ROUTES[_kernels().precision_of(size.dtype)]
+    return Route(name, LAUNCHES, SCRATCH_PER_SCORE, SCRATCH_PER_ROW)
+
+
+def scratch(rows: int, cols: int, size: Size) -> int:
     """float32 that a panel's partial results take."""
-    return _kernels().scratch_floats(rows, cols, x)
+    return _kernels().scratch_floats(rows, cols, size.device, size.dtype, size.features)
 
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:
