@@ -83,7 +83,7 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
       reduce: 1 panel of 8 x 8, 1 product, 5.12e-07 Gflop, 0.00146 MiB moved, workspace 0.00195 MiB
       weigh: 1 panel of 8 x 8, 2 products, 1.02e-06 Gflop, 0.00342 MiB moved, workspace 0.00195 MiB
       ...
-      torch  yes, chosen
+      torch  yes, chosen: operations of torch
     """
     spec, columns = _spec(loss), len(x if y is None else y)
     if loss in LOSSES:

@@ -72,6 +72,9 @@ class Plan:
         What was asked. Rows and columns are those of the score matrix: both views' for ``nt_xent``.
     backend : str
         The backend that would run.
+    route : str
+        How it would: the backend's words for what makes the scores. For the features that torch allocates; some that
+        start at odd addresses take another one.
     reasons : dict
         Every backend's reason not to, by name; None: it could.
     passes : tuple of Pass
@@ -85,6 +88,7 @@ class Plan:
     dtype: torch.dtype
     device: str
     backend: str
+    route: str
     reasons: dict[str, str | None]
     passes: tuple[Pass, ...]
 
@@ -105,7 +109,7 @@ class Plan:
         ]
         lines += [f"  {each}" for each in self.passes]
         for name, reason in self.reasons.items():
-            verdict = f"no: {reason}" if reason else ("yes, chosen" if name == self.backend else "yes")
+            verdict = f"no: {reason}" if reason else (f"yes, chosen: {self.route}" if name == self.backend else "yes")
             lines.append(f"  {name:<6} {verdict}")
         return "\n".join(lines)
 
@@ -122,7 +126,7 @@ def plan(
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     capability: int | None = None,
 ) -> Plan:
-    """Says what would run for a loss of this size: backend, panels, products, launches and bytes. Computes nothing.
+    """Says what would run for a loss of this size: backend, route, panels, launches and bytes. Computes nothing.
 
     Parameters
     ----------
@@ -180,7 +184,8 @@ def plan(
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    return Plan(loss, rows, cols, d, dtype, where, chosen.name, reasons, _passes(chosen, size, spec))
+    route, passes = chosen.route(size).name, _passes(chosen, size, spec)
+    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes)
 
 
 def _checked(n: object, m: object, d: object, dtype: object, loss: str, workspace_bytes: object) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import roofline
 import torch
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import registry
+from contrastive_kernels.backends import cpu, cuda, registry
 from contrastive_kernels.overlap import Overlap
 from contrastive_kernels.panel_shapes import PanelBytes, blocks_of, square_side, wave_shape
 from contrastive_kernels.specs import LOSSES
@@ -205,6 +206,63 @@ def test_flop_and_bytes_of_a_plan(loss):
     assert weigh.bytes == weigh.panels * (weights + operands + sums)
     assert weigh.flop == 2 * 256 * plan.rows * plan.cols * (1.5 if loss == "nt_xent" else 3)
     assert weigh.launches == 4 * weigh.panels
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "capability", "route"),
+    [
+        (768, torch.bfloat16, 90, cuda.TENSOR_CORES),
+        (768, torch.float16, 120, cuda.TENSOR_CORES),
+        (765, torch.bfloat16, 90, cuda.PORTABLE),
+        (768, torch.float16, 75, cuda.PORTABLE),
+        (768, torch.float32, 90, cuda.PORTABLE),
+    ],
+)
+def test_routes_of_the_cuda_backend(d, dtype, capability, route, monkeypatch):
+    """Of a build for GPUs that are not here: their names, their launches, and a panel's bytes by hand."""
+    built = types.SimpleNamespace(cuda_version=lambda: 13000, cuda_architectures=lambda: "75_80_90_90PTX")
+    monkeypatch.setattr(cuda, "MISSING", None)
+    monkeypatch.setattr(cuda, "_C", built, raising=False)
+    plan = ck.plan(32768, d=d, dtype=dtype, device="cuda", backend="cuda", capability=capability)
+    assert plan.route == route.name and f"yes, chosen: {route.name}" in str(plan)
+    reduced, weighed = plan.passes
+    in_memory = 0 if route is cuda.TENSOR_CORES else 1
+    assert reduced.launches == (2 + in_memory) * reduced.panels
+    assert weighed.launches == (4 + in_memory) * weighed.panels
+    rows, cols = reduced.panel
+    assert reduced.bytes == reduced.panels * ((rows + cols) * d * dtype.itemsize + in_memory * 2 * 4 * rows * cols)
+    assert plan.workspace_bytes <= 64 * MIB
+    assert rows * cols > (8 if route is cuda.PORTABLE else 100) * MIB, "scores take the workspace where they are stored"
+
+
+def test_a_build_without_code_for_tensor_cores(monkeypatch):
+    """PTX of an older architecture serves every GPU, by the portable route."""
+    built = types.SimpleNamespace(cuda_version=lambda: 13000, cuda_architectures=lambda: "75_75PTX")
+    monkeypatch.setattr(cuda, "MISSING", None)
+    monkeypatch.setattr(cuda, "_C", built, raising=False)
+    plan = ck.plan(4096, dtype=torch.float16, device="cuda", backend="cuda", capability=90)
+    assert plan.route == cuda.PORTABLE.name
+
+
+def test_routes_of_the_other_backends():
+    assert ck.plan(100, dtype=torch.float64).route == "operations of torch"
+    if ck.why_not("cpu", torch.zeros(1, 1)) is None:
+        plan = ck.plan(100)
+        assert plan.route == f"torch's matrix product + one pass in {cpu.instruction_set()}"
+        assert f"cpu    yes, chosen: {plan.route}" in str(plan)
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+    def route(dtype):
+        return ck.plan(100, dtype=dtype, device="cuda", backend="triton", capability=90).route
+
+    assert route(torch.bfloat16) == route(torch.float16) == "tensor cores"
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, name in ((False, "float32 without tensor cores"), (True, "tensor cores, in TF32")):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert route(torch.float32) == name
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_launches_are_those_of_the_plan():
