@@ -32,6 +32,11 @@ ls -l dist
 for needed in csrc/bindings.cpp csrc/cuda/panel_pass.cu tests/test_packaging.py examples/demo.py Makefile constraints.txt; do
     tar -tzf dist/*.tar.gz | grep "/$needed\$" >/dev/null || { echo "the sdist lacks $needed" >&2; exit 1; }
 done
+# the Triton kernels as files: a link would dangle
+for kernel in triton_kernels/*.py; do
+    tar -tvzf dist/*.tar.gz | grep "^-.*/contrastive_kernels/_triton/${kernel##*/}\$" >/dev/null ||
+        { echo "the sdist has no contrastive_kernels/_triton/${kernel##*/} that is a file" >&2; exit 1; }
+done
 
 python -m venv "$work/fresh"
 cp scripts/wheel_smoke_test.py "$work"

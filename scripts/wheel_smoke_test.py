@@ -44,6 +44,10 @@ def check_contents(checkout: Path) -> None:
     names = {file.name for file in files}
     require({"py.typed", "_C.pyi"} <= names, "has py.typed and _C.pyi")
     require(not [name for name in names if name.endswith((".cpp", ".cu", ".h"))], "has no C++ sources")
+    kernels = {path.name: path.read_bytes() for path in (checkout / "triton_kernels").glob("*.py")}
+    installed = {path.name: path.read_bytes() for path in (folder / "_triton").glob("*.py")}
+    require(not (folder / "_triton").is_symlink(), "contrastive_kernels/_triton is a folder, not the checkout's link")
+    require("score.py" in kernels and installed == kernels, f"with the Triton kernels: {sorted(installed)}")
 
 
 def check_libraries() -> None:
