@@ -1,6 +1,6 @@
 """Builds, tests and measures on this machine's GPU, with the Python that runs this file, and without a network.
 
-python scripts/gpu.py [build] [test] [bench] [table] [--out DIR]    (all four, if none is named)
+python scripts/gpu.py [build] [test] [bench] [table] [--out DIR] [--seconds S]    (all four, if none is named)
 
 build    the extension in place, for this machine's GPUs
 test     the tests that need a GPU
@@ -9,16 +9,19 @@ table    a short table of these rows
 
 python scripts/gpu.py pack    on a machine with a network: what that Python may lack, into build/gpu-packages
 
-Each stage can run alone, ends within nine minutes, and exits with another status than 0 where something failed.
+Each stage can run alone, ends within nine minutes (or S seconds and a few), and exits with another status than 0 where
+something failed. What a stage had found when its time was up is in DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -26,25 +29,32 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "build/gpu-packages"
 #: Seconds of a stage, with room for its start and its end.
-LIMIT = 500.0
+SECONDS = 500.0
+#: Seconds that a stopped command has for telling what it found.
+LAST_WORDS = 20.0
+#: Processes of the tests, which spend their time compiling.
+TEST_PROCESSES = 8
 #: In turn, as long as there is time: what shows most of the kernels first.
 BENCH = (
     ("--case", "clip_loss", "--n", "8192", "--d", "768", "--dtype", "bfloat16"),
     ("--case", "clip_loss", "--n", "32768", "--d", "768", "--dtype", "bfloat16"),
     ("--case", "sigmoid,decomposable,info_nce", "--n", "32768", "--d", "768", "--dtype", "bfloat16"),
     ("--case", "clip_loss", "--n", "32768", "--d", "768", "--dtype", "bfloat16", "--mode", "fwd"),
-    ("--case", "clip_loss", "--n", "2048", "--d", "512", "--dtype", "bfloat16"),
+    ("--case", "clip_loss", "--n", "2048", "--d", "768", "--dtype", "bfloat16"),
     ("--case", "clip_loss", "--n", "8192", "--d", "512", "--dtype", "float32"),
     ("--case", "clip_loss", "--n", "32768", "--d", "256", "--dtype", "float16"),
 )
-PACKED = ("pytest>=8", "pybind11>=2.13", "ninja>=1.11", "setuptools>=77", "rich>=13")
+PACKED = ("pytest>=8", "pytest-xdist>=3.6", "pybind11>=2.13", "ninja>=1.11", "setuptools>=77", "rich>=13")
+
+ADVICE = "`python scripts/gpu.py pack` on a machine with a network, and bring build/gpu-packages here"
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the program."""
     raise SystemExit(f"gpu: {message}")
 
@@ -72,14 +82,20 @@ def environment(**more: str) -> dict[str, str]:
 def run(command: list[str], seconds: float, **more: str) -> int:
     """Runs a command in the checkout for at most so long; its exit status, 124 where it was stopped."""
     print(f"gpu: {' '.join(command)}", flush=True)
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment(**more), timeout=seconds, check=False).returncode
-    except subprocess.TimeoutExpired:
-        print(f"gpu: stopped after {seconds:.0f} s", flush=True)
-        return 124
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**more)) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            print(f"gpu: stopped after {seconds:.0f} s", flush=True)
+            process.send_signal(signal.SIGINT)  # pytest then says what failed, and writes it down
+        try:
+            process.wait(LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return 124
 
 
-def build(out: Path) -> int:
+def build(out: Path, seconds: float) -> int:
     """The extension in place, for this machine's GPUs."""
     import torch
 
@@ -88,15 +104,20 @@ def build(out: Path) -> int:
     sys.path[:0] = [str(ROOT), str(PACKAGES)]
     stand_in_for_pybind11(Path(torch.__file__).parent / "include")
     wanted = {"CK_EXTENSION": "1", "CK_CUDA": "1", "CK_ARCHS": archs}
-    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
-        os.environ |= wanted
-        return build_without_ninja()
-    return run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], LIMIT, **wanted)
+    try:
+        setuptools = int(importlib.metadata.version("setuptools").split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        fail(f"no setuptools: {ADVICE}")
+    ninja = shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None
+    if ninja and setuptools >= 77:  # older ones do not understand pyproject.toml
+        return run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], seconds, **wanted)
+    os.environ |= wanted
+    return build_directly(seconds)
 
 
-def build_without_ninja() -> int:
+def build_directly(seconds: float) -> int:
     """What setup.py would let ninja do, all of it anew."""
-    import setup  # needs setuptools
+    import setup
 
     toolchain = setup.find_toolchain()
     cuda = setup.find_cuda(toolchain)
@@ -110,7 +131,7 @@ def build_without_ninja() -> int:
             command = [*cuda.nvcc, *setup.CUDA_FLAGS]
         else:
             command = [*toolchain.cxx, *setup.OPTIMISE, *setup.COMMON, *setup.WARNINGS]
-        return target, run([*command, *unit.flags, "-c", str(unit.source), "-o", target], LIMIT)
+        return target, run([*command, *unit.flags, "-c", str(unit.source), "-o", target], seconds)
 
     units = [*setup.binding_units(), *setup.cpu_units(toolchain), *setup.cuda_units(cuda)]
     with ThreadPoolExecutor() as pool:
@@ -118,7 +139,7 @@ def build_without_ninja() -> int:
     if any(status for _, status in results):
         return 1
     module = f"contrastive_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return run([*setup.link_command(toolchain, cuda), *(target for target, _ in results), "-o", module], LIMIT)
+    return run([*setup.link_command(toolchain, cuda), *(target for target, _ in results), "-o", module], 60)
 
 
 def stand_in_for_pybind11(torch_include: Path) -> None:
@@ -132,15 +153,19 @@ def stand_in_for_pybind11(torch_include: Path) -> None:
         )
 
 
-def test(out: Path) -> int:
+def test(out: Path, seconds: float) -> int:
     """The tests that need a GPU."""
     if run([sys.executable, "-c", "import pytest"], 60) != 0:
-        fail("no pytest: `python scripts/gpu.py pack` on a machine with a network, and bring build/gpu-packages here")
+        fail(f"no pytest: {ADVICE}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=40", "--durations=10"]
-    return run([*command, f"--junitxml={out / 'tests.xml'}", "tests/test_gpu.py"], LIMIT)
+    command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "tests/test_gpu.py"]
+    processes = min(TEST_PROCESSES, os.cpu_count() or 1)
+    if importlib.util.find_spec("xdist") is not None and processes > 1:
+        command += ["-n", str(processes)]
+    return run(command, seconds, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2"))
 
 
-def bench(out: Path) -> int:
+def bench(out: Path, seconds: float) -> int:
     """Benchmark rows and plots; cases for which there is no time are left out, and named."""
     start, status = time.monotonic(), 0
     providers = "ours-triton,ours-cuda,ours-torch,dense"
@@ -157,7 +182,7 @@ def bench(out: Path) -> int:
     names = ",".join(name for name in providers.split(",") if name in known.stdout.strip().split(","))
     plots = ["--plot", str(out / "plots")] if importlib.util.find_spec("matplotlib") else []
     for arguments in BENCH:
-        left = LIMIT - (time.monotonic() - start)
+        left = seconds - (time.monotonic() - start)
         if left < 60:
             print(f"gpu: no time for {' '.join(arguments)}", flush=True)
             continue
@@ -166,7 +191,7 @@ def bench(out: Path) -> int:
     return status
 
 
-def table(out: Path) -> int:
+def table(out: Path, seconds: float) -> int:
     """The rows in short: the best milliseconds, the fraction of the bare products' rate, and the error."""
     path = out / "rows.json"
     if not path.exists():
@@ -194,7 +219,7 @@ def pack() -> None:
     raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
-STAGES: dict[str, Callable[[Path], int]] = {"build": build, "test": test, "bench": bench, "table": table}
+STAGES: dict[str, Callable[[Path, float], int]] = {"build": build, "test": test, "bench": bench, "table": table}
 
 
 def main() -> None:
@@ -202,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
     arguments = parser.parse_args()
     if arguments.stages == ["pack"]:
         pack()
@@ -216,7 +242,7 @@ def main() -> None:
     failed = []
     for name in stages:
         start = time.monotonic()
-        status = STAGES[name](out)
+        status = STAGES[name](out, arguments.seconds)
         print(
             f"gpu: {name} {'ok' if status == 0 else f'FAILED ({status})'}: {time.monotonic() - start:.0f} s", flush=True
         )

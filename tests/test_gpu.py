@@ -240,21 +240,21 @@ def test_memory_stays_within_its_bound(loss, backend):
 
 
 def test_float32_products_follow_torchs_setting():
-    """TF32 where torch has it, and not where it has not."""
+    """TF32 where torch has it, and not where it has not; by the root mean square of the rows' errors."""
     require("triton", torch.float32)
     x, y = features(2000, 512, torch.float32)
     before = torch.backends.cuda.matmul.allow_tf32
     errors = {}
-    truth = ck.clip_loss(x.double(), y.double(), 100.0, backend="torch")
+    truth = ck.clip_loss(x.double(), y.double(), 100.0, backend="torch", reduction="none")
     try:
         for allowed in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            errors[allowed] = (
-                ck.clip_loss(x, y, 100.0, backend="triton", reduction="none").double().mean() - truth
-            ).abs()
+            losses = ck.clip_loss(x, y, 100.0, backend="triton", reduction="none")
+            errors[allowed] = (losses.double() - truth).square().mean().sqrt()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert errors[False] < 1e-5 < errors[True] < 1e-2
+    # in float64, of operands rounded to TF32: 1.4e-3; in float32 on a CPU: 2e-6
+    assert errors[False] < 2e-5 and 3e-4 < errors[True] < 6e-3
 
 
 @pytest.mark.parametrize("backend", FUSED)
