@@ -1,6 +1,6 @@
 """Half the batch, as good a model? The conventional loss at batch B against the decomposable one at B / 2 and B / 4.
 
-    python examples/half_batch.py --json half_batch.json --png half_batch.png      five seeds, some six minutes on two cores
+    python examples/half_batch.py --json half_batch.json --png half_batch.png      five seeds, some five minutes
 
 Two small towers learn characters and their names (``glyphs.py``), with the same initial weights, optimiser, learning
 rate, temperature and number of pictures seen; only loss and batch size differ. The towers do not couple the rows of a
