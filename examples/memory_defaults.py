@@ -48,6 +48,10 @@ class Setting:
             words.append(kind + (", rescale" if self.temperature.rescale else ""))
         return ", ".join(words) or "as it is"
 
+    def same_run(self, other: Setting) -> bool:
+        """Whether both are the same training run, in two tables."""
+        return dataclasses.replace(self, table=other.table) == other
+
 
 def _temperatures(method: str, **options: Any) -> list[Setting]:
     """One loss with the scale fixed, warmed up or learnable; what has a memory, also with that rescaled."""
@@ -62,7 +66,7 @@ SETTINGS = [
     *(
         Setting("options", "stored", options)
         for options in (
-            {"shape": 1.0}, {"step": 0.6}, {"floor": 0.02}, {"floor": 0.5},
+            {"shape": 1.0}, {"step": 0.6}, {"floor": 0.5},
             {"max_ratio": "partial sum"}, {"max_ratio": 10.0}, {"max_ratio": 3.0},
         )
     ),
@@ -88,10 +92,10 @@ class Row:
     run: Run
 
 
-def measure(setting: Setting, batch: int, seed: int, samples: int) -> Row:
-    """Trains and scores one model."""
+def measure(setting: Setting, batch: int, seed: int, samples: int) -> list[Row]:
+    """Trains and scores one model, for every table that it stands in."""
     scores = run(setting.method, batch, seed, samples, setting.temperature, **setting.options)
-    return Row(setting.table, setting.name, scores)
+    return [Row(s.table, s.name, scores) for s in SETTINGS if setting.same_run(s)]
 
 
 def paired(rows: Sequence[Row], row: Row) -> list[float]:
@@ -112,20 +116,18 @@ def summary(rows: Sequence[Row], title: str) -> Table:
         runs = [r.run for r in rows if (r.run.method, r.setting) == (row.run.method, row.setting)]
         mean, width = interval([100 * r.recall for r in runs])
         change, change_width = interval([100 * d for d in paired(rows, row)] or [math.nan])
-        effective, scatter, scale = (
-            _mean([getattr(r, name) for r in runs]) for name in ("effective_rows", "scatter", "logit_scale")
-        )
         table.add_row(
             row.run.method, row.setting, str(len(runs)), f"{mean:.1f} ± {width:.1f}",
-            f"{change:+.1f} ± {change_width:.1f}", f"{effective:.0%}", f"{scatter:.2f}", f"{scale:.1f}",
+            f"{change:+.1f} ± {change_width:.1f}", _mean(runs, "effective_rows", ".0%"), _mean(runs, "scatter", ".2f"),
+            _mean(runs, "logit_scale", ".1f"),
         )  # fmt: skip
     return table
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    """NaN where there is nothing: the conventional loss has no memory."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else math.nan
+def _mean(runs: Sequence[Run], name: str, form: str) -> str:
+    """Printed; nothing where there is nothing, as the conventional loss has no memory."""
+    known = [value for value in (getattr(r, name) for r in runs) if value is not None]
+    return format(sum(known) / len(known), form) if known else ""
 
 
 def main() -> None:
@@ -142,17 +144,17 @@ def main() -> None:
         stored = json.loads(arguments.json.read_text())
         rows = [Row(r["table"], r["setting"], Run(**r["run"])) for r in stored]
     held = {(r.table, r.setting, r.run.method, r.run.batch, r.run.seed, r.run.samples) for r in rows}
-    wanted = [
-        (setting, arguments.batch, seed, arguments.samples) for seed in range(arguments.seeds) for setting in SETTINGS
-    ]
-    jobs = [(s, *rest) for s, *rest in wanted if (s.table, s.name, s.method, *rest) not in held]
+    distinct = [s for k, s in enumerate(SETTINGS) if not any(s.same_run(other) for other in SETTINGS[:k])]
+    seeds = range(arguments.seeds)
+    wanted = [(s, arguments.batch, seed, arguments.samples) for seed in seeds for s in distinct]
+    jobs = [(s, *how) for s, *how in wanted if (s.table, s.name, s.method, *how) not in held]
     console = Console(width=None if sys.stdout.isatty() else 140)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("training", total=len(wanted), completed=len(wanted) - len(jobs))
         for new in train_all(measure, jobs, arguments.processes):
-            rows.append(new)
-            progress.update(task, advance=1, description=f"{new.run.method}, {new.setting}: {new.run.recall:.1%}")
+            rows += new
+            progress.update(task, advance=1, description=f"{new[0].run.method}, {new[0].setting}")
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1) + "\n")
