@@ -242,10 +242,11 @@ class NormalizerMemory(nn.Module):
 
     @torch.no_grad()
     def rescale(self, ratio: float | Tensor) -> None:
-        """Multiplies all logarithms by (new scale / old scale), after the temperature moved by more than some percent.
+        """Multiplies all logarithms by (new scale / old scale), where the temperature moved far between two visits.
 
-        The logarithm of a mean of exp(scale * s) is convex in the scale and 0 at scale 0, so that this falls short of
-        the truth by less than leaving it alone does; docs/decomposable.md has figures. O(num_samples), in place.
+        The logarithm of a mean of exp(scale * s) is convex in the scale and 0 at scale 0. So where it is positive, this
+        ends nearer to the truth than leaving it alone does, on the same side: too low after a rise, too high after a
+        fall. In training it made no measurable difference: docs/decomposable.md. O(num_samples), in place.
         """
         self.log_mean.mul_(ratio)
 

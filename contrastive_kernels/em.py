@@ -179,7 +179,8 @@ class DecomposableContrastiveLoss(nn.Module):
         index : Tensor
             Which samples the rows of ``x`` are, int64 [N].
         logit_scale : float or Tensor
-            Multiplies the dot products: the inverse temperature, not its logarithm.
+            Multiplies the dot products: the inverse temperature, not its logarithm. Where it moves, what the memory
+            holds is left as it is; :meth:`NormalizerMemory.rescale` is the correction.
         direction : int, optional
             None: all that the memory has, from one pass. A number: x alone queries, with the normalisers of that
             direction, as with momentum keys or a queue, which need no gradient.

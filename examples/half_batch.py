@@ -1,6 +1,6 @@
 """Half the batch, as good a model? The conventional loss at batch B against the decomposable one at B / 2 and B / 4.
 
-    python examples/half_batch.py --json half_batch.json --png half_batch.png      five seeds, some eight minutes
+    python examples/half_batch.py --json half_batch.json --png half_batch.png      five seeds, some five minutes
 
 Two small towers learn characters and their names (``glyphs.py``), with the same initial weights, optimiser, learning
 rate, temperature and number of pictures seen; only loss and batch size differ. The towers do not couple the rows of a
@@ -22,11 +22,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,9 @@ from towers import Captions, TwoTowers
 
 import contrastive_kernels as ck
 
-__all__ = ["METHODS", "Run", "Towers", "train_towers"]
+__all__ = ["FIXED", "METHODS", "Run", "Temperature", "Towers", "interval", "run", "train_all", "train_towers"]
+
+T = TypeVar("T")
 
 BUCKETS, DIM, WIDTH = 4096, 64, 128
 LOGIT_SCALE = 1 / 0.07
@@ -85,8 +87,48 @@ class Towers(TwoTowers):
         self.logit_bias.requires_grad_(False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """What the scale does during training, and what that does to the memory.
+
+    Parameters
+    ----------
+    start : float
+        The scale of the first step; it rises in equal ratios to ``LOGIT_SCALE`` at half of the steps.
+    learnable : bool
+        Whether the scale is a parameter, without weight decay.
+    rescale : bool
+        Whether the memory's logarithms follow the scale before every step (``NormalizerMemory.rescale``).
+    """
+
+    start: float = LOGIT_SCALE
+    learnable: bool = False
+    rescale: bool = False
+
+    @torch.no_grad()
+    def move(self, towers: Towers, loss_fn: ck.DecomposableContrastiveLoss | None, before: float, part: float) -> float:
+        """Sets the scale after a `part` of all steps, in 0 ... 1; the memory's last one was `before`; returns it."""
+        if self.start != LOGIT_SCALE:
+            left = max(0.0, 1 - 2 * part)
+            towers.log_logit_scale.fill_(math.log(LOGIT_SCALE) + left * math.log(self.start / LOGIT_SCALE))
+        scale = float(towers.logit_scale)
+        if self.rescale and loss_fn is not None and scale != before:
+            loss_fn.memory.rescale(scale / before)
+        return scale
+
+
+FIXED = Temperature()
+
+
 def train_towers(
-    data: GlyphData, captions: Captions, method: str, batch: int, seed: int, samples: int, **options: Any
+    data: GlyphData,
+    captions: Captions,
+    method: str,
+    batch: int,
+    seed: int,
+    samples: int,
+    temperature: Temperature = FIXED,
+    **options: Any,
 ) -> tuple[Towers, ck.DecomposableContrastiveLoss | None]:
     """Towers after so many pictures, and their loss if it has a memory; `options` go before those of METHODS."""
     torch.manual_seed(seed)
@@ -102,7 +144,12 @@ def train_towers(
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
     )
+    if temperature.learnable:
+        towers.log_logit_scale.requires_grad_(True)
+        optimizer.add_param_group({"params": [towers.log_logit_scale], "weight_decay": 0.0})
+    scale = float(towers.logit_scale.detach())
     for step in range(steps):
+        scale = temperature.move(towers, loss_fn, scale, step / steps)
         warm = min(1.0, (step + 1) / (WARM_UP * steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -116,12 +163,16 @@ def train_towers(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        towers.clamp_logit_scale()
     return towers.eval(), loss_fn
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run; parts of 1. `recall` is the mean of recall@1 of both directions."""
+    """One training run; parts of 1. `recall` is the mean of recall@1 of both directions.
+
+    `effective_rows` and `scatter` are the memory's at the end: E[r]^2 / E[r^2] and the standard deviation of log r.
+    """
 
     method: str
     batch: int
@@ -132,6 +183,8 @@ class Run:
     zero_shot: float
     effective_rows: float | None
     seconds: float
+    scatter: float | None = None
+    logit_scale: float = LOGIT_SCALE
 
 
 @cache
@@ -140,17 +193,23 @@ def _data() -> tuple[GlyphData, Captions]:
     return data, Captions(data.captions)
 
 
-def run(method: str, batch: int, seed: int, samples: int) -> Run:
+def run(method: str, batch: int, seed: int, samples: int, temperature: Temperature = FIXED, **options: Any) -> Run:
     """Trains and scores one model, on one thread."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     data, captions = _data()
-    towers, loss = train_towers(data, captions, method, batch, seed, samples)
+    towers, loss = train_towers(data, captions, method, batch, seed, samples, temperature, **options)
     seconds = time.perf_counter() - started
     test, validation = evaluate(towers, data, "test"), evaluate(towers, data, "validation")
-    effective = None if loss is None else sum(loss.memory.statistics().effective) / 2
+    effective, scatter = None, None
+    if loss is not None:
+        statistics = loss.memory.statistics()
+        effective, scatter = sum(statistics.effective) / 2, sum(statistics.log_ratio_std) / 2
     recall, validation_recall = ((s.image_to_text[1] + s.text_to_image[1]) / 2 for s in (test, validation))
-    return Run(method, batch, seed, samples, recall, validation_recall, test.zero_shot, effective, seconds)
+    scale = float(towers.logit_scale.detach())
+    return Run(
+        method, batch, seed, samples, recall, validation_recall, test.zero_shot, effective, seconds, scatter, scale
+    )
 
 
 def plan(batch: int) -> list[tuple[str, int]]:
@@ -230,14 +289,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     pyplot.close(figure)
 
 
-def train_all(jobs: Sequence[tuple[str, int, int, int]], processes: int) -> Iterator[Run]:
-    """All runs (method, batch, seed, samples), a few at a time, in whichever order they end."""
+def train_all(work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[T]:
+    """The work on every job (its arguments), a few at a time, in whichever order they end."""
     load_glyphs(progress=False)  # drawn once, before the processes want it
     if processes == 1:
-        yield from (run(*job) for job in jobs)
+        yield from (work(*job) for job in jobs)
         return
     with ProcessPoolExecutor(processes) as pool:
-        for done in as_completed([pool.submit(run, *job) for job in jobs]):
+        for done in as_completed([pool.submit(work, *job) for job in jobs]):
             yield done.result()
 
 
@@ -265,7 +324,7 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("training", total=len(wanted), completed=len(wanted) - len(jobs))
-        for new in train_all(jobs, arguments.processes):
+        for new in train_all(run, jobs, arguments.processes):
             runs.append(new)
             progress.update(task, advance=1, description=f"{new.method}, B = {new.batch}: {new.recall:.1%}")
             if arguments.json:

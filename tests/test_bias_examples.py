@@ -1,4 +1,4 @@
-"""The three experiments on the bias of minibatches, in small: what they measure is what they say."""
+"""The experiments on the bias of minibatches, in small: what they measure is what they say."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 import glyphs  # noqa: E402
 import gradient_bias  # noqa: E402
 import half_batch  # noqa: E402
+import memory_defaults  # noqa: E402
 import synthetic  # noqa: E402
 from towers import Captions  # noqa: E402
 
@@ -158,3 +159,58 @@ def test_intervals_are_student_s():
     mean, width = half_batch.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and abs(width - 2.776 * math.sqrt(2.5 / 5)) < 0.01
     assert math.isnan(half_batch.interval([1.0])[1])
+
+
+# Defaults of the memory, and a temperature that moves
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_warmed_up_temperature_and_what_the_memory_sees_of_it(data, monkeypatch, rescale):
+    ratios, scales = [], []
+    forward, follow = ck.DecomposableContrastiveLoss.forward, ck.NormalizerMemory.rescale
+    monkeypatch.setattr(
+        ck.DecomposableContrastiveLoss, "forward", lambda *a: (scales.append(float(a[4])), forward(*a))[1]
+    )
+    monkeypatch.setattr(ck.NormalizerMemory, "rescale", lambda m, ratio: (ratios.append(ratio), follow(m, ratio)))
+    temperature = half_batch.Temperature(start=5.0, rescale=rescale)
+    half_batch.train_towers(data, Captions(data.captions), "stored", 8, 0, 64, temperature)
+    final = half_batch.LOGIT_SCALE
+    expected = [5.0 * (final / 5.0) ** min(1.0, k / 4) for k in range(8)]  # eight steps
+    assert scales == pytest.approx(expected, rel=1e-5)
+    # from the towers' first scale to that of the first step, and from there to the last one
+    assert ratios == (pytest.approx([5.0 / final] + [(final / 5.0) ** 0.25] * 4, rel=1e-5) if rescale else [])
+
+
+def test_a_temperature_learns_where_it_shall(data):
+    for temperature, moves in ((half_batch.FIXED, False), (half_batch.Temperature(learnable=True), True)):
+        towers, _ = half_batch.train_towers(data, Captions(data.captions), "updated", 8, 0, 32, temperature)
+        assert (abs(float(towers.logit_scale.detach()) - half_batch.LOGIT_SCALE) > 1e-3) is moves
+
+
+def test_memory_defaults_command(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(half_batch, "load_glyphs", lambda progress: data)
+    half_batch._data.cache_clear()
+    out = tmp_path / "rows.json"
+    options = ["--batch", 16, "--seeds", 2, "--samples", 32, "--processes", 1, "--json", out]
+    command(memory_defaults, monkeypatch, *options)
+    rows = json.loads(out.read_text())
+    names = {(s.table, s.method, s.name) for s in memory_defaults.SETTINGS}
+    assert len(names) == len(memory_defaults.SETTINGS), "two settings of one name"
+    assert {(r["table"], r["run"]["method"], r["setting"]) for r in rows} == names and len(rows) == 2 * len(names)
+    text = capsys.readouterr().out
+    assert all(s.name in text for s in memory_defaults.SETTINGS)
+    before = out.read_text()
+    command(memory_defaults, monkeypatch, *options)  # what is there is not repeated
+    assert out.read_text() == before
+    half_batch._data.cache_clear()
+
+
+def test_defaults_are_compared_with_the_first_setting_by_seed():
+    def row(setting, seed, recall, method="stored"):
+        run = half_batch.Run(method, 32, seed, 10, recall, 0.0, 0.0, None, 0.0)
+        return memory_defaults.Row("options", setting, run)
+
+    other = [row("b", 1, 0.5), row("b", 0, 0.25)]
+    rows = [row("a", 0, 0.125), row("a", 1, 0.25), *other, row("c", 0, 1.0, "updated")]
+    assert memory_defaults.paired(rows, other[0]) == [0.25, 0.125]
+    assert memory_defaults.paired(rows, rows[-1]) == [0.0]
