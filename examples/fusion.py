@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, normalize
 from towers import ImageTower, TwoTowers, prepare_images
 from train_clip import Settings, Trainer
 from transformer import LEAST, MASK, START, Layer, TextTransformer, Vocabulary, Words
-from views import same_faces
+from views import all_faces
 
 import contrastive_kernels as ck
 
@@ -241,16 +241,16 @@ class FusionTrainer(Trainer):
         return views if independent is None else {**views, "text_independent": independent}
 
     def _separation(self, batch: Batch, text: Tensor, independent: Tensor, independent_aug: Tensor) -> Tensor:
-        """Feature separation, as ``TowerTrainer`` does it: pictures of characters in two faces each."""
-        pictures, moved = same_faces(batch, self.step, self.settings.seed, self.settings.shift)
-        slow, rows = self.objective.momentum.model, len(pictures)
+        """Feature separation, as ``TowerTrainer`` does it: pictures of fewer characters in all their faces."""
+        settings, slow = self.settings, self.objective.momentum.model
+        pictures, moved = all_faces(self.data, batch.characters, len(text), self.step, settings.seed, settings.shift)
         shared, image_independent = self.model.project(self.model.see(pictures.to(self.device)).mean(1), "image")
         with torch.no_grad():
             _, image_independent_aug = slow.project(slow.see(moved.to(self.device)).mean(1), "image")
         if image_independent is None:
             raise TypeError("separation: expected a model with heads for independent features")
         found = ck.feature_separation(
-            shared, text[:rows], image_independent, independent[:rows], image_independent_aug, independent_aug[:rows],
+            shared, text, image_independent, independent, image_independent_aug, independent_aug,
             self.model.logit_scale,
         )  # fmt: skip
         return cast("Tensor", found)

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from towers import Captions, CaptionSet, TwoTowers, prepare_images
 from train_clip import Settings, Trainer
 from transformer import Vocabulary, Words, WordTower
-from views import CaptionViews, same_faces
+from views import CaptionViews, all_faces
 
 import contrastive_kernels as ck
 
@@ -33,7 +33,7 @@ class Structure:
 
 
 # The paper prints no weights. These are first guesses: docs/structures_experiment.md has what they do.
-SEPARATION, BRIDGE, GEOMETRY = 0.1, 0.1, 0.02
+SEPARATION, BRIDGE, GEOMETRY = 1.0, 0.1, 0.02
 VARIANTS: dict[str, Structure] = {
     "base": Structure(),
     "+ separation": Structure(separation=SEPARATION),
@@ -90,7 +90,8 @@ class StructuredTowers(TwoTowers):
         if vocabulary is not None:
             self.text = WordTower(vocabulary, hidden)  # type: ignore[assignment]
         self.shared = nn.ModuleDict({side: nn.Sequential(nn.GELU(), nn.Linear(hidden, dim)) for side in SIDES})
-        heads = {side: ck.SeparationHead(hidden, dim, hidden) for side in SIDES} if separation else {}
+        widths = {"image": self.image.features, "text": hidden}
+        heads = {side: ck.SeparationHead(widths[side], dim, 2 * hidden) for side in SIDES} if separation else {}
         self.independent = nn.ModuleDict(heads)
 
     def prepare_captions(self, texts: Sequence[str]) -> CaptionSet:
@@ -100,15 +101,18 @@ class StructuredTowers(TwoTowers):
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Shared and independent unit features [N, D] of pictures uint8 [N, 32, 32]."""
-        return self._project(self.image(prepare_images(images)), "image")
+        seen = self.image.convolutions(prepare_images(images)).flatten(1)
+        return self._project(self.image.head(seen), seen, "image")
 
     def text_features(self, captions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Shared and independent unit features [N, D] of captions."""
-        return self._project(self.text(captions), "text")
+        hidden = self.text(captions)
+        return self._project(hidden, hidden, "text")
 
-    def _project(self, hidden: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
+    def _project(self, hidden: Tensor, earlier: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
+        """Shared features from a tower's end, independent ones from ``earlier``: its end forgets the face."""
         shared = normalize(self.shared[side](hidden), dim=1)
-        return shared, self.independent[side](hidden) if self.independent else None
+        return shared, self.independent[side](earlier) if self.independent else None
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Shared unit features [N, D]."""
@@ -215,17 +219,16 @@ class TowerTrainer(Trainer):
     def _separation(
         self, batch: Batch, views: StructuredTowers, text: Tensor, independent: Tensor, independent_aug: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Feature separation: the text's features as they are, the pictures' of characters in two faces each."""
-        settings = self.settings
-        pictures, moved = same_faces(batch, self.step, settings.seed, settings.shift)
+        """Feature separation: the text's features as they are, the pictures' of fewer characters in all their faces."""
+        settings, rows = self.settings, len(text)
+        pictures, moved = all_faces(self.data, batch.characters, rows, self.step, settings.seed, settings.shift)
         shared, image_independent = self.model.image_features(pictures.to(self.device))
         with torch.set_grad_enabled(views is self.model):
             _, image_independent_aug = views.image_features(moved.to(self.device))
-        rows = len(pictures)  # one less than the captions where their number is odd
         if image_independent is None:
             raise TypeError("separation: expected towers with heads for independent features")
         found = ck.feature_separation(
-            shared, text[:rows], image_independent, independent[:rows], image_independent_aug,
-            None if independent_aug is None else independent_aug[:rows], self.model.logit_scale, return_terms=True,
+            shared, text, image_independent, independent, image_independent_aug, independent_aug,
+            self.model.logit_scale, return_terms=True,
         )  # fmt: skip
         return cast("tuple[Tensor, dict[str, Tensor]]", found)

@@ -208,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of results; default examples/runs/structures[-quick]")
     parser.add_argument("--json", type=Path, help="write every cell's numbers here too")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
+    parser.add_argument("--batch", type=int, help="characters a step of the towers; default 1024, with --quick 128")
     parser.add_argument("--text", choices=("ngrams", "transformer"), default="ngrams", help="the towers' text encoder")
     parser.add_argument("--momentum", type=float, default=0.0, help="of the towers' encoders of views; 0: none")
     arguments = parser.parse_args()
@@ -225,6 +226,7 @@ def main() -> None:
     arguments, console, started = parse_arguments(), Console(), time.perf_counter()
     plan = QUICK if arguments.quick else Plan()
     towers = dataclasses.replace(plan.towers, text=arguments.text, momentum=arguments.momentum)
+    towers = dataclasses.replace(towers, batch=arguments.batch or towers.batch)
     plan = dataclasses.replace(plan, towers=towers)
     cells = [
         Cell(model, variant, seed)

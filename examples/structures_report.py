@@ -184,9 +184,10 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
         _bars(right, fusion, "fusion", asked, {name: read}, f"C{i}", i, len(columns))
     right.set(title="fusion model", ylabel="accuracy, %")
     for axes in (left, right):
+        axes.set_visible(bool(axes.containers))  # a panel without results is not shown
         axes.grid(axis="y", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=130)
 
 

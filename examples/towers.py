@@ -93,9 +93,10 @@ class ImageTower(nn.Module):
     def __init__(self, dim: int, width: int = 32) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(_block(4, width), _block(width, 2 * width))
+        self.features = 2 * width * 16  # of the convolutions
         hidden = 2 * dim
         self.head = nn.Sequential(
-            nn.Linear(2 * width * 16, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
+            nn.Linear(self.features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from glyphs import Batch, shift
+from glyphs import GlyphData, shift
 from torch import Tensor
 from towers import CaptionSet
 
-__all__ = ["CaptionViews", "drop_words", "same_faces"]
+__all__ = ["CaptionViews", "all_faces", "drop_words"]
 
 COPIES = 4  # of every caption with other words dropped: cheaper than dropping anew at every step, and as good
+WINDOW = 20  # pixels of the side of a picture's part: strokes, slant and serifs are in it, the whole letter seldom
 
 
 def drop_words(caption: str, share: float, random: np.random.Generator) -> str:
@@ -50,15 +52,31 @@ class CaptionViews:
         return self._versions[torch.from_numpy(version).to(characters.device) * self._count + characters]
 
 
-def same_faces(batch: Batch, step: int, seed: int, max_shift: int) -> tuple[Tensor, Tensor]:
-    """Pictures [2 (B // 2), 32, 32] that independent features are learnt from, and each of them moved once more.
+def all_faces(
+    data: GlyphData, characters: npt.NDArray[np.int64], count: int, step: int, seed: int, max_shift: int
+) -> tuple[Tensor, Tensor]:
+    """Two views [count, 32, 32] of the pictures that independent features are learnt from: moved, most of it cut away.
 
-    Half of the batch's characters, each in two faces. A picture is pulled towards itself moved, not towards another
-    face, which would make the features forget the face; and among its negatives is its own character in another face,
-    so that knowing the character, which the caption tells as well, is not enough.
+    The first characters of a batch, each in all of its faces. A picture is pulled towards another part of itself, not
+    towards another face, which would make the features forget the face; and among its negatives is its own character in
+    every other face, so that knowing the character, which the caption tells as well, is not enough.
     """
-    half = len(batch.characters) // 2
-    pictures = np.concatenate([batch.images[0][:half], batch.images[1][:half]])
+    first = data.first[characters]
+    faces = data.first[characters + 1] - first  # of each character
+    end = faces.cumsum()
+    number = np.arange(count)
+    which = np.searchsorted(end, number, side="right")  # the character of each row
+    pictures = data.images[first[which] + number - (end - faces)[which]]
     random = np.random.default_rng([seed, 4, step])
-    shifts = random.integers(-max_shift, max_shift + 1, (2, len(pictures)))
-    return torch.from_numpy(pictures), torch.from_numpy(shift(pictures, shifts[0], shifts[1]))
+    shifts = random.integers(-max_shift, max_shift + 1, (2, 2, count))
+    once, again = (torch.from_numpy(_window(shift(pictures, down, right), random)) for down, right in shifts)
+    return once, again
+
+
+def _window(pictures: npt.NDArray[np.uint8], random: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Pictures [N, H, W] of which a square somewhere is left, paper around it."""
+    count, height, width = pictures.shape
+    top, left = random.integers(0, [[height - WINDOW + 1], [width - WINDOW + 1]], (2, count))
+    rows, columns = np.arange(height) - top[:, None], np.arange(width) - left[:, None]
+    kept = [(place >= 0) & (place < WINDOW) for place in (rows, columns)]
+    return np.where(kept[0][:, :, None] & kept[1][:, None, :], pictures, 0).astype(pictures.dtype)

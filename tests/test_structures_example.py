@@ -161,15 +161,29 @@ def test_caption_views_drop_words_and_repeat_by_step():
         assert [word for word in texts[0].split() if word in kept] == kept, "another order"
 
 
-def test_pictures_for_separation_are_two_faces_of_a_character_each_moved(data):
-    batch = glyphs.BatchSampler(data, 21, views=2, max_shift=0)[0]
-    pictures, moved = (part.numpy() for part in views.same_faces(batch, 3, seed=0, max_shift=1))
-    assert np.array_equal(pictures, np.concatenate([batch.images[0, :10], batch.images[1, :10]]))
-    assert np.array_equal(views.same_faces(batch, 3, seed=0, max_shift=1)[1].numpy(), moved)
+def test_pictures_for_separation_are_parts_of_all_faces_of_a_character(data, monkeypatch):
+    characters = glyphs.BatchSampler(data, 21)[0].characters
+    expected = np.concatenate([data.images[data.first[c] : data.first[c + 1]] for c in characters])[:21]
+    first, second = (part.numpy() for part in views.all_faces(data, characters, 21, 3, seed=0, max_shift=0))
+    assert np.array_equal(views.all_faces(data, characters, 21, 3, seed=0, max_shift=0)[1].numpy(), second)
+    assert not np.array_equal(first, second), "both views show the same part"
+    for part in (first, second):
+        for picture, whole in zip(part, expected):
+            assert any(
+                np.array_equal(picture[top : top + views.WINDOW, left : left + views.WINDOW], inside)
+                and picture.sum() == inside.sum()
+                for top in range(33 - views.WINDOW)
+                for left in range(33 - views.WINDOW)
+                for inside in [whole[top : top + views.WINDOW, left : left + views.WINDOW]]
+            )
+    monkeypatch.setattr(views, "WINDOW", 32)  # all of it: only moved
+    moved = [part.numpy() for part in views.all_faces(data, characters, 21, 3, seed=0, max_shift=1)]
+    assert not np.array_equal(*moved)
     down, right = np.divmod(np.arange(9), 3)
-    for picture, before in zip(moved, pictures):
-        candidates = glyphs.shift(np.repeat(before[None], 9, axis=0), down - 1, right - 1)
-        assert (candidates == picture).all(axis=(1, 2)).any()
+    for pictures in moved:
+        for picture, before in zip(pictures, expected):
+            candidates = glyphs.shift(np.repeat(before[None], 9, axis=0), down - 1, right - 1)
+            assert (candidates == picture).all(axis=(1, 2)).any()
 
 
 def test_rare_words_are_spelt():
