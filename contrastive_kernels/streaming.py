@@ -121,6 +121,7 @@ def weigh(
             if dy is not None:
                 workspace.accumulate(dy.part(j), panel.weights.T, stream.x[i], panel.x)
             overlap.multiplied()
+            del panel  # its blocks' copies, before the next ones are made
         if dx is not None and dx.blocked:
             dx.rescale(workspace.rescale)
             _add_positives_to_rows(stream, dx, i, positive)
