@@ -155,8 +155,7 @@ def clip_loss(
     params = make_params(x, logit_scale)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
     row, col, dots = log_sum(x, y, params, None, True, True, options)
-    z_pos = params[0] * dots
-    losses = (_softmax_loss(row, z_pos) + _softmax_loss(col, z_pos)) / 2
+    losses = _softmax_loss(torch.stack([row, col]), params[0] * dots).mean(0)
     return reduce_losses(losses, row_weights(weight, len(x), x), reduction)
 
 

@@ -38,12 +38,12 @@ class Overlap:
         """Which buffer the panel uses."""
         return self.count % 2 if self.enabled else 0
 
-    @contextlib.contextmanager
-    def making(self) -> Iterator[None]:
+    def making(self) -> contextlib.AbstractContextManager[None]:
         """Weights are made within; the current stream goes on once they are there."""
-        if not self.enabled:
-            yield
-            return
+        return self._on_the_side() if self.enabled else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _on_the_side(self) -> Iterator[None]:
         if self.count >= 2:  # the products of the last panel but one have read this buffer
             self._side.wait_event(self._used[self.buffer])
         with torch.cuda.stream(self._side):

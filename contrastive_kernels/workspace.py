@@ -143,7 +143,8 @@ def size_of(stream: Stream) -> Size:
     x = stream.x
     return Size(
         len(x), len(stream.y), x.shape[1], x.dtype, x.device, stream.symmetric, stream.workspace_bytes,
-        multiprocessors(x.device), in_pieces(x) and in_pieces(stream.y), 2 if stream.overlap else 1,
+        multiprocessors(x.device), stream.backend.native_operands and in_pieces(x) and in_pieces(stream.y),
+        2 if stream.overlap else 1,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..panel_shapes import Size
@@ -33,7 +35,12 @@ def instruction_set() -> str | None:
 
 def route(size: Size) -> Route:
     """Its only one."""
-    return Route(f"torch's matrix product + one pass in {instruction_set()}")
+    return _route(instruction_set())
+
+
+@functools.cache
+def _route(isa: str | None) -> Route:
+    return Route(f"torch's matrix product + one pass in {isa}")
 
 
 def reduce_panel(term: PairTerm, panel: Panel) -> None:
