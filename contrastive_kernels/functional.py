@@ -155,8 +155,10 @@ def clip_loss(
     params = make_params(x, logit_scale)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
     row, col, dots = log_sum(x, y, params, None, True, True, options)
-    losses = _softmax_loss(torch.stack([row, col]), params[0] * dots).mean(0)
-    return reduce_losses(losses, row_weights(weight, len(x), x), reduction)
+    both = _softmax_loss(torch.stack([row, col]), params[0] * dots)
+    if weight is None and reduction == "mean":  # in one operation: a small batch is made of their number
+        return both.sum() / max(2 * x.shape[0], 1)
+    return reduce_losses(both.mean(0), row_weights(weight, len(x), x), reduction)
 
 
 def nt_xent(

@@ -87,7 +87,10 @@ class Stream:
 
     def exclude(self) -> Tensor:
         """Columns left out of each row, [N, K]."""
-        rows = torch.arange(len(self.x), device=self.x.device)
+        n, offset = self.x.shape[0], self.positives.offset
+        if offset is not None and not self.symmetric:
+            return torch.arange(offset, offset + n, device=self.x.device)[:, None]
+        rows = torch.arange(n, device=self.x.device)
         if self.symmetric:
             return torch.stack([self.positives.columns(rows), rows], 1)
         return self.positives.columns(rows)[:, None] if self.positives.exist else rows[:, None][:, :0]
