@@ -278,7 +278,8 @@ def feature_separation(
     image_independent_aug, text_independent_aug : Tensor or None
         The same of augmented views [N, D]. A view that is None leaves its contrastive term out.
     logit_scale : float or Tensor
-        The inverse temperature of the contrastive terms.
+        The inverse temperature of the contrastive terms. Detached, or one of their own: telling independent features
+        apart is another task than matching shared ones, and would pull a common temperature away from these.
     orthogonality : float
         Weight of sum_j (<V_j, Vi_j>^2 + <T_j, Ti_j>^2) / N, at least 0.
     contrast : float

@@ -174,6 +174,7 @@ class LatentStructureLoss(nn.Module):
         text_independent: Tensor | None = None,
         image_independent_aug: Tensor | None = None,
         text_independent_aug: Tensor | None = None,
+        independent_logit_scale: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and its parts.
 
@@ -189,6 +190,9 @@ class LatentStructureLoss(nn.Module):
             Independent features [N, D], which separation needs.
         image_independent_aug, text_independent_aug : Tensor, optional
             The same of augmented views [N, D].
+        independent_logit_scale : float or Tensor, optional
+            The inverse temperature of separation's contrast. Default: the value of ``logit_scale``, without a gradient
+            to it: telling independent features apart is another task, whose best temperature is not the towers'.
 
         Returns
         -------
@@ -213,9 +217,11 @@ class LatentStructureLoss(nn.Module):
         if self.weights["separation"]:
             if image_independent is None or text_independent is None:
                 raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
+            if independent_logit_scale is None:
+                independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             result = feature_separation(
                 image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
-                logit_scale, return_terms=True, **self.separation_options,
+                independent_logit_scale, return_terms=True, **self.separation_options,
             )  # fmt: skip
             values["separation"], terms = result
             parts = {f"separation/{name}": value for name, value in terms.items()}

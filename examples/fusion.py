@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from glyphs import Batch, GlyphData
-from structured_towers import Momentum
+from structured_towers import Momentum, statistics_kept
 from tasks import question_words
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -42,7 +42,7 @@ class FusionSettings(Settings):
     lr: float = 2e-3
     weight_decay: float = 0.05
     shift: int = 2
-    momentum: float = 0.98
+    momentum: float = 0.9  # a short training: slower keys are of another model than the queries
     queue: int = 1536
     masked: float = 0.3  # share of the caption's tokens; captions are short
     separation: float = 0.0
@@ -71,13 +71,19 @@ class FusionModel(TwoTowers):
         self.look = Layer(width)
         self.words = TextTransformer(len(vocabulary), width, settings.text_layers)
         self.fusion = nn.ModuleList(Layer(width, cross=True) for _ in range(settings.fusion_layers))
-        self.shared = nn.ModuleDict({side: nn.Linear(width, dim) for side in ("image", "text")})
+        widths = {
+            "image": PATCHES * width,
+            "text": width,
+        }  # all patches, where each stands: their mean learns far slower
+        self.shared = nn.ModuleDict(
+            {side: nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, dim)) for side, wide in widths.items()}
+        )
         self.norm = nn.LayerNorm(width)
         self.matching = nn.Linear(width, 2)
         self.mask_bias = nn.Parameter(torch.zeros(len(vocabulary)))
         # last, so that the variants of a seed start from the same weights
-        heads = {side: ck.SeparationHead(width, dim, width) for side in self.shared} if settings.separation else {}
-        self.independent = nn.ModuleDict(heads)
+        heads = {side: ck.SeparationHead(wide, dim, width) for side, wide in widths.items()}
+        self.independent = nn.ModuleDict(heads if settings.separation else {})
 
     def prepare_captions(self, texts: Any) -> Words:
         """Texts as tokens."""
@@ -94,18 +100,25 @@ class FusionModel(TwoTowers):
             words = layer(words, mask, patches)
         return self.norm(words)
 
-    def project(self, pooled: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
-        """Shared and independent unit features [N, D] of pooled states [N, W]."""
-        independent = self.independent[side](pooled) if self.independent else None
-        return normalize(self.shared[side](pooled), dim=1), independent
+    def image_features(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Shared and independent unit features [N, D] of pictures' patches [N, 16, W]."""
+        return self._project(patches.flatten(1), "image")
+
+    def text_features(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Shared and independent unit features [N, D] of texts' states [N, L, W]: of their first."""
+        return self._project(words[:, 0], "text")
+
+    def _project(self, state: Tensor, side: str) -> tuple[Tensor, Tensor | None]:
+        independent = self.independent[side](state) if self.independent else None
+        return normalize(self.shared[side](state), dim=1), independent
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Shared unit features [N, D]."""
-        return self.project(self.see(images).mean(1), "image")[0]
+        return self.image_features(self.see(images))[0]
 
     def encode_captions(self, captions: tuple[Tensor, Tensor]) -> Tensor:
         """Shared unit features [N, D]."""
-        return self.project(self.words(captions[0])[0][:, 0], "text")[0]
+        return self.text_features(self.words(captions[0])[0])[0]
 
     def guess_words(self, states: Tensor) -> Tensor:
         """Logits over the vocabulary [..., V] of states [..., W]."""
@@ -202,6 +215,11 @@ class FusionTrainer(Trainer):
         # the questions' words have their tokens beforehand, as a pre-trained text encoder has them
         return FusionModel(Vocabulary(training + LEAST * question_words()), self.settings)
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """The temperature learns as fast as the rest: much faster, it runs away from transformers that learn slowly."""
+        groups = super()._groups()
+        return [{**group, "speed": 1.0} for group in groups]
+
     def _make_objective(self) -> _FusionState:
         queue = Queue(self.settings.queue, self.settings.dim, self.device)
         return _FusionState(Momentum(self.model, self.settings.momentum), queue)
@@ -213,8 +231,8 @@ class FusionTrainer(Trainer):
         images = torch.from_numpy(batch.images[0]).to(self.device)
         tokens, _ = self.captions[characters]
         patches, (words, mask) = self.model.see(images), self.model.words(tokens)
-        image, _ = self.model.project(patches.mean(1), "image")
-        text, text_independent = self.model.project(words[:, 0], "text")
+        image, _ = self.model.image_features(patches)
+        text, text_independent = self.model.text_features(words)
         views = self._momentum_views(batch, tokens, characters)
         result = self.loss(image, text, self.model.logit_scale, image_aug=views["image"], text_aug=views["text"])
         self.objective.queue.push(views["image"], views["text"], characters)
@@ -234,8 +252,8 @@ class FusionTrainer(Trainer):
         state, model = self.objective, self.objective.momentum.model
         state.momentum.follow(self.model)
         second = torch.from_numpy(batch.images[1]).to(self.device)
-        image, _ = model.project(model.see(second).mean(1), "image")
-        text, independent = model.project(model.words(tokens)[0][:, 0], "text")
+        image, _ = model.image_features(model.see(second))
+        text, independent = model.text_features(model.words(tokens)[0])
         state.keys = (state.queue.beside(image, 0, characters), state.queue.beside(text, 1, characters))
         views = {"image": image, "text": text}
         return views if independent is None else {**views, "text_independent": independent}
@@ -244,14 +262,15 @@ class FusionTrainer(Trainer):
         """Feature separation, as ``TowerTrainer`` does it: pictures of fewer characters in all their faces."""
         settings, slow = self.settings, self.objective.momentum.model
         pictures, moved = all_faces(self.data, batch.characters, len(text), self.step, settings.seed, settings.shift)
-        shared, image_independent = self.model.project(self.model.see(pictures.to(self.device)).mean(1), "image")
-        with torch.no_grad():
-            _, image_independent_aug = slow.project(slow.see(moved.to(self.device)).mean(1), "image")
+        with statistics_kept(self.model), statistics_kept(slow):
+            shared, image_independent = self.model.image_features(self.model.see(pictures.to(self.device)))
+            with torch.no_grad():
+                _, image_independent_aug = slow.image_features(slow.see(moved.to(self.device)))
         if image_independent is None:
             raise TypeError("separation: expected a model with heads for independent features")
         found = ck.feature_separation(
             shared, text, image_independent, independent, image_independent_aug, independent_aug,
-            self.model.logit_scale,
+            self.model.logit_scale.detach(),
         )  # fmt: skip
         return cast("Tensor", found)
 

@@ -101,13 +101,13 @@ class Questions:
 
     def _face(self, random: np.random.Generator) -> Any:
         name, wanted = ATTRIBUTES[random.integers(len(ATTRIBUTES))], bool(random.integers(2))
-        row, c = self._in_face(self.tables.characters, name, wanted, random)
+        row, c = self._in_face(self.tables.faced, name, wanted, random)
         return [self.data.images[row]], f"IS IT {name.upper()}", "YES" if wanted else "NO", [c]
 
     def _in_face(
         self, characters: npt.NDArray[np.int64], name: str, wanted: bool, random: np.random.Generator
     ) -> tuple[int, int]:
-        """A picture whose face has, or has not, an attribute; and its character. Most characters have both kinds."""
+        """A picture whose face has, or has not, an attribute; and its character."""
         while True:
             c = self._one(characters, random)
             first, last = self.data.first[c], self.data.first[c + 1]
@@ -127,7 +127,7 @@ class Questions:
         holds = [True, True] if both else [[True, False], [False, True], [False, False]][random.integers(3)]
         if random.integers(2):
             name = ATTRIBUTES[random.integers(len(ATTRIBUTES))]
-            found = [self._in_face(self.tables.characters, name, hold, random) for hold in holds]
+            found = [self._in_face(self.tables.faced, name, hold, random) for hold in holds]
             subject, rows, characters = name.upper(), [row for row, _ in found], [c for _, c in found]
         else:
             script = self.scripts[random.integers(len(self.scripts))]
@@ -198,10 +198,12 @@ def _logits(answerer: Answerer, asked: Asked) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_questions(answerer: Answerer, data: GlyphData, count: int = TEST_QUESTIONS) -> dict[str, dict[str, float]]:
-    """Accuracy on questions about test characters, the same for every model, and what guessing would reach, by kind."""
+def evaluate_questions(
+    answerer: Answerer, data: GlyphData, split: str = "test", count: int = TEST_QUESTIONS
+) -> dict[str, dict[str, float]]:
+    """Accuracy on questions about a split's characters, the same for every model; and of guessing, by kind."""
     answerer.eval()
-    questions, found = Questions(data, "test"), {}
+    questions, found = Questions(data, split), {}
     for number, kind in enumerate(KINDS):
         asked = questions.draw(kind, count, np.random.default_rng([number, 6]))
         right = (_logits(answerer, asked).argmax(1).numpy() == asked.answers).mean()

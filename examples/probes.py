@@ -6,6 +6,7 @@ Linear probes are least squares with a ridge, in closed form: no iterations, no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from evaluate import CHUNK, encode_pictures, encode_texts
 from glyphs import GlyphData
 from structured_towers import StructuredTowers
-from tasks import ATTRIBUTES, CATEGORIES, attribute, category_index
+from tasks import ATTRIBUTES, CATEGORIES, attribute, category_index, tells_face
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 from towers import TwoTowers
@@ -98,12 +99,12 @@ def gap(image: Tensor, text: Tensor) -> float:
     return float((image.mean(0) - text.mean(0)).norm())
 
 
-def clouds(model: TwoTowers, data: GlyphData, count: int = 200) -> dict[str, list[list[float]]]:
-    """Test characters' picture and caption features in two dimensions: along the gap, and across it.
+def clouds(model: TwoTowers, data: GlyphData, split: str, count: int = 200) -> dict[str, list[list[float]]]:
+    """Held-out characters' picture and caption features in two dimensions: along the gap, and across it.
 
     Across is where both vary most. The principal components alone would not show the gap: content varies far more.
     """
-    characters = np.random.default_rng(0).permutation(data.characters("test"))[:count]
+    characters = np.random.default_rng(0).permutation(data.characters(split))[:count]
     image = encode_pictures(model.eval(), data, data.one_each(characters)).cpu()
     text = encode_texts(model, [data.captions[c] for c in characters]).cpu()
     both = torch.cat([image, text]).double()
@@ -117,9 +118,11 @@ def clouds(model: TwoTowers, data: GlyphData, count: int = 200) -> dict[str, lis
 class _Classes:
     """A classification task: each character's class [C] (-1: none) and how a text encoder is asked for each class."""
 
-    def __init__(self, data: GlyphData, known: npt.NDArray[np.int64], prompts: Sequence[Sequence[str]]) -> None:
-        # A class that training or test do not have is not offered.
-        present = [set(known[data.characters(split)].tolist()) - {-1} for split in ("train", "test")]
+    def __init__(
+        self, data: GlyphData, split: str, known: npt.NDArray[np.int64], prompts: Sequence[Sequence[str]]
+    ) -> None:
+        # A class that training or the split do not have is not offered.
+        present = [set(known[data.characters(part)].tolist()) - {-1} for part in ("train", split)]
         self.classes = sorted(present[0] & present[1])
         number = {c: i for i, c in enumerate(self.classes)}
         self.truth = np.array([number.get(int(c), -1) for c in known], dtype=np.int64)
@@ -130,11 +133,11 @@ class _Classes:
         return normalize(torch.stack([encode_texts(model, texts).mean(0) for texts in self.prompts]), dim=1).cpu()
 
 
-def _tasks(data: GlyphData) -> dict[str, _Classes]:
+def _tasks(data: GlyphData, split: str) -> dict[str, _Classes]:
     categories = np.array([category_index(int(c)) for c in data.codepoints], dtype=np.int64)
     return {
-        "script": _Classes(data, data.scripts, [script.prompts for script in SCRIPTS]),
-        "category": _Classes(data, categories, [category.prompts for category in CATEGORIES]),
+        "script": _Classes(data, split, data.scripts, [script.prompts for script in SCRIPTS]),
+        "category": _Classes(data, split, categories, [category.prompts for category in CATEGORIES]),
     }
 
 
@@ -143,47 +146,51 @@ def _pictures(data: GlyphData, split: str) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isin(data.character, data.characters(split)))
 
 
-def evaluate_towers(model: StructuredTowers, data: GlyphData, shifted: GlyphData) -> dict[str, Any]:
+def evaluate_towers(
+    model: StructuredTowers, data: GlyphData, shifted: GlyphData, split: str = "test"
+) -> dict[str, Any]:
     """Every number of the two towers' part of the table.
 
     Parameters
     ----------
     model : StructuredTowers
     data : GlyphData
-        What it was trained on: its test characters are asked about, its training characters taught to the probes.
+        What it was trained on: its training characters are taught to the probes.
     shifted : GlyphData
         Pictures of the same characters in faces that were never trained on.
+    split : str
+        Whose characters are asked about.
     """
     training = model.training
     model.eval()
     result: dict[str, Any] = {"zero-shot": {}, "few-shot": {}, "classes": {}}
-    train_rows, test_rows = _pictures(data, "train"), _pictures(data, "test")
+    train_rows, test_rows = _pictures(data, "train"), _pictures(data, split)
     train_rows = np.random.default_rng(0).permutation(train_rows)[:PROBE_PICTURES]
     train, test = picture_features(model, data.images[train_rows]), picture_features(model, data.images[test_rows])
-    for name, task in _tasks(data).items():
+    for name, task in _tasks(data, split).items():
         texts, truth = task.text_features(model), torch.from_numpy(task.truth[data.character[test_rows]])
         result["classes"][name] = len(task.classes)
         result["zero-shot"][name] = top_k((test[0] @ texts.T)[truth >= 0], truth[truth >= 0])
         learnt = torch.from_numpy(task.truth[data.character[train_rows]])
         few = (test[0][truth >= 0], truth[truth >= 0], len(task.classes))
         result["few-shot"][name] = {k: few_shot(train[0][learnt >= 0], learnt[learnt >= 0], k, *few) for k in SHOTS}
-    result["shift"] = _shift(model, data, shifted)
-    result["retrieval"], result["gap"] = retrieval(model, data)
-    result["face"] = face_probes(model, data)
+    result["shift"] = _shift(model, data, shifted, split)
+    result["retrieval"], result["gap"] = retrieval(model, data, split)
+    result["face"] = face_probes(model, data, split)
     model.train(training)
     return result
 
 
-def _shift(model: StructuredTowers, data: GlyphData, shifted: GlyphData) -> dict[str, dict[int, float]]:
-    """Zero-shot script of the same test characters in known faces and in those never seen."""
-    characters = np.intersect1d(data.codepoints[data.characters("test")], shifted.codepoints)
+def _shift(model: StructuredTowers, data: GlyphData, shifted: GlyphData, split: str) -> dict[str, dict[int, float]]:
+    """Zero-shot script of the same held-out characters in known faces and in those never seen."""
+    characters = np.intersect1d(data.codepoints[data.characters(split)], shifted.codepoints)
     found = {}
     for name, part in (("known faces", data), ("new faces", shifted)):
         rows = np.flatnonzero(np.isin(part.codepoints[part.character], characters))
         truth = part.scripts[part.character[rows]]
         rows, truth = rows[truth >= 0], truth[truth >= 0]
         classes, columns = np.unique(truth, return_inverse=True)
-        task = _Classes(data, data.scripts, [script.prompts for script in SCRIPTS])
+        task = _Classes(data, split, data.scripts, [script.prompts for script in SCRIPTS])
         offered = np.searchsorted(task.classes, classes)
         keep = np.isin(classes, task.classes)[columns]
         scores = picture_features(model, part.images[rows[keep]])[0] @ task.text_features(model).T
@@ -191,9 +198,9 @@ def _shift(model: StructuredTowers, data: GlyphData, shifted: GlyphData) -> dict
     return found
 
 
-def retrieval(model: TwoTowers, data: GlyphData) -> tuple[dict[str, float], float]:
+def retrieval(model: TwoTowers, data: GlyphData, split: str = "test") -> tuple[dict[str, float], float]:
     """Recall of held-out captions by pictures and back, one of each; and the gap between their clouds."""
-    characters = data.characters("test")
+    characters = data.characters(split)
     image = encode_pictures(model, data, data.one_each(characters)).cpu()
     text = encode_texts(model, [data.captions[c] for c in characters]).cpu()
     result: dict[str, float] = {"candidates": len(characters)}
@@ -204,32 +211,33 @@ def retrieval(model: TwoTowers, data: GlyphData) -> tuple[dict[str, float], floa
     return result, gap(image, text)
 
 
-def face_probes(model: StructuredTowers, data: GlyphData) -> dict[str, dict[str, float]]:
-    """Balanced accuracy of each attribute of the face by linear probes on shared and on independent features.
+def face_probes(model: StructuredTowers, data: GlyphData, split: str) -> dict[str, dict[str, float]]:
+    """What linear probes on shared and on independent features tell about the face of letters: balanced accuracies.
 
-    Of characters that every face has: of the others the character alone, which the caption knows, tells that they are
-    not bold or not mono. Chance is 0.5 for the shared features exactly as for the independent ones.
+    Each attribute (chance is 0.5), their mean, and which of all faces it is. Both kinds of features have one width.
     """
-    faces = np.diff(data.first)
-    everywhere = faces == faces.max()
-    train_rows, test_rows = (
-        rows[everywhere[data.character[rows]]] for rows in (_pictures(data, "train"), _pictures(data, "test"))
+    told = tells_face(data)
+    train_rows, asked_rows = (
+        rows[told[data.character[rows]]] for rows in map(partial(_pictures, data), ("train", split))
     )
     train_rows = np.random.default_rng(0).permutation(train_rows)[:PROBE_PICTURES]
-    train, test = picture_features(model, data.images[train_rows]), picture_features(model, data.images[test_rows])
-    return {
-        name: _face_probe(data, train_rows, test_rows, learnt, asked)
-        for name, learnt, asked in zip(("shared", "independent"), train, test)
-        if learnt is not None and asked is not None
-    }
-
-
-def _face_probe(
-    data: GlyphData, train_rows: npt.NDArray[np.int64], test_rows: npt.NDArray[np.int64], train: Tensor, test: Tensor
-) -> dict[str, float]:
-    """Balanced accuracy of each attribute of the face, read off the features by a linear probe; chance is 0.5."""
+    train, asked = picture_features(model, data.images[train_rows]), picture_features(model, data.images[asked_rows])
+    faces = [torch.from_numpy(np.unique(data.face[rows], return_inverse=True)[1]) for rows in (train_rows, asked_rows)]
     found = {}
-    for name in ATTRIBUTES:
-        learnt, truth = (torch.from_numpy(attribute(name, data.face[rows])).long() for rows in (train_rows, test_rows))
-        found[name] = top_k(linear_probe(train, learnt, 2, FACE_RIDGE)(test), truth, (1,))[1]
-    return {**found, "mean": float(np.mean(list(found.values())))}
+    for kind, learnt, features in zip(("shared", "independent"), train, asked):
+        if learnt is None or features is None:
+            continue
+        by_attribute = {}
+        for name in ATTRIBUTES:
+            taught, truth = (
+                torch.from_numpy(attribute(name, data.face[rows])).long() for rows in (train_rows, asked_rows)
+            )
+            by_attribute[name] = _probe(learnt, taught, features, truth)
+        found[kind] = {**by_attribute, "mean": float(np.mean(list(by_attribute.values()))),
+                       "which face": _probe(learnt, faces[0], features, faces[1])}  # fmt: skip
+    return found
+
+
+def _probe(learnt: Tensor, taught: Tensor, asked: Tensor, truth: Tensor) -> float:
+    """Top-1 balanced accuracy."""
+    return top_k(linear_probe(learnt, taught, int(taught.max()) + 1, FACE_RIDGE)(asked), truth, (1,))[1]

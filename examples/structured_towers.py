@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,7 +19,7 @@ from views import CaptionViews, all_faces
 
 import contrastive_kernels as ck
 
-__all__ = ["VARIANTS", "Momentum", "Structure", "StructuredTowers", "TowerSettings", "TowerTrainer"]
+__all__ = ["VARIANTS", "Momentum", "Structure", "StructuredTowers", "TowerSettings", "TowerTrainer", "structure_of"]
 
 TEXTS = ("ngrams", "transformer")
 
@@ -41,6 +42,27 @@ VARIANTS: dict[str, Structure] = {
     "+ geometry": Structure(geometry=GEOMETRY),
     "+ all": Structure(SEPARATION, BRIDGE, GEOMETRY),
 }
+
+
+def structure_of(variant: str) -> Structure:
+    """The weights of a variant: one of ``VARIANTS``, or written out.
+
+    Examples
+    --------
+    >>> structure_of("separation=0.1 bridge=2")
+    Structure(separation=0.1, bridge=2.0, geometry=0.0)
+    """
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    weights = dict(part.partition("=")[::2] for part in variant.split())
+    names = [field.name for field in dataclasses.fields(Structure)]
+    try:
+        if not weights or not weights.keys() <= set(names):
+            raise ValueError
+        return Structure(**{name: float(weight) for name, weight in weights.items()})
+    except ValueError:
+        expected = f"one of {list(VARIANTS)} or weights of {names} as in 'separation=0.1 bridge=2'"
+        raise ValueError(f"variant: expected {expected}, got {variant!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +146,23 @@ class StructuredTowers(TwoTowers):
 
 
 SIDES = ("image", "text")
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation by the batch, as ever in training, that leaves no trace in the running means.
+
+    For pictures of another kind than those that will be asked about: parts, here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -222,13 +261,14 @@ class TowerTrainer(Trainer):
         """Feature separation: the text's features as they are, the pictures' of fewer characters in all their faces."""
         settings, rows = self.settings, len(text)
         pictures, moved = all_faces(self.data, batch.characters, rows, self.step, settings.seed, settings.shift)
-        shared, image_independent = self.model.image_features(pictures.to(self.device))
-        with torch.set_grad_enabled(views is self.model):
-            _, image_independent_aug = views.image_features(moved.to(self.device))
+        with statistics_kept(self.model), statistics_kept(views):
+            shared, image_independent = self.model.image_features(pictures.to(self.device))
+            with torch.set_grad_enabled(views is self.model):
+                _, image_independent_aug = views.image_features(moved.to(self.device))
         if image_independent is None:
             raise TypeError("separation: expected towers with heads for independent features")
         found = ck.feature_separation(
             shared, text, image_independent, independent, image_independent_aug, independent_aug,
-            self.model.logit_scale, return_terms=True,
+            self.model.logit_scale.detach(), return_terms=True,
         )  # fmt: skip
         return cast("tuple[Tensor, dict[str, Tensor]]", found)

@@ -6,7 +6,8 @@
 
 A cell is one kind of model, one variant of the loss, one seed. Each is kept in --out when it is finished, and training
 leaves checkpoints: a run that was killed goes on where it stopped, and two runs may share the cells between them.
-Trained on the DejaVu faces of the training characters; everything is measured on test characters.
+Trained on the DejaVu faces of the training characters; everything is measured on test characters, or, to choose weights
+by, on the validation characters (--split validation).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from glyphs import GlyphData, load_glyphs
 from probes import clouds, evaluate_towers, retrieval
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from structured_towers import VARIANTS, TowerSettings, TowerTrainer
+from structured_towers import VARIANTS, TowerSettings, TowerTrainer, structure_of
 from structures_report import draw_report, print_report
 from tasks import DEJAVU, STIX
 from train_clip import RUNS, Settings, train
@@ -49,6 +50,7 @@ class Plan:
     fusion: FusionSettings = dataclasses.field(default_factory=FusionSettings)
     fine_tune_steps: int = 600
     questions: int = TEST_QUESTIONS
+    split: str = "test"  # whose characters are asked about
     faces: tuple[int, ...] | None = None  # None: all
 
 
@@ -72,11 +74,11 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.model}-{self.variant.replace('+ ', '')}-{self.seed}"
+        return f"{self.model}-{self.variant.replace('+ ', '').replace(' ', '-')}-{self.seed}"
 
     def settings(self, plan: Plan) -> TowerSettings | FusionSettings:
         """The plan's, with the variant's weights."""
-        weights = dataclasses.asdict(VARIANTS[self.variant])
+        weights = dataclasses.asdict(structure_of(self.variant))
         sized = plan.towers if self.model == "towers" else plan.fusion
         return dataclasses.replace(sized, seed=self.seed, **weights)
 
@@ -96,7 +98,8 @@ def run_cell(cell: Cell, plan: Plan, data: GlyphData, out: Path, until: int | No
         Stop the training at this step, with a checkpoint and without a result: None.
     """
     path, settings = out / f"{cell.name}.json", cell.settings(plan)
-    expected = {**dataclasses.asdict(settings), "fine_tune_steps": plan.fine_tune_steps, "questions": plan.questions}
+    asked = {"fine_tune_steps": plan.fine_tune_steps, "questions": plan.questions, "split": plan.split}
+    expected = {**dataclasses.asdict(settings), **asked}
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
         _same_settings(kept["settings"], expected, path)
@@ -113,8 +116,8 @@ def run_cell(cell: Cell, plan: Plan, data: GlyphData, out: Path, until: int | No
         return None
     started = time.perf_counter()
     if isinstance(trainer, TowerTrainer):
-        result = evaluate_towers(trainer.model, trained_on, data.subset(faces=STIX))
-        result["clouds"] = clouds(trainer.model, trained_on)
+        result = evaluate_towers(trainer.model, trained_on, data.subset(faces=STIX), plan.split)
+        result["clouds"] = clouds(trainer.model, trained_on, plan.split)
     else:
         result = _answer(trainer, trained_on, plan, cell)
     result |= {
@@ -138,16 +141,16 @@ def _trainer(settings: Settings, data: GlyphData) -> TowerTrainer | FusionTraine
 
 
 def _answer(trainer: FusionTrainer, data: GlyphData, plan: Plan, cell: Cell) -> dict[str, Any]:
-    """Fine-tunes on questions and asks those of the test characters; retrieval with the pre-trained model."""
+    """Fine-tunes on questions and asks those about held-out characters; retrieval with the pre-trained model."""
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     trainer.model.eval()
-    found, _ = retrieval(trainer.model, data)
+    found, _ = retrieval(trainer.model, data, plan.split)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{cell.name}: questions", total=plan.fine_tune_steps)
         report = lambda step, loss: progress.update(task, completed=step)  # noqa: E731
         answerer = fine_tune(trainer.model, data, steps=plan.fine_tune_steps, seed=cell.seed, report=report)
-    return {"retrieval": found, "questions": evaluate_questions(answerer, data, plan.questions)}
+    return {"retrieval": found, "questions": evaluate_questions(answerer, data, plan.split, plan.questions)}
 
 
 def _same_settings(kept: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
@@ -201,8 +204,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps, one seed")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), metavar="VARIANT",
-                        help=f"of {', '.join(map(repr, VARIANTS))}; default: all")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="VARIANT",
+                        help=f"of {', '.join(map(repr, VARIANTS))} (default: all), "
+                        "or weights, as 'separation=0.1 bridge=2'")  # fmt: skip
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="whose characters are asked")
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; with --quick 0")
     parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core, at most 4; with --quick 1")
     parser.add_argument("--out", type=Path, help="folder of results; default examples/runs/structures[-quick]")
@@ -216,6 +221,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments.out = arguments.out or RUNS / ("structures-quick" if quick else "structures")
     arguments.seeds = arguments.seeds or ([0] if quick else [0, 1, 2])
     arguments.jobs = arguments.jobs or (1 if quick else min(4, os.cpu_count() or 1))
+    for variant in arguments.variants:
+        try:
+            structure_of(variant)
+        except ValueError as wrong:
+            parser.error(f"--variants: {wrong}")
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     return arguments
@@ -227,7 +237,7 @@ def main() -> None:
     plan = QUICK if arguments.quick else Plan()
     towers = dataclasses.replace(plan.towers, text=arguments.text, momentum=arguments.momentum)
     towers = dataclasses.replace(towers, batch=arguments.batch or towers.batch)
-    plan = dataclasses.replace(plan, towers=towers)
+    plan = dataclasses.replace(plan, towers=towers, split=arguments.split)
     cells = [
         Cell(model, variant, seed)
         for seed in arguments.seeds

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from structured_towers import VARIANTS
 
 __all__ = ["COLUMNS", "draw_report", "interval", "print_report"]
 
@@ -48,6 +47,8 @@ COLUMNS: dict[str, dict[str, dict[str, Read]]] = {
             **{f"category {k}-shot": _at("few-shot", "category", str(k)) for k in (1, 5, 20)},
             "face, shared": _at("face", "shared", "mean"),
             "face, independent": _at("face", "independent", "mean"),
+            "which face, shared": _at("face", "shared", "which face"),
+            "which face, independent": _at("face", "independent", "which face"),
         },
         "retrieval": {
             **{f"image to text R@{k}": _at("retrieval", f"image to text R@{k}") for k in (1, 5, 10)},
@@ -64,7 +65,8 @@ COLUMNS: dict[str, dict[str, dict[str, Read]]] = {
     },
 }
 AVERAGED = ("zero-shot, balanced accuracy", "linear probes, balanced accuracy")  # as the issue's claim is put
-NOT_AVERAGED = ("face, independent",)  # the base has none
+# The base has no independent features, and one column of the face is enough.
+NOT_AVERAGED = ("face, independent", "which face, shared", "which face, independent")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -76,23 +78,29 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, _T.get(count - 1, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 
-def by_seed(results: Sequence[Result], model: str, variant: str, read: Read) -> dict[int, float]:
-    """{seed: the column's number}."""
+def by_seed(results: Sequence[Result], variant: str, read: Read) -> dict[int, float]:
+    """{seed: the column's number}, of one model's results."""
     found = {}
     for result in results:
-        if (result["cell"]["model"], result["cell"]["variant"]) == (model, variant):
+        if result["cell"]["variant"] == variant:
             value = read(result)
             if value is not None:
                 found[int(result["cell"]["seed"])] = value
     return found
 
 
-def average(name: str, columns: dict[str, Read]) -> Read:
-    """The mean of a table's columns, those that every variant has."""
+def average(*tables: dict[str, Read]) -> Read:
+    """The mean of the tables, each the mean of its columns that every variant has."""
 
     def read(result: Result) -> float | None:
-        values = [column(result) for title, column in columns.items() if title not in NOT_AVERAGED]
-        return None if None in values else float(np.mean([v for v in values if v is not None]))
+        means = []
+        for columns in tables:
+            values = [column(result) for title, column in columns.items() if title not in NOT_AVERAGED]
+            known = [value for value in values if value is not None]
+            if len(known) < len(values):
+                return None
+            means.append(np.mean(known))
+        return float(np.mean(means))
 
     return read
 
@@ -106,36 +114,46 @@ def _shown(values: dict[int, float], percent: bool, sign: str = "") -> str:
     return text if math.isnan(half) else f"{text} ± {half * unit:.{digits}f}"
 
 
+def variants_of(results: Sequence[Result]) -> list[str]:
+    """In the order of the results."""
+    return list(dict.fromkeys(result["cell"]["variant"] for result in results))
+
+
 def print_report(console: Console, results: Sequence[Result]) -> None:
     """Every table: a row per column of numbers, a column per variant; then what each variant adds to the base."""
     for model, tables in COLUMNS.items():
         own = [result for result in results if result["cell"]["model"] == model]
-        variants = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in own)]
         if not own:
             continue
         for name, columns in tables.items():
-            table = Table("", *variants, title=f"{model}: {name}, %, mean ± 95 % interval", title_justify="left")
-            rows = dict(columns)
-            if name in AVERAGED or model == "fusion":
-                rows["average"] = average(name, columns)
-            for title, read in rows.items():
-                values = [by_seed(own, model, variant, read) for variant in variants]
-                table.add_row(title, *(_shown(v, title != "gap of the clouds") for v in values))
-            if "average" in rows and "base" in variants:
-                base = by_seed(own, model, "base", rows["average"])
-                table.add_section()
-                differences = [_difference(own, model, v, rows["average"], base) for v in variants]
-                table.add_row("average, less base's", *differences)
-            for column in table.columns[1:]:
-                column.justify = "right"
-            console.print(table)
+            mean = average(columns) if name in AVERAGED or model == "fusion" else None
+            console.print(_table(own, f"{model}: {name}, %, mean ± 95 % interval", columns, mean))
+        averaged = [columns for name, columns in tables.items() if name in AVERAGED]
+        if averaged:
+            console.print(_table(own, f"{model}: zero-shot and probes, %", {}, average(*averaged)))
         seeds = sorted({result["cell"]["seed"] for result in own})
         console.print(f"Seeds {', '.join(map(str, seeds))}. {_chances(own)}\n", highlight=False)
 
 
-def _difference(results: Sequence[Result], model: str, variant: str, read: Read, base: dict[int, float]) -> str:
+def _table(results: Sequence[Result], title: str, columns: dict[str, Read], mean: Read | None) -> Table:
+    """One model's numbers; ``mean`` has its own rows at the end."""
+    variants = variants_of(results)
+    table = Table("", *variants, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, read in {**columns, **({"average": mean} if mean else {})}.items():
+        values = [by_seed(results, variant, read) for variant in variants]
+        table.add_row(name, *(_shown(v, name != "gap of the clouds") for v in values))
+    if mean and "base" in variants:
+        base = by_seed(results, "base", mean)
+        table.add_section()
+        table.add_row("average, less base's", *(_difference(results, v, mean, base) for v in variants))
+    return table
+
+
+def _difference(results: Sequence[Result], variant: str, read: Read, base: dict[int, float]) -> str:
     """Paired by seed: the same first weights as far as both have them, the same batches, the same questions."""
-    values = by_seed(results, model, variant, read)
+    values = by_seed(results, variant, read)
     paired = {seed: values[seed] - base[seed] for seed in values if seed in base}
     return "" if variant == "base" else _shown(paired, True, "+")
 
@@ -155,7 +173,7 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
     from matplotlib.figure import Figure
 
     towers = [result for result in results if result["cell"]["model"] == "towers"]
-    variants = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in towers)]
+    variants = variants_of(towers)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(3 * max(3, len(variants)), 6.4), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
@@ -174,14 +192,14 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
     tables = COLUMNS["towers"]
     for name, color in (("shared", "tab:blue"), ("independent", "tab:green")):
         read = tables["linear probes, balanced accuracy"][f"face, {name}"]
-        _bars(left, towers, "towers", variants, {f"face, {name}": read}, color, 0 if name == "shared" else 1, 2)
+        _bars(left, towers, variants, {f"face, {name}": read}, color, 0 if name == "shared" else 1, 2)
     left.axhline(50, color="black", lw=0.8, ls=":")
     left.set(title="linear probe of the face (bold, italic, serif, mono)", ylabel="balanced accuracy, %")
     fusion = [result for result in results if result["cell"]["model"] == "fusion"]
-    asked = [v for v in VARIANTS if any(result["cell"]["variant"] == v for result in fusion)]
+    asked = variants_of(fusion)
     columns = COLUMNS["fusion"]["fusion tasks, accuracy"]
     for i, (name, read) in enumerate(columns.items()):
-        _bars(right, fusion, "fusion", asked, {name: read}, f"C{i}", i, len(columns))
+        _bars(right, fusion, asked, {name: read}, f"C{i}", i, len(columns))
     right.set(title="fusion model", ylabel="accuracy, %")
     for axes in (left, right):
         axes.set_visible(bool(axes.containers))  # a panel without results is not shown
@@ -192,14 +210,14 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
 
 
 def _bars(
-    axes: Any, results: Sequence[Result], model: str, variants: Sequence[str],
+    axes: Any, results: Sequence[Result], variants: Sequence[str],
     column: dict[str, Read], color: str, place: int, places: int,
 ) -> None:  # fmt: skip
     """One group of bars, a bar per variant, with intervals."""
     ((name, read),) = column.items()
     width = 0.8 / places
     for i, variant in enumerate(variants):
-        values = list(by_seed(results, model, variant, read).values())
+        values = list(by_seed(results, variant, read).values())
         if values:
             mean, half = interval(values)
             label = name if not any(bar.get_label() == name for bar in axes.containers) else None

@@ -18,7 +18,7 @@ from unicode_scripts import SCRIPTS
 
 __all__ = [
     "ATTRIBUTES", "CATEGORIES", "DEJAVU", "RELATIONS", "STIX", "Category", "SplitTables", "attribute", "base_and_marks",
-    "category_index", "hide", "question_words", "relation", "script_title",
+    "category_index", "hide", "question_words", "relation", "script_title", "tells_face",
 ]  # fmt: skip
 
 DEJAVU = tuple(i for i, face in enumerate(FACES) if face.family.startswith("DejaVu"))  # what towers are trained on
@@ -86,6 +86,18 @@ def attribute(name: str, faces: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 # Questions to the fusion model
 
 WHICH, MANY, CLAIM = "WHICH SCRIPT", "HOW MANY MARKS", "IT IS"
+
+
+def tells_face(data: GlyphData) -> npt.NDArray[np.bool_]:
+    """Characters [C] whose pictures tell their face: letters that every face has.
+
+    An arrow or a box looks the same in many faces; and that a character is not in the bold faces at all, its caption
+    would tell.
+    """
+    faces = np.diff(data.first)
+    letters = [unicodedata.category(chr(c)).startswith("L") for c in data.codepoints]
+    everywhere: npt.NDArray[np.bool_] = faces == faces.max()
+    return everywhere & np.array(letters)
 
 
 def question_words() -> list[str]:
@@ -167,6 +179,7 @@ class SplitTables:
         self.data = data
         self.characters = data.characters(split)
         codepoints = data.codepoints[self.characters]
+        self.faced = np.intersect1d(self.characters, np.flatnonzero(tells_face(data)))
         self.by_script = _groups(self.characters, data.scripts[self.characters].tolist())
         self.by_script.pop(-1, None)
         marks = [len(base_and_marks(int(c))[1]) for c in codepoints]

@@ -58,6 +58,26 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
         torch.testing.assert_close(a, b)
 
 
+def test_separation_leaves_the_base_its_temperature():
+    (image, text), rest = split(make())
+    loss, scale, own = (
+        ck.LatentStructureLoss(separation=1.0),
+        *(torch.tensor(s, dtype=torch.float64) for s in (5.0, 3.0)),
+    )
+    scale.requires_grad_()
+    own.requires_grad_()
+    base = ck.multimodal_contrastive(image, text, rest["image_aug"], rest["text_aug"], scale)
+    (want,) = torch.autograd.grad(base, scale)
+    (ours,) = torch.autograd.grad(loss(image, text, scale, **rest)["loss"], scale)
+    torch.testing.assert_close(ours, want)
+    out = loss(image, text, scale, **rest, independent_logit_scale=own)
+    ours, of_its_own = torch.autograd.grad(out["loss"], (scale, own))
+    torch.testing.assert_close(ours, want)
+    separation = ck.feature_separation(image, text, *(rest[name] for name in NAMES[4:]), own)
+    torch.testing.assert_close(out["separation"], separation.detach())
+    torch.testing.assert_close(of_its_own, torch.autograd.grad(separation, own)[0])
+
+
 def test_a_weight_of_zero_leaves_a_part_out():
     (image, text), _ = split(make())
     out = ck.LatentStructureLoss()(image, text, 5.0)

@@ -303,6 +303,32 @@ def test_fusion_model_reads_the_picture_and_the_question(data):
     assert not torch.allclose(answerer(pair, tokens[0]), swapped), "which picture is which cannot be told"
 
 
+def test_statistics_of_parts_are_not_kept():
+    layer = torch.nn.BatchNorm1d(2)
+    x = torch.randn(8, 2) + 5
+    with structured_towers.statistics_kept(torch.nn.Sequential(layer)):
+        inside = layer(x)
+    assert layer.running_mean.tolist() == [0, 0]
+    torch.testing.assert_close(inside, layer(x))
+    assert (layer.running_mean > 0).all()
+
+
+def test_variants_by_name_and_by_weight():
+    assert structured_towers.structure_of("+ all") == structured_towers.VARIANTS["+ all"]
+    assert structured_towers.structure_of("geometry=0.5") == structured_towers.Structure(geometry=0.5)
+    for wrong in ("+ none", "geometry=much", "colour=1", ""):
+        with pytest.raises(ValueError, match="variant: expected one of"):
+            structured_towers.structure_of(wrong)
+
+
+def test_faces_are_asked_of_letters_that_every_face_has(data):
+    told = np.flatnonzero(tasks.tells_face(data))
+    assert len(told) > 100
+    for c in told:
+        assert data.categories[c].startswith("L")
+        assert data.first[c + 1] - data.first[c] == len(FACES)
+
+
 def test_settings_name_what_is_wrong():
     with pytest.raises(ValueError, match="text: expected one of"):
         structured_towers.TowerSettings(text="lstm")
@@ -319,7 +345,16 @@ def test_quick_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     structures.main()
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("script top-1", "face, independent", "shift: new faces", "entailment", "By chance", "less base's"):
+    for words in (
+        "script top-1",
+        "face, independent",
+        "which face, shared",
+        "zero-shot and probes",
+        "shift: new faces",
+        "entailment",
+        "By chance",
+        "less base's",
+    ):
         assert words in printed, words
     assert (tmp_path / "structures.png").read_bytes().startswith(PNG)
     cells = json.loads((tmp_path / "all.json").read_text())["cells"]
@@ -336,6 +371,11 @@ def test_quick_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(structures, "train", None)
     structures.main()
     assert "10 of 10" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--out: expected cells of these settings"):
+        structures.run_cell(
+            structures.Cell("towers", "base", 0), dataclasses.replace(structures.QUICK, split="validation"), data,
+            tmp_path / "cells",
+        )  # fmt: skip
     with pytest.raises(ValueError, match="--out: expected cells of these settings"):
         structures.run_cell(structures.Cell("towers", "base", 0), structures.Plan(), data, tmp_path / "cells")
 
