@@ -27,6 +27,7 @@ __all__ = ["SHOTS", "TOP", "clouds", "evaluate_towers", "few_shot", "gap", "line
 
 TOP = (1, 3, 5)
 SHOTS = (1, 5, 20)
+FACE_SHOTS = (5, 20)
 DRAWS = 5  # of the pictures that a few-shot classifier learns from
 RIDGE = 1e-3  # times the number of training pictures
 FACE_RIDGE = 1e-5  # for 6,000 pictures: a unit vector's 128 entries have squares of 1 / 128, 1e-3 would blur them
@@ -212,29 +213,48 @@ def retrieval(model: TwoTowers, data: GlyphData, split: str = "test") -> tuple[d
 
 
 def face_probes(model: StructuredTowers, data: GlyphData, split: str) -> dict[str, dict[str, float]]:
-    """What linear probes on shared and on independent features tell about the face of letters: balanced accuracies.
+    """What shared and independent features, which have one width, tell about the face of letters.
 
-    Each attribute (chance is 0.5), their mean, and which of all faces it is. Both kinds of features have one width.
+    Balanced accuracies of linear probes: each attribute and their mean (chance is 0.5), which face it is, learnt from
+    few pictures a face or from many; and how often the nearest training picture, of another letter, has the same face.
     """
     told = tells_face(data)
-    train_rows, asked_rows = (
+    learnt_rows, asked_rows = (
         rows[told[data.character[rows]]] for rows in map(partial(_pictures, data), ("train", split))
     )
-    train_rows = np.random.default_rng(0).permutation(train_rows)[:PROBE_PICTURES]
-    train, asked = picture_features(model, data.images[train_rows]), picture_features(model, data.images[asked_rows])
-    faces = [torch.from_numpy(np.unique(data.face[rows], return_inverse=True)[1]) for rows in (train_rows, asked_rows)]
+    learnt_rows = np.random.default_rng(0).permutation(learnt_rows)[:PROBE_PICTURES]
+    learnt, asked = picture_features(model, data.images[learnt_rows]), picture_features(model, data.images[asked_rows])
+    return {
+        kind: _face(data, learnt_rows, asked_rows, taught, features)
+        for kind, taught, features in zip(("shared", "independent"), learnt, asked)
+        if taught is not None and features is not None
+    }
+
+
+def _face(
+    data: GlyphData,
+    learnt_rows: npt.NDArray[np.int64],
+    asked_rows: npt.NDArray[np.int64],
+    learnt: Tensor,
+    asked: Tensor,
+) -> dict[str, float]:
     found = {}
-    for kind, learnt, features in zip(("shared", "independent"), train, asked):
-        if learnt is None or features is None:
-            continue
-        by_attribute = {}
-        for name in ATTRIBUTES:
-            taught, truth = (
-                torch.from_numpy(attribute(name, data.face[rows])).long() for rows in (train_rows, asked_rows)
-            )
-            by_attribute[name] = _probe(learnt, taught, features, truth)
-        found[kind] = {**by_attribute, "mean": float(np.mean(list(by_attribute.values()))),
-                       "which face": _probe(learnt, faces[0], features, faces[1])}  # fmt: skip
+    for name in ATTRIBUTES:
+        taught, truth = (
+            torch.from_numpy(attribute(name, data.face[rows])).long() for rows in (learnt_rows, asked_rows)
+        )
+        found[name] = _probe(learnt, taught, asked, truth)
+    found["mean"] = float(np.mean(list(found.values())))
+    taught, truth = (
+        torch.from_numpy(np.unique(data.face[rows], return_inverse=True)[1]) for rows in (learnt_rows, asked_rows)
+    )
+    faces = int(taught.max()) + 1
+    for shots in FACE_SHOTS:
+        found[f"which, {shots} shots"] = few_shot(learnt, taught, shots, asked, truth, faces)
+    found["which"] = _probe(learnt, taught, asked, truth)
+    found["by chance"] = 1 / faces
+    nearest = taught[(asked @ learnt.T).argmax(1)]
+    found["nearest"] = float((nearest == truth).double().mean())
     return found
 
 

@@ -34,7 +34,7 @@ class Structure:
 
 
 # The paper prints no weights. These are first guesses: docs/structures_experiment.md has what they do.
-SEPARATION, BRIDGE, GEOMETRY = 1.0, 0.1, 0.02
+SEPARATION, BRIDGE, GEOMETRY = 0.3, 0.1, 0.02
 VARIANTS: dict[str, Structure] = {
     "base": Structure(),
     "+ separation": Structure(separation=SEPARATION),

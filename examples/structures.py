@@ -39,6 +39,7 @@ from train_clip import RUNS, Settings, train
 __all__ = ["Cell", "Plan", "run_cell"]
 
 MODELS = ("towers", "fusion")
+GEOMETRY_BATCH = 1024  # rows a batch at which variants give the weight of geometry
 SAVE_EVERY = 100  # steps; the towers' checkpoint has 110 MB
 
 
@@ -77,9 +78,10 @@ class Cell:
         return f"{self.model}-{self.variant.replace('+ ', '').replace(' ', '-')}-{self.seed}"
 
     def settings(self, plan: Plan) -> TowerSettings | FusionSettings:
-        """The plan's, with the variant's weights."""
+        """The plan's, with the variant's weights; geometry, a mean of sums over the batch, grows with it."""
         weights = dataclasses.asdict(structure_of(self.variant))
         sized = plan.towers if self.model == "towers" else plan.fusion
+        weights["geometry"] *= GEOMETRY_BATCH / sized.batch
         return dataclasses.replace(sized, seed=self.seed, **weights)
 
 
@@ -211,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; with --quick 0")
     parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core, at most 4; with --quick 1")
     parser.add_argument("--out", type=Path, help="folder of results; default examples/runs/structures[-quick]")
-    parser.add_argument("--json", type=Path, help="write every cell's numbers here too")
+    parser.add_argument("--json", type=Path, help="write every cell's numbers here too, but the clouds' points")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
     parser.add_argument("--batch", type=int, help="characters a step of the towers; default 1024, with --quick 128")
     parser.add_argument("--text", choices=("ngrams", "transformer"), default="ngrams", help="the towers' text encoder")
@@ -254,7 +256,7 @@ def main() -> None:
     print_report(console, results)
     draw_report(arguments.out / "structures.png", results)
     if arguments.json:
-        _write(arguments.json, {"cells": results})
+        _write(arguments.json, {"cells": [{k: v for k, v in result.items() if k != "clouds"} for result in results]})
     seconds = time.perf_counter() - started
     console.print(f"\nstructures.png and the cells are in {arguments.out}; {seconds:.0f} seconds in all.")
 

@@ -46,9 +46,17 @@ COLUMNS: dict[str, dict[str, dict[str, Read]]] = {
             **{f"script {k}-shot": _at("few-shot", "script", str(k)) for k in (1, 5, 20)},
             **{f"category {k}-shot": _at("few-shot", "category", str(k)) for k in (1, 5, 20)},
             "face, shared": _at("face", "shared", "mean"),
-            "face, independent": _at("face", "independent", "mean"),
-            "which face, shared": _at("face", "shared", "which face"),
-            "which face, independent": _at("face", "independent", "which face"),
+        },
+        "face of letters, balanced accuracy": {
+            f"{title}, {kind}": _at("face", kind, name)
+            for title, name in (
+                ("attributes", "mean"),
+                ("5-shot", "which, 5 shots"),
+                ("20-shot", "which, 20 shots"),
+                ("all shots", "which"),
+                ("nearest", "nearest"),
+            )
+            for kind in ("shared", "independent")
         },
         "retrieval": {
             **{f"image to text R@{k}": _at("retrieval", f"image to text R@{k}") for k in (1, 5, 10)},
@@ -65,8 +73,6 @@ COLUMNS: dict[str, dict[str, dict[str, Read]]] = {
     },
 }
 AVERAGED = ("zero-shot, balanced accuracy", "linear probes, balanced accuracy")  # as the issue's claim is put
-# The base has no independent features, and one column of the face is enough.
-NOT_AVERAGED = ("face, independent", "which face, shared", "which face, independent")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -90,12 +96,12 @@ def by_seed(results: Sequence[Result], variant: str, read: Read) -> dict[int, fl
 
 
 def average(*tables: dict[str, Read]) -> Read:
-    """The mean of the tables, each the mean of its columns that every variant has."""
+    """The mean of the tables, each the mean of its columns."""
 
     def read(result: Result) -> float | None:
         means = []
         for columns in tables:
-            values = [column(result) for title, column in columns.items() if title not in NOT_AVERAGED]
+            values = [column(result) for column in columns.values()]
             known = [value for value in values if value is not None]
             if len(known) < len(values):
                 return None
@@ -164,7 +170,8 @@ def _chances(results: Sequence[Result]) -> str:
     if "questions" in first:
         parts = [f"{name} {value['by chance']:.1%}" for name, value in first["questions"].items()]
     else:
-        parts = [f"{name} {1 / count:.1%} (top-1)" for name, count in first["classes"].items()] + ["face 50.0%"]
+        parts = [f"{name} {1 / count:.1%} (top-1)" for name, count in first["classes"].items()]
+        parts += ["attributes of a face 50.0%", f"face {first['face']['shared']['by chance']:.1%}"]
     return "By chance: " + ", ".join(parts) + "."
 
 
@@ -189,12 +196,11 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
     if variants:
         upper.axes[0].legend(fontsize=7)
     left, right = lower.subplots(1, 2, width_ratios=(1, 1.4))
-    tables = COLUMNS["towers"]
-    for name, color in (("shared", "tab:blue"), ("independent", "tab:green")):
-        read = tables["linear probes, balanced accuracy"][f"face, {name}"]
-        _bars(left, towers, variants, {f"face, {name}": read}, color, 0 if name == "shared" else 1, 2)
-    left.axhline(50, color="black", lw=0.8, ls=":")
-    left.set(title="linear probe of the face (bold, italic, serif, mono)", ylabel="balanced accuracy, %")
+    for i, (kind, color) in enumerate((("shared", "tab:blue"), ("independent", "tab:green"))):
+        _bars(left, towers, variants, {kind: _at("face", kind, "nearest")}, color, i, 2)
+    if towers:
+        left.axhline(100 * towers[0]["face"]["shared"]["by chance"], color="black", lw=0.8, ls=":")
+    left.set(title="the nearest picture of another letter has the same face", ylabel="%")
     fusion = [result for result in results if result["cell"]["model"] == "fusion"]
     asked = variants_of(fusion)
     columns = COLUMNS["fusion"]["fusion tasks, accuracy"]

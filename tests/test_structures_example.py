@@ -347,8 +347,8 @@ def test_quick_command(data, tmp_path, monkeypatch, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for words in (
         "script top-1",
-        "face, independent",
-        "which face, shared",
+        "face, shared",
+        "nearest, shared",
         "zero-shot and probes",
         "shift: new faces",
         "entailment",
