@@ -162,7 +162,7 @@ def products(args: argparse.Namespace, log: Log) -> None:
     here = None if torch.cuda.is_available() else 90
     for d in args.d:
         own = ck.plan(MATRIX, d=d, dtype=dtype, device="cuda", backend="triton", capability=here).passes[-1].panel
-        for rows, cols in dict.fromkeys([own, *(args.panels or PANELS)]):
+        for rows, cols in dict.fromkeys(args.panels or [own, *PANELS]):
             works = _panel_works(rows, cols, d, dtype, log.device)
             row = log.measured(works, args.rounds, what="products", d=d, panel=[rows, cols], dtype=args.dtype)
             if row is None:
@@ -256,7 +256,7 @@ def _tile_key(args: argparse.Namespace, work: str, d: int, tile: Any) -> dict[st
 def _print_tiles(
     args: argparse.Namespace, log: Log, candidates: dict[str, list[Any]], family: int, precision: str
 ) -> None:
-    """By kind of work the five best tiles, by the mean over D of time over the best time; then the line of the table."""
+    """By kind of work the five best tiles (by time over the best time, mean over D), then the table's line."""
     line = []
     for work, tried in candidates.items():
         found = {(tile, d): log.find(**_tile_key(args, work, d, tile)) for tile in tried for d in args.d}
@@ -271,7 +271,7 @@ def _print_tiles(
         slower = {t: sum(a / b for a, b in zip(found, best, strict=True)) / len(best) for t, found in complete.items()}
         order = sorted(slower, key=slower.__getitem__)
         own = tried[0]
-        print(f"{work}: the table's is {slower.get(own, float('nan')):.3f} of the best at each D; ms at D = {args.d}")
+        print(f"{work}: the table's is {slower.get(own, float('nan')):.3f} of the best at each D; ms at D = {widths}")
         for tile in order[:5]:
             print(f"    Tile{_values(tile)}  {slower[tile]:.3f}  {', '.join(f'{ms:.3f}' for ms in complete[tile])}")
         line.append(f"Tile{_values(order[0])}")
