@@ -51,8 +51,7 @@ def _outcome(provider: Provider, case: Case, check: bool) -> str | None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line per problem; returns 1 where one is wrong."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.once", description=__doc__)
     parser.add_argument("--backend", default=",".join(ck.list_backends()), help="comma-separated; all")
     parser.add_argument("--case", default=",".join(DENSE), help="comma-separated; all")
@@ -62,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--d", type=int, default=72)
     parser.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE_BYTES, help="bytes")
     parser.add_argument("--no-check", action="store_true", help="run only")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a line per problem; returns 1 where one is wrong."""
+    args = _parser().parse_args(argv)
     wrong = 0
     for backend in args.backend.split(","):
         for dtype in args.dtype.split(","):
