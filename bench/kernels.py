@@ -193,7 +193,7 @@ def _compile(job: tuple[str, str, int, str, tuple[int, ...]]) -> str | None:
 
     device, work, d, dtype, tile = job
     try:
-        launch.probe(torch.device(device), work, d, DTYPES[dtype], 256)(Tile(*tile))
+        launch.probe(torch.device(device), work, d, DTYPES[dtype], 64)(Tile(*tile))
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # a tile that cannot run is no failure: the timing meets it again
