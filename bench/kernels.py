@@ -41,7 +41,16 @@ __all__ = ["Log", "main"]
 
 MIB = 2**20
 #: Shapes of panels of 64 MiB of 16-bit weights or less: squarish ones, longer ones either way, and a thin one.
-PANELS = ((5632, 5632), (4096, 8128), (8128, 4096), (4096, 4096), (2816, 11264), (2048, 16384), (512, 65472))
+PANELS = (
+    (5632, 5632),
+    (5504, 5056),
+    (4096, 8128),
+    (8128, 4096),
+    (4096, 4096),
+    (2816, 11264),
+    (2048, 16384),
+    (512, 65472),
+)
 #: Rows and columns of the whole matrix that a panel is a part of.
 MATRIX = 65536
 #: Blocks that the products walk in turn: together they are larger than the L2 cache.
