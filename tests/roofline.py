@@ -61,8 +61,8 @@ def panels() -> str:
                 rows, cols = each.panel
                 lines.append(
                     f"| {loss} | {features} | {each.name} | {rows:,} x {cols:,} "
-                    f"| {flop / 1e9:.1f} | {1e6 * products:.0f} | {size / 1e6:.0f} | {1e6 * memory:.0f} | {each.panels} "
-                    f"| {1e3 * each.panels * max(products, memory):.1f} |"
+                    f"| {flop / 1e9:.1f} | {1e6 * products:.0f} | {size / 1e6:.0f} | {1e6 * memory:.0f} "
+                    f"| {each.panels} | {1e3 * each.panels * max(products, memory):.1f} |"
                 )
     return "\n".join(lines) + "\n"
 
