@@ -18,6 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,10 +213,14 @@ def _compile(job: tuple[str, str, int, str, tuple[int, ...]]) -> str | None:
 
 
 def _compile_all(jobs: list[tuple[str, str, int, str, tuple[int, ...]]], processes: int) -> None:
-    start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        failed = [reason for reason in pool.imap_unordered(_compile, jobs) if reason is not None]
-    print(f"compiled {len(jobs) - len(failed)} kernels in {time.monotonic() - start:.0f} s; {len(failed)} cannot run")
+    start, failed = time.monotonic(), 0
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            failed = sum(reason is not None for reason in pool.map(_compile, jobs))
+    except BrokenProcessPool:  # a compiler may end its process; the timing then meets what is missing
+        print("a process that compiles has died", flush=True)
+    seconds = time.monotonic() - start
+    print(f"compiled {len(jobs) - failed} kernels in {seconds:.0f} s; {failed} cannot run", flush=True)
 
 
 def _values(tile: Any) -> tuple[int, ...]:
