@@ -335,21 +335,25 @@ def find_tool(name: str) -> str | None:
 
 
 def table(out: Path, seconds: float) -> int:
-    """The rows in short: the best milliseconds, the fraction of the bare products' rate, and the error."""
+    """The rows in short: the best milliseconds, the fraction of the bare products' rate, the error, peak memory."""
     path = out / "rows.json"
     if not path.exists():
-        fail(f"no rows in {path}: run the stage bench first")
+        print(f"gpu: no rows in {path}: run the stage goals or bench first", flush=True)
+        return 1
     rows = json.loads(path.read_text())
-    print(f"{'case':<44} {'provider':<12} {'best ms':>9} {'of floor':>9} {'error':>8}")
+    print(f"{'case':<56} {'provider':<12} {'best ms':>9} {'of floor':>9} {'error':>8} {'peak MB':>8}")
     for row in rows:
         case = f"{row['loss']} {row['mode']} N={row['n']} D={row['d']} {row['dtype']}"
+        case += " fixed scale" * (not row["learnable_scale"]) + " frozen y" * row["frozen_y"]
         name = f"{row['provider']}-{row['backend']}" if row["backend"] else row["provider"]
         if row["status"] != "ok":
-            print(f"{case:<44} {name:<12} {row['status']}: {row['reason'][:60]}")
+            print(f"{case:<56} {name:<12} {row['status']}: {row['reason'][:60]}")
             continue
+        figures = f"{'':28}"
         if "best_s" in row:
             figures = f"{row['best_s'] * 1e3:9.3f} {row['floor_fraction']:9.2f} {row['error']:8.0e}"
-            print(f"{case:<44} {name:<12} {figures}")
+        peak = f"{row['peak_bytes'] / 1e6:8.0f}" if "peak_bytes" in row else ""
+        print(f"{case:<56} {name:<12} {figures} {peak}".rstrip())
     machines = {f"{row['machine']}; {row['versions'].split(',')[0]}; commit {row['commit']}" for row in rows}
     print("\n".join(sorted(machines)))
     return 0
