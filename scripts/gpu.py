@@ -326,12 +326,14 @@ def profile(out: Path, seconds: float) -> int:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, in PATH or beside nvcc."""
+    """A program of the CUDA toolkit: in PATH, beside nvcc, or where NVIDIA's packages put it."""
     nvcc = shutil.which("nvcc")
-    homes = [Path(nvcc).resolve().parents[1]] if nvcc else []
-    homes.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")))
-    places = [shutil.which(name), *(shutil.which(name, path=str(home / "bin")) for home in homes)]
-    return next(filter(None, places), None)
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
+        *Path("/opt/nvidia/nsight-compute").glob("*"),
+    ]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
 def table(out: Path, seconds: float) -> int:

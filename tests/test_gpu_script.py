@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -113,6 +114,19 @@ def test_the_table_is_of_the_rows(gpu, tmp_path, capsys):
     assert lines[0].split()[:2] == ["case", "provider"] and "commit" in lines[-1]
     assert any("clip_loss fwd+bwd N=8192" in line and "ours-cpu" in line for line in lines)
     assert any("frozen y" in line for line in lines) and any("fixed scale" in line for line in lines)
+
+
+def test_what_was_built_is_kept(gpu, monkeypatch, tmp_path):
+    """A copy for the next machine of the kind, and none of a build that failed."""
+    package = tmp_path / "contrastive_kernels"
+    package.mkdir()
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (package / name).write_text("library")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    for status in (1, 0):
+        monkeypatch.setattr(gpu, "build_in_place", lambda seconds, status=status: status)
+        assert gpu.build(tmp_path, 10.0) == status
+        assert (tmp_path / name).exists() == (status == 0)
 
 
 # ---- what the stages start ----
