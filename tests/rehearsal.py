@@ -41,11 +41,12 @@ def rehearse(options: list[str]) -> int:
     for old, new in CHANGES.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    with tempfile.TemporaryDirectory(dir=TESTS) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "test_gpu_rehearsal.py"
         copy.write_text(text)
         sys.path.insert(0, str(TESTS))
-        command = [str(copy), "-q", "-p", "no:cacheprovider", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
+        command = [str(copy), "-c", str(TESTS.parent / "pyproject.toml"), "-p", "conftest"]
+        command += ["-q", "-p", "no:cacheprovider", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
         return int(pytest.main([*command, *options]))
 
 

@@ -269,6 +269,16 @@ def test_tiles_are_timed_in_the_interpreter(tmp_path):
     assert len(json.loads(path.read_text())) == 4
 
 
+def test_the_gpus_tests_are_rehearsed(tmp_path):
+    """Some of each kind; python tests/rehearsal.py runs all that need nothing of CUDA."""
+    some = "structures or searches or (gradients_of_some and torch and clip_loss) or (base and bfloat16 and torch)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, str(ROOT / "tests/rehearsal.py"), "-p", "no:xdist", "-k", some]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
 def test_small_problems_are_checked(capsys):
     from bench import once
 
