@@ -47,7 +47,7 @@ wheel: $(VENV)/.with-dev  ## sdist and wheel in dist/, tried in a fresh environm
 # Without .venv and without a network: the machine's own Python, with its torch.
 GPU_PYTHON ?= python3
 GPU_OUT ?= build/gpu
-gpu:  ## on a GPU: build, test, bench, table; STAGE="test" for some of them, GPU_PYTHON, GPU_OUT
+gpu:  ## on a GPU: build, test, measure, table; STAGE="test goals" for some of it, GPU_PYTHON, GPU_OUT
 	'$(GPU_PYTHON)' scripts/gpu.py $(STAGE) --out '$(GPU_OUT)'
 
 clean:  ## remove what builds and tests made (.venv stays)

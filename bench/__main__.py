@@ -18,7 +18,7 @@ from contrastive_kernels.specs import LOSSES
 
 from . import memory, plot, report, results
 from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases
-from .goals import GOALS, Goal
+from .goals import GOALS, GPU_GOALS, Goal
 from .providers import get, providers
 from .run import Pair, Session, grouped
 
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--provider", type=_list_of(str), metavar="NAME,...", help="these only; see --list")
     what.add_argument("--quick", action="store_true", help="a tiny set, for tests")
     what.add_argument(
-        "--goals", action="store_true", help="the promised ratios alone, each with its bound (about 5 minutes)"
+        "--goals",
+        action="store_true",
+        help="the promised ratios of --device alone, each with its bound (about 5 minutes)",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--memory", action="store_true", help="peak memory too, one process each (about 4 minutes more)")
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--list", action="store_true", help="providers and the default set; measure nothing")
     out.add_argument("--dry-run", action="store_true", help="what would run, and why the rest would not")
     out.add_argument("--json", type=Path, metavar="FILE", help="add or update rows in FILE")
+    out.add_argument("--resume", action="store_true", help="with --json: leave out what FILE has of this very code")
     out.add_argument(
         "--show", action="store_true", help="with --json: tables and plots of the stored rows; measure nothing"
     )
@@ -115,10 +118,14 @@ def _runnable(lines: list[tuple[Case, str, str | None]]) -> list[Pair]:
 
 
 def _measure(
-    session: Session, timed: list[Pair], remembered: list[Pair], console: Console, path: Path | None
-) -> list[results.Row]:
-    """All rows; tables are printed and rows stored as groups finish."""
-    rows: list[results.Row] = []
+    session: Session,
+    timed: list[Pair],
+    remembered: list[Pair],
+    console: Console,
+    path: Path | None,
+    rows: list[results.Row],
+) -> None:
+    """Adds all rows to `rows`; tables are printed and rows stored as groups finish."""
     columns = (
         SpinnerColumn(),
         BarColumn(24),
@@ -146,10 +153,13 @@ def _measure(
                 new.append(session.memory_row(case, provider))
                 progress.update(task, advance=1)
             finish(new)
-    return rows
 
 
-def _goal_results(rows: list[results.Row]) -> list[tuple[Goal, float | None, str]]:
+def _goals(args: argparse.Namespace) -> list[Goal]:
+    return GPU_GOALS if torch.device(args.device or "cpu").type == "cuda" else GOALS
+
+
+def _goal_results(goals: list[Goal], rows: list[results.Row]) -> list[tuple[Goal, float | None, str]]:
     """Each goal's figure and verdict."""
     found = {(results.case_of(row), report.provider_name(row)): row for row in results.upsert([], rows)}
 
@@ -157,17 +167,36 @@ def _goal_results(rows: list[results.Row]) -> list[tuple[Goal, float | None, str
         return found[case, name]
 
     lines: list[tuple[Goal, float | None, str]] = []
-    for goal in GOALS:
-        problem = next((why for case, name in goal.needs if (why := _problem(found.get((case, name)), name))), None)
+    for goal in goals:
+        problem = next(
+            (why for case, name in goal.needs if (why := _problem(found.get((case, name)), case, name))), None
+        )
         figure = None if problem else goal.value(lookup)
         lines.append((goal, figure, problem or goal.verdict(goal.value(lookup))))
     return lines
 
 
-def _problem(row: results.Row | None, name: str) -> str | None:
+def _problem(row: results.Row | None, case: Case, name: str) -> str | None:
     if row is None:
-        return f"{name} cannot run here"
+        why = get(name).why_not(case) if name in providers() else None
+        return f"{name} cannot run here" + (f": {why}" if why else "")
     return None if row["status"] == "ok" else f"{name} is {row['status']}: {row['reason']}"
+
+
+def _key(pair: Pair) -> tuple[object, ...]:
+    return results.key_of(results.new_row(*pair))
+
+
+def _stored(pairs: list[Pair], path: Path | None) -> list[results.Row]:
+    """What a file has of these pairs, measured by this very code on this machine."""
+    wanted = set(map(_key, pairs))
+    return [row for row in results.load(path) if results.key_of(row) in wanted] if path else []
+
+
+def _missing(pairs: list[Pair], stored: list[results.Row], figure: str) -> list[Pair]:
+    """The pairs of the groups that are not all stored."""
+    known = {results.key_of(row) for row in stored if figure in row or row["status"] != "ok"}
+    return [pair for group in grouped(pairs) if any(_key(pair) not in known for pair in group) for pair in group]
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
@@ -212,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _choose(args: argparse.Namespace) -> tuple[list[tuple[Case, str, str | None]], list[tuple[Case, str, str | None]]]:
     """What is timed and whose memory is measured, with the reasons of what is not."""
     if args.goals:
-        needs = dict.fromkeys((case, name, goal.memory) for goal in GOALS for case, name in goal.needs)
+        needs = dict.fromkeys((case, name, goal.memory) for goal in _goals(args) for case, name in goal.needs)
         lines = [
             (case, name, get(name).why_not(case), of_memory) for case, name, of_memory in needs if name in providers()
         ]
@@ -245,18 +274,25 @@ def _run(args: argparse.Namespace, timed: list[Pair], remembered: list[Pair], co
         highlight=False,
     )
     _warn_of_load(session.threads, console)
-    rows = _measure(session, timed, remembered, console, args.json)
+    stored = _stored([*timed, *remembered], args.json) if args.resume else []
+    timed, remembered = _missing(timed, stored, "best_s"), _missing(remembered, stored, "peak_bytes")
+    rows, stopped = list(stored), False
+    try:
+        _measure(session, timed, remembered, console, args.json, rows)
+    except KeyboardInterrupt:
+        stopped = True
+        console.print("stopped: what follows is of the groups that were finished", highlight=False)
     bad = any(row["backend"] and row["status"] != "ok" for row in rows)
     if args.goals:
-        kept = _goal_results(rows)
+        kept = _goal_results(_goals(args), rows)
         bad |= any(verdict == "not met" for _, _, verdict in kept)
-        console.print(report.goal_table(kept), "")
+        console.print(report.goal_table(kept, "bf16" if _goals(args) is GPU_GOALS else "fp32"), "")
     if args.json:
         console.print(f"wrote {args.json}: {len(results.load(args.json))} rows", highlight=False)
     if args.plot:
         _plot(results.load(args.json) if args.json else rows, args.plot, console)
     console.print(f"{len(rows)} measurements in {time.perf_counter() - start:.0f} s", highlight=False)
-    return int(bad)
+    return int(bad or stopped)
 
 
 if __name__ == "__main__":

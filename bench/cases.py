@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,22 @@ from torch import Tensor
 
 from contrastive_kernels.specs import LOSSES
 
-__all__ = ["DTYPES", "MODES", "Case", "Inputs", "make_inputs", "memory_cases", "quick_cases", "standard_cases"]
+__all__ = [
+    "DTYPES",
+    "MODES",
+    "Case",
+    "Inputs",
+    "make_inputs",
+    "memory_cases",
+    "precision",
+    "quick_cases",
+    "standard_cases",
+]
 
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
+    "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
@@ -40,7 +53,7 @@ class Case:
     n, m, d : int
         x [n, d] and y [m, d]; ``m = 0`` stands for ``n``. For ``nt_xent``, n pairs give a matrix of 2n x 2n.
     dtype, mode, device : str
-        See ``DTYPES`` and ``MODES``.
+        See ``DTYPES`` and ``MODES``; "tf32" is float32 with TF32 products allowed.
     learnable_scale : bool
         The temperature gets a gradient.
     frozen_y : bool
@@ -149,24 +162,39 @@ class Inputs:
         return Inputs(leaf(self.x), leaf(self.y), leaf(self.scale), bias, log_z, self.labels)
 
 
+@contextlib.contextmanager
+def precision(case: Case) -> Iterator[None]:
+    """Within it, float32 products are what the case's dtype says; afterwards what they were."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Unit-norm features whose matching rows have a cosine of about 0.5: a model in mid-training."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.nn.functional.normalize(torch.randn(case.n, case.d, generator=generator), dim=1)
-    y = torch.nn.functional.normalize(torch.randn(case.m, case.d, generator=generator), dim=1).mul_(3**0.5)
+    generator = torch.Generator(case.device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=case.device)
+
+    x = torch.nn.functional.normalize(normal(case.n, case.d), dim=1)
+    y = torch.nn.functional.normalize(normal(case.m, case.d), dim=1).mul_(3**0.5)
     y[: case.n] += x
     y = torch.nn.functional.normalize(y, dim=1)
     dtype = DTYPES[case.dtype]
     # a scale, like every parameter of a mixed-precision model, stays in fp32 unless everything is fp64
     wide = torch.promote_types(dtype, torch.float32)
-    x, y = x.to(case.device, dtype), y.to(case.device, dtype)
+    x, y = x.to(dtype), y.to(dtype)
     scale = torch.full((), case.scale, dtype=wide, device=case.device)
     bias = torch.full((), SIGMOID_BIAS, dtype=wide, device=case.device) if case.loss == "sigmoid" else None
     log_z = None
     if case.loss == "decomposable":
         log_z = (
-            _log_normalizer(x, y, scale) + STALENESS * torch.randn(case.n, generator=generator).to(scale),
-            _log_normalizer(y, x, scale) + STALENESS * torch.randn(case.n, generator=generator).to(scale),
+            _log_normalizer(x, y, scale) + STALENESS * normal(case.n).to(scale),
+            _log_normalizer(y, x, scale) + STALENESS * normal(case.n).to(scale),
         )
     if case.mode == "fwd+bwd":
         x.requires_grad_()

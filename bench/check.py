@@ -23,9 +23,9 @@ __all__ = ["CHECK_ROWS", "TOLERANCES", "Projection", "Verdict", "check_small", "
 CHECK_ROWS = 2200
 #: Largest relative error of the value and of each gradient (against that gradient's largest entry). bfloat16 has 8
 #: bits: a logit of 14 is rounded to 0.03, and the dense formula's weights are off by as much.
-TOLERANCES = {"float64": 1e-9, "float32": 2e-4, "float16": 1e-2, "bfloat16": 5e-2}
+TOLERANCES = {"float64": 1e-9, "float32": 2e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 #: The projection at full size costs two float64 evaluations: seconds up to here, minutes beyond.
-PROJECTION_ROWS = 16384
+PROJECTION_ROWS = {"cpu": 16384, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,19 @@ class Projection:
 
 def project(case: Case, inputs: Inputs, beyond: int = CHECK_ROWS) -> Projection | None:
     """The projection of a case, or None where the check at the small size has covered it or the cost is minutes."""
-    if case.n <= beyond or max(case.shape) > PROJECTION_ROWS:
+    if case.n <= beyond or max(case.shape) > PROJECTION_ROWS[torch.device(case.device).type]:
         return None
     i = inputs.double()
     blocked = BLOCKED[case.loss]
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(case.device).manual_seed(2)
     with torch.no_grad():
         if case.mode == "fwd":
             return Projection(float(blocked(i, 1024, call_directly)), 0.0, {})
         leaves = i.leaves
-        direction = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in leaves.items()}
-        direction = {name: v.to(case.device) for name, v in direction.items()}
+        direction = {
+            name: torch.randn(t.shape, generator=generator, dtype=t.dtype, device=case.device)
+            for name, t in leaves.items()
+        }
         # truncation and rounding are both near 1e-8 of the slope here
         step, values = 1e-5, []
         for sign in (1, -2):

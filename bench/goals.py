@@ -1,4 +1,7 @@
-"""The ratios that this package promises on a 2-core CPU, each measured within one run: ``python -m bench --goals``."""
+"""The ratios that this package promises, each measured within one run: ``python -m bench --goals``.
+
+On a 2-core CPU; and, with ``--device cuda``, what its GPU kernels are to reach.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cases import Case
+from .cases import DTYPES, Case
 from .results import Row, cpu_flags
 
-__all__ = ["GOALS", "Goal", "Lookup"]
+__all__ = ["GOALS", "GPU_GOALS", "Goal", "Lookup", "memory_bound"]
 
 #: (case, provider's name) -> its row
 Lookup = Callable[[Case, str], Row]
 
 OURS, DENSE, CHUNKED = "ours-cpu", "dense", "linear-cross-entropy"
 EM_STEP = "em-step"
+ON_GPU = "ours-triton"
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,22 @@ def _clip(n: int, d: int, dtype: str = "float32") -> Case:
     return Case("clip_loss", n, d, dtype=dtype)
 
 
-def _of_floor(text: str, case: Case, target: float) -> Goal:
-    return Goal(text, target, ((case, OURS),), lambda row: row(case, OURS)["floor_fraction"], unit="of the floor")
+def _of_floor(text: str, case: Case, target: float, ours: str = OURS) -> Goal:
+    return Goal(text, target, ((case, ours),), lambda row: row(case, ours)["floor_fraction"], unit="of the floor")
 
 
-def _faster(text: str, case: Case, than: Case, peer: str, target: float, amx: bool = False) -> Goal:
+def _faster(text: str, case: Case, than: Case, peer: str, target: float, amx: bool = False, ours: str = OURS) -> Goal:
     def ratio(row: Lookup) -> float:
-        return row(than, peer)["best_s"] / row(case, OURS)["best_s"]
+        return row(than, peer)["best_s"] / row(case, ours)["best_s"]
 
-    return Goal(text, target, ((case, OURS), (than, peer)), ratio, amx=amx)
+    return Goal(text, target, ((case, ours), (than, peer)), ratio, amx=amx)
+
+
+def _of_time(text: str, case: Case, than: Case, peer: str, target: float, ours: str) -> Goal:
+    def ratio(row: Lookup) -> float:
+        return row(case, ours)["best_s"] / row(than, peer)["best_s"]
+
+    return Goal(text, target, ((case, ours), (than, peer)), ratio, at_most=True)
 
 
 def _goals() -> list[Goal]:
@@ -129,5 +140,57 @@ def _goals() -> list[Goal]:
     return goals
 
 
+def memory_bound(case: Case) -> float:
+    """Bytes that a step may take on a GPU beyond its inputs and gradients."""
+    sums = 4 * case.d * min(case.shape) if DTYPES[case.dtype].itemsize == 2 else 0
+    return 64 * 2**20 + sums + 64 * sum(case.shape)
+
+
+def _within_memory(case: Case) -> Goal:
+    return Goal(
+        f"{case.loss}, N = {case.n:,}, D = {case.d}: peak memory beyond inputs and gradients",
+        1.0,
+        ((case, ON_GPU),),
+        lambda row: row(case, ON_GPU)["peak_bytes"] / memory_bound(case),
+        at_most=True,
+        unit="of its bound",
+        memory=True,
+    )
+
+
+def _gpu_goals() -> list[Goal]:
+    def clip(n: int, d: int, loss: str = "clip_loss", learnable_scale: bool = True) -> Case:
+        return Case(loss, n, d, dtype="bfloat16", device="cuda", learnable_scale=learnable_scale)
+
+    goals: list[Goal] = []
+    for d, floor in ((768, 0.75), (512, 0.65)):
+        case, at = clip(65536, d), f"N = 65,536, D = {d}"
+        goals.append(_of_floor(f"clip_loss, {at}: of its 4 products", case, floor, ON_GPU))
+        # memeff has no gradient of the scale; ours makes it
+        than = clip(65536, d, learnable_scale=False)
+        goals.append(_faster(f"clip_loss, {at}: faster than memeff", case, than, "memeff", 2.0, ours=ON_GPU))
+    case, at = clip(65536, 768), "N = 65,536, D = 768"
+    for loss in ("decomposable", "sigmoid"):
+        split = clip(65536, 768, loss)
+        goals.append(_of_time(f"{loss}, {at}: of clip_loss's time", split, case, ON_GPU, 0.80, ON_GPU))
+    pairs = clip(65536, 768, "sigmoid")
+    goals.append(_faster(f"sigmoid, {at}: faster than siglip-kernel", pairs, pairs, "siglip-kernel", 1.3, ours=ON_GPU))
+    frozen = dataclasses.replace(case, frozen_y=True)
+    goals.append(_of_time(f"clip_loss, {at}: frozen y, of the two-sided time", frozen, case, ON_GPU, 0.80, ON_GPU))
+    for n in (4096, 8192, 16384, 32768, 65536):
+        case, text = clip(n, 768), f"clip_loss, N = {n:,}, D = 768: faster than"
+        goals.append(_faster(f"{text} dense", case, case, "dense", 1.0, ours=ON_GPU))
+        if n == 16384:  # a step of Inf-CL at 65,536 may take seconds
+            goals.append(_faster(f"{text} Inf-CL", case, case, "inf-cl", 5.0, ours=ON_GPU))
+    for d in (512, 768):
+        small = clip(256, d)
+        goals.append(_of_time(f"clip_loss, N = 256, D = {d}: of dense's time", small, small, "dense", 1.3, ON_GPU))
+    goals += [_within_memory(clip(65536, 768, loss)) for loss in ("clip_loss", "sigmoid", "decomposable")]
+    goals += [_within_memory(clip(n, d)) for n, d in ((4096, 768), (262144, 768), (1048576, 512))]
+    return goals
+
+
 #: fp32, forward + backward and a learnable scale unless a goal says otherwise.
 GOALS = _goals()
+#: bf16, forward + backward and a learnable scale.
+GPU_GOALS = _gpu_goals()

@@ -47,7 +47,9 @@ def why_not(device: str) -> str | None:
 
 
 def measure_peak(provider: str, case: Case, threads: int, timeout: float = 1800.0) -> Peak:
-    """Runs this module in a fresh process and returns what it found."""
+    """Runs this module in a fresh process, and says what it found; on a GPU, whose bytes torch counts, in this one."""
+    if torch.device(case.device).type == "cuda":
+        return _measure_here(provider, case)
     order = json.dumps({"provider": provider, "case": dataclasses.asdict(case), "threads": threads})
     done = subprocess.run(child_command(order), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     if done.returncode:

@@ -83,9 +83,10 @@ def _floor(rows: list[Row]) -> str | None:
     )
 
 
-def goal_table(results: Iterable[tuple[Goal, float | None, str]]) -> Table:
+def goal_table(results: Iterable[tuple[Goal, float | None, str]], dtype: str = "fp32") -> Table:
     """Each goal with its bound, the figure and whether it is met."""
-    table = Table(title="Goals: fp32, forward + backward, learnable scale", title_justify="left", title_style="bold")
+    title = f"Goals: {dtype}, forward + backward, learnable scale"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("goal")
     table.add_column("bound", justify="right")
     table.add_column("measured", justify="right")

@@ -18,7 +18,19 @@ import torch
 from .cases import Case
 from .providers import Provider
 
-__all__ = ["KEY", "Row", "case_of", "commit", "cpu_flags", "describe_machine", "load", "new_row", "save", "upsert"]
+__all__ = [
+    "KEY",
+    "Row",
+    "case_of",
+    "commit",
+    "cpu_flags",
+    "describe_machine",
+    "key_of",
+    "load",
+    "new_row",
+    "save",
+    "upsert",
+]
 
 Row = dict[str, Any]
 
@@ -64,9 +76,9 @@ def upsert(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
     A wrong result takes the row's figures away.
     """
-    rows = {_key(row): row for row in old}
+    rows = {key_of(row): row for row in old}
     for row in new:
-        key = _key(row)
+        key = key_of(row)
         rows[key] = {**rows.get(key, {}), **row} if row.get("status") == "ok" else row
     return [rows[key] for key in sorted(rows, key=str)]
 
@@ -81,20 +93,24 @@ def save(path: Path, new: Iterable[Row]) -> int:
     return len(rows)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What makes a row the same measurement as another."""
     return tuple(row.get(name) for name in KEY)
 
 
 @lru_cache(maxsize=1)
 def commit() -> str:
-    """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "+" where tracked files differ from it.
+
+    Outside a checkout it is what the environment's BENCH_COMMIT says, or "unknown".
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + (
             "+" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results", ":!*.png") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
 
 
 def _git(*args: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from .cases import Case, Inputs, make_inputs
+from .cases import Case, Inputs, make_inputs, precision
 from .check import CHECK_ROWS, Projection, Verdict, check_small, evaluate, project
 from .measure import Floor, Work, floor_works, interleave, warm_up
 from .memory import measure_peak
@@ -19,7 +20,7 @@ __all__ = ["Pair", "Session", "grouped"]
 Pair = tuple[Case, Provider]
 
 #: Most rounds of a group, and the seconds that it may take where no number of rounds is asked for.
-MAX_ROUNDS, GROUP_SECONDS = 15, 12.0
+MAX_ROUNDS, GROUP_SECONDS = 15, {"cpu": 12.0, "cuda": 4.0}
 
 
 def grouped(pairs: Iterable[Pair]) -> list[list[Pair]]:
@@ -70,6 +71,10 @@ class Session:
 
     def time_group(self, pairs: list[Pair]) -> list[Row]:
         """Rows of one group, in the order of ``pairs``; wrong and failed providers have a reason and no time."""
+        with precision(pairs[0][0]):
+            return self._time_group(pairs)
+
+    def _time_group(self, pairs: list[Pair]) -> list[Row]:
         first = pairs[0][0]
         rows: dict[Pair, Row] = {}
         entries: list[_Entry] = []
@@ -130,7 +135,8 @@ class Session:
         floor = floor_works(first)
         works = [*floor.works.values(), *(entry.work for entry in entries)]
         expected = sum(warm_up(work) for work in works)
-        rounds = self.rounds or min(max(int(GROUP_SECONDS / expected), self.min_rounds), MAX_ROUNDS)
+        seconds = GROUP_SECONDS[torch.device(first.device).type]
+        rounds = self.rounds or min(max(int(seconds / expected), self.min_rounds), MAX_ROUNDS)
         done = 0
 
         def after() -> None:
@@ -144,6 +150,10 @@ class Session:
     def memory_row(self, case: Case, provider: Provider) -> Row:
         """Peak memory of one provider, in a process of its own; checked like a time."""
         self.say(f"{case.title}: memory of {provider.name}")
+        with precision(case):
+            return self._memory_row(case, provider)
+
+    def _memory_row(self, case: Case, provider: Provider) -> Row:
         verdict = self._check(case, provider)
         if isinstance(verdict, str):
             return new_row(case, provider, status="failed", reason=verdict)

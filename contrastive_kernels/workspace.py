@@ -129,8 +129,9 @@ class Workspace:
             sums += weights @ block
 
 
-#: torch 2.8 adds 16-bit products to float32 sums without rounding them in between (on CUDA).
-_ADDS_IN_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
+#: torch 2.10 adds 16-bit products to float32 sums without rounding them in between (on CUDA). 2.8 and 2.9 have the
+#: overload too, but want sums of the operands' dtype (pytorch#167931).
+_ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

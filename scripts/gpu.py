@@ -1,16 +1,25 @@
 """Builds, tests and measures on this machine's GPU, with the Python that runs this file, and without a network.
 
-python scripts/gpu.py [build] [test] [bench] [table] [--out DIR] [--seconds S]    (all four, if none is named)
+python scripts/gpu.py [STAGE ...] [--out DIR] [--seconds S] [--total T]    (all stages, if none is named)
 
-build    the extension in place, for this machine's GPUs
-test     the tests that need a GPU
-bench    benchmark rows and plots into DIR
-table    a short table of these rows
+build      the extension in place, for this machine's GPUs
+smoke      one step of every loss and backend on small problems: is it right at all?
+test       the tests that need a GPU
+shapes     the two gradient products in panels of several shapes, beside what the machine can do
+goals      the promised ratios, against the formula, the bare products and whatever peer is installed
+sanitize   compute-sanitizer's memcheck, racecheck and initcheck on small problems
+overlap    a pass over all panels on one stream and on two, and the time to issue it
+tiles      the tiles of the Triton kernels, and the line of the table that the fastest would make
+bench      benchmark rows: sizes, widths, losses, dtypes
+profile    what limits the kernels, by Nsight Compute
+table      a short table of all rows
 
-python scripts/gpu.py pack    on a machine with a network: what that Python may lack, into build/gpu-packages
+python scripts/gpu.py pack    on a machine with a network: what that Python may lack, into build/gpu-packages, and what
+                              the benchmark compares with, into build/gpu-peers; bring the first where it is needed
 
-Each stage can run alone, ends within nine minutes (or S seconds and a few), and exits with another status than 0 where
-something failed. What a stage had found when its time was up is in DIR.
+Stages come in this order. Each can run alone and again (what DIR has of the same commit is not measured twice), ends
+within its own time (or S seconds and a few), and exits with another status than 0 where something failed; the others
+follow all the same. T seconds bound all of them together. What a stage had found when its time was up is in DIR.
 """
 
 from __future__ import annotations
@@ -20,12 +29,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,23 +44,42 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "build/gpu-packages"
-#: Seconds of a stage, with room for its start and its end.
+PEERS = ROOT / "build/gpu-peers"
+#: Seconds of a stage, with room for its start and its end; of those not named, SECONDS.
 SECONDS = 500.0
+LIMITS = {
+    "build": 200.0,
+    "smoke": 60.0,
+    "test": 300.0,
+    "shapes": 60.0,
+    "goals": 240.0,
+    "sanitize": 150.0,
+    "overlap": 60.0,
+    "tiles": 120.0,
+    "profile": 90.0,
+}
+#: A stage with fewer seconds than this is left out.
+LEAST = 10.0
 #: Seconds that a stopped command has for telling what it found.
 LAST_WORDS = 20.0
-#: Processes of the tests, which spend their time compiling.
-TEST_PROCESSES = 8
-#: In turn, as long as there is time: what shows most of the kernels first.
+#: Processes of the tests and of compiling, which leave the GPU idle most of the time.
+PROCESSES = 12
+#: In turn, as long as there is time: what shows most of the kernels first. Loss, N, D, dtype, mode, who is measured
+#: beside ours and dense, and further options.
 BENCH = (
-    ("--case", "clip_loss", "--n", "8192", "--d", "768", "--dtype", "bfloat16"),
-    ("--case", "clip_loss", "--n", "32768", "--d", "768", "--dtype", "bfloat16"),
-    ("--case", "sigmoid,decomposable,info_nce", "--n", "32768", "--d", "768", "--dtype", "bfloat16"),
-    ("--case", "clip_loss", "--n", "32768", "--d", "768", "--dtype", "bfloat16", "--mode", "fwd"),
-    ("--case", "clip_loss", "--n", "2048", "--d", "768", "--dtype", "bfloat16"),
-    ("--case", "clip_loss", "--n", "8192", "--d", "512", "--dtype", "float32"),
-    ("--case", "clip_loss", "--n", "32768", "--d", "256", "--dtype", "float16"),
+    ("clip_loss", "32768", "64,128,256,512,1024", "bfloat16", "fwd+bwd", ""),
+    ("sigmoid,decomposable,info_nce,nt_xent", "16384", "768", "bfloat16", "fwd+bwd", "dense-compiled"),
+    ("clip_loss", "16384", "768", "bfloat16", "fwd,fwd+bwd", "dense-compiled,linear-cross-entropy"),
+    ("clip_loss", "16384", "64,1024", "bfloat16", "fwd+bwd", "memeff,inf-cl", "--fixed-scale"),
+    ("clip_loss", "1024,2048,131072,262144", "768", "bfloat16", "fwd+bwd", ""),
+    ("clip_loss", "32768", "512", "float16", "fwd+bwd", ""),
+    ("clip_loss", "16384", "512", "tf32,float32", "fwd+bwd", ""),
 )
 PACKED = ("pytest>=8", "pytest-xdist>=3.6", "pybind11>=2.13", "ninja>=1.11", "setuptools>=77", "rich>=13")
+#: Peers in pure Python, without what they depend on: torch and Triton are there.
+PACKED_PEERS = ("memeff==0.3.1", "siglip-kernel==0.1.2", "inf-cl==1.2.1")
+#: Names of our kernels, as debuggers show them.
+KERNELS = ("score_kernel", "merge_kernel", "panel_pass_kernel", "tensor_core_kernel")
 
 ADVICE = "`python scripts/gpu.py pack` on a machine with a network, and bring build/gpu-packages here"
 
@@ -75,7 +105,7 @@ def require_gpu() -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a subprocess: the checkout and the packed packages come first."""
-    paths = [str(ROOT), str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(PACKAGES), str(PEERS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
@@ -96,7 +126,16 @@ def run(command: list[str], seconds: float, **more: str) -> int:
 
 
 def build(out: Path, seconds: float) -> int:
-    """The extension in place, for this machine's GPUs."""
+    """The extension in place, for this machine's GPUs; a copy in DIR spares another machine of the kind the build."""
+    status = build_in_place(seconds)
+    for module in (ROOT / "contrastive_kernels").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        if status == 0:
+            shutil.copy2(module, out)
+    return status
+
+
+def build_in_place(seconds: float) -> int:
+    """By setup.py and ninja, or without them."""
     import torch
 
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -159,75 +198,203 @@ def test(out: Path, seconds: float) -> int:
         fail(f"no pytest: {ADVICE}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=40", "--durations=10"]
     command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "tests/test_gpu.py"]
-    processes = min(TEST_PROCESSES, os.cpu_count() or 1)
+    processes = min(PROCESSES, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") is not None and processes > 1:
         command += ["-n", str(processes)]
-    return run(command, seconds, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2"))
+    return run(command, seconds, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
 
 
-def bench(out: Path, seconds: float) -> int:
-    """Benchmark rows and plots; cases for which there is no time are left out, and named."""
-    start, status = time.monotonic(), 0
-    providers = "ours-triton,ours-cuda,ours-torch,dense"
+def known_providers() -> list[str]:
+    """Everybody whom the benchmark knows and who is installed."""
+    program = (
+        "from bench.providers import providers as p; print(*(n for n, v in p().items() if v.why_absent() is None))"
+    )
     known = subprocess.run(
-        [sys.executable, "-c", "from bench.providers import providers; print(','.join(providers()))"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     if known.returncode != 0:
         fail(f"the benchmark does not start: {known.stderr.strip().splitlines()[-1]}")
-    names = ",".join(name for name in providers.split(",") if name in known.stdout.strip().split(","))
-    plots = ["--plot", str(out / "plots")] if importlib.util.find_spec("matplotlib") else []
-    for arguments in BENCH:
+    return known.stdout.split()
+
+
+def smoke(out: Path, seconds: float) -> int:
+    """One step of two losses on every backend, of one panel and of several, against float64."""
+    program = [sys.executable, "-m", "bench.once", "--case", "clip_loss,sigmoid", "--dtype", "bfloat16"]
+    status = run(program, seconds / 2)
+    return status | run([*program, "--n", "1000", "--d", "64", "--workspace", str(2**20)], seconds / 2)
+
+
+def shapes(out: Path, seconds: float) -> int:
+    """The gradient products in panels of several shapes."""
+    return kernels("products", out, seconds, "--d", "768,512,256,1024")
+
+
+def overlap(out: Path, seconds: float) -> int:
+    """A pass over all panels on one stream and on two."""
+    return kernels("overlap", out, seconds, "--d", "768,512")
+
+
+def tiles(out: Path, seconds: float) -> int:
+    """Every tile that could serve, compiled by many processes and timed by one."""
+    processes = str(min(PROCESSES, os.cpu_count() or 1))
+    return kernels("tiles", out, seconds, "--d", "768,512,256", "--rounds", "1", "--processes", processes)
+
+
+def kernels(what: str, out: Path, seconds: float, *arguments: str) -> int:
+    """One stage of bench.kernels, which begins nothing in its last seconds."""
+    command = [sys.executable, "-m", "bench.kernels", what, "--json", str(out / "kernels.json")]
+    return run([*command, "--seconds", f"{0.8 * seconds:.0f}", *arguments], seconds)
+
+
+def goals(out: Path, seconds: float) -> int:
+    """The promised ratios; of the groups that are finished where the time is short."""
+    command = [sys.executable, "-m", "bench", "--goals", "--device", "cuda", "--resume"]
+    return run([*command, "--json", str(out / "rows.json")], seconds)
+
+
+def bench(out: Path, seconds: float) -> int:
+    """Benchmark rows; cases for which there is no time are left out, and named."""
+    start, status, known = time.monotonic(), 0, known_providers()
+    for loss, n, d, dtype, mode, more, *options in BENCH:
         left = seconds - (time.monotonic() - start)
-        if left < 60:
-            print(f"gpu: no time for {' '.join(arguments)}", flush=True)
+        case = ["--case", loss, "--n", n, "--d", d, "--dtype", dtype, "--mode", mode]
+        if left < 30:
+            print(f"gpu: no time for {' '.join(case)}", flush=True)
             continue
-        command = [sys.executable, "-m", "bench", "--device", "cuda", "--provider", names, *arguments]
-        status |= run([*command, "--json", str(out / "rows.json"), *plots], left)
+        named = ["ours-triton", "ours-cuda", "dense", *more.split(",")]
+        command = [sys.executable, "-m", "bench", "--device", "cuda", "--resume", *case, *options]
+        command += ["--provider", ",".join(name for name in named if name in known)]
+        status |= run([*command, "--json", str(out / "rows.json")], left)
     return status
 
 
+def sanitize(out: Path, seconds: float) -> int:
+    """compute-sanitizer's tools side by side; each one's findings in DIR, by kernel."""
+    if (program := find_tool("compute-sanitizer")) is None:
+        print("gpu: no compute-sanitizer on this machine", flush=True)
+        return 0
+    # No caching allocator: a byte past a tensor's end is then a byte past an allocation's.
+    more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    steps = [sys.executable, "-m", "bench.once", "--no-check", "--backend", "triton,cuda", "--n", "200", "--d", "72"]
+    run(steps, seconds / 3)  # Triton's compiler works better unobserved
+
+    def watch(tool: str) -> tuple[str, int]:
+        log = out / f"{tool}.txt"
+        command = [program, "--tool", tool, "--report-api-errors", "no", "--log-file", str(log), *steps]
+        status = run(command, 2 * seconds / 3, **more)
+        return findings(tool, log.read_text(errors="replace") if log.exists() else "", status)
+
+    with ThreadPoolExecutor() as pool:
+        watched = list(pool.map(watch, ("memcheck", "racecheck", "initcheck")))
+    print("\n".join(text for text, _ in watched), flush=True)
+    return max(status for _, status in watched)
+
+
+def findings(tool: str, log: str, status: int) -> tuple[str, int]:
+    """What a sanitizer says in a line; 1 where it names a kernel of ours, or comes to no end."""
+    places = Counter(re.findall(r"^=+ .*\bat ([^\n(+]+)[^\n+]*\+0x", log, flags=re.MULTILINE))
+    summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", log, flags=re.MULTILINE)
+    words = "; ".join(f"{count} at {place}" for place, count in places.most_common(5))
+    text = f"{tool}: {summary[-1] if summary else f'no summary, status {status}'}" + (f" ({words})" if words else "")
+    return text, int(not summary or any(name in place for place in places for name in KERNELS))
+
+
+def profile(out: Path, seconds: float) -> int:
+    """Nsight Compute's sections for our kernels and the products that follow them, into DIR."""
+    if (program := find_tool("ncu")) is None:
+        print("gpu: no ncu on this machine", flush=True)
+        return 0
+    status = 0
+    # As they come: caches and clocks stay as the program leaves them.
+    options = ["--clock-control", "none", "--cache-control", "none", "--print-summary", "per-kernel"]
+    options += ["--target-processes", "application-only"]
+    for section in ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis"):
+        options += ["--section", section]
+    for backend in ("triton", "cuda"):
+        steps = [sys.executable, "-m", "bench.once", "--no-check", "--backend", backend, "--case", "clip_loss"]
+        steps += ["--dtype", "bfloat16", "--n", "16384", "--d", "768"]
+        run(steps, seconds / 4)
+        names = ["--kernel-name", f"regex:{'|'.join(KERNELS)}|gemm|nvjet", "--launch-count", "24"]
+        log = out / f"profile-{backend}.txt"
+        status |= run([program, *options, *names, "--log-file", str(log), *steps], seconds / 4)
+        if log.exists():
+            wanted = re.compile(
+                r"^  \w.*Context|Duration|Throughput +%|Theoretical Occ|Achieved Occ|Registers Per|L2 Hit"
+            )
+            print("\n".join(line[:110] for line in log.read_text().splitlines() if wanted.search(line)), flush=True)
+    return status
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: in PATH, beside nvcc, or where NVIDIA's packages put it."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
+        *Path("/opt/nvidia/nsight-compute").glob("*"),
+    ]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
 def table(out: Path, seconds: float) -> int:
-    """The rows in short: the best milliseconds, the fraction of the bare products' rate, and the error."""
+    """The rows in short: the best milliseconds, the fraction of the bare products' rate, the error, peak memory."""
     path = out / "rows.json"
     if not path.exists():
-        fail(f"no rows in {path}: run the stage bench first")
+        print(f"gpu: no rows in {path}: run the stage goals or bench first", flush=True)
+        return 1
     rows = json.loads(path.read_text())
-    print(f"{'case':<44} {'provider':<12} {'best ms':>9} {'of floor':>9} {'error':>8}")
+    print(f"{'case':<56} {'provider':<12} {'best ms':>9} {'of floor':>9} {'error':>8} {'peak MB':>8}")
     for row in rows:
         case = f"{row['loss']} {row['mode']} N={row['n']} D={row['d']} {row['dtype']}"
+        case += " fixed scale" * (not row["learnable_scale"]) + " frozen y" * row["frozen_y"]
         name = f"{row['provider']}-{row['backend']}" if row["backend"] else row["provider"]
         if row["status"] != "ok":
-            print(f"{case:<44} {name:<12} {row['status']}: {row['reason'][:60]}")
+            print(f"{case:<56} {name:<12} {row['status']}: {row['reason'][:60]}")
             continue
+        figures = f"{'':28}"
         if "best_s" in row:
             figures = f"{row['best_s'] * 1e3:9.3f} {row['floor_fraction']:9.2f} {row['error']:8.0e}"
-            print(f"{case:<44} {name:<12} {figures}")
+        peak = f"{row['peak_bytes'] / 1e6:8.0f}" if "peak_bytes" in row else ""
+        print(f"{case:<56} {name:<12} {figures} {peak}".rstrip())
     machines = {f"{row['machine']}; {row['versions'].split(',')[0]}; commit {row['commit']}" for row in rows}
     print("\n".join(sorted(machines)))
     return 0
 
 
 def pack() -> None:
-    """Pure Python packages (and ninja) into build/gpu-packages, for any Python."""
-    shutil.rmtree(PACKAGES, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(PACKAGES), *PACKED]
-    raise SystemExit(subprocess.run(command, check=False).returncode)
+    """Pure Python packages (and ninja), for any Python; peers without what they depend on."""
+    status = 0
+    for folder, packages in ((PACKAGES, PACKED), (PEERS, ("--no-deps", *PACKED_PEERS))):
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", str(folder), *packages]
+        status |= subprocess.run(command, check=False).returncode
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+        print(f"gpu: {size:.1f} MiB in {folder.relative_to(ROOT)}", flush=True)
+    raise SystemExit(status)
 
 
-STAGES: dict[str, Callable[[Path, float], int]] = {"build": build, "test": test, "bench": bench, "table": table}
+STAGES: dict[str, Callable[[Path, float], int]] = {
+    "build": build,
+    "smoke": smoke,
+    "test": test,
+    "shapes": shapes,
+    "goals": goals,
+    "sanitize": sanitize,
+    "overlap": overlap,
+    "tiles": tiles,
+    "bench": bench,
+    "profile": profile,
+    "table": table,
+}
 
 
 def main() -> None:
-    """Runs the stages that are named, in their order; ends at the first that fails."""
+    """Runs the stages that are named, in their order, as long as there is time."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--total", type=float)
     arguments = parser.parse_args()
     if arguments.stages == ["pack"]:
         pack()
@@ -239,17 +406,22 @@ def main() -> None:
     if stages != ["table"]:
         require_gpu()
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    begun, failed = time.monotonic(), []
     for name in stages:
         start = time.monotonic()
-        status = STAGES[name](out, arguments.seconds)
+        seconds = arguments.seconds or LIMITS.get(name, SECONDS)
+        if arguments.total is not None and name != "table":
+            seconds = min(seconds, arguments.total - LAST_WORDS - (start - begun))
+            if seconds < LEAST:
+                print(f"gpu: no time for {name}", flush=True)
+                failed.append(name)
+                continue
+        status = STAGES[name](out, seconds)
         print(
             f"gpu: {name} {'ok' if status == 0 else f'FAILED ({status})'}: {time.monotonic() - start:.0f} s", flush=True
         )
-        if status != 0:
+        if status != 0:  # without a build the other backends can still be tried
             failed.append(name)
-            if name == "build":
-                break
     if failed:
         fail(f"failed: {', '.join(failed)}")
 

@@ -1,6 +1,6 @@
-"""The table of docs/roofline.md, from the package's own counts.
+"""The table of docs/roofline.md and the predictions of docs/performance.md, from the package's own counts.
 
-python tests/roofline.py     writes it
+python tests/roofline.py     writes them
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch
 import contrastive_kernels as ck
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/roofline.md"
+NOTEBOOK = DOCUMENT.with_name("performance.md")
 FIRST, LAST = "<!-- table -->\n", "<!-- end -->\n"
 #: NVIDIA's data sheet of an H100 SXM: flop/s of dense bfloat16 products, bytes/s.
 FLOPS, BANDWIDTH = 989e12, 3.35e12
+#: The same of an H200, which has an H100's multiprocessors.
+NOTEBOOK_FLOPS, NOTEBOOK_BANDWIDTH = 989e12, 4.8e12
 N = 65536
 
 
@@ -41,6 +44,29 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def panels() -> str:
+    """One panel's flop and bytes over the rates of an H200's data sheet, and the limit of the whole pass."""
+    lines = [
+        "| loss | D | pass | panel | Gflop | at 989 Tflop/s, us | MB | at 4.8 TB/s, us | panels | limit of all, ms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for loss in ("clip_loss", "sigmoid"):
+        for features in (256, 512, 768, 1024):
+            plan = ck.plan(
+                N, d=features, dtype=torch.bfloat16, device="cuda", loss=loss, backend="triton", capability=90
+            )
+            for each in plan.passes:
+                flop, size = each.flop / each.panels, each.bytes / each.panels
+                products, memory = flop / NOTEBOOK_FLOPS, size / NOTEBOOK_BANDWIDTH
+                rows, cols = each.panel
+                lines.append(
+                    f"| {loss} | {features} | {each.name} | {rows:,} x {cols:,} "
+                    f"| {flop / 1e9:.1f} | {1e6 * products:.0f} | {size / 1e6:.0f} | {1e6 * memory:.0f} "
+                    f"| {each.panels} | {1e3 * each.panels * max(products, memory):.1f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 def split(text: str) -> tuple[str, str, str]:
     """What stands before the table, the table, and what stands after it."""
     before, rest = text.split(FIRST)
@@ -49,5 +75,6 @@ def split(text: str) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    before, _, after = split(DOCUMENT.read_text())
-    DOCUMENT.write_text(before + table() + after)
+    for document, lines in ((DOCUMENT, table()), (NOTEBOOK, panels())):
+        before, _, after = split(document.read_text())
+        document.write_text(before + lines + after)

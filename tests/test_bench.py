@@ -309,6 +309,37 @@ def test_goals_are_measured_and_decide_the_exit_status(monkeypatch, capsys):
         assert ("not met" in printed) == bool(status)
 
 
+def test_goals_of_a_gpu_compare_with_their_bounds():
+    by_text = {goal.text: goal for goal in goals.GPU_GOALS}
+    assert len(by_text) == len(goals.GPU_GOALS)
+    at = "N = 65,536, D = 768"
+
+    def row(case: Case, name: str) -> dict[str, float]:
+        assert (case.device, case.dtype) == ("cuda", "bfloat16")
+        slow = {"memeff": 3.0, "inf-cl": 9.0, "dense": 2.0, "siglip-kernel": 1.5}.get(name, 1.0)
+        faster = 0.7 if case.frozen_y or case.loss != "clip_loss" else 1.0
+        return {"best_s": slow * faster, "floor_fraction": 0.8, "peak_bytes": 2**20 * 100}
+
+    figures = {text: goal.value(row) for text, goal in by_text.items()}
+    assert figures[f"clip_loss, {at}: of its 4 products"] == 0.8
+    assert figures[f"clip_loss, {at}: faster than memeff"] == 3.0
+    assert figures[f"sigmoid, {at}: of clip_loss's time"] == pytest.approx(0.7)
+    assert figures[f"clip_loss, {at}: frozen y, of the two-sided time"] == pytest.approx(0.7)
+    assert figures["clip_loss, N = 256, D = 768: of dense's time"] == 0.5
+    memory_of = by_text["clip_loss, N = 4,096, D = 768: peak memory beyond inputs and gradients"]
+    assert memory_of.value(row) > 1 and memory_of.verdict(1.01) == "not met"
+    small, wide = Case("clip_loss", 1000, 64, dtype="bfloat16"), Case("clip_loss", 1000, 64)
+    assert goals.memory_bound(small) - goals.memory_bound(wide) == 4 * 64 * 1000
+    assert goals.memory_bound(wide) == 2**26 + 64 * 2000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_goals_of_a_gpu_say_why_they_cannot_run(capsys):
+    assert main(["--goals", "--device", "cuda"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("there is no CUDA device") == len(goals.GPU_GOALS) and "bf16" in printed
+
+
 # ---- the command ----
 
 
@@ -324,6 +355,69 @@ def test_quick_run_end_to_end(tmp_path, capsys):
     assert len(pictures) == 1 and pictures[0].read_bytes().startswith(b"\x89PNG")
     assert main(["--show", "--json", str(rows)]) == 0
     assert "ours-torch" in capsys.readouterr().out
+
+
+def test_what_is_stored_is_not_measured_again(tmp_path, capsys, monkeypatch):
+    """A group is left out where all of it is there; another commit's rows do not count."""
+    path = tmp_path / "rows.json"
+    command = ["--provider", "ours-torch,dense", "--d", "8", "--rounds", "1", "--json", str(path), "--resume"]
+    assert main([*command, "--n", "24"]) == main([*command, "--n", "24,40"]) == 0
+    before = results.load(path)
+    assert len(before) == 4
+    assert main([*command, "--n", "24,40"]) == 0
+    assert results.load(path) == before
+    results.commit.cache_clear()
+    monkeypatch.setattr(results, "_git", lambda *args: "another")
+    assert main([*command, "--n", "24"]) == 0
+    results.commit.cache_clear()
+    assert len(results.load(path)) == 6
+
+
+def test_a_stopped_run_says_what_it_found(monkeypatch, capsys):
+    """Goals of the groups that were finished have their verdict."""
+    command = importlib.import_module("bench.__main__")
+    late = dataclasses.replace(SMALL, n=25, m=25)
+    chosen = [
+        goals.Goal(text, 0.0, ((case, "dense"),), lambda row, case=case: row(case, "dense")["best_s"])
+        for text, case in (("early", SMALL), ("late", late))
+    ]
+    monkeypatch.setattr(command, "GOALS", chosen)
+    whole = Session.time_group
+
+    def stopped(self, pairs):
+        if pairs[0][0] == late:
+            raise KeyboardInterrupt
+        return whole(self, pairs)
+
+    monkeypatch.setattr(Session, "time_group", stopped)
+    assert main(["--goals", "--rounds", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "stopped" in printed and " met " in printed and "dense cannot run here" in printed
+
+
+def test_rows_outside_a_checkout_have_the_commit_that_they_are_told(monkeypatch):
+    def fails(*args):
+        raise OSError
+
+    monkeypatch.setattr(results, "_git", fails)
+    for value, wanted in (("abc", "abc"), (None, "unknown")):
+        results.commit.cache_clear()
+        monkeypatch.setenv("BENCH_COMMIT", value) if value else monkeypatch.delenv("BENCH_COMMIT", raising=False)
+        assert results.commit() == wanted
+    results.commit.cache_clear()
+
+
+def test_tf32_is_allowed_for_its_cases_alone():
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32
+
+    before = allowed()
+    with cases.precision(dataclasses.replace(SMALL, dtype="tf32")):
+        assert allowed()
+        with cases.precision(SMALL):
+            assert not allowed()
+    assert allowed() == before
+    assert make_inputs(dataclasses.replace(SMALL, dtype="tf32")).x.dtype == torch.float32
 
 
 def test_the_plan_is_printed_without_measuring(capsys):

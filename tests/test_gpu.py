@@ -1,4 +1,8 @@
-"""On an NVIDIA GPU: the same problems by the same rule, and what only a GPU has: streams, graphs, huge sizes."""
+"""On an NVIDIA GPU: the same problems by the same rule, and what only a GPU has: streams, graphs, huge sizes.
+
+tests/conftest.py fills what torch.empty returns with NaN here too. ``python tests/rehearsal.py`` runs those of these
+tests that need nothing of CUDA on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +91,52 @@ def test_value_and_gradients(problem, loss, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", ALL)
+def test_memory_that_nobody_wrote_is_nowhere_read(loss, backend):
+    """All that torch's allocator hands on is NaN, also to operations that do not ask torch.empty."""
+    require(backend, torch.bfloat16)
+    inputs = make_inputs(BY_NAME["panels"], torch.bfloat16)
+    there = on_gpu(inputs)
+    options = engine_options(there, loss, backend)
+    sizes = [2**17] * 64 + [2**24] * 8  # floats: of the allocator's small blocks and of its large ones
+    used = [torch.full((size,), torch.nan, device=DEVICE) for size in sizes]
+    del used
+    assert_outcome(inputs, loss, "mean", on_cpu(run(ck, there, loss, torch.bfloat16, **options)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [("x",), ("y",), ("scale",), ("x", "scale"), ()], ids="-".join)
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "decomposable"])
+def test_gradients_of_some(loss, needs, backend):
+    """A frozen tower, a fixed temperature, an evaluation: what is wanted is right, and the rest is not there."""
+    require(backend, torch.bfloat16)
+    inputs = make_inputs(BY_NAME["panels"], torch.bfloat16)
+    there = on_gpu(inputs)
+    outcome = run(ck, there, loss, torch.bfloat16, needs, **engine_options(there, loss, backend))
+    assert {name for name, gradient in outcome.gradients.items() if gradient is not None} == set(needs)
+    assert_outcome(inputs, loss, "mean", on_cpu(outcome))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=named)
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
+def test_autocast_is_a_cast_of_the_features(loss, dtype, backend):
+    """The value is float32 and equals that of features cast by hand; so do the gradients."""
+    require(backend, dtype)
+    x, y = features(700, 96, torch.float32)
+    scale = torch.full((), 10.0, device=DEVICE, requires_grad=True)
+    more = extra(loss, 700)
+    with torch.autocast(DEVICE.type, dtype):
+        value = getattr(ck, loss)(x, y, scale, *more, backend=backend)
+    cast = [x.detach().to(dtype).requires_grad_(), y.detach().to(dtype).requires_grad_()]
+    wanted = getattr(ck, loss)(*cast, scale, *more, backend=backend)
+    assert value.dtype == torch.float32 and torch.equal(value, wanted)
+    ours = torch.autograd.grad(value, (x, y, scale))
+    for a, b in zip(ours, torch.autograd.grad(wanted, (*cast, scale))):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
 def test_two_runs_are_bitwise_equal(loss, dtype, backend):
     require(backend, dtype)
@@ -116,6 +166,33 @@ def features(n, d, dtype, seed=0):
     return [torch.nn.functional.normalize(v, dim=1).to(dtype).requires_grad_() for v in make]
 
 
+def extra(loss, n):
+    """What a loss takes behind the scale, on the GPU."""
+    bias = torch.full((), -5.0, device=DEVICE)
+    return {"sigmoid": (bias,), "decomposable": (torch.full((n,), 7.0, device=DEVICE),)}.get(loss, ())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_streams_at_once(backend):
+    """Calls on several streams share nothing: together they give what each gives alone."""
+    require(backend, torch.bfloat16)
+    pairs = [features(2000, 128, torch.bfloat16, seed) for seed in range(3)]
+
+    def step(x, y):
+        return torch.autograd.grad(ck.clip_loss(x, y, 14.0, backend=backend), (x, y))
+
+    alone = [step(*pair) for pair in pairs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in pairs]
+    together = []
+    for stream, pair in zip(streams, pairs):
+        with torch.cuda.stream(stream):
+            together.append(step(*pair))
+    torch.cuda.synchronize()
+    for ours, wanted in zip(together, alone):
+        assert all(map(torch.equal, ours, wanted))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_another_stream(backend):
     """Work goes to the current stream: inputs that a side stream is still making are waited for, by it alone."""
@@ -134,13 +211,13 @@ def test_on_another_stream(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent"])
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "sigmoid", "nt_xent", "decomposable"])
 def test_captured_in_a_graph(loss, backend):
     """A captured step, replayed on other data, gives what an eager step gives."""
     require(backend, torch.bfloat16)
     x, y = features(1500, 128, torch.bfloat16)
     scale = torch.full((), 10.0, device=DEVICE, requires_grad=True)
-    more = (torch.full((), -5.0, device=DEVICE),) if loss == "sigmoid" else ()
+    more = extra(loss, 1500)
     leaves = (x, y, scale)
 
     def step():
@@ -257,21 +334,27 @@ def test_float32_products_follow_torchs_setting():
     assert errors[False] < 2e-5 and 3e-4 < errors[True] < 6e-3
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_compiled_in_one_graph(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent", "decomposable"])
+def test_compiled_in_one_graph(loss, backend):
+    """A logarithmic temperature and autocast, by the default compiler, for two sizes."""
     require(backend, torch.bfloat16)
-    x, y = features(1000, 128, torch.bfloat16)
-    scale = torch.full((), 10.0, device=DEVICE)
 
-    def loss(x, y, scale):
-        return ck.clip_loss(2 * x, y, scale, backend=backend)
+    def step(x, y, log_scale, *more):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return getattr(ck, loss)(2 * x, y, log_scale.exp(), *more, backend=backend)
 
-    eager = loss(x, y, scale)
-    eager.backward()
-    wanted, x.grad = x.grad, None
-    compiled = torch.compile(loss, fullgraph=True)(x, y, scale)
-    compiled.backward()
-    assert torch.equal(compiled, eager) and torch.equal(x.grad, wanted)
+    torch._dynamo.reset()  # the limit of recompilations is one of the code, which all these functions share
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    log_scale = torch.full((), 1.5, device=DEVICE, requires_grad=True)
+    for n, seed in ((1000, 0), (1200, 1)):
+        x, y = features(n, 128, torch.float32, seed)
+        leaves, more = (x, y, log_scale), extra(loss, n)
+        eager = step(*leaves, *more)
+        ours = compiled(*leaves, *more)
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(eager, leaves)):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -299,3 +382,52 @@ def test_a_gpu_is_served_by_its_own_kernels():
     require("triton", torch.bfloat16)
     plan = ck.plan(8192, d=512, dtype=torch.bfloat16, device="cuda")
     assert plan.backend == "triton"
+
+
+def test_searches_find_on_a_gpu_what_they_find_on_a_cpu():
+    """Hardest negatives, drawn negatives (one noise everywhere) and ranks; but for candidates within rounding."""
+    x, y = features(900, 64, torch.float32)
+    x, y = x.detach(), y.detach()
+    pairs = [
+        [ck.hardest_negatives(a, b) for a, b in ((x, y), (x.cpu(), y.cpu()))],
+        [
+            ck.sample_negatives(a, b, 10.0, generator=torch.Generator().manual_seed(3))
+            for a, b in ((x, y), (x.cpu(), y.cpu()))
+        ],
+        [ck.retrieval_metrics(a, b).ranks for a, b in ((x, y), (x.cpu(), y.cpu()))],
+    ]
+    for there, here in pairs:
+        assert (there.cpu() == here.cpu()).double().mean() > 0.995
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_memory_of_normalisers_lives_on_a_gpu(backend):
+    """Steps of stochastic EM: values and what is remembered are those of a CPU."""
+    require(backend, torch.float32)
+    x, y = features(600, 64, torch.float32)
+    results = []
+    for device, name in ((DEVICE, backend), (torch.device("cpu"), "torch")):
+        loss = ck.DecomposableContrastiveLoss(num_samples=1000, device=device, backend=name)
+        a, b = (v.detach().to(device).requires_grad_() for v in (x, y))
+        index = torch.arange(600, device=device)
+        values = [loss(a, b, index, 10.0) for _ in range(3)]
+        sum(values).backward()
+        state = [v for v in loss.state_dict().values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        results.append([*map(torch.Tensor.detach, values), a.grad, b.grad, *state])
+    for there, here in zip(*results):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4)
+
+
+def test_structures_on_a_gpu():
+    """The regularisers of latent structure, against a CPU."""
+    x, y = (v.detach() for v in features(500, 64, torch.float32))
+    more = [v.detach() for v in features(500, 64, torch.float32, seed=1)]
+    for there, here in (
+        (ck.geometric_consistency(x, y, *more), ck.geometric_consistency(*(v.cpu() for v in (x, y, *more)))),
+        (ck.brownian_bridge(x, y, more[0]), ck.brownian_bridge(*(v.cpu() for v in (x, y, more[0])))),
+        (
+            ck.multimodal_contrastive(x, y, *more, 10.0),
+            ck.multimodal_contrastive(*(v.cpu() for v in (x, y, *more)), 10.0),
+        ),
+    ):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-5)

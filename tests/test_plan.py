@@ -189,9 +189,10 @@ def test_overlap_takes_turns(monkeypatch):
         assert (log[at - 1] == ("side", "waits", used)) == (k >= 2)
 
 
-def test_roofline_document_is_the_codes():
-    _, written, _ = roofline.split(roofline.DOCUMENT.read_text())
-    assert written == roofline.table(), "python tests/roofline.py writes it anew"
+def test_documents_of_predictions_are_the_codes():
+    for document, lines in ((roofline.DOCUMENT, roofline.table()), (roofline.NOTEBOOK, roofline.panels())):
+        _, written, _ = roofline.split(document.read_text())
+        assert written == lines, "python tests/roofline.py writes it anew"
 
 
 @pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ __all__ = [
     "gpu_name",
     "measure",
     "precision_of",
+    "probe",
     "run_panel",
     "scratch_floats",
     "tile_of",
@@ -171,13 +174,15 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
     kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
-def measure(device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int) -> Tile:
-    """The fastest legal tile for panels of side x side scores, by the GPU's own clock."""
-    from triton.testing import do_bench
+def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, side: int) -> Callable[[Tile], None]:
+    """Launches a panel of side x side scores of random unit vectors, with the tile that it is given.
 
-    x, y = (torch.randn(side, features, device=device).to(dtype) for _ in range(2))
-    vector, state = torch.zeros(side, device=device), torch.zeros(2, side, device=device)
-    params, exclude = torch.ones(2, device=device), torch.arange(side, device=device)[:, None]
+    The temperature is 0.07 and the normalisers are near the rows' own: tiles take the branch that nearly all take.
+    """
+    x, y = (torch.nn.functional.normalize(torch.randn(side, features, device=device)).to(dtype) for _ in range(2))
+    vector, state = torch.full((side,), math.log(side), device=device), torch.zeros(2, side, device=device)
+    params = torch.cat([torch.full((1,), 1 / 0.07, device=device), torch.zeros(1, device=device)])
+    exclude = torch.arange(side, device=device)[:, None]
     scratch = torch.empty(sum(Scratch.of(Tile(64, 64, 16, 4, 1), side, side)), device=device)
     weighs, both = work != "reduce", work != "weights"
     row = Vectors(state if work in ("reduce", "fused") else None, *((vector, vector) if weighs else (None, None)))
@@ -185,12 +190,21 @@ def measure(device: torch.device, precision: str, work: str, features: int, dtyp
     weights = torch.empty(side, side, dtype=dtype, device=device) if weighs else None
     dparams = torch.zeros(2, dtype=torch.float64, device=device) if weighs else None
 
-    def seconds(tile: Tile) -> float | None:
-        def run() -> None:
-            run_panel("exponential", x, y, params, exclude, 0, row, col, scratch, weights, params[:1], dparams, tile)
+    def run(tile: Tile) -> None:
+        run_panel("exponential", x, y, params, exclude, 0, row, col, scratch, weights, params[:1], dparams, tile)
 
+    return run
+
+
+def measure(device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int) -> Tile:
+    """The fastest legal tile for panels of side x side scores, by the GPU's own clock."""
+    from triton.testing import do_bench
+
+    run = probe(device, work, features, dtype, side)
+
+    def seconds(tile: Tile) -> float | None:
         try:
-            return 1e-3 * float(do_bench(run, return_mode="median"))
+            return 1e-3 * float(do_bench(lambda: run(tile), return_mode="median"))
         except triton.runtime.errors.OutOfResources:
             return None
 
