@@ -74,6 +74,22 @@ def read_ptxas(text):
     return found
 
 
+def test_oldest_architecture_compiles(tmp_path):
+    setup = emulated.load_setup()
+    nvcc = setup.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    oldest = setup.RELEASE_ARCHS.split(";")[0]  # without the tensor cores' kernels, which are empty there
+    compiler = setup.CudaToolchain([nvcc, "-ccbin", setup.find_toolchain().cxx[0]], [oldest])
+
+    def compile_one(unit):
+        flags = [*setup.CUDA_FLAGS, *unit.flags, "-Werror=all-warnings"]
+        return run([*compiler.nvcc, *flags, "-c", unit.source, "-o", tmp_path / unit.source.with_suffix(".o").name])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, setup.cuda_units(compiler)))
+
+
 def test_kernels_fit_in_registers(build):
     _, kernels = build
     names = " ".join(kernels)

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// From sm_80 on:
 
 // Starts copying 16 bytes into shared memory; with `bytes` 0, writes zeros and reads nothing.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
@@ -66,8 +66,6 @@ __device__ __forceinline__ void multiply_add(float* top, float* bottom, const ui
         : "+f"(top[0]), "+f"(top[1]), "+f"(bottom[0]), "+f"(bottom[1])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace ck

@@ -10,10 +10,16 @@ extern __shared__ __align__(16) unsigned char shared_memory[];
 
 namespace {
 
-constexpr int kDepth = 32;     // elements of the operands' rows in one stage,
-constexpr int kPieces = 4;     // ... in pieces of 16 bytes
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kServes = false;  // an empty kernel in its place, which dispatch.cu never launches
+#else
+constexpr bool kServes = true;
+#endif
+
+constexpr int kPieces = 4;     // of 16 bytes, of the operands' rows in one stage
 constexpr int kPieceSize = 8;  // elements of a piece
 constexpr int kStages = 3;     // one is multiplied while two are on their way
+[[maybe_unused]] constexpr int kDepth = kPieces * kPieceSize;
 
 // Rows of x and y, 64 bytes each: in 128 bytes, all that the banks deliver at once, there are two rows. Pieces change
 // places within a row so that the same piece of eight rows in sequence lies in eight different places.
@@ -33,7 +39,8 @@ __device__ __forceinline__ int y_place(int col) {
 }
 
 // Starts copying the elements [begin, begin + kDepth) of the tile's rows; zeros beyond the panel and the depth.
-__device__ __forceinline__ void fetch(const Panel& p, const TilePlace& tile, int64_t begin, Stage& stage) {
+[[maybe_unused]] __device__ __forceinline__ void fetch(const Panel& p, const TilePlace& tile, int64_t begin,
+                                                       Stage& stage) {
   const uint16_t* const x = static_cast<const uint16_t*>(p.x) + tile.row0() * p.x_stride;
   const uint16_t* const y = static_cast<const uint16_t*>(p.y) + tile.col0() * p.y_stride;
 #pragma unroll
@@ -100,13 +107,13 @@ __device__ __forceinline__ void multiply_tile(const Panel& p, const TilePlace& t
 
 template <Dtype OPERANDS, bool EXPONENTIAL, bool SUMS, bool WEIGHTS>
 __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_constant__ Panel p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  const TilePlace tile(p, blockIdx.x);
-  const ThreadPlace mine;
-  Scores scores;
-  multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
-  finish_tile<EXPONENTIAL, SUMS, WEIGHTS>(p, tile, mine, scores, *reinterpret_cast<EpilogueMemory*>(shared_memory));
-#endif
+  if constexpr (kServes) {
+    const TilePlace tile(p, blockIdx.x);
+    const ThreadPlace mine;
+    Scores scores;
+    multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
+    finish_tile<EXPONENTIAL, SUMS, WEIGHTS>(p, tile, mine, scores, *reinterpret_cast<EpilogueMemory*>(shared_memory));
+  }
 }
 
 template <Dtype OPERANDS>
