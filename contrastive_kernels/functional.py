@@ -73,8 +73,9 @@ def info_nce(
 
     Notes
     -----
-    4 products of 2 N M D flop for value and all gradients (3 where ``y`` needs none), O((N + M) D) memory. The positive
-    is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
+    4 products of 2 N M D flop for value and all gradients (3 where ``y`` needs none), O((N + M) D) memory. One less for
+    a mean or a sum where the workspace holds the scores of 512 rows: gradients then come with the value, and are kept.
+    The positive is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
 
     References
     ----------
@@ -137,7 +138,8 @@ def clip_loss(
 
     Notes
     -----
-    One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory.
+    One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory. Where all
+    scores fit a quarter of the workspace they are made once for a mean or a sum: 3 products.
 
     References
     ----------
@@ -203,7 +205,8 @@ def nt_xent(
     Notes
     -----
     The matrix of all views is symmetric, so a panel above the diagonal serves its mirror image too: half of the
-    products of InfoNCE on the same 2N rows.
+    products of InfoNCE on the same 2N rows. Where all scores fit a quarter of the workspace they are made once for a
+    mean or a sum.
 
     References
     ----------

@@ -198,7 +198,8 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
 
     `whole`: all rows, for columns have normalisers too.
     """
-    if not backend.score_tile:
+    smallest = panel_bytes(backend, size, True).of(SMALLEST_PANEL, SMALLEST_PANEL)
+    if not backend.score_tile or smallest > size.workspace_bytes:  # refused alike with and without gradients
         return None
     score, share = score_dtype(size.dtype), size.workspace_bytes // BAND_SHARE
     beside = panel_bytes(backend, replace(size, band=True), True)
