@@ -114,7 +114,10 @@ class Workspace:
         """The panel of one row block and one column block, with its weights in one of the buffers."""
         stream = self.stream
         shape = (i.stop - i.start, j.stop - j.start)
-        if stream.scores is not None:
+        if stream.scores is not None and stream.is_band:  # panel by panel: products want rows without gaps
+            start = i.start * len(stream.y) + shape[0] * j.start
+            scores = stream.scores.view(-1)[start : start + shape[0] * shape[1]].view(shape)
+        elif stream.scores is not None:
             scores = stream.scores[i, j]
         else:
             scores = self.scores[: shape[0] * shape[1]].view(shape) if len(self.scores) else self.scores
