@@ -98,7 +98,8 @@ class Case:
 
     @property
     def products(self) -> dict[str, float]:
-        """The fewest products of the whole matrix that give the value, and in "fwd+bwd" every gradient.
+        """The fewest products of the whole matrix that give the value, and in "fwd+bwd" every gradient, without scores
+        that are kept: where a band's scores are made once, there is one less to make than this.
 
         By kind: ``score`` (x yT), ``w_y`` and ``wT_x`` (the gradients). nt_xent's matrix is symmetric: half of its
         scores serve both halves, and one product gives the gradient of the views.

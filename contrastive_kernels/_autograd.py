@@ -1,4 +1,4 @@
-"""The two differentiable primitives over the stream. They save x, y and vectors; scores only of small matrices."""
+"""The differentiable primitives over the stream. They save x, y and vectors, or gradients; scores of small matrices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from . import _ops
+from . import _loss_sum, _ops
 
-__all__ = ["Options", "PairSums", "log_sum", "pair_sum", "sigmoid_rows"]
+__all__ = ["Options", "PairSums", "log_sum", "loss_sum", "pair_sum", "sigmoid_rows"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,73 @@ class _LogSum(torch.autograd.Function):
         )
 
 
+def loss_sum(
+    x: Tensor, y: Tensor, params: Tensor, index: Tensor | None, gain: Tensor, cols: bool, options: Options
+) -> Tensor:
+    """sum_i gain_i softplus(log-sum_i - z_i,p(i)) over rows, and with `cols` over a square's columns too; a scalar.
+
+    Its gradients are made with it where that saves a product, and are multiplied by what comes from upstream.
+    """
+    y = _another_tensor(x, y, options.symmetric)
+    return _LossSum.apply(x, y, params, index, gain, cols, options, _needs(x, y, params))
+
+
+class _LossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, y, params, index, gain, cols, o: Options, needs):  # type: ignore[no-untyped-def]
+        row, col, dots, *gradients = _loss_sum.loss_sum(
+            x, y, params, index, o.offset, gain, cols, o.symmetric, *needs, o.backend, o.workspace_bytes
+        )
+        z_pos = params[0] * dots + params[1]
+        losses = -logsigmoid(z_pos - row)
+        if cols:
+            losses = losses - logsigmoid(z_pos - col)
+        dx, dy, dparams = gradients
+        made = dx.dim() == 2 or dy.dim() == 2 or dparams.numel() > 0
+        if made:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(x, y, params, index, gain, row, col, dots)
+        ctx.constants = (made, cols, o, needs, (x.dtype, y.dtype, params.dtype))
+        return (gain * losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor):  # type: ignore[no-untyped-def]
+        _refuse_second_derivatives()
+        made, cols, o, needs, dtypes = ctx.constants
+        needs = tuple(a and b for a, b in zip(needs, ctx.needs_input_grad))
+        if made:
+            gradients = _scaled(ctx.saved_tensors, upstream, needs, dtypes)
+        else:
+            gradients = _second_pass(upstream, ctx.saved_tensors, cols, o, needs)
+        return (*gradients, *(None,) * 5)
+
+
+def _second_pass(upstream: Tensor, saved, cols: bool, o: Options, needs):  # type: ignore[no-untyped-def]
+    """The gradients of a loss_sum whose forward pass found the log-sums alone."""
+    x, y, params, index, gain, row, col, dots = saved
+    z_pos = params[0] * dots + params[1]
+    row_gradient = upstream * gain * torch.sigmoid(row - z_pos)
+    col_gradient = upstream * gain * torch.sigmoid(col - z_pos) if cols else None
+    dz_pos = -row_gradient if col_gradient is None else -row_gradient - col_gradient
+    dx, dy, dparams = _ops.log_sum_backward(
+        x, y, params, index, o.offset, o.symmetric, row, col, x.new_empty(0), row_gradient, col_gradient,
+        dz_pos * params[0], *needs, o.backend, o.workspace_bytes,
+    )  # fmt: skip
+    need_x, need_y, need_params = needs
+    return (
+        dx if need_x else None,
+        dy if need_y else None,
+        dparams + torch.stack([(dz_pos * dots).sum(), dz_pos.sum()]) if need_params else None,
+    )
+
+
+def _scaled(gradients, upstream: Tensor, needs, dtypes):  # type: ignore[no-untyped-def]
+    """The kept gradients that are needed, times what comes from upstream: out of place, for a retained graph's sake."""
+    kept = zip(gradients, needs, dtypes)
+    return tuple((g * upstream).to(dtype or g.dtype) if needed else None for g, needed, dtype in kept)
+
+
 @dataclass(frozen=True)
 class PairSums:
     """The vectors of a pair sum: normalisers and gains of rows [N] and columns [M]; None where there are none."""
@@ -158,10 +226,7 @@ class _PairSum(torch.autograd.Function):
         needs, dtypes = ctx.constants
         if upstream is None:
             return (None,) * 12
-        # out of place, so that a retained graph can run again
-        saved = zip(ctx.saved_tensors, needs, (*dtypes, None, None))
-        products = tuple((g * upstream).to(dtype or g.dtype) if needed else None for g, needed, dtype in saved)
-        return (*products, *(None,) * 7)
+        return (*_scaled(ctx.saved_tensors, upstream, needs, (*dtypes, None, None)), *(None,) * 7)
 
 
 def sigmoid_rows(x: Tensor, y: Tensor, params: Tensor, options: Options) -> Tensor:

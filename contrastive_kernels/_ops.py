@@ -17,12 +17,24 @@ from .specs import EXPONENTIAL, SIGMOID, PairTerm
 from .stream import Positives, Stream, score_dtype
 from .streaming import Gradients, keeps_scores, log_sums, positive_dots, reduce, weigh
 
-__all__ = ["checked_index", "log_sum", "log_sum_backward", "pair_sum"]
+__all__ = [
+    "add_positive_params",
+    "checked_index",
+    "empty",
+    "given",
+    "log_sum",
+    "log_sum_backward",
+    "make_stream",
+    "or_empty",
+    "pair_sum",
+    "saved_dtype",
+    "softmax_side",
+]
 
 _TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
 
 
-def _stream(
+def make_stream(
     term: PairTerm,
     x: Tensor,
     y: Tensor,
@@ -61,13 +73,13 @@ def _checked_index_fake(index, columns, allow_missing):  # type: ignore[no-untyp
     return index.new_empty(index.shape, dtype=torch.int64)
 
 
-def _empty(like: Tensor) -> Tensor:
+def empty(like: Tensor) -> Tensor:
     """The empty tensor that stands for an output that is not wanted."""
     return like.new_empty(0, dtype=score_dtype(like.dtype))
 
 
-def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
-    return _empty(like) if value is None else value
+def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    return empty(like) if value is None else value
 
 
 def _keeps_scores(x: Tensor, y: Tensor, backend: str, workspace_bytes: int) -> bool:
@@ -91,15 +103,15 @@ def _log_sum(
     kept = None
     if keep and _keeps_scores(x, y, backend, workspace_bytes):
         kept = x.new_empty(len(x), len(y), dtype=score_dtype(x.dtype))
-    stream = _stream(
+    stream = make_stream(
         EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
     )
     row, col = reduce(stream, rows, cols)
     return (
-        _empty(x) if row is None else log_sums(row),
-        _empty(x) if col is None or symmetric else log_sums(col),
-        positive_dots(stream) if stream.positives.exist else _empty(x),
-        _or_empty(kept, x),
+        empty(x) if row is None else log_sums(row),
+        empty(x) if col is None or symmetric else log_sums(col),
+        positive_dots(stream) if stream.positives.exist else empty(x),
+        or_empty(kept, x),
     )
 
 
@@ -135,21 +147,21 @@ def _log_sum_backward(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = scores if scores.dim() == 2 else None
-    stream = _stream(
+    stream = make_stream(
         EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
     )
-    row = _weights_of(row_log_sum, row_gradient)
-    col = row if symmetric else _weights_of(col_log_sum, col_gradient)
+    row = softmax_side(row_log_sum, row_gradient)
+    col = row if symmetric else softmax_side(col_log_sum, col_gradient)
     gradients = weigh(stream, row, col, (need_x, need_y, need_params), dot_gradient)
     dparams = None if gradients.dparams is None else gradients.dparams.to(params.dtype)
     return (
         x.new_empty(0) if gradients.dx is None else gradients.dx,
         y.new_empty(0) if gradients.dy is None else gradients.dy,
-        _or_empty(dparams, x),
+        or_empty(dparams, x),
     )
 
 
-def _weights_of(log_sum: Tensor, gradient: Tensor | None) -> Side:
+def softmax_side(log_sum: Tensor, gradient: Tensor | None) -> Side:
     """The side whose weights are gradient * softmax; a log-sum of nothing (-inf) gives no weight."""
     if gradient is None:
         return Side()
@@ -185,33 +197,36 @@ def _pair_sum(
     backend: str,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradient_dtype = _saved_dtype(x.dtype)
-    stream = _stream(_TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype)
-    dots = positive_dots(stream) if stream.positives.exist else _empty(x)
+    gradient_dtype = saved_dtype(x.dtype)
+    stream = make_stream(
+        _TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype
+    )
+    dots = positive_dots(stream) if stream.positives.exist else empty(x)
     wanted = (need_x, need_y, need_params)
     if stream.term is SIGMOID:
         row, gradients = _sigmoid_sum(stream, dots, row_gain, wanted)
         col = None
     else:
-        sides = [(_given(row_normalizer), row_gain)]
+        sides = [(given(row_normalizer), row_gain)]
         if col_gain is not None:
-            sides.append((_given(col_normalizer), col_gain))
+            sides.append((given(col_normalizer), col_gain))
         row, col, gradients = _exponential_sum(stream, dots, sides, relative, wanted)
     dparams = gradients.dparams
     return (
         row,
-        _or_empty(col, x),
+        or_empty(col, x),
         dots,
         x.new_empty(0, dtype=gradient_dtype) if gradients.dx is None else gradients.dx,
         y.new_empty(0, dtype=gradient_dtype) if gradients.dy is None else gradients.dy,
-        _or_empty(None if dparams is None else dparams.to(params.dtype), x),
+        or_empty(None if dparams is None else dparams.to(params.dtype), x),
     )
 
 
-def _given(normalizer: Tensor | None) -> Tensor:
-    if normalizer is None:
-        raise RuntimeError("contrastive_kernels::pair_sum: a gain of the exponential term needs its normalizer")
-    return normalizer
+def given(vector: Tensor | None) -> Tensor:
+    """A vector that must be there."""
+    if vector is None:
+        raise RuntimeError("contrastive_kernels: an operator came without a vector that its term needs")
+    return vector
 
 
 def _sigmoid_sum(
@@ -222,11 +237,11 @@ def _sigmoid_sum(
     positive_loss = -torch.nn.functional.logsigmoid(z_pos)
     if not any(wanted):
         state, _ = reduce(stream, True, False)
-        return _given(state)[0] + positive_loss, Gradients()
+        return given(state)[0] + positive_loss, Gradients()
     state = torch.zeros(1, len(dots), dtype=dots.dtype, device=dots.device)
     dz_pos = -torch.sigmoid(-z_pos) * gain
     gradients = weigh(stream, Side(state, None, gain), Side(), wanted, dz_pos * stream.params[0])
-    _add_positive_params(gradients, dz_pos, dots)
+    add_positive_params(gradients, dz_pos, dots)
     return state[0] + positive_loss, gradients
 
 
@@ -244,7 +259,7 @@ def _exponential_sum(
     """
     if not any(wanted):
         row, col = reduce(stream, True, len(sides) == 2)
-        return log_sums(_given(row)), None if col is None else log_sums(col), Gradients()
+        return log_sums(given(row)), None if col is None else log_sums(col), Gradients()
     if relative:
         z_pos = stream.params[0] * dots + stream.params[1]
         sides = [(z_pos + normalizer, gain) for normalizer, gain in sides]
@@ -259,11 +274,11 @@ def _exponential_sum(
     late = (lambda: positive_weights() * stream.params[0]) if relative else None
     gradients = weigh(stream, row_side, col_side, wanted, late_positive=late)
     if relative:
-        _add_positive_params(gradients, positive_weights(), dots)
+        add_positive_params(gradients, positive_weights(), dots)
     return log_sums(states[0]), log_sums(states[1]) if len(states) == 2 else None, gradients
 
 
-def _add_positive_params(gradients: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
+def add_positive_params(gradients: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
     """The positive pairs' part of the gradients of scale and bias."""
     if gradients.dparams is not None:
         gradients.dparams[0] += (dz_pos * dots).sum(dtype=gradients.dparams.dtype)
@@ -276,7 +291,7 @@ def _exponential_state(like: Tensor) -> Tensor:
     return state
 
 
-def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -285,7 +300,7 @@ def _pair_sum_fake(  # type: ignore[no-untyped-def]
     x, y, params, index, offset, term, row_normalizer, row_gain, col_normalizer, col_gain, relative,
     need_x, need_y, need_params, backend, workspace_bytes,
 ):  # fmt: skip
-    dtype, saved = score_dtype(x.dtype), _saved_dtype(x.dtype)
+    dtype, saved = score_dtype(x.dtype), saved_dtype(x.dtype)
     held = index is not None or offset is not None
     return (
         x.new_empty(x.shape[0], dtype=dtype),

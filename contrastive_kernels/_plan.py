@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,8 +11,7 @@ from .backends import Backend, registry
 from .panel_shapes import Size, blocks_of
 from .specs import LOSSES, LossSpec
 from .stream import score_dtype
-from .streaming import keeps_scores
-from .workspace import MULTIPROCESSORS, multiprocessors, panel_bytes, panel_shape
+from .workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
 
 __all__ = ["Pass", "Plan", "plan"]
 
@@ -40,7 +39,7 @@ class Pass:
     launches : int or None
         Kernels that the panels start, the vendor's products included; None where the backend does not count them.
     workspace_bytes : int
-        What a panel takes.
+        What a panel takes, and the scores of its band.
     """
 
     name: str
@@ -79,6 +78,9 @@ class Plan:
         Every backend's reason not to, by name; None: it could.
     passes : tuple of Pass
         For value and all gradients, in their order.
+    band : int or None
+        Rows of a band, whose scores are made once: both passes visit it before the next one, and gradients come with
+        the value. None: each pass makes its scores, and gradients come in backward.
     """
 
     loss: str
@@ -91,6 +93,7 @@ class Plan:
     route: str
     reasons: dict[str, str | None]
     passes: tuple[Pass, ...]
+    band: int | None = None
 
     @property
     def products(self) -> float:
@@ -108,6 +111,8 @@ class Plan:
             f"value and gradients:"
         ]
         lines += [f"  {each}" for each in self.passes]
+        if self.band is not None:
+            lines.append(f"  both on bands of {self.band} rows in turn, whose scores are made once, in forward")
         for name, reason in self.reasons.items():
             verdict = f"no: {reason}" if reason else (f"yes, chosen: {self.route}" if name == self.backend else "yes")
             lines.append(f"  {name:<6} {verdict}")
@@ -158,7 +163,7 @@ def plan(
     Notes
     -----
     What is counted is the walk over the panels; around it are O((N + M) D) operations of torch. Passes are those for
-    value and all gradients, of a mean: "none" takes one more product where the loss has a single pass.
+    value and all gradients, of a mean: "none" takes one more product where the loss has a single pass, or bands.
 
     Examples
     --------
@@ -184,8 +189,8 @@ def plan(
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    route, passes = chosen.route(size).name, _passes(chosen, size, spec)
-    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes)
+    route, (passes, band) = chosen.route(size).name, _passes(chosen, size, spec)
+    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band)
 
 
 def _checked(n: object, m: object, d: object, dtype: object, loss: str, workspace_bytes: object) -> tuple[int, int]:
@@ -220,15 +225,33 @@ def _multiprocessors(capability: int) -> int:
     return MULTIPROCESSORS[max(known)]
 
 
-def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[Pass, ...]:
+def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[tuple[Pass, ...], int | None]:
+    """The passes, and the rows of a band if they take turns on bands."""
     if spec.passes == 1:
-        return (_pass(backend, size, spec.products, weighs=True, scores=True),)
-    kept = keeps_scores(size.rows, size.cols, size.dtype, backend, size.workspace_bytes)
-    first = spec.forward_products
-    rest = spec.products - (2 if kept else 1) * first  # kept scores are not multiplied again
-    return (
-        _pass(backend, size, first, weighs=False, scores=True),
-        _pass(backend, size, rest, weighs=True, scores=not kept),
+        return (_pass(backend, size, spec.products, weighs=True, scores=True),), None
+    first, rows = spec.forward_products, band_rows(backend, size, not spec.by_rows)
+    if rows is None:
+        rest = spec.products - first
+        reduce, weigh = (
+            _pass(backend, size, products, weighs, scores=True) for products, weighs in ((first, False), (rest, True))
+        )
+        return (reduce, weigh), None
+    bands = [min(rows, size.rows - start) for start in range(0, size.rows, rows)] or [0]
+    sizes = [replace(size, rows=each, band=True) for each in bands]
+    rest = spec.products - 2 * first  # the scores are there
+    reduce = _together([_pass(backend, each, first, weighs=False, scores=True) for each in sizes])
+    weigh = _together([_pass(backend, each, rest, weighs=True, scores=False) for each in sizes])
+    return (reduce, weigh), rows
+
+
+def _together(passes: list[Pass]) -> Pass:
+    """One pass over all bands."""
+    return replace(
+        passes[0],
+        panels=sum(each.panels for each in passes),
+        flop=sum(each.flop for each in passes),
+        bytes=sum(each.bytes for each in passes),
+        launches=None,
     )
 
 
@@ -238,6 +261,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     rows, cols = min(shape[0], size.rows), min(shape[1], size.cols)
     blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
+    held = size.band * size.rows * size.cols * score_dtype(size.dtype).itemsize
     launches = backend.route(size).launches
     # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
     started = None if launches is None else panels * (launches[weighs] + (2 if weighs else 0))
@@ -249,7 +273,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
         int(2 * size.rows * size.cols * size.features * products),
         panels * _panel_traffic(backend, size, rows, cols, weighs, scores),
         started,
-        panel_bytes(backend, size, weighs).of(rows, cols),
+        panel_bytes(backend, size, weighs).of(rows, cols) + held,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._autograd import Options, PairSums, log_sum, pair_sum, sigmoid_rows
+from ._autograd import Options, PairSums, log_sum, loss_sum, pair_sum, sigmoid_rows
 from ._checks import (
     check_backend,
     check_features,
@@ -17,7 +17,7 @@ from ._checks import (
     require_equal_lengths,
 )
 from ._decomposable import decomposable
-from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
+from ._reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "clip_loss", "decomposable", "info_nce", "nt_xent", "sigmoid"]
 
@@ -73,8 +73,9 @@ def info_nce(
 
     Notes
     -----
-    4 products of 2 N M D flop for value and all gradients (3 where ``y`` needs none), O((N + M) D) memory. The positive
-    is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
+    4 products of 2 N M D flop for value and all gradients (3 where ``y`` needs none), O((N + M) D) memory. One less for
+    a mean or a sum where the workspace holds the scores of 512 rows: gradients then come with the value, and are kept.
+    The positive is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
 
     References
     ----------
@@ -92,8 +93,11 @@ def info_nce(
     index, offset = check_positives(positives, x, y)
     params = make_params(x, logit_scale)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), offset)
+    weight = row_weights(weight, len(x), x)
+    if reduction != "none":
+        return loss_sum(x, y, params, index, row_gains(weight, reduction, x), False, options)
     row, _, dots = log_sum(x, y, params, index, True, False, options)
-    return reduce_losses(_softmax_loss(row, params[0] * dots), row_weights(weight, len(x), x), reduction)
+    return _weighted(_softmax_loss(row, params[0] * dots), weight)
 
 
 def clip_loss(
@@ -134,7 +138,8 @@ def clip_loss(
 
     Notes
     -----
-    One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory.
+    One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory. Where all
+    scores fit a quarter of the workspace they are made once for a mean or a sum: 3 products.
 
     References
     ----------
@@ -154,11 +159,11 @@ def clip_loss(
     require_equal_lengths(x, y, _PAIR_NAMES)
     params = make_params(x, logit_scale)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
+    weight = row_weights(weight, len(x), x)
+    if reduction != "none":
+        return loss_sum(x, y, params, None, row_gains(weight, reduction, x) / 2, True, options)
     row, col, dots = log_sum(x, y, params, None, True, True, options)
-    both = _softmax_loss(torch.stack([row, col]), params[0] * dots)
-    if weight is None and reduction == "mean":  # in one operation: a small batch is made of their number
-        return both.sum() / max(2 * x.shape[0], 1)
-    return reduce_losses(both.mean(0), row_weights(weight, len(x), x), reduction)
+    return _weighted(_softmax_loss(torch.stack([row, col]), params[0] * dots).mean(0), weight)
 
 
 def nt_xent(
@@ -200,7 +205,8 @@ def nt_xent(
     Notes
     -----
     The matrix of all views is symmetric, so a panel above the diagonal serves its mirror image too: half of the
-    products of InfoNCE on the same 2N rows.
+    products of InfoNCE on the same 2N rows. Where all scores fit a quarter of the workspace they are made once for a
+    mean or a sum.
 
     References
     ----------
@@ -221,10 +227,12 @@ def nt_xent(
     params = make_params(views, logit_scale)
     index = torch.arange(2 * n, device=views.device).roll(n)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), symmetric=True)
-    row, _, dots = log_sum(views, views, params, index, True, False, options)
     weight = row_weights(weight, n, views)
     both = None if weight is None else weight.repeat(2)
-    return reduce_losses(_softmax_loss(row, params[0] * dots), both, reduction)
+    if reduction != "none":
+        return loss_sum(views, views, params, index, row_gains(both, reduction, views), False, options)
+    row, _, dots = log_sum(views, views, params, index, True, False, options)
+    return _weighted(_softmax_loss(row, params[0] * dots), both)
 
 
 def sigmoid(
@@ -285,8 +293,7 @@ def sigmoid(
     weight = row_weights(weight, len(x), x)
     options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
     if reduction == "none":
-        rows = sigmoid_rows(x, y, params, options)
-        return rows if weight is None else rows * weight
+        return _weighted(sigmoid_rows(x, y, params, options), weight)
     gain = row_gains(weight, reduction, x)
     return pair_sum(x, y, params, None, "sigmoid", PairSums(None, gain), options)[0]
 
@@ -294,3 +301,8 @@ def sigmoid(
 def _softmax_loss(log_sum_of_negatives: Tensor, z_pos: Tensor) -> Tensor:
     """softplus(n_i - z_pos) [N]: 0 without negatives."""
     return -logsigmoid(z_pos - log_sum_of_negatives)
+
+
+def _weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """The losses of rows [N], unreduced."""
+    return losses if weight is None else losses * weight

@@ -7,7 +7,19 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["LARGEST_SQUARE", "SMALLEST_PANEL", "PanelBytes", "Size", "blocks_of", "square_side", "wave_shape"]
+__all__ = [
+    "BAND",
+    "BAND_SHARE",
+    "LARGEST_SQUARE",
+    "SMALLEST_PANEL",
+    "PanelBytes",
+    "Size",
+    "blocks_of",
+    "largest_side",
+    "nearly_equal",
+    "square_side",
+    "wave_shape",
+]
 
 #: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
 #: products are large enough for the vendor's GEMM to run at its rate.
@@ -16,6 +28,12 @@ LARGEST_SQUARE = 1024
 SMALLEST_PANEL = 64
 #: Sides are multiples of this.
 STEP = 64
+#: Rows of a band, whose scores are made once: every band reads and writes the columns' sums, which takes more than the
+#: product that it saves with fewer, and with more the scores leave the caches. Twice as many where weights are rounded,
+#: for their products are made before they are added.
+BAND = 512
+#: What a band's panels take beside its scores is at most this part of the workspace, 1 / 4.
+BAND_SHARE = 4
 
 #: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
 _GEMM_TILE = (128, 256)
@@ -45,6 +63,8 @@ class Size:
     pieces: bool
     #: panels of weights that are held at a time
     buffers: int = 1
+    #: a band of rows, whose scores lie beside the panels and are replaced by the weights
+    band: bool = False
     #: of a GPU that is not there (90 for 9.0); None: the device is
     capability: int | None = None
 
@@ -73,12 +93,21 @@ def _round_up(n: int) -> int:
 
 def square_side(n: int, m: int, size: PanelBytes, workspace_bytes: int) -> int | None:
     """The side of square panels for a CPU, as large as the workspace allows; None: it is too small."""
+    side = largest_side(size, workspace_bytes)
+    return None if side is None else nearly_equal(max(n, m), side)
+
+
+def largest_side(size: PanelBytes, workspace_bytes: int) -> int | None:
+    """The side of the largest square panel for a CPU; None: the workspace is too small."""
     side = LARGEST_SQUARE
     while side > SMALLEST_PANEL and size.of(side, side) > workspace_bytes:
         side -= STEP
-    if size.of(side, side) > workspace_bytes:
-        return None
-    longest = max(n, m, 1)
+    return None if size.of(side, side) > workspace_bytes else side
+
+
+def nearly_equal(n: int, side: int) -> int:
+    """The size of as few blocks of n as sides up to this one, a multiple of STEP, allow."""
+    longest = max(n, 1)
     return _round_up(blocks_of(longest, blocks_of(longest, side)))
 
 

@@ -69,6 +69,13 @@ class LossSpec:
         Products for the value alone.
     frozen_products : float
         Products for value and gradients where ``y`` needs none.
+    by_rows : bool
+        A row's normaliser asks for that row's scores alone, so that a band of rows can be finished before the next one.
+
+    Notes
+    -----
+    Products are those of passes over the whole matrix. Where the scores of a band are made once for both passes, or of
+    the whole matrix, ``forward_products`` are saved.
     """
 
     name: str
@@ -77,13 +84,14 @@ class LossSpec:
     products: float
     forward_products: float
     frozen_products: float
+    by_rows: bool = False
 
 
 #: Every loss by name.
 LOSSES: dict[str, LossSpec] = {
     spec.name: spec
     for spec in (
-        LossSpec("info_nce", EXPONENTIAL, 2, 4, 1, 3),
+        LossSpec("info_nce", EXPONENTIAL, 2, 4, 1, 3, by_rows=True),
         LossSpec("clip_loss", EXPONENTIAL, 2, 4, 1, 3),
         LossSpec("nt_xent", EXPONENTIAL, 2, 2, 0.5, 2),
         LossSpec("sigmoid", SIGMOID, 1, 3, 1, 2),

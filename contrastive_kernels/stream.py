@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ class Positives:
         if self.index is None:
             return y[self._shifted(rows)]
         return y[self.index[rows].clamp(min=0)]
+
+    def band(self, rows: slice) -> Positives:
+        """Those of some rows, which count from 0."""
+        if self.index is not None:
+            return Positives(index=self.index[rows])
+        return Positives(None if self.offset is None else self.offset + rows.start)
 
     def coefficients(self, values: Tensor) -> Tensor:
         """values [N], with 0 where a row has no positive."""
@@ -84,6 +90,18 @@ class Stream:
     #: a second CUDA stream makes the weights of the next panel while this one's are multiplied; for measurements, with
     #: the triton backend
     overlap: bool = False
+    #: a band of rows: its scores serve one reduction, and then hold the weights
+    is_band: bool = False
+
+    def band(self, rows: slice, scores: Tensor) -> Stream:
+        """Some rows of a matrix that leaves out positives alone, with room for their scores."""
+        return replace(
+            self,
+            x=self.x[rows],
+            positives=self.positives.band(rows),
+            scores=scores[: rows.stop - rows.start],
+            is_band=True,
+        )
 
     def exclude(self) -> Tensor:
         """Columns left out of each row, [N, K]."""

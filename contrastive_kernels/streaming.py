@@ -7,6 +7,7 @@ one panel at a time to a backend. Memory is O((N + M) D): one workspace of bound
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "reduce",
     "score_dtype",
     "weigh",
+    "weigh_bands",
 ]
 
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
@@ -99,18 +101,63 @@ def weigh(
     late_positive : callable, optional
         Gives `positive` where it depends on the states, once they are complete.
     """
-    want_x, want_y, want_params = wanted
     bounded = stream.term is not EXPONENTIAL or (row.state is None and col.state is None)
     workspace = Workspace(stream, weighs=True, gains=(row.gain, col.gain), bounded=bounded)
-    overlap = Overlap(stream.x.device, stream.overlap)
     # The rows are swept one block after the other, so their sums are finished block by block where nothing comes late.
     by_block = late_positive is None and not stream.symmetric
-    dx = _Sums(stream, stream.x, workspace.rows if by_block else None) if want_x else None
-    dy = dx if stream.symmetric else (_Sums(stream, stream.y) if want_y else None)
-    dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=stream.x.device) if want_params else None
+    sums = _GradientSums(stream, wanted, workspace.rows if by_block else None)
+    _weigh_panels(stream, workspace, row, col, sums, positive)
+    sums.rescale(workspace.rescale)
+    del workspace
+    _add_positives(stream, sums, late_positive() if late_positive is not None else positive)
+    return sums.finish()
+
+
+def weigh_bands(
+    stream: Stream,
+    rows: int,
+    cols: bool,
+    sides: Callable[[slice, Tensor | None, Tensor | None], tuple[Side, Side, Tensor]],
+    wanted: tuple[bool, bool, bool],
+) -> Gradients:
+    """One pass of reductions and weights, band after band: a band's scores are made once, and serve both.
+
+    Parameters
+    ----------
+    stream : Stream
+        The score matrix.
+    rows : int
+        Rows of a band, as :func:`.workspace.band_rows` gives them.
+    cols : bool
+        Whether the columns' states are wanted; they are complete where one band holds all rows.
+    sides : callable
+        Gives normaliser and gain of a band's rows and columns, and the coefficients of its positive pairs, from the
+        rows of the band and their states.
+    wanted : tuple of bool
+        Whether dx, dy and dparams are wanted.
+    """
+    sums = _GradientSums(stream, wanted, None if stream.symmetric else rows)
+    scores = stream.x.new_empty(min(rows, len(stream.x)), len(stream.y), dtype=score_dtype(stream.x.dtype))
+    for i in blocks(len(stream.x), rows):
+        band = stream.band(i, scores)
+        row, col, positive = sides(i, *reduce(band, True, cols))
+        part = sums.band(i)
+        # (weights in float16, whose factor would differ from band to band, have no scores in memory)
+        _weigh_panels(band, Workspace(band, weighs=True), row, col, part, positive)
+        _add_positives(band, part, positive)
+    del scores
+    return sums.finish()
+
+
+def _weigh_panels(
+    stream: Stream, workspace: Workspace, row: Side, col: Side, sums: _GradientSums, positive: Tensor | None
+) -> None:
+    """Adds the products of all panels' weights; finishes the rows' sums where they are kept by block."""
+    overlap = Overlap(stream.x.device, stream.overlap)
+    dx, dy = sums.dx, sums.dy
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
-            panel = workspace.panel(i, j, dparams, overlap.buffer)
+            panel = workspace.panel(i, j, sums.dparams, overlap.buffer)
             panel.scores_ready = stream.scores is not None
             panel.row = _side_part(row, i)
             panel.col = _side_part(col, j) if workspace.serves_columns(i, j) else Side()
@@ -126,21 +173,17 @@ def weigh(
             dx.rescale(workspace.rescale)
             _add_positives_to_rows(stream, dx, i, positive)
             dx.finish(i)
-    for sums in (dx, dy if dy is not dx else None):
-        if sums is not None and not sums.blocked:
-            sums.rescale(workspace.rescale)
-    del workspace
-    coefficients = late_positive() if late_positive is not None else positive
+
+
+def _add_positives(stream: Stream, sums: _GradientSums, coefficients: Tensor | None) -> None:
+    """The positive pairs' part of dx, where its rows are not finished yet, and of dy."""
+    dx, dy = sums.dx, sums.dy
     for i in _row_chunks(stream):
         if dx is not None and not dx.blocked:
             _add_positives_to_rows(stream, dx, i, coefficients)
         if dy is not None and coefficients is not None:
             block = stream.x[i].to(dy.sums.dtype)
             stream.positives.add_to(dy.sums, i, block, stream.positives.coefficients(coefficients)[i])
-    for sums in (dx, dy):
-        if sums is not None and not sums.blocked:
-            sums.finish(slice(0, len(sums.out)))
-    return Gradients(None if dx is None else dx.out, None if dy is None or stream.symmetric else dy.out, dparams)
 
 
 def positive_dots(stream: Stream) -> Tensor:
@@ -163,15 +206,21 @@ def _add_positives_to_rows(stream: Stream, dx: _Sums, i: slice, coefficients: Te
 class _Sums:
     """The float32 (or float64) sums of one gradient: all of it, or one block of rows after the other."""
 
-    def __init__(self, stream: Stream, like: Tensor, block: int | None = None) -> None:
-        dtype, total = stream.gradient_dtype or like.dtype, score_dtype(like.dtype)
-        self.out = torch.empty(like.shape, dtype=dtype, device=like.device)
-        self.blocked = block is not None and dtype != total
-        if dtype == total:
-            self.sums = self.out.zero_()
+    def __init__(self, out: Tensor, dtype: torch.dtype, block: int | None = None) -> None:
+        self.out = out
+        self.blocked = block is not None and out.dtype != dtype
+        if out.dtype == dtype:
+            self.sums = out.zero_()
         else:
-            rows = len(like) if block is None else block
-            self.sums = torch.zeros(rows, like.shape[1], dtype=total, device=like.device)
+            rows = len(out) if block is None else block
+            self.sums = torch.zeros(rows, out.shape[1], dtype=dtype, device=out.device)
+
+    def band(self, rows: slice) -> _Sums:
+        """The same sums of these rows alone, which count from 0."""
+        part = copy(self)
+        part.out = self.out[rows]
+        part.sums = self.sums if self.blocked else self.sums[rows]
+        return part
 
     def part(self, rows: slice) -> Tensor:
         """The sums of these rows [rows, D]."""
@@ -184,10 +233,50 @@ class _Sums:
 
     def finish(self, rows: slice) -> None:
         """Rounds these rows to the gradient's dtype and clears the block for the next ones."""
-        if self.sums is not self.out:
+        if self.out.dtype != self.sums.dtype:
             self.out[rows] = self.part(rows)
             if self.blocked:
                 self.sums.zero_()
+
+
+class _GradientSums:
+    """The sums of the wanted gradients of a stream; dx in blocks of so many rows, if any."""
+
+    def __init__(self, stream: Stream, wanted: tuple[bool, bool, bool], block: int | None) -> None:
+        x, y = stream.x, stream.y
+        dtype, total = stream.gradient_dtype or x.dtype, score_dtype(x.dtype)
+        self.symmetric = stream.symmetric
+        self.dx = _Sums(_room(x, dtype), total, block) if wanted[0] else None
+        # of a symmetric stream, dx is the whole gradient
+        self.dy = _Sums(_room(y, dtype), total) if wanted[1] and not self.symmetric else None
+        if self.symmetric:
+            self.dy = self.dx
+        self.dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=x.device) if wanted[2] else None
+
+    def band(self, rows: slice) -> _GradientSums:
+        """Those of a band of rows: a part of dx, all of the rest."""
+        if self.symmetric:  # its band is the whole
+            return self
+        part = copy(self)
+        part.dx = None if self.dx is None else self.dx.band(rows)
+        return part
+
+    def rescale(self, factor: Tensor | None) -> None:
+        """Multiplies what is not finished yet by what the weights were divided by."""
+        for sums in self._open():
+            sums.rescale(factor)
+
+    def finish(self) -> Gradients:
+        """Rounds what is not finished yet."""
+        for sums in self._open():
+            sums.finish(slice(0, len(sums.out)))
+        dy = None if self.symmetric else self.dy
+        return Gradients(None if self.dx is None else self.dx.out, None if dy is None else dy.out, self.dparams)
+
+    def _open(self) -> list[_Sums]:
+        """Each once."""
+        both = [self.dx] if self.symmetric else [self.dx, self.dy]
+        return [sums for sums in both if sums is not None and not sums.blocked]
 
 
 def _neutral_state(stream: Stream, n: int) -> Tensor:
@@ -196,6 +285,10 @@ def _neutral_state(stream: Stream, n: int) -> Tensor:
     if stream.term is EXPONENTIAL:
         state[0] = -torch.inf
     return state
+
+
+def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _partials_dtype(stream: Stream) -> torch.dtype:

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .backends import Backend
 from .backends.panel import Panel, in_pieces
-from .panel_shapes import SMALLEST_PANEL, PanelBytes, Size, square_side, wave_shape
+from .panel_shapes import (
+    BAND,
+    BAND_SHARE,
+    SMALLEST_PANEL,
+    PanelBytes,
+    Size,
+    largest_side,
+    nearly_equal,
+    square_side,
+    wave_shape,
+)
 from .stream import Stream, score_dtype
 
-__all__ = ["MULTIPROCESSORS", "Workspace", "blocks", "multiprocessors", "panel_bytes", "panel_shape", "size_of"]
+__all__ = [
+    "MULTIPROCESSORS",
+    "Workspace",
+    "band_rows",
+    "blocks",
+    "multiprocessors",
+    "panel_bytes",
+    "panel_shape",
+    "size_of",
+]
 
 #: By compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where there is no GPU
 #: to ask: for plans and the interpreter.
@@ -48,7 +68,8 @@ class Workspace:
         weights_dtype = backend.weights_dtype(device, x.dtype)
         self.rounded = weights_dtype != self.dtype
         # kept scores must survive, and rounded weights do not fit where the scores are
-        self.separate = weighs and (self.rounded or stream.scores is not None or not backend.score_tile)
+        survive = stream.scores is not None and not stream.is_band
+        self.separate = weighs and (self.rounded or survive or not backend.score_tile)
         size = size_of(stream)
         self.rows, self.cols = panel_shape(backend, size, weighs)
         rows, cols = min(self.rows, len(x)), min(self.cols, len(stream.y))
@@ -93,7 +114,10 @@ class Workspace:
         """The panel of one row block and one column block, with its weights in one of the buffers."""
         stream = self.stream
         shape = (i.stop - i.start, j.stop - j.start)
-        if stream.scores is not None:
+        if stream.scores is not None and stream.is_band:  # panel by panel: products want rows without gaps
+            start = i.start * len(stream.y) + shape[0] * j.start
+            scores = stream.scores.view(-1)[start : start + shape[0] * shape[1]].view(shape)
+        elif stream.scores is not None:
             scores = stream.scores[i, j]
         else:
             scores = self.scores[: shape[0] * shape[1]].view(shape) if len(self.scores) else self.scores
@@ -145,7 +169,7 @@ def size_of(stream: Stream) -> Size:
     return Size(
         len(x), len(stream.y), x.shape[1], x.dtype, x.device, stream.symmetric, stream.workspace_bytes,
         multiprocessors(x.device), stream.backend.native_operands and in_pieces(x) and in_pieces(stream.y),
-        2 if stream.overlap else 1,
+        2 if stream.overlap else 1, stream.is_band,
     )  # fmt: skip
 
 
@@ -153,6 +177,8 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
     """Rows and columns of panels."""
     # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
     both = panel_bytes(backend, size, True)
+    if size.band:
+        return _band_panel_shape(both, size)
     if backend.score_tile and size.device.type != "cuda":
         side = square_side(size.rows, size.cols, both, size.workspace_bytes)
         shape = None if side is None else (side, side)
@@ -171,12 +197,41 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
     return shape
 
 
+def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
+    """Rows of a band, whose scores fit the workspace and so are made only once; None: it cannot hold enough of them.
+
+    `whole`: all rows, for columns have normalisers too.
+    """
+    smallest = panel_bytes(backend, size, True).of(SMALLEST_PANEL, SMALLEST_PANEL)
+    if not backend.score_tile or smallest > size.workspace_bytes:  # refused alike with and without gradients
+        return None
+    score, share = score_dtype(size.dtype), size.workspace_bytes // BAND_SHARE
+    beside = panel_bytes(backend, replace(size, band=True), True)
+    side = largest_side(beside, share)
+    if side is None or (side < BAND and side < max(size.rows, size.cols)):
+        return None
+    per_row = score.itemsize * size.cols
+    if whole:
+        return max(size.rows, 1) if per_row * size.rows <= share else None
+    rounded = backend.weights_dtype(size.device, size.dtype) != score
+    rows = nearly_equal(size.rows, 2 * BAND if rounded else BAND)
+    return rows if per_row * rows <= size.workspace_bytes - beside.of(side, side) else None
+
+
+def _band_panel_shape(beside: PanelBytes, size: Size) -> tuple[int, int]:
+    """Rows and columns of panels of a band: all of it, where they take nothing beside its scores."""
+    if beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric:
+        return max(size.rows, 1), max(size.cols, 1)
+    side = square_side(size.rows, size.cols, beside, size.workspace_bytes // BAND_SHARE) or SMALLEST_PANEL
+    return side, side
+
+
 def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     """What a panel takes of the workspace."""
     scores = score_dtype(size.dtype)
     weights_dtype = backend.weights_dtype(size.device, size.dtype)
     separate = weights_dtype != scores or not backend.score_tile
-    tile = scores.itemsize * (1 + backend.temporaries) if backend.score_tile else 0
+    tile = scores.itemsize * ((not size.band) + backend.temporaries) if backend.score_tile else 0
     route = backend.route(size)
     per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + route.scratch_per_score
     if size.dtype == scores:

@@ -176,6 +176,25 @@ def test_products_are_the_promised_ones(loss):
     assert work / matrices == pytest.approx(forward, abs=1e-6), "gradient work under no_grad"
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent"])
+def test_scores_are_made_once_where_the_workspace_holds_a_band(loss, backend):
+    """The forward pass's products are saved, in whatever gradients are wanted."""
+    n, d, spec = 600, 32, LOSSES[loss]
+    leaves, _ = make(loss, n, d=d, dtype=torch.float32)
+    # nt_xent: two blocks of views, of which the panels on the diagonal are computed whole: 3 of 4
+    matrices, whole = (4, 1.5) if loss == "nt_xent" else (1, 1)
+
+    def products(*wanted):
+        for position, leaf in enumerate(leaves):
+            leaf.requires_grad_(position in wanted)
+        return Products(n, n, d)(lambda: call(loss, *leaves, backend=backend).backward()) / matrices
+
+    assert products(0, 1, 2) == pytest.approx(whole * (spec.products - spec.forward_products), abs=0.01)
+    if loss != "nt_xent":
+        assert products(0) == products(1) == pytest.approx(spec.frozen_products - spec.forward_products, abs=0.01)
+        assert products(2) == pytest.approx(1, abs=0.01)
+
+
 def test_no_grad_gives_no_graph(backend):
     for loss in ALL:
         leaves, rest = make(loss, dtype=torch.float32)

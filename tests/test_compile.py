@@ -188,6 +188,21 @@ def test_opcheck_of_log_sum_backward(layout, dtype):
 
 
 @OPERANDS
+def test_opcheck_of_loss_sum(layout, dtype):
+    x, y, params = operands(layout, dtype)
+    index, gain = torch.tensor([0, 8, 3, 3, 7, 2, 1]), vectors(7)
+    for positives, columns, cols, needs in (
+        ((index, None), 9, False, (True, True, True)), ((None, 1), 9, False, (False, True, False)),
+        ((None, 0), 7, True, (True, False, True)), ((None, 0), 7, True, (False,) * 3),
+    ):  # fmt: skip
+        arguments = (x, y[:columns], params, *positives, gain, cols, False, *needs, "", BYTES)
+        torch.library.opcheck(OPERATORS.loss_sum.default, arguments)
+    views = torch.cat([x, y])[:12]
+    symmetric = (views, views, params, torch.arange(12).roll(6), None, vectors(12), False, True, True, False, True)
+    torch.library.opcheck(OPERATORS.loss_sum.default, (*symmetric, "", BYTES))
+
+
+@OPERANDS
 def test_opcheck_of_pair_sum(layout, dtype):
     x, y, params = operands(layout, dtype)
     rows, cols = (vectors(7), vectors(7, 1)), (vectors(7, 2), vectors(7, 3))

@@ -24,6 +24,7 @@ LAYERS = [
     {"_decomposable", "retrieval", "sampling"},
     {"_autograd", "_memory", "_reduction"},
     {"_checks"},
+    {"_loss_sum"},
     {"_ops", "_search"},
     {"searching"},
     {"streaming"},

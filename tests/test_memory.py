@@ -87,6 +87,16 @@ def test_the_workspace_is_the_bound():
     assert max(used.values()) > WORKSPACE / 4, "the measurement sees the workspace at all"
 
 
+def test_a_band_stays_within_the_workspace():
+    """N = 8192: bands of 512 rows, 16 MiB of scores; what is kept for backward is as large as the gradients."""
+    n, d = 8192, 64
+    assert ck.plan(n, d=d, loss="info_nce", workspace_bytes=WORKSPACE).band == 512
+    used = measured(*(("info_nce", "cpu", "float32", n, d, WORKSPACE, work) for work in ("forward", "gradients")))
+    forward, gradients = used.values()
+    assert forward <= WORKSPACE / 2, "without gradients there is no band"
+    assert WORKSPACE / 2 < gradients <= WORKSPACE + SLACK
+
+
 def test_wide_features_stay_within_the_bound():
     """Copies of blocks count; the float32 sums of one bfloat16 gradient are the only N x D beside the results."""
     n, d, workspace_bytes = 2560, 256, 8 * MIB  # 25 MiB of scores

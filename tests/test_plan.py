@@ -115,7 +115,7 @@ def test_plan_refuses(arguments, error, words):
 
 @pytest.mark.parametrize("n", [100, 2000])
 def test_plan_counts_what_the_driver_does(n, monkeypatch):
-    """Panels of either pass, kept scores and all."""
+    """Panels of either pass, bands and all."""
     counted = {"reduce": 0, "weigh": 0}
     torch_backend = registry.get("torch")
 
@@ -133,12 +133,12 @@ def test_plan_counts_what_the_driver_does(n, monkeypatch):
     }
     order = tuple(type(b)(**replaced) if b.name == "torch" else b for b in registry.ORDER)
     monkeypatch.setattr(registry, "ORDER", order)
-    for loss in ("clip_loss", "nt_xent", "sigmoid"):
+    for loss, size in (("clip_loss", 4), ("nt_xent", 4), ("sigmoid", 4), ("info_nce", 4), ("info_nce", 32)):
         counted.update(reduce=0, weigh=0)
         x, y = (torch.randn(n, 8).requires_grad_() for _ in range(2))
         more = (-1.0,) if loss == "sigmoid" else ()
-        getattr(ck, loss)(x, y, 1.0, *more, backend="torch", workspace_bytes=4 * MIB).backward()
-        plan = ck.plan(n, d=8, loss=loss, backend="torch", workspace_bytes=4 * MIB)
+        getattr(ck, loss)(x, y, 1.0, *more, backend="torch", workspace_bytes=size * MIB).backward()
+        plan = ck.plan(n, d=8, loss=loss, backend="torch", workspace_bytes=size * MIB)
         assert {each.name: each.panels for each in plan.passes} == {k: v for k, v in counted.items() if v}
 
 

@@ -1,0 +1,111 @@
+"""A softmax loss summed up, as an operator: its gradients come with it where scores need to be made only once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._library import define
+from ._ops import add_positive_params, given, make_stream, or_empty, saved_dtype, softmax_side
+from .backends.panel import Side
+from .panel_shapes import Size
+from .specs import EXPONENTIAL
+from .stream import Stream, score_dtype
+from .streaming import Gradients, log_sums, positive_dots, reduce, weigh_bands
+from .workspace import band_rows, multiprocessors
+
+__all__ = ["loss_sum"]
+
+
+def _loss_sum(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    offset: int | None,
+    gain: Tensor,
+    cols: bool,
+    symmetric: bool,
+    need_x: bool,
+    need_y: bool,
+    need_params: bool,
+    backend: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved = saved_dtype(x.dtype)
+    stream = make_stream(
+        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, gradient_dtype=saved
+    )
+    dots, wanted = positive_dots(stream), (need_x, need_y, need_params)
+    rows = _band_rows(x, y, cols or symmetric, backend, workspace_bytes) if any(wanted) else None
+    if rows is None:
+        row, col = (None if state is None else log_sums(state) for state in reduce(stream, True, cols))
+        gradients = Gradients()
+    else:
+        row, col, gradients = _sum_by_bands(stream, dots, rows, gain, cols, wanted)
+    dparams = gradients.dparams
+    return (
+        given(row),
+        or_empty(col if cols and not symmetric else None, x),
+        dots,
+        x.new_empty(0, dtype=saved) if gradients.dx is None else gradients.dx,
+        y.new_empty(0, dtype=saved) if gradients.dy is None else gradients.dy,
+        or_empty(None if dparams is None else dparams.to(params.dtype), x),
+    )
+
+
+def _sum_by_bands(
+    stream: Stream, dots: Tensor, rows: int, gain: Tensor, cols: bool, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """Log-sums, and the gradients of sum_i gain_i softplus(log-sum_i - z_i,p(i)) over rows, and over columns."""
+    z_pos = stream.params[0] * dots + stream.params[1]
+    dz_pos, row, col = torch.zeros_like(z_pos), torch.empty_like(z_pos), torch.empty_like(z_pos) if cols else None
+
+    def side(i: slice, state: Tensor | None, found: Tensor) -> Side:
+        found[i] = log_sums(given(state))
+        softmax = gain[i] * torch.sigmoid(found[i] - z_pos[i])
+        dz_pos[i] -= softmax
+        return softmax_side(found[i], softmax)
+
+    def sides(i: slice, row_state: Tensor | None, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
+        of_rows = side(i, row_state, row)
+        of_cols = of_rows if stream.symmetric else Side() if col is None else side(i, col_state, col)
+        return of_rows, of_cols, dz_pos[i] * stream.params[0]
+
+    gradients = weigh_bands(stream, rows, cols, sides, wanted)
+    add_positive_params(gradients, dz_pos, dots)
+    return row, col, gradients
+
+
+def _band_rows(x: Tensor, y: Tensor, whole: bool, backend: str, workspace_bytes: int) -> int | None:
+    """Rows of a band, by what the operands are; None: scores are made twice, and gradients in backward."""
+    chosen = backends.choose(backend or None, x.device, x.dtype)
+    shape = x.shape[0], y.shape[0], x.shape[1]
+    size = Size(*shape, x.dtype, x.device, False, workspace_bytes, multiprocessors(x.device), False)
+    return band_rows(chosen, size, whole)
+
+
+def _loss_sum_fake(  # type: ignore[no-untyped-def]
+    x, y, params, index, offset, gain, cols, symmetric, need_x, need_y, need_params, backend, workspace_bytes
+):
+    dtype, saved = score_dtype(x.dtype), saved_dtype(x.dtype)
+    wanted = need_x or need_y or need_params
+    made = wanted and _band_rows(x, y, cols or symmetric, backend, workspace_bytes) is not None
+    return (
+        x.new_empty(x.shape[0], dtype=dtype),
+        x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
+        x.new_empty(x.shape[0], dtype=dtype),
+        x.new_empty(x.shape if made and need_x else (0,), dtype=saved),
+        x.new_empty(y.shape if made and need_y and not symmetric else (0,), dtype=saved),
+        params.new_empty(params.shape if made and need_params else (0,)),
+    )
+
+
+loss_sum = define(
+    "loss_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, Tensor gain, bool cols, "
+    "bool symmetric, bool need_x, bool need_y, bool need_params, str backend, int workspace_bytes) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _loss_sum_fake,
+    _loss_sum,
+)
