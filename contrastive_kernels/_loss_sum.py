@@ -63,10 +63,11 @@ def _sum_by_bands(
     dz_pos, row, col = torch.zeros_like(z_pos), torch.empty_like(z_pos), torch.empty_like(z_pos) if cols else None
 
     def side(i: slice, state: Tensor | None, found: Tensor) -> Side:
-        found[i] = log_sums(given(state))
-        softmax = gain[i] * torch.sigmoid(found[i] - z_pos[i])
+        log_sum = log_sums(given(state))
+        softmax = gain[i] * torch.sigmoid(log_sum - z_pos[i])
+        found[i] = log_sum
         dz_pos[i] -= softmax
-        return softmax_side(found[i], softmax)
+        return softmax_side(log_sum, softmax)
 
     def sides(i: slice, row_state: Tensor | None, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
         of_rows = side(i, row_state, row)
