@@ -99,6 +99,10 @@ def _goals() -> list[Goal]:
         split = dataclasses.replace(case, loss="decomposable")
         goals.append(_of_floor(f"decomposable, {at}: of its 3 products", split, 0.80))
         goals.append(_faster(f"decomposable, {at}: faster than clip_loss", split, case, OURS, 1.2))
+    one_way = Case("info_nce", 8192, 256)
+    goals.append(
+        _faster("info_nce, N = 8,192, D = 256: faster than linear_cross_entropy", one_way, one_way, CHUNKED, 1.0)
+    )
     bare = Case("decomposable", 8192, 512)
     goals.append(
         Goal(
