@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from . import backends
 from ._library import define
 from ._ops import add_positive_params, given, make_stream, or_empty, saved_dtype, softmax_side
+from .backends import Backend
 from .backends.panel import Side
 from .panel_shapes import Size
 from .specs import EXPONENTIAL
@@ -38,7 +42,9 @@ def _loss_sum(
         EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, gradient_dtype=saved
     )
     dots, wanted = positive_dots(stream), (need_x, need_y, need_params)
-    rows = _band_rows(x, y, cols or symmetric, backend, workspace_bytes) if any(wanted) else None
+    rows = None
+    if any(wanted):
+        rows = _band_rows(x, y, cols or symmetric, backend, workspace_bytes, _remembered_band_rows)
     if rows is None:
         row, col = (None if state is None else log_sums(state) for state in reduce(stream, True, cols))
         gradients = Gradients()
@@ -79,12 +85,19 @@ def _sum_by_bands(
     return row, col, gradients
 
 
-def _band_rows(x: Tensor, y: Tensor, whole: bool, backend: str, workspace_bytes: int) -> int | None:
+#: A small batch is made of what comes beside its products. (Not in the fake, whose sizes may be symbols.)
+_remembered_band_rows = lru_cache(maxsize=256)(band_rows)
+
+
+def _band_rows(
+    x: Tensor, y: Tensor, whole: bool, backend: str, workspace_bytes: int,
+    find: Callable[[Backend, Size, bool], int | None] = band_rows,
+) -> int | None:  # fmt: skip
     """Rows of a band, by what the operands are; None: scores are made twice, and gradients in backward."""
     chosen = backends.choose(backend or None, x.device, x.dtype)
     shape = x.shape[0], y.shape[0], x.shape[1]
     size = Size(*shape, x.dtype, x.device, False, workspace_bytes, multiprocessors(x.device), False)
-    return band_rows(chosen, size, whole)
+    return find(chosen, size, whole)
 
 
 def _loss_sum_fake(  # type: ignore[no-untyped-def]

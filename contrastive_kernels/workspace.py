@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -198,7 +197,6 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
     return shape
 
 
-@lru_cache(maxsize=256)  # a small batch is made of what comes beside its products
 def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
     """Rows of a band, whose scores fit the workspace and so are made only once; None: it cannot hold enough of them.
 
