@@ -39,6 +39,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,7 +113,8 @@ def environment(**more: str) -> dict[str, str]:
 def run(command: list[str], seconds: float, **more: str) -> int:
     """Runs a command in the checkout for at most so long; its exit status, 124 where it was stopped."""
     print(f"gpu: {' '.join(command)}", flush=True)
-    with subprocess.Popen(command, cwd=ROOT, env=environment(**more)) as process:
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**more), preexec_fn=listen) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
