@@ -210,8 +210,10 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
     for axes in (left, right):
         axes.set_visible(bool(axes.containers))  # a panel without results is not shown
         axes.grid(axis="y", alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, loc="lower right")
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:
+            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room above the bars
+            axes.legend(fontsize=7, loc="upper left", ncols=len(labels), columnspacing=1, handlelength=1)
     figure.savefig(path, dpi=130)
 
 
