@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends
 from ._library import define
-from ._ops import add_positive_params, given, make_stream, or_empty, saved_dtype, softmax_side
+from ._ops import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
 from .backends import Backend
 from .backends.panel import Side
 from .panel_shapes import Size
@@ -50,15 +50,8 @@ def _loss_sum(
         gradients = Gradients()
     else:
         row, col, gradients = _sum_by_bands(stream, dots, rows, gain, cols, wanted)
-    dparams = gradients.dparams
-    return (
-        given(row),
-        or_empty(col if cols and not symmetric else None, x),
-        dots,
-        x.new_empty(0, dtype=saved) if gradients.dx is None else gradients.dx,
-        y.new_empty(0, dtype=saved) if gradients.dy is None else gradients.dy,
-        or_empty(None if dparams is None else dparams.to(params.dtype), x),
-    )
+    col = col if cols and not symmetric else None
+    return (given(row), or_empty(col, x), dots, *gradient_outputs(gradients, x, params, saved))
 
 
 def _sum_by_bands(

@@ -22,6 +22,7 @@ __all__ = [
     "checked_index",
     "empty",
     "given",
+    "gradient_outputs",
     "log_sum",
     "log_sum_backward",
     "make_stream",
@@ -153,11 +154,18 @@ def _log_sum_backward(
     row = softmax_side(row_log_sum, row_gradient)
     col = row if symmetric else softmax_side(col_log_sum, col_gradient)
     gradients = weigh(stream, row, col, (need_x, need_y, need_params), dot_gradient)
-    dparams = None if gradients.dparams is None else gradients.dparams.to(params.dtype)
+    return gradient_outputs(gradients, x, params, x.dtype)
+
+
+def gradient_outputs(
+    gradients: Gradients, x: Tensor, params: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dy (of this dtype) and dparams as an operator returns them: empty where they are not wanted."""
+    dx, dy, dparams = gradients.dx, gradients.dy, gradients.dparams
     return (
-        x.new_empty(0) if gradients.dx is None else gradients.dx,
-        y.new_empty(0) if gradients.dy is None else gradients.dy,
-        or_empty(dparams, x),
+        x.new_empty(0, dtype=dtype) if dx is None else dx,
+        x.new_empty(0, dtype=dtype) if dy is None else dy,
+        or_empty(None if dparams is None else dparams.to(params.dtype), x),
     )
 
 
@@ -211,15 +219,7 @@ def _pair_sum(
         if col_gain is not None:
             sides.append((given(col_normalizer), col_gain))
         row, col, gradients = _exponential_sum(stream, dots, sides, relative, wanted)
-    dparams = gradients.dparams
-    return (
-        row,
-        or_empty(col, x),
-        dots,
-        x.new_empty(0, dtype=gradient_dtype) if gradients.dx is None else gradients.dx,
-        y.new_empty(0, dtype=gradient_dtype) if gradients.dy is None else gradients.dy,
-        or_empty(None if dparams is None else dparams.to(params.dtype), x),
-    )
+    return (row, or_empty(col, x), dots, *gradient_outputs(gradients, x, params, gradient_dtype))
 
 
 def given(vector: Tensor | None) -> Tensor:

@@ -5,11 +5,13 @@ python tests/roofline.py     writes them
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import contrastive_kernels as ck
+from contrastive_kernels._plan import Pass
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/roofline.md"
 NOTEBOOK = DOCUMENT.with_name("performance.md")
@@ -21,26 +23,30 @@ NOTEBOOK_FLOPS, NOTEBOOK_BANDWIDTH = 989e12, 4.8e12
 N = 65536
 
 
+def passes(losses: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, int, Pass]]:
+    """(loss, D, pass) of the plan for N x N scores of bfloat16 features on an H100 or H200."""
+    for loss in losses:
+        n = N // 2 if loss == "nt_xent" else N
+        for d in widths:
+            plan = ck.plan(n, d=d, dtype=torch.bfloat16, device="cuda", loss=loss, backend="triton", capability=90)
+            for each in plan.passes:
+                yield loss, d, each
+
+
 def table() -> str:
     """One row per loss, D and pass."""
     lines = [
         "| loss | D | pass | panels | products | Tflop | GB | launches | limit, ms | bytes' share |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss in ("clip_loss", "nt_xent", "sigmoid"):
-        for features in (256, 512, 1024):
-            n = N // 2 if loss == "nt_xent" else N
-            plan = ck.plan(
-                n, d=features, dtype=torch.bfloat16, device="cuda", loss=loss, backend="triton", capability=90
-            )
-            for each in plan.passes:
-                products, memory = each.flop / FLOPS, each.bytes / BANDWIDTH
-                rows, cols = each.panel
-                lines.append(
-                    f"| {loss} | {features} | {each.name} | {each.panels} of {rows:,} x {cols:,} | {each.products:g} "
-                    f"| {each.flop / 1e12:.2f} | {each.bytes / 1e9:.1f} | {each.launches} "
-                    f"| {1e3 * max(products, memory):.2f} | {memory / products:.0%} |"
-                )
+    for loss, features, each in passes(("clip_loss", "nt_xent", "sigmoid"), (256, 512, 1024)):
+        products, memory = each.flop / FLOPS, each.bytes / BANDWIDTH
+        rows, cols = each.panel
+        lines.append(
+            f"| {loss} | {features} | {each.name} | {each.panels} of {rows:,} x {cols:,} | {each.products:g} "
+            f"| {each.flop / 1e12:.2f} | {each.bytes / 1e9:.1f} | {each.launches} "
+            f"| {1e3 * max(products, memory):.2f} | {memory / products:.0%} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -50,20 +56,15 @@ def panels() -> str:
         "| loss | D | pass | panel | Gflop | at 989 Tflop/s, us | MB | at 4.8 TB/s, us | panels | limit of all, ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss in ("clip_loss", "sigmoid"):
-        for features in (256, 512, 768, 1024):
-            plan = ck.plan(
-                N, d=features, dtype=torch.bfloat16, device="cuda", loss=loss, backend="triton", capability=90
-            )
-            for each in plan.passes:
-                flop, size = each.flop / each.panels, each.bytes / each.panels
-                products, memory = flop / NOTEBOOK_FLOPS, size / NOTEBOOK_BANDWIDTH
-                rows, cols = each.panel
-                lines.append(
-                    f"| {loss} | {features} | {each.name} | {rows:,} x {cols:,} "
-                    f"| {flop / 1e9:.1f} | {1e6 * products:.0f} | {size / 1e6:.0f} | {1e6 * memory:.0f} "
-                    f"| {each.panels} | {1e3 * each.panels * max(products, memory):.1f} |"
-                )
+    for loss, features, each in passes(("clip_loss", "sigmoid"), (256, 512, 768, 1024)):
+        flop, size = each.flop / each.panels, each.bytes / each.panels
+        products, memory = flop / NOTEBOOK_FLOPS, size / NOTEBOOK_BANDWIDTH
+        rows, cols = each.panel
+        lines.append(
+            f"| {loss} | {features} | {each.name} | {rows:,} x {cols:,} "
+            f"| {flop / 1e9:.1f} | {1e6 * products:.0f} | {size / 1e6:.0f} | {1e6 * memory:.0f} "
+            f"| {each.panels} | {1e3 * each.panels * max(products, memory):.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

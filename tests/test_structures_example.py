@@ -313,6 +313,26 @@ def test_statistics_of_parts_are_not_kept():
     assert (layer.running_mean > 0).all()
 
 
+FUSION = fusion.FusionSettings(batch=32, steps=3, width=32, dim=16, queue=64)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings"), [(structured_towers.TowerTrainer, dataclasses.replace(TOWERS, bridge=0.0, geometry=0.0)),
+                              (fusion.FusionTrainer, FUSION)], ids=["towers", "fusion"]
+)  # fmt: skip
+def test_separation_leaves_temperature_and_running_means_to_the_base(data, trainer, settings):
+    found = []
+    for weight in (0.0, 0.3):
+        run = trainer(dataclasses.replace(settings, separation=weight), data)
+        run.train_step()
+        kept = {name: value for name, value in run.model.named_buffers() if "running" in name}
+        found.append({**kept, "temperature": run.model.log_logit_scale.grad})
+    assert len(found[0]) > 2
+    assert found[0]["temperature"] != 0
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_variants_by_name_and_by_weight():
     assert structured_towers.structure_of("+ all") == structured_towers.VARIANTS["+ all"]
     assert structured_towers.structure_of("geometry=0.5") == structured_towers.Structure(geometry=0.5)
