@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ._checks import check_features
 from ._expectation import positive_scores
+from .draws.gamma import expected_excess
 from .functional import decomposable
-from .reference import expected_excess
 
 __all__ = ["accumulate"]
 

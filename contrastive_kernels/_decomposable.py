@@ -21,7 +21,7 @@ from ._checks import (
     require_equal_lengths,
 )
 from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
-from .reference import draw_log_weights, expected_excess, log_or_minus_infinity
+from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 
 __all__ = ["decomposable"]
 

@@ -24,8 +24,8 @@ from ._checks import (
 from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
 from ._memory import NormalizerMemory, NormalizerStatistics
 from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from .functional import decomposable
-from .reference import draw_log_weights, expected_excess, log_or_minus_infinity
 
 __all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
-from contrastive_kernels.reference_structure import ranks
+from contrastive_kernels.reference.structure import ranks
 
 BACKENDS = [name for name in ("cpu", "torch") if ck.why_not(name, torch.zeros(1, 1)) is None]
 SMALL = 2**19  # several panels, of either backend

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
-from contrastive_kernels import _philox
 from contrastive_kernels.backends import registry
+from contrastive_kernels.draws import philox
 from contrastive_kernels.specs import EXPONENTIAL, MAXIMUM, SEARCH_SPECS, SEARCHES, SIGMOID
 
 BACKENDS = [name for name in ("cpu", "torch") if ck.why_not(name, torch.zeros(1, 1)) is None]
@@ -46,21 +46,21 @@ def chi_square_limit(freedom, sigmas=5.0):
 )  # fmt: skip
 def test_philox_known_answers(counter, key, words):
     """The published test vectors of Philox4x32-10."""
-    result = _philox.philox(*(tuple(torch.tensor([word]) for word in part) for part in (counter, key)))
+    result = philox.philox(*(tuple(torch.tensor([word]) for word in part) for part in (counter, key)))
     assert [int(word) for word in result] == words
 
 
 def test_words_are_those_of_the_documented_counter():
     seed = torch.tensor([-(2**40) + 12345])
-    block = _philox.words(seed, slice(70, 73), slice(5, 18))
+    block = philox.words(seed, slice(70, 73), slice(5, 18))
     key = tuple(torch.tensor([part]) for part in (int(seed) & 0xFFFFFFFF, (int(seed) >> 32) & 0xFFFFFFFF))
     for i in range(3):
         for j in range(13):
             row, column = 70 + i, 5 + j
             counter = tuple(torch.tensor([word]) for word in (column // 4, row, 0, 0))
-            assert block[i, j] == _philox.philox(counter, key)[column % 4]
+            assert block[i, j] == philox.philox(counter, key)[column % 4]
     # any block is a part of a larger one
-    assert torch.equal(block, _philox.words(seed, slice(0, 80), slice(0, 64))[70:73, 5:18])
+    assert torch.equal(block, philox.words(seed, slice(0, 80), slice(0, 64))[70:73, 5:18])
 
 
 def bits_of(words):
@@ -69,7 +69,7 @@ def bits_of(words):
 
 def test_words_are_uniform_and_independent():
     """Bits, bytes, and pairs of neighbours by row, by column and by seed."""
-    words = _philox.words(torch.tensor([7]), slice(0, 256), slice(0, 256))
+    words = philox.words(torch.tensor([7]), slice(0, 256), slice(0, 256))
     assert words.min() >= 0 and words.max() < 2**32
     n = words.numel()
     ones = bits_of(words).sum(0).double()
@@ -78,8 +78,8 @@ def test_words_are_uniform_and_independent():
         "row": words.roll(1, 0),
         "column": words.roll(1, 1),
         "group": words.roll(4, 1),
-        "seed": _philox.words(torch.tensor([8]), slice(0, 256), slice(0, 256)),
-        "high seed": _philox.words(torch.tensor([7 + 2**32]), slice(0, 256), slice(0, 256)),
+        "seed": philox.words(torch.tensor([8]), slice(0, 256), slice(0, 256)),
+        "high seed": philox.words(torch.tensor([7 + 2**32]), slice(0, 256), slice(0, 256)),
     }
     for shift in (0, 12, 24):
         byte = (words >> shift) & 0xFF
@@ -96,7 +96,7 @@ def test_words_are_uniform_and_independent():
 
 def test_uniform_keeps_the_digits_of_small_numbers():
     word = torch.tensor([0, 1, 2**20, 2**31, 2**32 - 1])
-    v = _philox.uniform(word)
+    v = philox.uniform(word)
     assert v.dtype == torch.float32
     want = (word.double() + 0.5) / 2**32
     assert ((v.double() / want - 1).abs() < 1e-7).all()
@@ -107,7 +107,7 @@ def test_uniform_keeps_the_digits_of_small_numbers():
 
 def test_noise_is_gumbel():
     """Kolmogorov and Smirnov; the mean is Euler's constant, the variance pi^2 / 6."""
-    noise = _philox.gumbel(torch.tensor([3]), slice(0, 200), slice(0, 500)).double().flatten()
+    noise = philox.gumbel(torch.tensor([3]), slice(0, 200), slice(0, 500)).double().flatten()
     n = len(noise)
     cdf = torch.exp(-torch.exp(-noise.sort().values))
     assert (cdf - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / math.sqrt(n)
@@ -178,7 +178,7 @@ def test_backends_and_panels_draw_the_same():
     ]
     for other in draws[1:]:
         assert torch.equal(draws[0], other)
-    noise = _philox.gumbel(torch.randint(-(2**63), 2**63 - 1, (1,), generator=seeded(5)), slice(0, 300), slice(0, 517))
+    noise = philox.gumbel(torch.randint(-(2**63), 2**63 - 1, (1,), generator=seeded(5)), slice(0, 300), slice(0, 517))
     z = 10 * (x @ y.T) + noise
     z[ids[0][:, None] == ids[1]] = -torch.inf
     z[torch.arange(300), positives] = -torch.inf
@@ -367,8 +367,8 @@ def test_every_instruction_set_has_the_same_noise():
         for first in (0, 1, 6, 2**33 + 3):
             ours = torch.empty(n)
             extension.gumbel_array(seed, row, first, ours.data_ptr(), n)
-            words = _philox.words(torch.tensor([seed]), slice(row, row + 1), slice(first, first + n))[0]
-            exact = -torch.log(-torch.log1p(-_philox.uniform(words).double()))
+            words = philox.words(torch.tensor([seed]), slice(row, row + 1), slice(first, first + n))[0]
+            exact = -torch.log(-torch.log1p(-philox.uniform(words).double()))
             assert ((ours.double() - exact).abs() < 3e-7 * exact.abs().clamp(min=1)).all()
     extension.set_instruction_set("auto")
 

@@ -11,7 +11,7 @@ from tolerance import UNITS, assert_accurate
 from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
-from contrastive_kernels import reference_structure as reference
+from contrastive_kernels.reference import structure as reference
 
 SCALE = 7.0
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._philox import gumbel
+from ..draws.philox import gumbel
 from ..panel_shapes import Size
 from ..specs import GUMBEL_MAX, RANK, SIGMOID, PairTerm
 from .panel import Panel, Route, SearchPanel, Side, present, score_product

@@ -26,11 +26,19 @@ from torch import Tensor
 
 __all__ = ["gumbel", "philox", "uniform", "words"]
 
+
 _MASK = 0xFFFFFFFF
+
+
 #: Multipliers and key increments of the paper.
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+
+
 _INCREMENTS = 0x9E3779B9, 0xBB67AE85
+
+
 _ROUNDS = 10
+
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

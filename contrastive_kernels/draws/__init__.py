@@ -1,0 +1,1 @@
+"""Random numbers that are part of a definition: every backend and every panel draws the same."""

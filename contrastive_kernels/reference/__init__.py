@@ -1,0 +1,7 @@
+"""The definition of every loss: dense, differentiable by plain autograd, in whatever precision comes in."""
+
+from ..draws.gamma import draw_log_weights
+from . import structure
+from .losses import clip_loss, decomposable, info_nce, nt_xent, sigmoid
+
+__all__ = ["clip_loss", "decomposable", "draw_log_weights", "info_nce", "nt_xent", "sigmoid", "structure"]
