@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from contrastive_kernels.specs import LOSSES
+from contrastive_kernels.planning.costs import LOSSES
 
 from . import memory, plot, report, results
 from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases

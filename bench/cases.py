@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kernels.specs import LOSSES
+from contrastive_kernels.planning.costs import LOSSES
 
 __all__ = [
     "DTYPES",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._ops import checked_index
 from .backends import registry
-from .stream import score_dtype
+from .panels.size import score_dtype
 
 __all__ = [
     "check_backend",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backends as _registry
 from ._plan import plan
-from .specs import LOSSES, SEARCH_SPECS, LossSpec
+from .planning.costs import LOSSES, SEARCH_SPECS, LossSpec
 
 __all__ = ["explain", "list_backends", "why_not"]
 

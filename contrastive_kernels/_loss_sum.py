@@ -12,10 +12,10 @@ from . import backends
 from ._library import define
 from ._ops import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
 from .backends import Backend
-from .backends.panel import Side
-from .panel_shapes import Size
-from .specs import EXPONENTIAL
-from .stream import Stream, score_dtype
+from .engine.matrix import Stream
+from .panels.panel import Side
+from .panels.size import Size, score_dtype
+from .panels.terms import EXPONENTIAL
 from .streaming import Gradients, log_sums, positive_dots, reduce, weigh_bands
 from .workspace import band_rows, multiprocessors
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from . import backends
 from ._library import define
-from .backends.panel import Side
-from .specs import EXPONENTIAL, SIGMOID, PairTerm
-from .stream import Positives, Stream, score_dtype
+from .engine.matrix import Stream
+from .engine.positives import Positives
+from .panels.panel import Side
+from .panels.size import score_dtype
+from .panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .streaming import Gradients, keeps_scores, log_sums, positive_dots, reduce, weigh
 
 __all__ = [

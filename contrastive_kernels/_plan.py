@@ -8,9 +8,9 @@ import torch
 
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from .backends import Backend, registry
-from .panel_shapes import Size, blocks_of
-from .specs import LOSSES, LossSpec
-from .stream import score_dtype
+from .engine.shapes import blocks_of
+from .panels.size import Size, score_dtype
+from .planning.costs import LOSSES, LossSpec
 from .workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
 
 __all__ = ["Pass", "Plan", "plan"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_vector
-from .stream import score_dtype
+from .panels.size import score_dtype
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "reduce_losses", "row_gains", "row_weights"]
 

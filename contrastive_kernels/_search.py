@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import backends
 from ._library import define
+from .panels.terms import GUMBEL_MAX, MAXIMUM, RANK
 from .searching import Search, count, find
-from .specs import GUMBEL_MAX, MAXIMUM, RANK
 
 __all__ = ["best_column", "count_ranks"]
 

@@ -15,8 +15,8 @@ from ._ops import checked_index
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from ._search import count_ranks
 from .backends import registry
+from .panels.terms import RANK
 from .searching import panel_side
-from .specs import RANK
 from .streaming import score_dtype
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]

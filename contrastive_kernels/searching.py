@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .backends.panel import SearchPanel
-from .panel_shapes import SMALLEST_PANEL, PanelBytes, square_side
-from .specs import PairTerm
-from .stream import score_dtype
+from .engine.shapes import SMALLEST_PANEL, square_side
+from .panels.panel import SearchPanel
+from .panels.size import PanelBytes, score_dtype
+from .panels.terms import PairTerm
 from .workspace import blocks
 
 __all__ = ["Search", "count", "find", "panel_side"]

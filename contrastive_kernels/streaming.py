@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .backends.panel import Side
+from .engine.matrix import Stream
+from .engine.positives import Positives
+from .engine.shapes import LARGEST_SQUARE, SMALLEST_PANEL
 from .overlap import Overlap
-from .panel_shapes import LARGEST_SQUARE, SMALLEST_PANEL
-from .specs import EXPONENTIAL
-from .stream import Positives, Stream, score_dtype
+from .panels.panel import Side
+from .panels.size import score_dtype
+from .panels.terms import EXPONENTIAL
 from .workspace import Workspace, blocks
 
 __all__ = [

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .backends.panel import Panel, in_pieces
-from .panel_shapes import (
-    BAND,
-    BAND_SHARE,
-    SMALLEST_PANEL,
-    PanelBytes,
-    Size,
-    largest_side,
-    nearly_equal,
-    square_side,
-    wave_shape,
-)
-from .stream import Stream, score_dtype
+from .engine.matrix import Stream
+from .engine.shapes import BAND, BAND_SHARE, SMALLEST_PANEL, largest_side, nearly_equal, square_side, wave_shape
+from .panels.panel import Panel, in_pieces
+from .panels.size import PanelBytes, Size, score_dtype
 
 __all__ = [
     "MULTIPROCESSORS",

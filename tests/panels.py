@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from contrastive_kernels.backends.panel import Panel, Side
+from contrastive_kernels.panels.panel import Panel, Side
 
 EPS = torch.finfo(torch.float32).eps
 

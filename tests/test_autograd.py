@@ -12,7 +12,7 @@ from tolerance import assert_outcome
 from torch.utils.checkpoint import checkpoint
 
 import contrastive_kernels as ck
-from contrastive_kernels.specs import LOSSES
+from contrastive_kernels.planning.costs import LOSSES
 
 BACKENDS = CPU_BACKENDS
 

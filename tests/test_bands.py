@@ -9,7 +9,7 @@ from problems import CPU_BACKENDS
 import contrastive_kernels as ck
 from contrastive_kernels import reference
 from contrastive_kernels.backends import registry
-from contrastive_kernels.specs import LOSSES
+from contrastive_kernels.planning.costs import LOSSES
 
 MIB = 2**20
 ROUNDED = registry.get("torch").weights_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16

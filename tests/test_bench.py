@@ -19,7 +19,7 @@ from bench.cases import Case, Inputs, make_inputs
 from bench.formulas import BLOCKED, DENSE, call_directly
 from bench.providers import Provider, get, providers, register
 from bench.run import Session, grouped
-from contrastive_kernels.specs import LOSSES
+from contrastive_kernels.planning.costs import LOSSES
 
 PEERS = {
     *("dense", "dense-compiled", "linear-cross-entropy", "checkpointed"),

@@ -10,8 +10,8 @@ import torch
 from panels import CASES, instruction_sets, make_panel, start_states
 
 from contrastive_kernels.backends import cpu
-from contrastive_kernels.backends.panel import Side
-from contrastive_kernels.specs import EXPONENTIAL
+from contrastive_kernels.panels.panel import Side
+from contrastive_kernels.panels.terms import EXPONENTIAL
 
 _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not built")
 

@@ -17,8 +17,8 @@ import torch
 from panels import Case, make_panel, start_states
 
 from contrastive_kernels.backends import cuda
-from contrastive_kernels.backends.panel import Side
-from contrastive_kernels.specs import EXPONENTIAL
+from contrastive_kernels.panels.panel import Side
+from contrastive_kernels.panels.terms import EXPONENTIAL
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH = "90"

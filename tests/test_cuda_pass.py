@@ -16,10 +16,11 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import cuda, registry
-from contrastive_kernels.backends.panel import Side, in_pieces
-from contrastive_kernels.panel_shapes import Size
-from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
-from contrastive_kernels.stream import Positives, Stream
+from contrastive_kernels.engine.matrix import Stream
+from contrastive_kernels.engine.positives import Positives
+from contrastive_kernels.panels.panel import Side, in_pieces
+from contrastive_kernels.panels.size import Size
+from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 from contrastive_kernels.workspace import Workspace
 
 

@@ -15,9 +15,10 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import get
-from contrastive_kernels.backends.panel import Side
-from contrastive_kernels.specs import EXPONENTIAL
-from contrastive_kernels.stream import Positives, Stream
+from contrastive_kernels.engine.matrix import Stream
+from contrastive_kernels.engine.positives import Positives
+from contrastive_kernels.panels.panel import Side
+from contrastive_kernels.panels.terms import EXPONENTIAL
 from contrastive_kernels.streaming import weigh
 
 pytestmark = pytest.mark.gpu

@@ -20,8 +20,8 @@ from panels import (
 )
 
 from contrastive_kernels.backends import cpu, cuda
-from contrastive_kernels.backends.panel import Side
-from contrastive_kernels.specs import EXPONENTIAL, SIGMOID
+from contrastive_kernels.panels.panel import Side
+from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 
 _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not built")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contrastive_kernels.backends.panel import Panel, _AmxProducts, default_weights_dtype, score_product
+from contrastive_kernels.backends.products import _AmxProducts, default_weights_dtype, score_product
+from contrastive_kernels.panels.panel import Panel
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 import contrastive_kernels as ck
 from contrastive_kernels.backends import registry
 from contrastive_kernels.draws import philox
-from contrastive_kernels.specs import EXPONENTIAL, MAXIMUM, SEARCH_SPECS, SEARCHES, SIGMOID
+from contrastive_kernels.panels.terms import EXPONENTIAL, MAXIMUM, SEARCHES, SIGMOID
+from contrastive_kernels.planning.costs import SEARCH_SPECS
 
 BACKENDS = [name for name in ("cpu", "torch") if ck.why_not(name, torch.zeros(1, 1)) is None]
 SMALL = 2**18  # several panels, of either backend

@@ -6,10 +6,11 @@ import functools
 
 import torch
 
-from ..panel_shapes import Size
-from ..specs import PairTerm
+from ..panels.panel import Panel, Route, SearchPanel
+from ..panels.size import Size
+from ..panels.terms import PairTerm
 from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
-from .panel import Panel, Route, SearchPanel, score_product
+from .products import score_product
 
 if MISSING is None:
     from contrastive_kernels import _C

@@ -13,10 +13,10 @@ import re
 import torch
 from torch import Tensor
 
-from ..panel_shapes import Size
-from ..specs import PairTerm
+from ..panels.panel import Panel, Route, in_pieces
+from ..panels.size import Size
+from ..panels.terms import PairTerm
 from .native import DTYPES, MISSING, common_fields, score_fields, weight_fields
-from .panel import Panel, Route, in_pieces
 
 if MISSING is None:
     from contrastive_kernels import _C

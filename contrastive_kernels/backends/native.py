@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..specs import PairTerm
-from .panel import Panel, SearchPanel, Side
+from ..panels.panel import Panel, SearchPanel, Side
+from ..panels.terms import PairTerm
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
     import contrastive_kernels._C  # noqa: F401  (`from contrastive_kernels import` would blame a circular import)

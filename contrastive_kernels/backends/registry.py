@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..panel_shapes import Size
-from ..specs import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
+from ..panels.panel import Panel, Route, SearchPanel
+from ..panels.size import Size
+from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from . import cpu as cpu_backend
 from . import cuda as cuda_backend
 from . import torch as torch_backend
 from . import triton as triton_backend
-from .panel import Panel, Route, SearchPanel, default_weights_dtype
+from .products import default_weights_dtype
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
 

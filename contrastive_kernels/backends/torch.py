@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..draws.philox import gumbel
-from ..panel_shapes import Size
-from ..specs import GUMBEL_MAX, RANK, SIGMOID, PairTerm
-from .panel import Panel, Route, SearchPanel, Side, present, score_product
+from ..panels.panel import Panel, Route, SearchPanel, Side, present
+from ..panels.size import Size
+from ..panels.terms import GUMBEL_MAX, RANK, SIGMOID, PairTerm
+from .products import score_product
 
 __all__ = ["reduce_panel", "route", "search_panel", "weight_panel", "why_not"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..panel_shapes import Size
-from ..specs import PairTerm
-from .panel import Panel, Route, Side, present
+from ..panels.panel import Panel, Route, Side, present
+from ..panels.size import Size
+from ..panels.terms import PairTerm
 
 __all__ = [
     "SCRATCH_PER_ROW",

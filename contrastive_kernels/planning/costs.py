@@ -1,54 +1,12 @@
-"""The registry of pair terms and losses: what each costs, in one table that benchmarks, tests and `explain` read."""
+"""What each loss costs, in one table that benchmarks, tests and `explain` read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = [
-    "EXPONENTIAL",
-    "GUMBEL_MAX",
-    "LOSSES",
-    "MAXIMUM",
-    "RANK",
-    "SEARCHES",
-    "SEARCH_SPECS",
-    "SIGMOID",
-    "LossSpec",
-    "PairTerm",
-]
+from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, MAXIMUM, RANK, SIGMOID, PairTerm
 
-
-@dataclass(frozen=True)
-class PairTerm:
-    """What happens to one score.
-
-    Parameters
-    ----------
-    name : str
-        Its name in every language.
-    code : int
-        Its number in ``csrc/include/api.h``.
-    state_rows : int
-        Vectors of running state per side: (maximum, sum) for sums of exponentials, (sum) for plain sums.
-    """
-
-    name: str
-    code: int
-    state_rows: int
-
-
-#: w_ij = r_i exp(z_ij - a_i) + c_j exp(z_ij - b_j); state: the log-sum-exp of rows and columns as (maximum, sum).
-EXPONENTIAL = PairTerm("exponential", 0, 2)
-#: w_ij = r_i sigmoid(z_ij); state: the row's sum of softplus(z_ij).
-SIGMOID = PairTerm("sigmoid", 1, 1)
-#: No weights; state: the row's largest z_ij and its column, the first of equal ones.
-MAXIMUM = PairTerm("maximum", 2, 2)
-#: No weights; state: the row's largest z_ij + Gumbel noise and its column: a draw in proportion to exp(z_ij).
-GUMBEL_MAX = PairTerm("gumbel_max", 3, 2)
-#: No weights; state: how many scores lie below one bound of the row, and how many above another.
-RANK = PairTerm("rank", 4, 2)
-#: The terms of ``search_panel``.
-SEARCHES = (MAXIMUM, GUMBEL_MAX, RANK)
+__all__ = ["LOSSES", "LossSpec", "SEARCH_SPECS"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +56,7 @@ LOSSES: dict[str, LossSpec] = {
         LossSpec("decomposable", EXPONENTIAL, 1, 3, 1, 2),
     )
 }
+
 
 #: Every function that searches, by name. They have no gradients: one product each.
 SEARCH_SPECS: dict[str, LossSpec] = {

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from ..panels.size import PanelBytes
 
 __all__ = [
     "BAND",
     "BAND_SHARE",
     "LARGEST_SQUARE",
     "SMALLEST_PANEL",
-    "PanelBytes",
-    "Size",
+    "STEP",
     "blocks_of",
     "largest_side",
     "nearly_equal",
@@ -21,65 +19,45 @@ __all__ = [
     "wave_shape",
 ]
 
+
 #: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
 #: products are large enough for the vendor's GEMM to run at its rate.
 LARGEST_SQUARE = 1024
+
+
 #: No side is smaller: a workspace that cannot hold such a square is refused.
 SMALLEST_PANEL = 64
+
+
 #: Sides are multiples of this.
 STEP = 64
+
+
 #: Rows of a band, whose scores are made once: every band reads and writes the columns' sums, which takes more than the
 #: product that it saves with fewer, and with more the scores leave the caches. Twice as many where weights are rounded,
 #: for their products are made before they are added.
 BAND = 512
+
+
 #: What a band's panels take beside its scores is at most this part of the workspace, 1 / 4.
 BAND_SHARE = 4
 
+
 #: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
 _GEMM_TILE = (128, 256)
+
+
 #: 16-bit products a GPU finishes while it moves a byte: 700 TFLOP/s sustained and 3.35 TB/s on an H100 (NVIDIA's data
 #: sheet). An A100 and a B200 lie within a factor of 1.5.
 _FLOP_PER_BYTE = 200
+
+
 #: ... and while it starts a kernel: 5 us of 700 TFLOP/s.
 _FLOP_PER_LAUNCH = 3.5e9
+
+
 #: Kernels that one panel starts.
 _LAUNCHES = 4
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the shape of a stream's panels depends on, and by which route a backend computes them."""
-
-    rows: int
-    cols: int
-    features: int
-    dtype: torch.dtype
-    device: torch.device
-    symmetric: bool
-    workspace_bytes: int
-    #: of the GPU
-    multiprocessors: int
-    #: rows of both operands can be copied in pieces of 16 bytes
-    pieces: bool
-    #: panels of weights that are held at a time
-    buffers: int = 1
-    #: a band of rows, whose scores lie beside the panels and are replaced by the weights
-    band: bool = False
-    #: of a GPU that is not there (90 for 9.0); None: the device is
-    capability: int | None = None
-
-
-@dataclass(frozen=True)
-class PanelBytes:
-    """What a panel of R x C scores takes: per_score * R * C + per_row * R + per_col * C bytes."""
-
-    per_score: float
-    per_row: float
-    per_col: float
-
-    def of(self, rows: int, cols: int) -> int:
-        """Bytes of one panel."""
-        return -int(-(self.per_score * rows * cols + self.per_row * rows + self.per_col * cols) // 1)
 
 
 def blocks_of(n: int, size: int) -> int:

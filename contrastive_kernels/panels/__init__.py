@@ -1,0 +1,1 @@
+"""The ground floor: what one panel, a block of the score matrix, is."""
