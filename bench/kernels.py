@@ -30,11 +30,11 @@ from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import get
+from contrastive_kernels.engine.driver import reduce, weigh
 from contrastive_kernels.engine.matrix import Stream
 from contrastive_kernels.engine.positives import Positives
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
-from contrastive_kernels.streaming import reduce, weigh
 
 from .cases import DTYPES, SOFTMAX_SCALE
 from .measure import Work, interleave, warm_up

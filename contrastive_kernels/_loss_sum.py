@@ -12,12 +12,13 @@ from . import backends
 from ._library import define
 from ._ops import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
 from .backends import Backend
+from .engine.driver import log_sums, positive_dots, reduce, weigh_bands
+from .engine.gradients import Gradients
 from .engine.matrix import Stream
+from .engine.workspace import band_rows, multiprocessors
 from .panels.panel import Side
 from .panels.size import Size, score_dtype
 from .panels.terms import EXPONENTIAL
-from .streaming import Gradients, log_sums, positive_dots, reduce, weigh_bands
-from .workspace import band_rows, multiprocessors
 
 __all__ = ["loss_sum"]
 

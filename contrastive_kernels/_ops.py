@@ -12,12 +12,13 @@ from torch import Tensor
 
 from . import backends
 from ._library import define
+from .engine.driver import keeps_scores, log_sums, positive_dots, reduce, weigh
+from .engine.gradients import Gradients
 from .engine.matrix import Stream
 from .engine.positives import Positives
 from .panels.panel import Side
 from .panels.size import score_dtype
 from .panels.terms import EXPONENTIAL, SIGMOID, PairTerm
-from .streaming import Gradients, keeps_scores, log_sums, positive_dots, reduce, weigh
 
 __all__ = [
     "add_positive_params",

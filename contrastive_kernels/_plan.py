@@ -9,9 +9,9 @@ import torch
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from .backends import Backend, registry
 from .engine.shapes import blocks_of
+from .engine.workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
 from .panels.size import Size, score_dtype
 from .planning.costs import LOSSES, LossSpec
-from .workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
 
 __all__ = ["Pass", "Plan", "plan"]
 

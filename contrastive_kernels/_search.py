@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import backends
 from ._library import define
+from .engine.search import Search, count, find
 from .panels.terms import GUMBEL_MAX, MAXIMUM, RANK
-from .searching import Search, count, find
 
 __all__ = ["best_column", "count_ranks"]
 

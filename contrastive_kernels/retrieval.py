@@ -15,9 +15,9 @@ from ._ops import checked_index
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from ._search import count_ranks
 from .backends import registry
+from .engine.search import panel_side
+from .panels.size import score_dtype
 from .panels.terms import RANK
-from .searching import panel_side
-from .streaming import score_dtype
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]
 

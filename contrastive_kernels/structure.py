@@ -16,8 +16,8 @@ from ._checks import check_backend, check_features, check_number, check_workspac
 from ._geometry import difference_sum
 from ._reduction import DEFAULT_WORKSPACE_BYTES
 from .functional import clip_loss, info_nce
+from .panels.size import score_dtype
 from .reference.structure import SHORTEST_MEAN
-from .streaming import score_dtype
 
 __all__ = ["brownian_bridge", "feature_separation", "geometric_consistency", "multimodal_contrastive"]
 

@@ -120,8 +120,8 @@ def hostile() -> list[str]:
 
 def launches() -> dict[str, tuple[int, int]]:
     """Launches of value and gradients by case: as planned, and as counted."""
-    from contrastive_kernels import workspace
     from contrastive_kernels._triton import launch
+    from contrastive_kernels.engine import workspace
 
     counted = 0
     started, accumulated = launch._launch, workspace.Workspace.accumulate

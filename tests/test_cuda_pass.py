@@ -18,10 +18,10 @@ import contrastive_kernels as ck
 from contrastive_kernels.backends import cuda, registry
 from contrastive_kernels.engine.matrix import Stream
 from contrastive_kernels.engine.positives import Positives
+from contrastive_kernels.engine.workspace import Workspace
 from contrastive_kernels.panels.panel import Side, in_pieces
 from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
-from contrastive_kernels.workspace import Workspace
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import get
+from contrastive_kernels.engine.driver import weigh
 from contrastive_kernels.engine.matrix import Stream
 from contrastive_kernels.engine.positives import Positives
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
-from contrastive_kernels.streaming import weigh
 
 pytestmark = pytest.mark.gpu
 

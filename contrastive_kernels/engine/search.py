@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import Backend
-from .engine.shapes import SMALLEST_PANEL, square_side
-from .panels.panel import SearchPanel
-from .panels.size import PanelBytes, score_dtype
-from .panels.terms import PairTerm
+from ..backends import Backend
+from ..panels.panel import SearchPanel
+from ..panels.size import PanelBytes, score_dtype
+from ..panels.terms import PairTerm
+from .shapes import SMALLEST_PANEL, square_side
 from .workspace import blocks
 
 __all__ = ["Search", "count", "find", "panel_side"]

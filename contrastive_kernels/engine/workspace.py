@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .backends import Backend
-from .engine.matrix import Stream
-from .engine.shapes import BAND, BAND_SHARE, SMALLEST_PANEL, largest_side, nearly_equal, square_side, wave_shape
-from .panels.panel import Panel, in_pieces
-from .panels.size import PanelBytes, Size, score_dtype
+from ..backends import Backend
+from ..panels.panel import Panel, in_pieces
+from ..panels.size import PanelBytes, Size, score_dtype
+from .matrix import Stream
+from .shapes import BAND, BAND_SHARE, SMALLEST_PANEL, largest_side, nearly_equal, square_side, wave_shape
 
 __all__ = [
     "MULTIPROCESSORS",
@@ -25,11 +25,16 @@ __all__ = [
     "size_of",
 ]
 
+
 #: By compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where there is no GPU
 #: to ask: for plans and the interpreter.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
 #: float16 weights, at most the largest gain, are kept times this: softmax-sized ones would fall subnormal.
 _FLOAT16_SCALE = 2.0**14
+
+
 #: ... with room for weights up to 255 times their gains where normalisers are known beforehand, and perhaps stale.
 _FLOAT16_SCALE_OF_STALE = 2.0**8
 

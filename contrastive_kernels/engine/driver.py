@@ -7,47 +7,26 @@ one panel at a time to a backend. Memory is O((N + M) D): one workspace of bound
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backends import Backend
-from .engine.matrix import Stream
-from .engine.positives import Positives
-from .engine.shapes import LARGEST_SQUARE, SMALLEST_PANEL
+from ..backends import Backend
+from ..panels.panel import Side
+from ..panels.size import score_dtype
+from ..panels.terms import EXPONENTIAL
+from .gradients import Gradients, _GradientSums, _Sums
+from .matrix import Stream
 from .overlap import Overlap
-from .panels.panel import Side
-from .panels.size import score_dtype
-from .panels.terms import EXPONENTIAL
+from .shapes import LARGEST_SQUARE, SMALLEST_PANEL
 from .workspace import Workspace, blocks
 
-__all__ = [
-    "Gradients",
-    "Positives",
-    "Stream",
-    "keeps_scores",
-    "log_sums",
-    "positive_dots",
-    "reduce",
-    "score_dtype",
-    "weigh",
-    "weigh_bands",
-]
+__all__ = ["KEPT_SCORES_BYTES", "keeps_scores", "log_sums", "positive_dots", "reduce", "weigh", "weigh_bands"]
+
 
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
 #: memory is no concern.
 KEPT_SCORES_BYTES = 4 * 2**20
-
-
-@dataclass
-class Gradients:
-    """dL/dx [N, D], dL/dy [M, D], dL/d(scale, bias) [2] in float64; None: not wanted."""
-
-    dx: Tensor | None = None
-    dy: Tensor | None = None
-    dparams: Tensor | None = None
 
 
 def keeps_scores(rows: int, cols: int, dtype: torch.dtype, backend: Backend, workspace_bytes: int) -> bool:
@@ -205,97 +184,12 @@ def _add_positives_to_rows(stream: Stream, dx: _Sums, i: slice, coefficients: Te
         dx.part(i).addcmul_(partner, stream.positives.coefficients(coefficients)[i, None])
 
 
-class _Sums:
-    """The float32 (or float64) sums of one gradient: all of it, or one block of rows after the other."""
-
-    def __init__(self, out: Tensor, dtype: torch.dtype, block: int | None = None) -> None:
-        self.out = out
-        self.blocked = block is not None and out.dtype != dtype
-        if out.dtype == dtype:
-            self.sums = out.zero_()
-        else:
-            rows = len(out) if block is None else block
-            self.sums = torch.zeros(rows, out.shape[1], dtype=dtype, device=out.device)
-
-    def band(self, rows: slice) -> _Sums:
-        """The same sums of these rows alone, which count from 0."""
-        part = copy(self)
-        part.out = self.out[rows]
-        part.sums = self.sums if self.blocked else self.sums[rows]
-        return part
-
-    def part(self, rows: slice) -> Tensor:
-        """The sums of these rows [rows, D]."""
-        return self.sums[: rows.stop - rows.start] if self.blocked else self.sums[rows]
-
-    def rescale(self, factor: Tensor | None) -> None:
-        """Multiplies the sums by what the weights were divided by."""
-        if factor is not None:
-            self.sums.mul_(factor)
-
-    def finish(self, rows: slice) -> None:
-        """Rounds these rows to the gradient's dtype and clears the block for the next ones."""
-        if self.out.dtype != self.sums.dtype:
-            self.out[rows] = self.part(rows)
-            if self.blocked:
-                self.sums.zero_()
-
-
-class _GradientSums:
-    """The sums of the wanted gradients of a stream; dx in blocks of so many rows, if any."""
-
-    def __init__(self, stream: Stream, wanted: tuple[bool, bool, bool], block: int | None) -> None:
-        x, y = stream.x, stream.y
-        dtype, total = stream.gradient_dtype or x.dtype, score_dtype(x.dtype)
-        self.symmetric = stream.symmetric
-        self.dx = _Sums(_room(x, dtype), total, block) if wanted[0] else None
-        # of a symmetric stream, dx is the whole gradient
-        self.dy = _Sums(_room(y, dtype), total) if wanted[1] and not self.symmetric else None
-        if self.symmetric:
-            self.dy = self.dx
-        self.dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=x.device) if wanted[2] else None
-
-    def band(self, rows: slice) -> _GradientSums:
-        """Those of a band of rows: a part of dx, all of the rest."""
-        if self.symmetric:  # its band is the whole
-            return self
-        part = copy(self)
-        part.dx = None if self.dx is None else self.dx.band(rows)
-        return part
-
-    def rescale(self, factor: Tensor | None) -> None:
-        """Multiplies what is not finished yet by what the weights were divided by."""
-        for sums in self._open():
-            sums.rescale(factor)
-
-    def finish(self) -> Gradients:
-        """Rounds what is not finished yet."""
-        for sums in self._open():
-            sums.finish(slice(0, len(sums.out)))
-        dy = None if self.symmetric else self.dy
-        return Gradients(None if self.dx is None else self.dx.out, None if dy is None else dy.out, self.dparams)
-
-    def _open(self) -> list[_Sums]:
-        """Each once."""
-        both = [self.dx] if self.symmetric else [self.dx, self.dy]
-        return [sums for sums in both if sums is not None and not sums.blocked]
-
-
 def _neutral_state(stream: Stream, n: int) -> Tensor:
     """The state of nothing: sum 0, and maximum -inf where the term has one."""
     state = torch.zeros(stream.term.state_rows, n, dtype=score_dtype(stream.x.dtype), device=stream.x.device)
     if stream.term is EXPONENTIAL:
         state[0] = -torch.inf
     return state
-
-
-def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
-
-
-def _partials_dtype(stream: Stream) -> torch.dtype:
-    """float64 for the sums over all pairs, where the device has it."""
-    return torch.float32 if stream.x.device.type == "mps" else torch.float64
 
 
 def _row_chunks(stream: Stream) -> Iterator[slice]:
