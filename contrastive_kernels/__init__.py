@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from . import reference, reference_structure
-from ._explain import explain, list_backends, why_not
-from ._plan import plan
-from ._tuning import autotune
 from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
 from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
+from .planning.explain import explain, list_backends, why_not
+from .planning.plan import plan
+from .planning.tuning import autotune
 from .retrieval import RetrievalMetrics, retrieval_metrics
 from .sampling import hardest_negatives, sample_negatives
 from .structure import brownian_bridge, feature_separation, geometric_consistency, multimodal_contrastive

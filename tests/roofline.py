@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import contrastive_kernels as ck
-from contrastive_kernels._plan import Pass
+from contrastive_kernels.planning.plan import Pass
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/roofline.md"
 NOTEBOOK = DOCUMENT.with_name("performance.md")

@@ -1,1 +1,1 @@
-"""What would run: plans, explanations, costs, measured tiles."""
+"""What would run: plans, explanations, measured tiles."""

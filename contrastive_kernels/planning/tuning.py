@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import get
+from ..backends import get
 
 __all__ = ["autotune"]
 
@@ -62,7 +62,7 @@ def autotune(
         raise ValueError(f"device: the triton backend cannot serve {dtype} on {device}: {reason}")
     import triton
 
-    from ._triton import configs, launch, tuning
+    from .._triton import configs, launch, tuning
 
     precision = launch.precision_of(dtype)
     with torch.cuda.device(device):

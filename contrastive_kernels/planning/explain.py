@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends as _registry
-from ._plan import plan
-from .planning.costs import LOSSES, SEARCH_SPECS, LossSpec
+from .. import backends as _registry
+from .costs import LOSSES, SEARCH_SPECS, LossSpec
+from .plan import plan
 
 __all__ = ["explain", "list_backends", "why_not"]
 
@@ -110,8 +110,8 @@ def _spec(loss: str) -> LossSpec:
 
 def report() -> str:
     """Versions, devices, and every backend with the reason why it is missing; what ``python -m`` prints."""
-    from . import __version__
-    from .backends.cpu import instruction_set
+    from .. import __version__
+    from ..backends.cpu import instruction_set
 
     lines = [
         f"contrastive_kernels {__version__}",

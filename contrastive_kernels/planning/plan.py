@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ._reduction import DEFAULT_WORKSPACE_BYTES
-from .backends import Backend, registry
-from .engine.shapes import blocks_of
-from .engine.workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
-from .panels.size import Size, score_dtype
-from .planning.costs import LOSSES, LossSpec
+from .._reduction import DEFAULT_WORKSPACE_BYTES
+from ..backends import Backend, registry
+from ..engine.shapes import blocks_of
+from ..engine.workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
+from ..panels.size import Size, score_dtype
+from .costs import LOSSES, LossSpec
 
 __all__ = ["Pass", "Plan", "plan"]
+
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
