@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_features
 from ._expectation import positive_scores
+from .arguments.checks import check_features
 from .draws.gamma import expected_excess
 from .functional import decomposable
 

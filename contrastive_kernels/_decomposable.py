@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Options, PairSums, log_sum, pair_sum
-from ._checks import (
+from .arguments.checks import (
     check_backend,
     check_features,
     check_number,
@@ -20,7 +20,7 @@ from ._checks import (
     make_params,
     require_equal_lengths,
 )
-from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
 from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 
 __all__ = ["decomposable"]

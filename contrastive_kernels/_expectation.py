@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_positives, check_vector, make_params
+from .arguments.checks import check_positives, check_vector, make_params
 
 __all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
 

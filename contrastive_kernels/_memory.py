@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number
+from .arguments.checks import check_number
 
 __all__ = ["NormalizerMemory", "NormalizerStatistics"]
 

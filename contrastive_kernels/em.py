@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ._accumulate import accumulate
 from ._autograd import Options, log_sum
-from ._checks import (
+from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
+from ._memory import NormalizerMemory, NormalizerStatistics
+from .arguments.checks import (
     check_backend,
     check_features,
     check_number,
@@ -21,9 +23,7 @@ from ._checks import (
     check_workspace,
     make_params,
 )
-from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
-from ._memory import NormalizerMemory, NormalizerStatistics
-from ._reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from .functional import decomposable
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ._autograd import Options, PairSums, log_sum, loss_sum, pair_sum, sigmoid_rows
-from ._checks import (
+from ._decomposable import decomposable
+from .arguments.checks import (
     check_backend,
     check_features,
     check_positives,
@@ -16,8 +17,7 @@ from ._checks import (
     make_params,
     require_equal_lengths,
 )
-from ._decomposable import decomposable
-from ._reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "clip_loss", "decomposable", "info_nce", "nt_xent", "sigmoid"]
 

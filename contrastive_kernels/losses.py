@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._checks import check_backend, check_reduction, check_workspace
+from .arguments.checks import check_backend, check_reduction, check_workspace
 
 __all__ = ["ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss"]
 

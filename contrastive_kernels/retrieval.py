@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_backend, check_features, check_positives, check_workspace
 from ._ops import checked_index
-from ._reduction import DEFAULT_WORKSPACE_BYTES
 from ._search import count_ranks
+from .arguments.checks import check_backend, check_features, check_positives, check_workspace
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from .backends import registry
 from .engine.search import panel_side
 from .panels.size import score_dtype

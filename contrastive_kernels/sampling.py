@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_backend, check_features, check_positives, check_workspace, make_params
-from ._reduction import DEFAULT_WORKSPACE_BYTES
 from ._search import best_column
+from .arguments.checks import check_backend, check_features, check_positives, check_workspace, make_params
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 
 __all__ = ["hardest_negatives", "sample_negatives"]
 

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from ._autograd import Options, log_sum
-from ._checks import check_backend, check_features, check_number, check_workspace, make_params, require_equal_lengths
 from ._geometry import difference_sum
-from ._reduction import DEFAULT_WORKSPACE_BYTES
+from .arguments.checks import (
+    check_backend,
+    check_features,
+    check_number,
+    check_workspace,
+    make_params,
+    require_equal_lengths,
+)
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from .functional import clip_loss, info_nce
 from .panels.size import score_dtype
 from .reference.structure import SHORTEST_MEAN

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_backend, check_number, check_workspace
-from ._reduction import DEFAULT_WORKSPACE_BYTES
+from .arguments.checks import check_backend, check_number, check_workspace
+from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from .structure import brownian_bridge, feature_separation, geometric_consistency, multimodal_contrastive
 
 __all__ = ["LatentStructureLoss", "MultimodalContrastiveLoss", "SeparationHead"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .._reduction import DEFAULT_WORKSPACE_BYTES
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
 from ..engine.shapes import blocks_of
 from ..engine.workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape

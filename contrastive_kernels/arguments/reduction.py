@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_vector
-from .panels.size import score_dtype
+from ..panels.size import score_dtype
+from .checks import check_vector
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "reduce_losses", "row_gains", "row_weights"]
+
 
 #: Bound of the memory that holds panels of scores.
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
