@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._autograd import Options, PairSums, log_sum, pair_sum
 from .arguments.checks import (
     check_backend,
     check_features,
@@ -22,6 +21,7 @@ from .arguments.checks import (
 )
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
 from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
+from .operators.autograd import Options, PairSums, log_sum, pair_sum
 
 __all__ = ["decomposable"]
 

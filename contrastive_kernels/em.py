@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ._accumulate import accumulate
-from ._autograd import Options, log_sum
 from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
 from ._memory import NormalizerMemory, NormalizerStatistics
 from .arguments.checks import (
@@ -26,6 +25,7 @@ from .arguments.checks import (
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from .functional import decomposable
+from .operators.autograd import Options, log_sum
 
 __all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ._autograd import Options, PairSums, log_sum, loss_sum, pair_sum, sigmoid_rows
 from ._decomposable import decomposable
 from .arguments.checks import (
     check_backend,
@@ -18,6 +17,7 @@ from .arguments.checks import (
     require_equal_lengths,
 )
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
+from .operators.autograd import Options, PairSums, log_sum, loss_sum, pair_sum, sigmoid_rows
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "clip_loss", "decomposable", "info_nce", "nt_xent", "sigmoid"]
 

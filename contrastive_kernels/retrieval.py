@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import checked_index
-from ._search import count_ranks
 from .arguments.checks import check_backend, check_features, check_positives, check_workspace
+from .arguments.index import checked_index
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from .backends import registry
 from .engine.search import panel_side
+from .operators.search import count_ranks
 from .panels.size import score_dtype
 from .panels.terms import RANK
 

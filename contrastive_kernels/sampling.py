@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._search import best_column
 from .arguments.checks import check_backend, check_features, check_positives, check_workspace, make_params
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from .operators.search import best_column
 
 __all__ = ["hardest_negatives", "sample_negatives"]
 

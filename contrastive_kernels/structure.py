@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Options, log_sum
 from ._geometry import difference_sum
 from .arguments.checks import (
     check_backend,
@@ -23,6 +22,7 @@ from .arguments.checks import (
 )
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from .functional import clip_loss, info_nce
+from .operators.autograd import Options, log_sum
 from .panels.size import score_dtype
 from .reference.structure import SHORTEST_MEAN
 

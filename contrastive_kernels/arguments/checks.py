@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._ops import checked_index
 from ..backends import registry
 from ..panels.size import score_dtype
+from .index import checked_index
 
 __all__ = [
     "check_backend",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import _loss_sum, _ops
+from . import shared as _ops
+from . import softmax_loss as _loss_sum
 
 __all__ = ["Options", "PairSums", "log_sum", "loss_sum", "pair_sum", "sigmoid_rows"]
 

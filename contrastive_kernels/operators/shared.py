@@ -10,19 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
-from ._library import define
-from .engine.driver import keeps_scores, log_sums, positive_dots, reduce, weigh
-from .engine.gradients import Gradients
-from .engine.matrix import Stream
-from .engine.positives import Positives
-from .panels.panel import Side
-from .panels.size import score_dtype
-from .panels.terms import EXPONENTIAL, SIGMOID, PairTerm
+from .. import backends
+from .._library import define
+from ..engine.driver import keeps_scores, log_sums, positive_dots, reduce, weigh
+from ..engine.gradients import Gradients
+from ..engine.matrix import Stream
+from ..engine.positives import Positives
+from ..panels.panel import Side
+from ..panels.size import score_dtype
+from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
 __all__ = [
     "add_positive_params",
-    "checked_index",
     "empty",
     "given",
     "gradient_outputs",
@@ -34,6 +33,7 @@ __all__ = [
     "saved_dtype",
     "softmax_side",
 ]
+
 
 _TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
 
@@ -57,24 +57,6 @@ def make_stream(
     return Stream(
         term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, scores, symmetric
     )
-
-
-def _checked_index(index: Tensor, columns: int, allow_missing: bool) -> Tensor:
-    """The indices as int64, checked: a ValueError on the CPU, a device-side assertion elsewhere."""
-    lowest = -1 if allow_missing else 0
-    outside = ((index < lowest) | (index >= columns)).any()
-    if index.device.type != "cpu":
-        torch._assert_async(~outside, "positives: an index lies outside the columns of y")
-    elif outside:
-        raise ValueError(
-            f"positives: expected indices in [{lowest}, {columns}); "
-            f"got values in [{int(index.min())}, {int(index.max())}]"
-        )
-    return index.to(torch.int64, copy=True)
-
-
-def _checked_index_fake(index, columns, allow_missing):  # type: ignore[no-untyped-def]
-    return index.new_empty(index.shape, dtype=torch.int64)
 
 
 def empty(like: Tensor) -> Tensor:
@@ -315,15 +297,14 @@ def _pair_sum_fake(  # type: ignore[no-untyped-def]
     )
 
 
-checked_index = define(
-    "checked_index(Tensor index, SymInt columns, bool allow_missing) -> Tensor", _checked_index_fake, _checked_index
-)
 log_sum = define(
     "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
     "bool keep, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
     _log_sum_fake,
     _log_sum,
 )
+
+
 log_sum_backward = define(
     "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
     "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, "
@@ -332,6 +313,8 @@ log_sum_backward = define(
     _log_sum_backward_fake,
     _log_sum_backward,
 )
+
+
 pair_sum = define(
     "pair_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, str term, Tensor? row_normalizer, "
     "Tensor row_gain, Tensor? col_normalizer, Tensor? col_gain, bool relative, bool need_x, bool need_y, "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
-from ._library import define
-from .engine.search import Search, count, find
-from .panels.terms import GUMBEL_MAX, MAXIMUM, RANK
+from .. import backends
+from .._library import define
+from ..engine.search import Search, count, find
+from ..panels.terms import GUMBEL_MAX, MAXIMUM, RANK
 
 __all__ = ["best_column", "count_ranks"]
 
@@ -64,6 +64,8 @@ best_column = define(
     _best_column_fake,
     _best_column,
 )
+
+
 count_ranks = define(
     "count_ranks(Tensor x, Tensor y, Tensor exclude, Tensor low, Tensor high, str backend, "
     "int workspace_bytes) -> (Tensor, Tensor)",

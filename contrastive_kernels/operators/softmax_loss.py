@@ -8,17 +8,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backends
-from ._library import define
-from ._ops import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
-from .backends import Backend
-from .engine.driver import log_sums, positive_dots, reduce, weigh_bands
-from .engine.gradients import Gradients
-from .engine.matrix import Stream
-from .engine.workspace import band_rows, multiprocessors
-from .panels.panel import Side
-from .panels.size import Size, score_dtype
-from .panels.terms import EXPONENTIAL
+from .. import backends
+from .._library import define
+from ..backends import Backend
+from ..engine.driver import log_sums, positive_dots, reduce, weigh_bands
+from ..engine.gradients import Gradients
+from ..engine.matrix import Stream
+from ..engine.workspace import band_rows, multiprocessors
+from ..panels.panel import Side
+from ..panels.size import Size, score_dtype
+from ..panels.terms import EXPONENTIAL
+from .shared import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
 
 __all__ = ["loss_sum"]
 

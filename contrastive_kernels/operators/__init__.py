@@ -1,0 +1,1 @@
+"""The primitives as torch.library operators and autograd Functions."""
