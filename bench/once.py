@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import contrastive_kernels as ck
-from contrastive_kernels.functional import DEFAULT_WORKSPACE_BYTES
+from contrastive_kernels.arguments.reduction import DEFAULT_WORKSPACE_BYTES
 
 from .cases import DTYPES, Case, Inputs, make_inputs, precision
 from .check import check_small, evaluate

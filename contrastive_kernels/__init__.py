@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from . import reference, reference_structure
 from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
-from .functional import clip_loss, decomposable, info_nce, nt_xent, sigmoid
-from .losses import ClipLoss, DecomposableLoss, InfoNCELoss, NTXentLoss, SigmoidLoss
+from .losses import (
+    ClipLoss,
+    DecomposableLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigmoidLoss,
+    clip_loss,
+    decomposable,
+    info_nce,
+    nt_xent,
+    sigmoid,
+)
 from .planning.explain import explain, list_backends, why_not
 from .planning.plan import plan
 from .planning.tuning import autotune

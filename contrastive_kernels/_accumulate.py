@@ -13,7 +13,7 @@ from torch import Tensor
 from ._expectation import positive_scores
 from .arguments.checks import check_features
 from .draws.gamma import expected_excess
-from .functional import decomposable
+from .losses import decomposable
 
 __all__ = ["accumulate"]
 

@@ -24,7 +24,7 @@ from .arguments.checks import (
 )
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from .functional import decomposable
+from .losses import decomposable
 from .operators.autograd import Options, log_sum
 
 __all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]

@@ -21,7 +21,7 @@ from .arguments.checks import (
     require_equal_lengths,
 )
 from .arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from .functional import clip_loss, info_nce
+from .losses.softmax import clip_loss, info_nce
 from .operators.autograd import Options, log_sum
 from .panels.size import score_dtype
 from .reference.structure import SHORTEST_MEAN

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments.checks import (
+from ..arguments.checks import (
     check_backend,
     check_features,
     check_number,
@@ -19,11 +20,12 @@ from .arguments.checks import (
     make_params,
     require_equal_lengths,
 )
-from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
-from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from .operators.autograd import Options, PairSums, log_sum, pair_sum
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
+from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
+from ..operators.autograd import Options, PairSums, log_sum, pair_sum
+from .module import Loss
 
-__all__ = ["decomposable"]
+__all__ = ["DecomposableLoss", "decomposable"]
 
 
 def decomposable(
@@ -192,3 +194,73 @@ def _decomposable_sides(
             z_pos = check_vector(logit, f"positive_logits{number}", len(x), x, differentiable=True)
         sides.append((log_z, z_pos))
     return sides
+
+
+class DecomposableLoss(Loss):
+    """The decomposable loss from a given log-normaliser; see :func:`contrastive_kernels.decomposable`.
+
+    Parameters
+    ----------
+    shape : float, optional
+        None: u is its mean; a number: the shape of the gamma distribution that u is drawn from.
+    positive_constant, negative_scale : float
+        c and k of Z_i = c + k * sum over negatives.
+    return_log_normalizer : bool
+        Also return the batch's own log Z.
+    reduction : {"mean", "sum", "none"}
+        "none" gives the rows' losses [N].
+    normalize : bool
+        Divide rows by their Euclidean norm first.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        Bound of the memory that holds panels of scores.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.DecomposableLoss(shape=1.0)
+    >>> loss(torch.randn(4, 8), torch.randn(4, 8), 1.0, (torch.zeros(4), torch.zeros(4))).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: float | None = None,
+        positive_constant: float = 1.0,
+        negative_scale: float = 1.0,
+        return_log_normalizer: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.options.update(
+            shape=shape,
+            positive_constant=positive_constant,
+            negative_scale=negative_scale,
+            return_log_normalizer=return_log_normalizer,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: float | Tensor,
+        log_normalizer: Tensor | Sequence[Tensor],
+        positive_logits: Tensor | Sequence[Tensor] | None = None,
+        positives: int | Tensor | None = None,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
+        return decomposable(
+            x,
+            y,
+            logit_scale,
+            log_normalizer,
+            positive_logits=positive_logits,
+            positives=positives,
+            weight=weight,
+            generator=generator,
+            **self.options,
+        )

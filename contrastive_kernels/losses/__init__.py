@@ -1,0 +1,18 @@
+"""The losses: each function stands beside its module."""
+
+from .decomposable import DecomposableLoss, decomposable
+from .sigmoid import SigmoidLoss, sigmoid
+from .softmax import ClipLoss, InfoNCELoss, NTXentLoss, clip_loss, info_nce, nt_xent
+
+__all__ = [
+    "ClipLoss",
+    "DecomposableLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "SigmoidLoss",
+    "clip_loss",
+    "decomposable",
+    "info_nce",
+    "nt_xent",
+    "sigmoid",
+]

@@ -1,0 +1,127 @@
+"""The sigmoid loss: the function and its module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..arguments.checks import (
+    check_backend,
+    check_features,
+    check_reduction,
+    check_workspace,
+    make_params,
+    require_equal_lengths,
+)
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
+from ..operators.autograd import Options, PairSums, pair_sum, sigmoid_rows
+from .module import PAIR_NAMES, Loss, require_one_process, weighted
+
+__all__ = ["SigmoidLoss", "sigmoid"]
+
+
+def sigmoid(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """SigLIP's loss: every pair is a binary decision, softplus(-z) for matching pairs and softplus(z) for others.
+
+    Parameters
+    ----------
+    image_features, text_features : Tensor
+        Matching rows [N, D] of one dtype and device.
+    logit_scale, logit_bias : float or Tensor
+        z = logit_scale * <x, y> + logit_bias; both may be tensors of one element that require gradients.
+    weight : Tensor, optional
+        Weights of the rows [N], not differentiated.
+    reduction : {"mean", "sum", "none"}
+        "mean" divides the sum over all pairs by N, "none" gives the row sums [N]. The mean of no pairs is 0.
+    normalize, backend, workspace_bytes
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N]; float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    One pass gives value and gradients: 3 products ("none": 4, for its gradients depend on what comes from upstream).
+
+    References
+    ----------
+    X. Zhai, B. Mustafa, A. Kolesnikov, L. Beyer, "Sigmoid loss for language image pre-training", ICCV 2023.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> round(ck.sigmoid(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 5)
+    0.69328
+    """
+    check_reduction(reduction)
+    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize)
+    require_equal_lengths(x, y, PAIR_NAMES)
+    params = make_params(x, logit_scale, logit_bias)
+    weight = row_weights(weight, len(x), x)
+    options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
+    if reduction == "none":
+        return weighted(sigmoid_rows(x, y, params, options), weight)
+    gain = row_gains(weight, reduction, x)
+    return pair_sum(x, y, params, None, "sigmoid", PairSums(None, gain), options)[0]
+
+
+class SigmoidLoss(Loss):
+    """SigLIP's loss, called as open_clip calls its own; see :func:`contrastive_kernels.sigmoid`.
+
+    Parameters
+    ----------
+    reduction : {"mean", "sum", "none"}
+        "none" gives the row sums [N].
+    normalize : bool
+        Divide rows by their Euclidean norm first.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        Bound of the memory that holds panels of scores.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.SigmoidLoss()
+    >>> out = loss(image_features=torch.eye(4), text_features=torch.eye(4), logit_scale=10.0, logit_bias=-10.0)
+    >>> round(out.item(), 5)
+    0.69328
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        weight: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Matching rows [N, D].
+
+        Raises
+        ------
+        NotImplementedError
+            In a process group of more than one: the negatives of the other processes would be left out.
+        """
+        require_one_process("SigmoidLoss")
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = sigmoid(image_features, text_features, logit_scale, bias, weight=weight, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
