@@ -19,10 +19,16 @@ from .losses import (
 from .planning.explain import explain, list_backends, why_not
 from .planning.plan import plan
 from .planning.tuning import autotune
-from .retrieval import RetrievalMetrics, retrieval_metrics
-from .sampling import hardest_negatives, sample_negatives
-from .structure import brownian_bridge, feature_separation, geometric_consistency, multimodal_contrastive
-from .structure_losses import LatentStructureLoss, MultimodalContrastiveLoss, SeparationHead
+from .search import RetrievalMetrics, hardest_negatives, retrieval_metrics, sample_negatives
+from .structure import (
+    LatentStructureLoss,
+    MultimodalContrastiveLoss,
+    SeparationHead,
+    brownian_bridge,
+    feature_separation,
+    geometric_consistency,
+    multimodal_contrastive,
+)
 
 __version__ = "0.1.0"
 

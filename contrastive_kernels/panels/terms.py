@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EXPONENTIAL", "GUMBEL_MAX", "MAXIMUM", "PairTerm", "RANK", "SEARCHES", "SIGMOID"]
+__all__ = ["EXPONENTIAL", "GUMBEL_MAX", "MAXIMUM", "RANK", "SEARCHES", "SIGMOID", "PairTerm"]
 
 
 @dataclass(frozen=True)

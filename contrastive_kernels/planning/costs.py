@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, MAXIMUM, RANK, SIGMOID, PairTerm
 
-__all__ = ["LOSSES", "LossSpec", "SEARCH_SPECS"]
+__all__ = ["LOSSES", "SEARCH_SPECS", "LossSpec"]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._expectation import positive_scores
-from .arguments.checks import check_features
-from .draws.gamma import expected_excess
-from .losses import decomposable
+from ..arguments.checks import check_features
+from ..draws.gamma import expected_excess
+from ..losses import decomposable
+from .expectation import positive_scores
 
 __all__ = ["accumulate"]
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments.checks import check_positives, check_vector, make_params
+from ..arguments.checks import check_positives, check_vector, make_params
 
 __all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
+
 
 #: Numbers of a block of products of features, a megabyte of float32.
 _BLOCK = 2**18

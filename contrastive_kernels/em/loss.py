@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._accumulate import accumulate
-from ._expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
-from ._memory import NormalizerMemory, NormalizerStatistics
-from .arguments.checks import (
+from ..arguments.checks import (
     check_backend,
     check_features,
     check_number,
@@ -22,12 +19,15 @@ from .arguments.checks import (
     check_workspace,
     make_params,
 )
-from .arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
-from .draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from .losses import decomposable
-from .operators.autograd import Options, log_sum
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
+from ..losses import decomposable
+from ..operators.autograd import Options, log_sum
+from .accumulate import accumulate
+from .expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
+from .memory import NormalizerMemory
 
-__all__ = ["DecomposableContrastiveLoss", "Expectation", "NormalizerMemory", "NormalizerStatistics"]
+__all__ = ["DecomposableContrastiveLoss"]
 
 
 class DecomposableContrastiveLoss(nn.Module):

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments.checks import check_number
+from ..arguments.checks import check_number
 
 __all__ = ["NormalizerMemory", "NormalizerStatistics"]
 
+
 #: Share of the running statistics that one update replaces.
 _STATISTICS_STEP = 0.1
+
+
 #: Samples that are counted at a time.
 _CHUNK = 2**22
 

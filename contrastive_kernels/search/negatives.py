@@ -1,0 +1,177 @@
+"""Negatives chosen inside the stream: drawn in proportion to the softmax, or the hardest one of every row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import check_backend, check_features, check_positives, check_workspace, make_params
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..operators.search import best_column
+
+__all__ = ["hardest_negatives", "sample_negatives"]
+
+
+def sample_negatives(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    positives: int | Tensor | None = None,
+    exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """For every row of ``x`` a row of ``y`` drawn in proportion to exp(logit_scale * <x_i, y_j>), never its positive.
+
+    What image-text matching needs: negatives that the contrastive softmax itself finds hard.
+
+    Parameters
+    ----------
+    x : Tensor
+        Anchors [N, D]; float16, bfloat16, float32 or float64.
+    y : Tensor
+        Candidates [M, D] of the same dtype and device.
+    logit_scale : float or Tensor
+        Multiplies the dot products: the inverse temperature. 0 draws uniformly.
+    positives : int or Tensor, optional
+        Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
+        (int64 [N]; -1: nowhere).
+    exclude : Tensor or pair of Tensor, optional
+        Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
+        equals the row's is not drawn either. Labels, captions that occur twice, patients, documents.
+    generator : torch.Generator, optional
+        Source of the seed; the default generator without one. Equal seeds draw equal negatives.
+    normalize : bool
+        Divide rows by their Euclidean norm first.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        Bound of the memory that holds panels of scores; 64 MiB by default.
+
+    Returns
+    -------
+    Tensor
+        Rows of ``y``, int64 [N]; -1 where no candidate is left. A score of NaN is never drawn.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    The largest of z_ij + Gumbel noise is a draw from the softmax of z_i (the Gumbel-max trick), and a maximum streams:
+    one product of 2 N M D flop, memory O(N) beside the inputs and the workspace. The noise is a function of the seed, i
+    and j alone (Philox4x32-10, see docs/structures.md), so that it depends neither on the panels nor on the backend:
+    two backends differ only where rounding decides between two candidates. No gradient.
+
+    References
+    ----------
+    J. Li et al., "Align before fuse: Vision and language representation learning with momentum distillation", NeurIPS
+    2021 (the use). J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator).
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> features = torch.eye(4)
+    >>> index = ck.sample_negatives(features, features, 5.0, generator=torch.Generator().manual_seed(0))
+    >>> bool((index != torch.arange(4)).all()), index.shape
+    (True, torch.Size([4]))
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
+    x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
+    params = make_params(x, logit_scale)
+    device = x.device if generator is None else generator.device
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).to(x.device)
+    return best_column(x, y, params, excluded, *ids, seed, check_backend(backend), check_workspace(workspace_bytes))
+
+
+def hardest_negatives(
+    x: Tensor,
+    y: Tensor,
+    *,
+    positives: int | Tensor | None = None,
+    exclude: Tensor | tuple[Tensor, Tensor] | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """For every row of ``x`` the row of ``y`` with the largest <x_i, y_j> that is not its positive.
+
+    Parameters
+    ----------
+    x : Tensor
+        Anchors [N, D]; float16, bfloat16, float32 or float64.
+    y : Tensor
+        Candidates [M, D] of the same dtype and device.
+    positives, exclude, normalize, backend, workspace_bytes
+        As in :func:`sample_negatives`.
+
+    Returns
+    -------
+    Tensor
+        Rows of ``y``, int64 [N]; the first one of equal scores, -1 where no candidate is left. A score of NaN is
+        passed over.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    One product of 2 N M D flop, memory O(N) beside the inputs and the workspace. No gradient.
+
+    References
+    ----------
+    F. Faghri, D. J. Fleet, J. R. Kiros, S. Fidler, "VSE++: Improving visual-semantic embeddings with hard negatives",
+    BMVC 2018.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    >>> ck.hardest_negatives(x, x)
+    tensor([1, 0, 1])
+    >>> ck.hardest_negatives(x, x, exclude=torch.tensor([7, 7, 5]))
+    tensor([2, 2, 1])
+    """
+    x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
+    params = make_params(x, 1.0)
+    return best_column(x, y, params, excluded, *ids, None, check_backend(backend), check_workspace(workspace_bytes))
+
+
+def _checked(
+    x: Any, y: Any, positives: Any, exclude: Any, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The features without gradient, the positives' columns [N, 1], and the ids of rows and columns."""
+    x, y = check_features(x, y, ("x", "y"), normalize)
+    index, offset = check_positives(positives, x, y, allow_missing=True)
+    if index is None:
+        index = torch.arange(x.shape[0], device=x.device) + (offset or 0)
+    return x.detach(), y.detach(), index[:, None], _ids(exclude, x, y)
+
+
+def _ids(exclude: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The ids of rows [N] and columns [M] as int64."""
+    if exclude is None:
+        return None, None
+    pair = (exclude, exclude) if isinstance(exclude, Tensor) else exclude
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(ids, Tensor) for ids in pair):
+        raise TypeError(
+            f"exclude: expected None, a tensor of ids [N], or a pair of them [N], [M]; got {type(exclude).__name__}"
+        )
+    for ids, length in zip(pair, (x.shape[0], y.shape[0])):
+        if ids.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"exclude: expected integer ids; got {ids.dtype}")
+        if ids.shape != (length,):
+            raise ValueError(f"exclude: expected ids of shape [{length}]; got {list(ids.shape)}")
+        if ids.device != x.device:
+            raise ValueError(f"exclude: expected device {x.device}; got {ids.device}")
+    return pair[0].to(torch.int64).contiguous(), pair[1].to(torch.int64).contiguous()

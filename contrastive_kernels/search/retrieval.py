@@ -1,0 +1,211 @@
+"""Retrieval metrics of a whole corpus by streaming rank counts: no N x M matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import check_backend, check_features, check_positives, check_workspace
+from ..arguments.index import checked_index
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..backends import registry
+from ..engine.search import panel_side
+from ..operators.search import count_ranks
+from ..panels.size import score_dtype
+from ..panels.terms import RANK
+
+__all__ = ["RetrievalMetrics", "retrieval_metrics"]
+
+
+#: Two scores are equal if they differ by less than so many roundings of a sum of D products, each taken as eps sqrt(D).
+_ROUNDINGS = 4
+
+
+#: Rows whose norms are taken at a time.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """What :func:`retrieval_metrics` finds.
+
+    Parameters
+    ----------
+    recall : dict of int to float
+        By k: the part of the queries with a positive among the first k documents.
+    median_rank : float
+        Median over queries of the rank of the best positive, counted from 1.
+    mean_reciprocal_rank : float
+        Mean of 1 / rank.
+    ranks : Tensor
+        How many documents stand before each query's best positive, counted from 0 [N] int64; -1 for a query without
+        positives, which the figures above leave out.
+    """
+
+    recall: dict[int, float]
+    median_rank: float
+    mean_reciprocal_rank: float
+    ranks: Tensor
+
+
+@torch.no_grad()
+def retrieval_metrics(
+    x: Tensor,
+    y: Tensor,
+    k: Sequence[int] = (1, 5, 10),
+    *,
+    positives: int | Tensor | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> RetrievalMetrics:
+    """Recall@k, median rank and mean reciprocal rank of queries against documents, ordered by <x_i, y_j>.
+
+    Parameters
+    ----------
+    x : Tensor
+        Queries [N, D]; float16, bfloat16, float32 or float64.
+    y : Tensor
+        Documents [M, D] of the same dtype and device.
+    k : sequence of int
+        The cut-offs of the recall, each at least 1.
+    positives : int or Tensor, optional
+        Query i's positives in ``y``: document ``i + positives`` (an int; 0 by default), or the documents
+        ``positives[i]`` (int64 [N], or [N, P] for several; -1 fills up where there are fewer).
+    normalize : bool
+        Divide rows by their Euclidean norm first.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        Bound of the memory that holds panels of scores; 64 MiB by default.
+
+    Returns
+    -------
+    RetrievalMetrics
+        Numbers of the host, so the device is waited for. NaN where no query has a positive.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    The rank of a query is that of its best positive; its other positives never stand in the way. **Ties count against
+    the query**, and so does NaN: a document stands behind the positive only if its score is lower.
+
+    A score in float32 depends in its last digits on how the product was cut up. So whatever lies within rounding of the
+    positive's score is decided in float64, for those queries alone; ranks therefore do not depend on the workspace or
+    the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
+    inputs and the workspace, and a copy of the queries that are counted again.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> queries, documents = torch.eye(3), torch.eye(3)[[0, 2, 1]]
+    >>> found = ck.retrieval_metrics(queries, documents, k=(1, 3))
+    >>> found.recall, found.median_rank, found.ranks.tolist()
+    ({1: 0.3333333333333333, 3: 1.0}, 3.0, [0, 2, 2])
+    """
+    cuts = _cut_offs(k)
+    x, y = check_features(x, y, ("x", "y"), normalize)
+    options = check_backend(backend), check_workspace(workspace_bytes)
+    index = _positives(positives, x, y)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed
+    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options)
+    if score_dtype(x.dtype) != wide and bool(uncertain.any()):
+        rows = uncertain.nonzero()[:, 0]
+        ranks[rows] = _ranks(x[rows], y, index[rows], wide, "", options[1])[0]
+    there = (index >= 0).any(1)
+    places = ranks[there].double().cpu() + 1
+    return RetrievalMetrics(
+        recall={cut: (places <= cut).double().mean().item() for cut in cuts},
+        median_rank=places.quantile(0.5).item() if 0 < len(places) < 2**24 else places.median().item(),
+        mean_reciprocal_rank=(1 / places).mean().item(),
+        ranks=ranks.masked_fill(~there, -1),
+    )
+
+
+def _ranks(
+    x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, backend: str, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
+    best = _best_positive(x, y, index, dtype, workspace_bytes)
+    lengths = _lengths(y)
+    # a document of NaN or infinity is its own trouble, not every query's
+    longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
+    size = _lengths(x) * longest
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
+    slack = rounding * size.to(dtype)
+    below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)
+    ordered = index.sort(1).values
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    others = y.shape[0] - ((ordered >= 0) & ~repeated).sum(1)
+    return others - below, others - below > above
+
+
+def _lengths(v: Tensor) -> Tensor:
+    """Euclidean norms of the rows [n] in float32, a block of rows at a time: no copy of a 16-bit corpus."""
+    return torch.cat([block.to(torch.float32).norm(dim=1) for block in v.split(_ROWS)])
+
+
+def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
+    """The largest score among each query's positives [N] in `dtype`; -inf without any."""
+    n, count = index.shape
+    best = torch.full((n,), -torch.inf, dtype=dtype, device=x.device)
+    if not len(y):
+        return best
+    rows = max(1, workspace_bytes // (3 * max(count, 1) * x.shape[1] * dtype.itemsize))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        partners = y[index[part].clamp(min=0)].to(dtype)  # [rows, P, D]
+        scores = (partners * x[part, None].to(dtype)).sum(2)
+        best[part] = scores.masked_fill_(index[part] < 0, -torch.inf).amax(1)
+    return best
+
+
+def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
+    """By how much a product of unit vectors is off because torch may round float32 operands to TF32 or bfloat16."""
+    if dtype == torch.float64 or x.dtype != torch.float32:  # 16-bit operands have no more digits than those
+        return 0.0
+    owner: Any = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(owner, "matmul", None)
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None and getattr(matmul, "allow_tf32", False):  # before torch 2.9
+        precision = "tf32"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(str(precision), 0.0)
+
+
+def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The positives' columns [N, P] int64, -1 for none."""
+    if isinstance(positives, Tensor) and positives.dim() == 2:
+        if positives.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
+        if positives.shape[0] != x.shape[0] or positives.shape[1] == 0:
+            raise ValueError(f"positives: expected shape [{x.shape[0]}, P], P at least 1; got {list(positives.shape)}")
+        if positives.device != x.device:
+            raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
+        return checked_index(positives, y.shape[0], True)
+    index, offset = check_positives(positives, x, y, allow_missing=True)
+    if index is None:
+        index = torch.arange(x.shape[0], device=x.device) + (offset or 0)
+    return index[:, None]
+
+
+def _cut_offs(k: Any) -> tuple[int, ...]:
+    """The cut-offs as a tuple."""
+    if isinstance(k, (str, Tensor)) or not isinstance(k, Sequence):
+        raise TypeError(f"k: expected a sequence of ints; got {type(k).__name__}")
+    for cut in k:
+        if isinstance(cut, bool) or not isinstance(cut, int):
+            raise TypeError(f"k: expected a sequence of ints; got {type(cut).__name__} in it")
+        if cut < 1:
+            raise ValueError(f"k: expected cut-offs of at least 1; got {cut}")
+    return tuple(k)

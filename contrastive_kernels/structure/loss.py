@@ -1,0 +1,239 @@
+"""Latent modality structures as modules: the base loss, the head of independent features, and all of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments.checks import check_backend, check_number, check_workspace
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from .bridge import brownian_bridge
+from .geometry import geometric_consistency
+from .multimodal import multimodal_contrastive
+from .separation import feature_separation
+
+__all__ = ["LatentStructureLoss", "MultimodalContrastiveLoss", "SeparationHead"]
+
+
+class MultimodalContrastiveLoss(nn.Module):
+    """The four-way contrastive loss; see :func:`contrastive_kernels.multimodal_contrastive`.
+
+    Parameters
+    ----------
+    normalize : bool
+        Divide rows by their Euclidean norm first.
+    backend : str, optional
+        A backend's name; by default the first that can serve.
+    workspace_bytes : int
+        Bound of the memory that holds panels of scores.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.MultimodalContrastiveLoss()
+    >>> round(loss(torch.eye(4), torch.eye(4), 5.0, torch.eye(4), torch.eye(4)).item(), 5)
+    0.02001
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        backend: str | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "normalize": normalize,
+            "backend": check_backend(backend) or None,
+            "workspace_bytes": check_workspace(workspace_bytes),
+        }
+
+    def extra_repr(self) -> str:
+        """The options, as they print."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+    ) -> Tensor:
+        """Matching rows [N, D]; without views, what is left is CLIP's loss."""
+        return multimodal_contrastive(image, text, image_aug, text_aug, logit_scale, **self.options)
+
+
+class SeparationHead(nn.Module):
+    """The projection that gives a tower its independent features: a linear map, or one hidden layer, to the sphere.
+
+    Parameters
+    ----------
+    in_features : int
+        Width of the tower's features, those that its own projection sees.
+    out_features : int
+        Width D of the result, that of the shared features.
+    hidden_features : int, optional
+        Width of a hidden layer with GELU; None: a linear map.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> head = ck.SeparationHead(32, 8, hidden_features=16)
+    >>> head(torch.randn(5, 32)).norm(dim=1).round(decimals=4)
+    tensor([1., 1., 1., 1., 1.], ...)
+    """
+
+    def __init__(self, in_features: int, out_features: int, hidden_features: int | None = None) -> None:
+        super().__init__()
+        if hidden_features is None:
+            self.layers = nn.Sequential(nn.Linear(in_features, out_features))
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(in_features, hidden_features), nn.GELU(), nn.Linear(hidden_features, out_features)
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., in_features] to unit-norm [..., out_features]."""
+        return nn.functional.normalize(self.layers(features), dim=-1)
+
+
+class LatentStructureLoss(nn.Module):
+    """A contrastive base loss and up to three regularisers of the latent space, each with its weight.
+
+    Parameters
+    ----------
+    base : callable, optional
+        Called as ``base(image, text, logit_scale)``: any module or function of two feature matrices whose result is a
+        scalar, such as :class:`contrastive_kernels.ClipLoss`. A :class:`MultimodalContrastiveLoss`, the default, gets
+        the augmented views as well.
+    separation : float
+        Weight of :func:`contrastive_kernels.feature_separation`; 0: left out.
+    bridge : float
+        Weight of :func:`contrastive_kernels.brownian_bridge`; 0: left out.
+    geometry : float
+        Weight of :func:`contrastive_kernels.geometric_consistency`; 0: left out.
+    separation_options, bridge_options, geometry_options : dict, optional
+        Further keyword arguments of the three functions, such as ``{"t": "sampled"}``.
+
+    Notes
+    -----
+    The paper prints no weights. CyCLIP's, for what is geometry here, is 0.25.
+
+    All terms but the bridge compare the samples of a batch with one another. The batch is what is given: features of
+    several processes have to be gathered, with their gradients, before.
+
+    References
+    ----------
+    Q. Jiang et al., "Understanding and constructing latent modality structures in multi-modal representation
+    learning", CVPR 2023.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.LatentStructureLoss(bridge=0.1, geometry=0.25)
+    >>> image, text, view = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(3))
+    >>> sorted(loss(image, text, 10.0, image_aug=view))
+    ['base', 'bridge', 'geometry', 'loss']
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., Tensor] | None = None,
+        separation: float = 0.0,
+        bridge: float = 0.0,
+        geometry: float = 0.0,
+        *,
+        separation_options: dict[str, Any] | None = None,
+        bridge_options: dict[str, Any] | None = None,
+        geometry_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if base is not None and not callable(base):
+            raise TypeError(f"base: expected a loss module or None; got {type(base).__name__}")
+        self.base = MultimodalContrastiveLoss() if base is None else base
+        weights = {"separation": separation, "bridge": bridge, "geometry": geometry}
+        self.weights = {name: check_number(weight, name, positive=False) for name, weight in weights.items()}
+        self.separation_options = dict(separation_options or {})
+        self.bridge_options = dict(bridge_options or {})
+        self.geometry_options = dict(geometry_options or {})
+
+    def extra_repr(self) -> str:
+        """The weights, as they print."""
+        return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        *,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+        image_independent: Tensor | None = None,
+        text_independent: Tensor | None = None,
+        image_independent_aug: Tensor | None = None,
+        text_independent_aug: Tensor | None = None,
+        independent_logit_scale: float | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its parts.
+
+        Parameters
+        ----------
+        image, text : Tensor
+            Shared features of matching rows [N, D], unit-norm.
+        logit_scale : float or Tensor
+            The inverse temperature.
+        image_aug, text_aug : Tensor, optional
+            The same of augmented views [N, D]; the bridge needs at least one of them.
+        image_independent, text_independent : Tensor, optional
+            Independent features [N, D], which separation needs.
+        image_independent_aug, text_independent_aug : Tensor, optional
+            The same of augmented views [N, D].
+        independent_logit_scale : float or Tensor, optional
+            The inverse temperature of separation's contrast. Default: the value of ``logit_scale``, without a gradient
+            to it: telling independent features apart is another task, whose best temperature is not the towers'.
+
+        Returns
+        -------
+        dict of Tensor
+            "loss", to call ``backward`` on; and detached, before their weights: "base", "separation", "bridge",
+            "geometry" and separation's terms "separation/orthogonality", "separation/contrast",
+            "separation/uniformity", as far as they are there.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit, and for features that a regulariser needs and that are not given.
+        """
+        if isinstance(self.base, MultimodalContrastiveLoss):
+            base = self.base(image, text, logit_scale, image_aug, text_aug)
+        else:
+            base = self.base(image, text, logit_scale)
+        if not isinstance(base, Tensor) or base.dim():
+            raise TypeError(f"base: expected a module that returns a scalar tensor; got {type(base).__name__}")
+        values = {"base": base}
+        parts: dict[str, Tensor] = {}
+        if self.weights["separation"]:
+            if image_independent is None or text_independent is None:
+                raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
+            if independent_logit_scale is None:
+                independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+            result = feature_separation(
+                image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
+                independent_logit_scale, return_terms=True, **self.separation_options,
+            )  # fmt: skip
+            values["separation"], terms = result
+            parts = {f"separation/{name}": value for name, value in terms.items()}
+        if self.weights["bridge"]:
+            values["bridge"] = brownian_bridge(image, text, image_aug, text_aug, **self.bridge_options)
+        if self.weights["geometry"]:
+            values["geometry"] = geometric_consistency(image, text, image_aug, text_aug, **self.geometry_options)
+        loss = base
+        for name, value in values.items():
+            if name != "base":
+                loss = loss + self.weights[name] * value
+        return {"loss": loss, **{name: value.detach() for name, value in values.items()}, **parts}

@@ -1,0 +1,77 @@
+"""The four-way contrastive base loss of a pair of modalities and their augmented views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments.checks import (
+    check_features,
+    require_equal_lengths,
+)
+from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..losses.softmax import clip_loss, info_nce
+
+__all__ = ["multimodal_contrastive"]
+
+
+def multimodal_contrastive(
+    image: Tensor,
+    text: Tensor,
+    image_aug: Tensor | None,
+    text_aug: Tensor | None,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """The four-way contrastive loss: the mean of InfoNCE from V to T, T to V, V to Va and T to Ta.
+
+    Parameters
+    ----------
+    image, text : Tensor
+        Matching rows V, T [N, D] of one dtype and device.
+    image_aug, text_aug : Tensor or None
+        Features of their augmented views Va, Ta [N, D], the keys of the in-modal terms: from the same encoder, or from
+        a momentum encoder without gradient. A view that is None leaves its term out of the mean.
+    logit_scale : float or Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm.
+    normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar; float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    Three streams: the two cross-modal terms share one. O(N D) memory.
+
+    References
+    ----------
+    Q. Jiang et al., "Understanding and constructing latent modality structures in multi-modal representation
+    learning", CVPR 2023.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> features = torch.eye(4)
+    >>> round(ck.multimodal_contrastive(features, features, features, features, 5.0).item(), 5)
+    0.02001
+    """
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
+    total, terms = 2 * clip_loss(image, text, logit_scale, **options), 2
+    for feature, view, name in ((image, image_aug, "image_aug"), (text, text_aug, "text_aug")):
+        if view is not None:
+            check_features(feature, view, (name.removesuffix("_aug"), name), False)
+            require_equal_lengths(feature, view, (name.removesuffix("_aug"), name))
+            total, terms = total + info_nce(feature, view, logit_scale, **options), terms + 1
+    return total / terms
