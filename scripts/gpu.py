@@ -199,7 +199,7 @@ def test(out: Path, seconds: float) -> int:
     if run([sys.executable, "-c", "import pytest"], 60) != 0:
         fail(f"no pytest: {ADVICE}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=40", "--durations=10"]
-    command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "tests/test_gpu.py"]
+    command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "tests/backends/test_gpu.py"]
     processes = min(PROCESSES, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") is not None and processes > 1:
         command += ["-n", str(processes)]

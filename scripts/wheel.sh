@@ -29,7 +29,7 @@ if [ -n "$nvcc" ]; then
     variants="cpu cuda$major"
 fi
 ls -l dist
-for needed in csrc/bindings.cpp csrc/cuda/panel_pass.cu tests/test_packaging.py examples/demo.py Makefile constraints.txt; do
+for needed in csrc/bindings.cpp csrc/cuda/panel_pass.cu tests/package/test_packaging.py examples/demo.py Makefile constraints.txt; do
     tar -tzf dist/*.tar.gz | grep "/$needed\$" >/dev/null || { echo "the sdist lacks $needed" >&2; exit 1; }
 done
 # the Triton kernels as files: a link would dangle

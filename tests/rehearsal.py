@@ -1,4 +1,4 @@
-"""tests/test_gpu.py on the CPU, as far as it needs nothing of CUDA: that no test fails for a slip of the pen.
+"""tests/backends/test_gpu.py on the CPU, as far as it needs nothing of CUDA: that no test fails for a slip of the pen.
 
     python tests/rehearsal.py [pytest's options]
 
@@ -37,7 +37,7 @@ CHANGES = {
 
 def rehearse(options: list[str]) -> int:
     """Runs the changed copy; pytest's exit status."""
-    text = (TESTS / "test_gpu.py").read_text()
+    text = (TESTS / "backends/test_gpu.py").read_text()
     for old, new in CHANGES.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)

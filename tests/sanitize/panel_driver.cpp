@@ -1,5 +1,5 @@
 // Runs the C++ pass over ragged panels in heap buffers of exactly the right size, against a plain loop in double.
-// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/test_sanitizers.py, which also builds it with
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/backends/test_sanitizers.py, which also builds it with
 //   -DCK_INJECT_OVERRUN    scores one element short: a read past the end, to prove that the sanitizer is live;
 //   -DCK_INJECT_UNDEFINED  a signed overflow, likewise.
 #include <algorithm>

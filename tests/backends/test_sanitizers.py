@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests/sanitize/panel_driver.cpp"
 SANITIZE = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer"]
 SANITIZE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -21,7 +21,7 @@ import triton.testing
 from contrastive_kernels._triton import configs, launch, pair_terms, tuning
 from contrastive_kernels.backends import triton as backend
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 
 

@@ -14,7 +14,7 @@ np = pytest.importorskip("numpy")
 for module in ("matplotlib", "PIL", "rich"):
     pytest.importorskip(module)
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import glyphs  # noqa: E402

@@ -22,7 +22,7 @@ from contrastive_kernels.panels.size import PanelBytes
 from contrastive_kernels.planning.costs import LOSSES
 
 MIB = 2**20
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (65, 65), (1000, 3), (65536, 65536), (70000, 70000), (1_000_000, 512)])

@@ -20,7 +20,7 @@ from contrastive_kernels.backends import cuda
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCH = "90"
 #: Registers of a thread at two blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 128
