@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .pairs import Pairs
+
 __all__ = ["Panel", "Route", "SearchPanel", "Side", "in_pieces", "present"]
 
 
@@ -28,9 +30,10 @@ class Route:
 class Side:
     """The vectors that go with a panel's rows (or columns); None where this side takes no part."""
 
-    #: [state_rows, n] running state, updated in place
+    #: [state_rows, n] running state, updated in place: (shift, sum), the sum of exp(z - shift), or (sum)
     state: Tensor | None = None
-    #: [n] a_i (rows) or b_j (columns)
+    #: [2, n] log-normalisers a_i (rows) or b_j (columns) as two numbers, (shift, rest): one rounded number would lose
+    #: the rest where the shift is large. A rest of +inf says that there are no negatives
     normalizer: Tensor | None = None
     #: [n] r_i (rows) or c_j (columns)
     gain: Tensor | None = None
@@ -47,19 +50,18 @@ class Panel:
     scores: Tensor
     #: [R, C] where a weight panel leaves factor * dL/dz; it may be `scores` itself
     weights: Tensor
-    #: [2] scale and bias, on the device
+    #: [3] scale, bias and center, on the device
     params: Tensor
-    #: [R, K] columns of the whole matrix that the stream leaves out
-    exclude: Tensor
-    #: this panel's first column in the whole matrix
-    first_column: int
+    #: which pairs count
+    pairs: Pairs = field(default_factory=Pairs)
     #: the scores were kept from an earlier pass
     scores_ready: bool = False
     #: the operands hold bfloat16 values
     bfloat16_values: bool = False
     row: Side = field(default_factory=Side)
     col: Side = field(default_factory=Side)
-    #: [2] += sum of w * score, sum of w (float64)
+    #: [2] += sum of w * (score - center), sum of w (float64); where a row's weights sum to 0 the center may be any
+    #: score, and one near them keeps the digits
     dparams: Tensor | None = None
     #: [1] what the weights are multiplied by: the scale, except where weights are float16; None: the scale
     factor: Tensor | None = None
@@ -71,11 +73,6 @@ class Panel:
 class SearchPanel(Panel):
     """A block of the score matrix of which only each row's best column, or a count, is wanted."""
 
-    #: this panel's first row in the whole matrix
-    first_row: int = 0
-    #: [R], [C] int64: pairs of equal ids are left out of the search
-    row_ids: Tensor | None = None
-    col_ids: Tensor | None = None
     #: [1] int64, the key of the noise
     seed: Tensor | None = None
     #: [R] the best score so far, in the dtype of the scores, and [R] int64 its column; updated in place
