@@ -1,0 +1,71 @@
+"""What a backend is: two operations on a panel, one for searches, and what it asks of the driver."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from ..panels.panel import Panel, Route, SearchPanel
+from ..panels.size import Size
+from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
+from .products import default_weights_dtype
+
+__all__ = ["Backend"]
+
+
+class Backend:
+    """The operations on a panel, the terms that they know, and why they cannot serve a device and dtype.
+
+    A subclass per file; the registry holds one object of each.
+    """
+
+    name: ClassVar[str]
+    #: the pair terms that it knows
+    terms: ClassVar[tuple[PairTerm, ...]] = (EXPONENTIAL, SIGMOID)
+    #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
+    score_tile: ClassVar[bool] = True
+    #: it takes operands in their own dtype, not in that of the scores
+    native_operands: ClassVar[bool] = False
+    #: score-sized temporaries that its operations allocate beside the workspace's own, and those of a search
+    temporaries: ClassVar[int] = 0
+    search_temporaries: ClassVar[int] = 0
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The reason why it cannot serve, or None."""
+        raise NotImplementedError
+
+    def why_not_capability(self, capability: int, dtype: torch.dtype) -> str | None:
+        """The same for a GPU that is not there, by its compute capability (90 for 9.0)."""
+        return self.why_not(torch.device("cuda"), dtype)
+
+    def route(self, size: Size) -> Route:
+        """How it would compute what it can serve."""
+        raise NotImplementedError
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
+        return default_weights_dtype(device, dtype)
+
+    def scratch(self, rows: int, cols: int, size: Size) -> int:
+        """float32 that it wants beside for a panel of R rows and C columns; its route has a bound."""
+        return 0
+
+    def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
+        """Folds the panel into row.state and col.state."""
+        raise NotImplementedError
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are."""
+        raise NotImplementedError
+
+    def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
+        """Folds the panel into the rows' best score and its column, or into their counts."""
+        raise NotImplementedError
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:
+        """Why it cannot serve a term on this device and in this dtype, or None: it can."""
+        reason = self.why_not(device, dtype)
+        if reason is None and term not in self.terms:
+            return f"it has no {term.name} term"
+        return reason
