@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments.options import Engine
+from ..panels.pairs import Pairs
 from ..panels.size import Size, score_dtype
 from .positives import Positives
 from .shapes import multiprocessors
 
-__all__ = ["DEFAULT_WORKSPACE_BYTES", "Engine", "Problem"]
-
-#: Bound of the memory that holds panels of scores.
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
-
-class Engine(NamedTuple):
-    """Which backend walks the panels ("": the registry chooses), and in how much memory."""
-
-    backend: str = ""
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+__all__ = ["Problem"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +66,11 @@ class Problem:
     def positives(self) -> Positives:
         """Where they lie."""
         return Positives(self.offset, self.index)
+
+    def pairs(self) -> Pairs:
+        """What is left out: the positives and, of a symmetric matrix, every row's own column."""
+        diagonal = 0 if self.symmetric else self.offset
+        return Pairs(diagonal, None if self.index is None else self.index[:, None], self.col_bias)
 
     def params(self) -> Tensor:
         """(scale, bias, 0) [3] on the device, in the dtype of the scores: the last is the center of the scores."""
