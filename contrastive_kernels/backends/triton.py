@@ -13,6 +13,7 @@ from torch import Tensor
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
+from .base import Backend
 
 __all__ = [
     "SCRATCH_PER_ROW",
@@ -136,3 +137,18 @@ def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
 
 def _vectors(side: Side) -> Any:
     return _kernels().Vectors(side.state, side.normalizer, side.gain)
+
+
+class TritonBackend(Backend):
+    """The module's functions as a backend."""
+
+    name = "triton"
+    score_tile = False
+    native_operands = True
+    why_not = staticmethod(why_not)  # type: ignore[assignment]
+    why_not_capability = staticmethod(why_not_capability)  # type: ignore[assignment]
+    route = staticmethod(route)  # type: ignore[assignment]
+    weights_dtype = staticmethod(weights_dtype)  # type: ignore[assignment]
+    scratch = staticmethod(scratch)  # type: ignore[assignment]
+    reduce_panel = staticmethod(reduce_panel)  # type: ignore[assignment]
+    weight_panel = staticmethod(weight_panel)  # type: ignore[assignment]
