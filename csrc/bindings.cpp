@@ -1,4 +1,4 @@
-// The Python module contrastive_kernels._C. A panel comes in as keywords, named in one table: integers all of them,
+// The Python module contrastive_kernels._C. A panel comes in as keywords, named in members.h: integers all of them,
 // where 0 is a null pointer.
 #include <pybind11/pybind11.h>
 
@@ -24,109 +24,68 @@ void assign(T& member, py::handle value) {
   member = static_cast<T>(value.cast<int>());
 }
 
+// A keyword: what sets its member, and what there is to say of it.
 template <typename Panel>
-using Fields = std::unordered_map<std::string, void (*)(Panel&, py::handle)>;
+struct Keyword {
+  void (*set)(Panel&, py::handle);
+  const char* comment;
+};
+template <typename Panel>
+using Keywords = std::unordered_map<std::string, Keyword<Panel>>;
 
 template <typename Panel, auto Member>
 void set(Panel& panel, py::handle value) {
   assign(panel.*Member, value);
 }
-template <auto Side, auto Member>
-void set_side(ck::Panel& panel, py::handle value) {
-  assign(panel.*Side.*Member, value);
+template <typename Panel, auto Part, auto Member>
+void set_in(Panel& panel, py::handle value) {
+  assign(panel.*Part.*Member, value);
 }
 
 using P = ck::Panel;
-using S = ck::Side;
 using Q = ck::SearchPanel;
 
 // Every member of a panel by its name.
 template <typename Panel>
-const Fields<Panel>& fields();
+const Keywords<Panel>& keywords();
+
+#define CK_OF_PANEL(type, name, initial, comment) {#name, {set<P, &P::name>, comment}},
+#define CK_OF_SEARCH(type, name, initial, comment) {#name, {set<Q, &Q::name>, comment}},
+#define CK_OF_PANEL_PAIRS(type, name, initial, comment) {#name, {set_in<P, &P::pairs, &ck::Pairs::name>, comment}},
+#define CK_OF_SEARCH_PAIRS(type, name, initial, comment) {#name, {set_in<Q, &Q::pairs, &ck::Pairs::name>, comment}},
+#define CK_OF_ROWS(type, name, initial, comment) {"row_" #name, {set_in<P, &P::row, &ck::Side::name>, comment}},
+#define CK_OF_COLS(type, name, initial, comment) {"col_" #name, {set_in<P, &P::col, &ck::Side::name>, comment}},
 
 template <>
-const Fields<P>& fields<P>() {
-  static const Fields<P> table = {
-      {"term", set<P, &P::term>},
-      {"scores", set<P, &P::scores>},
-      {"rows", set<P, &P::rows>},
-      {"cols", set<P, &P::cols>},
-      {"stride", set<P, &P::stride>},
-      {"params", set<P, &P::params>},
-      {"exclude", set<P, &P::exclude>},
-      {"exclude_count", set<P, &P::exclude_count>},
-      {"first_column", set<P, &P::first_column>},
-      {"row_reference", set_side<&P::row, &S::reference>},
-      {"row_sum", set_side<&P::row, &S::sum>},
-      {"row_normalizer", set_side<&P::row, &S::normalizer>},
-      {"row_gain", set_side<&P::row, &S::gain>},
-      {"col_reference", set_side<&P::col, &S::reference>},
-      {"col_sum", set_side<&P::col, &S::sum>},
-      {"col_normalizer", set_side<&P::col, &S::normalizer>},
-      {"col_gain", set_side<&P::col, &S::gain>},
-      {"weights", set<P, &P::weights>},
-      {"weights_dtype", set<P, &P::weights_dtype>},
-      {"weights_stride", set<P, &P::weights_stride>},
-      {"dparams", set<P, &P::dparams>},
-      {"threads", set<P, &P::threads>},
-      {"x", set<P, &P::x>},
-      {"y", set<P, &P::y>},
-      {"operands", set<P, &P::operands>},
-      {"depth", set<P, &P::depth>},
-      {"x_stride", set<P, &P::x_stride>},
-      {"y_stride", set<P, &P::y_stride>},
-      {"factor", set<P, &P::factor>},
-      {"device", set<P, &P::device>},
-      {"stream", set<P, &P::stream>},
-      {"scratch", set<P, &P::scratch>},
-      {"scratch_bytes", set<P, &P::scratch_bytes>},
-  };
+const Keywords<P>& keywords<P>() {
+  static const Keywords<P> table = {CK_PANEL_MEMBERS(CK_OF_PANEL) CK_PAIRS_MEMBERS(CK_OF_PANEL_PAIRS)
+                                        CK_SIDE_MEMBERS(CK_OF_ROWS) CK_SIDE_MEMBERS(CK_OF_COLS)};
   return table;
 }
 
 template <>
-const Fields<Q>& fields<Q>() {
-  static const Fields<Q> table = {
-      {"term", set<Q, &Q::term>},
-      {"scores", set<Q, &Q::scores>},
-      {"rows", set<Q, &Q::rows>},
-      {"cols", set<Q, &Q::cols>},
-      {"stride", set<Q, &Q::stride>},
-      {"params", set<Q, &Q::params>},
-      {"exclude", set<Q, &Q::exclude>},
-      {"exclude_count", set<Q, &Q::exclude_count>},
-      {"first_row", set<Q, &Q::first_row>},
-      {"first_column", set<Q, &Q::first_column>},
-      {"row_ids", set<Q, &Q::row_ids>},
-      {"col_ids", set<Q, &Q::col_ids>},
-      {"seed", set<Q, &Q::seed>},
-      {"best", set<Q, &Q::best>},
-      {"best_column", set<Q, &Q::best_column>},
-      {"low", set<Q, &Q::low>},
-      {"high", set<Q, &Q::high>},
-      {"below", set<Q, &Q::below>},
-      {"above", set<Q, &Q::above>},
-      {"threads", set<Q, &Q::threads>},
-  };
+const Keywords<Q>& keywords<Q>() {
+  static const Keywords<Q> table = {CK_SEARCH_PANEL_MEMBERS(CK_OF_SEARCH) CK_PAIRS_MEMBERS(CK_OF_SEARCH_PAIRS)};
   return table;
 }
 
+// {keyword: comment}, for whoever looks for it in Python.
 template <typename Panel>
-py::list names() {
-  py::list all;
-  for (const auto& field : fields<Panel>()) all.append(field.first);
+py::dict comments() {
+  py::dict all;
+  for (const auto& keyword : keywords<Panel>()) all[py::str(keyword.first)] = keyword.second.comment;
   return all;
 }
 
 template <typename Panel>
 Panel make_panel(const py::kwargs& arguments) {
   Panel panel;
-  const Fields<Panel>& known = fields<Panel>();
+  const Keywords<Panel>& known = keywords<Panel>();
   for (const std::pair<py::handle, py::handle> item : arguments) {
     const std::string name = py::cast<std::string>(item.first);
     const auto found = known.find(name);
     if (found == known.end()) throw py::type_error("a panel has no member " + name);
-    found->second(panel, item.second);
+    found->second.set(panel, item.second);
   }
   return panel;
 }
@@ -149,9 +108,9 @@ void gumbel_array(int64_t seed, int64_t row, int64_t first_column, uintptr_t out
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The pass over one panel of scores, on the CPU and in CUDA. A panel's members are keywords; see api.h.";
-  m.attr("_panel_members") = names<P>();
-  m.attr("_search_panel_members") = names<Q>();
+  m.doc() = "The pass over one panel of scores, on the CPU and in CUDA. A panel's members are keywords; see members.h.";
+  m.attr("_panel_members") = comments<P>();
+  m.attr("_search_panel_members") = comments<Q>();
   m.def("reduce_panel", &run<P, ck::reduce_panel>);
   m.def("weight_panel", &run<P, ck::weight_panel>);
   m.def("search_panel", &run<Q, ck::search_panel>);

@@ -1,5 +1,6 @@
-"""The backends: two panel operations each, and the registry that chooses among them."""
+"""The backends: operations on a panel, a class each, and the registry that chooses among them."""
 
-from .registry import ORDER, Backend, choose, get, names, table
+from .base import Backend
+from .registry import ORDER, choose, get, names, table
 
 __all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]

@@ -1,11 +1,14 @@
-"""How a panel is handed to the C++ extension: the addresses of its vectors, under the names of csrc/include/api.h."""
+"""How a panel is handed to the C++ extension: the addresses of its vectors, under the names of csrc/include/members.h."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from ..panels.panel import Panel, SearchPanel, Side
+from ..panels.pairs import Pairs
+from ..panels.panel import Panel, SearchPanel
 from ..panels.terms import PairTerm
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
@@ -20,23 +23,19 @@ __all__ = ["DTYPES", "MISSING", "common_fields", "score_fields", "search_fields"
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_PAIRS = tuple(field.name for field in fields(Pairs))
+_SEARCH = tuple(field.name for field in fields(SearchPanel) if field.name not in {f.name for f in fields(Panel)})
+
 
 def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
-    """What every operation needs beside the scores: the parameters, what is left out, and the states."""
-    excluded = panel.exclude.shape[1]
-    fields = {
-        "term": term.code,
-        "params": panel.params.data_ptr(),
-        "exclude": _address(panel.exclude) if excluded else 0,
-        "exclude_count": excluded,
-        "first_column": panel.first_column,
-    }
+    """What every operation needs beside the scores: the parameters, which pairs count, and the states."""
+    values = {"term": term.code, "params": panel.params.data_ptr(), **_members(panel.pairs, _PAIRS)}
     for name, side in (("row", panel.row), ("col", panel.col)):
-        if side.state is not None:  # a plain sum has no maximum
+        if side.state is not None:  # a plain sum has no shift
             if term.state_rows == 2:
-                fields[f"{name}_reference"] = _address(side.state[0])
-            fields[f"{name}_sum"] = _address(side.state[-1])
-    return fields
+                values[f"{name}_shift"] = _address(side.state[0])
+            values[f"{name}_sum"] = _address(side.state[-1])
+    return values
 
 
 def score_fields(scores: Tensor) -> dict[str, int]:
@@ -47,40 +46,39 @@ def score_fields(scores: Tensor) -> dict[str, int]:
 
 def weight_fields(panel: Panel) -> dict[str, int]:
     """What a weight panel needs beside."""
-    fields = {
+    values = {
         "weights": panel.weights.data_ptr(),
         "weights_dtype": DTYPES[panel.weights.dtype],
         "weights_stride": panel.weights.stride(0),
     }
     if panel.dparams is not None:
-        fields["dparams"] = panel.dparams.data_ptr()
+        values["dparams"] = panel.dparams.data_ptr()
     for name, side in (("row", panel.row), ("col", panel.col)):
-        for vector, tensor in _vectors(side):
-            fields[f"{name}_{vector}"] = _address(tensor)
-    return fields
+        if side.normalizer is not None:
+            values[f"{name}_normalizer_shift"] = _address(side.normalizer[0])
+            values[f"{name}_normalizer_rest"] = _address(side.normalizer[1])
+        if side.gain is not None:
+            values[f"{name}_gain"] = _address(side.gain)
+    return values
 
 
 def search_fields(panel: SearchPanel) -> dict[str, int]:
-    """What a search needs beside: what it leaves out, its noise, and the rows' best or bounds and counts."""
-    vectors = {
-        "row_ids": panel.row_ids,
-        "col_ids": panel.col_ids,
-        "seed": panel.seed,
-        "best": panel.best,
-        "best_column": panel.best_column,
-        "low": panel.low,
-        "high": panel.high,
-        "below": panel.below,
-        "above": panel.above,
-    }
-    addresses = {name: _address(vector) for name, vector in vectors.items() if vector is not None}
-    return {"first_row": panel.first_row, **addresses}
+    """What a search needs beside: its noise, and the rows' best or bounds and counts."""
+    return _members(panel, _SEARCH)
 
 
-def _vectors(side: Side) -> list[tuple[str, Tensor]]:
-    """The vectors that a side has, by name."""
-    both = (("normalizer", side.normalizer), ("gain", side.gain))
-    return [(name, tensor) for name, tensor in both if tensor is not None]
+def _members(owner: Pairs | SearchPanel, names: tuple[str, ...]) -> dict[str, int]:
+    """The members of these names that are not None: numbers, and addresses of tensors; of a matrix also its width."""
+    values = {}
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, Tensor):
+            values[name] = _address(value)
+            if value.dim() == 2:
+                values[f"{name}_count"] = value.shape[1]
+        elif value is not None:
+            values[name] = value
+    return values
 
 
 def _address(vector: Tensor) -> int:

@@ -3,111 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from ..panels.panel import Panel, Route, SearchPanel
-from ..panels.size import Size
-from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
-from . import cpu as cpu_backend
-from . import cuda as cuda_backend
-from . import torch as torch_backend
-from . import triton as triton_backend
-from .products import default_weights_dtype
+from ..panels.terms import EXPONENTIAL, SEARCHES, PairTerm
+from .base import Backend
+from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .torch import TorchBackend
+from .triton import TritonBackend
 
-__all__ = ["ORDER", "Backend", "choose", "get", "names", "table"]
-
-
-def _no_scratch(rows: int, cols: int, size: Size) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Its panel operations, the terms they know, and why they cannot serve a device and dtype (None: they can)."""
-
-    name: str
-    reduce_panel: Callable[[PairTerm, Panel], None]
-    weight_panel: Callable[[PairTerm, Panel], None]
-    why_not: Callable[[torch.device, torch.dtype], str | None]
-    #: how it would compute what it can serve
-    route: Callable[[Size], Route]
-    #: the same for a GPU that is not there, by its compute capability (90 for 9.0); None: it serves none
-    why_not_capability: Callable[[int, torch.dtype], str | None] | None = None
-    #: score-sized temporaries that its operations allocate beside the workspace's own
-    temporaries: int = 0
-    #: it wants room for a panel's scores [R, C]; without it no scores are kept between the passes
-    score_tile: bool = True
-    #: it takes operands in their own dtype, not in that of the scores
-    native_operands: bool = False
-    #: the dtype of its weights for a device and an operands' dtype; one with float16 weights honours panel.factor
-    weights_dtype: Callable[[torch.device, torch.dtype], torch.dtype] = default_weights_dtype
-    #: float32 that it wants beside for a panel of R rows and C columns; its route has a bound
-    scratch: Callable[[int, int, Size], int] = _no_scratch
-    #: the pair terms that it knows
-    terms: tuple[PairTerm, ...] = (EXPONENTIAL, SIGMOID)
-    #: the operation of the terms that search and count
-    search_panel: Callable[[PairTerm, SearchPanel], None] | None = None
-    #: score-sized temporaries of that one
-    search_temporaries: int = 0
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:
-        """Why it cannot serve a term on this device and in this dtype, or None: it can."""
-        reason = self.why_not(device, dtype)
-        if reason is None and term not in self.terms:
-            return f"it has no {term.name} term"
-        return reason
-
+__all__ = ["ORDER", "choose", "get", "names", "table"]
 
 #: From the most to the least preferred; the last one serves everything.
-ORDER: tuple[Backend, ...] = (
-    Backend(
-        "triton",
-        triton_backend.reduce_panel,
-        triton_backend.weight_panel,
-        triton_backend.why_not,
-        triton_backend.route,
-        why_not_capability=triton_backend.why_not_capability,
-        score_tile=False,
-        native_operands=True,
-        weights_dtype=triton_backend.weights_dtype,
-        scratch=triton_backend.scratch,
-    ),
-    Backend(
-        "cuda",
-        cuda_backend.reduce_panel,
-        cuda_backend.weight_panel,
-        cuda_backend.why_not,
-        cuda_backend.route,
-        why_not_capability=cuda_backend.why_not_capability,
-        score_tile=False,
-        native_operands=True,
-        weights_dtype=cuda_backend.weights_dtype,
-        scratch=cuda_backend.scratch,
-    ),
-    Backend(
-        "cpu",
-        cpu_backend.reduce_panel,
-        cpu_backend.weight_panel,
-        cpu_backend.why_not,
-        cpu_backend.route,
-        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
-        search_panel=cpu_backend.search_panel,
-    ),
-    Backend(
-        "torch",
-        torch_backend.reduce_panel,
-        torch_backend.weight_panel,
-        torch_backend.why_not,
-        torch_backend.route,
-        temporaries=3,
-        terms=(EXPONENTIAL, SIGMOID, *SEARCHES),
-        search_panel=torch_backend.search_panel,
-        search_temporaries=8,
-    ),
-)
+ORDER: tuple[Backend, ...] = (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
 
 
 def names() -> tuple[str, ...]:

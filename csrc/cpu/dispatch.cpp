@@ -37,14 +37,20 @@ const IsaTable*& chosen() {
   return isa;
 }
 
+void check_pairs(const Pairs& pairs) {
+  check(pairs.columns_count == 0 || pairs.columns, "pairs: columns must not be null when columns_count is not 0");
+  check(!pairs.row_ids == !pairs.col_ids, "pairs: ids of rows need ids of columns");
+}
+
 void check_panel(const Panel& p) {
   check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "panel: sizes and stride must be non-negative and ordered");
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "panel: scores and params must not be null");
-  check(p.exclude_count == 0 || p.exclude, "panel: exclude must not be null when exclude_count is not 0");
+  check_pairs(p.pairs);
+  check(!p.pairs.row_ids && !p.pairs.col_ids, "panel: ids are for searches");
   check(p.weights_dtype != Dtype::kFloat16 && !p.factor, "panel: the CPU has no float16 weights and no factor");
   check(p.threads >= 1, "panel: threads must be at least 1");
   if (p.term == PairTerm::kExponential)
-    check(!p.row.sum == !p.row.reference && !p.col.sum == !p.col.reference, "panel: a sum needs its reference");
+    check(!p.row.sum == !p.row.shift && !p.col.sum == !p.col.shift, "panel: a sum needs its shift");
   else
     check(!p.col.sum && !p.col.gain, "panel: the sigmoid term has no column side");
 }
@@ -52,17 +58,16 @@ void check_panel(const Panel& p) {
 void check_search(const SearchPanel& p) {
   check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "search: sizes and stride must be non-negative and ordered");
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "search: scores and params must not be null");
-  check(p.exclude_count == 0 || p.exclude, "search: exclude must not be null when exclude_count is not 0");
-  check(!p.row_ids == !p.col_ids, "search: ids of rows need ids of columns");
+  check_pairs(p.pairs);
   check(p.threads >= 1, "search: threads must be at least 1");
   if (p.term == SearchTerm::kRank)
     check(p.low && p.high && p.below && p.above, "search: a rank needs bounds and counts");
   else
     check(p.best && p.best_column, "search: a maximum needs its score and its column");
   check(p.term != SearchTerm::kGumbelMax || p.seed, "search: noise needs its seed");
-  const int64_t last_row = p.first_row + p.rows, last_column = p.first_column + p.cols;
-  check(p.first_row >= 0 && last_row <= (int64_t{1} << 32), "search: rows must be 32-bit numbers");
-  check(p.first_column >= 0 && last_column <= (int64_t{1} << 34), "search: columns must be 34-bit numbers");
+  const int64_t last_row = p.pairs.first_row + p.rows, last_column = p.pairs.first_column + p.cols;
+  check(p.pairs.first_row >= 0 && last_row <= (int64_t{1} << 32), "search: rows must be 32-bit numbers");
+  check(p.pairs.first_column >= 0 && last_column <= (int64_t{1} << 34), "search: columns must be 34-bit numbers");
 }
 
 // Runs the pass with buffers of its own; memory that cannot be had is an exception, before any thread starts.
@@ -92,8 +97,9 @@ void weight_panel(const Panel& panel) {
   check(panel.weights && panel.weights_stride >= panel.cols, "weight_panel: weights must not be null");
   check(panel.row.gain || panel.col.gain, "weight_panel: at least one side must have a gain");
   if (panel.term == PairTerm::kExponential)
-    check(!panel.row.gain == !panel.row.normalizer && !panel.col.gain == !panel.col.normalizer,
-          "weight_panel: a gain needs its normalizer");
+    for (const Side* side : {&panel.row, &panel.col})
+      check(!side->gain == !side->normalizer_shift && !side->gain == !side->normalizer_rest,
+            "weight_panel: a gain needs its normalizer");
   run(panel);
 }
 

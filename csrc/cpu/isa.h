@@ -21,8 +21,8 @@ struct RowSource {
 // One thread's buffers.
 struct Scratch {
   float z[kStripe * kChunk];  // rows with excluded pairs
-  float row_reference[kStripe], row_sum[kStripe], row_gain[kStripe];
-  float col_reference[kChunk], col_sum[kChunk], col_gain[kChunk];
+  float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe];
+  float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk];
   RowSource rows[kStripe];
 };
 
@@ -32,9 +32,9 @@ struct ParamSums {
 };
 
 struct Buffers {
-  Scratch* scratch;                // [threads]
-  ParamSums* params;               // [stripes]
-  float *col_reference, *col_sum;  // [stripes, cols], or null
+  Scratch* scratch;            // [threads]
+  ParamSums* params;           // [stripes]
+  float *col_shift, *col_sum;  // [stripes, cols], or null
 };
 
 // One thread's buffers of a search: a chunk of one row.

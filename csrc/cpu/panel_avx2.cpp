@@ -14,8 +14,11 @@ namespace ck {
 namespace avx2 {
 
 #include "../include/dtype.h"
-#include "../include/noise.h"
-#include "../include/pair_terms.h"
+#include "../include/elementary.h"
+#include "../terms/exponential.h"
+#include "../terms/gumbel.h"
+#include "../terms/sigmoid.h"
+#include "pairs.h"
 #include "panel_loops.h"
 #include "search_loops.h"
 

@@ -3,7 +3,7 @@
 // A panel is cut into stripes of kStripe rows and each stripe into chunks of kChunk
 // columns, small enough to stay in a core's cache between the two sweeps:
 //   sweep 1  the maximum of every row and column of z = scale * score + bias, excluded pairs at -inf;
-//   sweep 2  exponentials against a reference, their sums by row and column, and the weights.
+//   sweep 2  exponentials against a shift, their sums by row and column, and the weights.
 // Stripes do not depend on the number of threads, and their partial results are merged in order: results are
 // bitwise reproducible.
 
@@ -12,32 +12,20 @@ struct Chunk {
   int64_t row0, rows, col0, cols;
 };
 
-// Rows are read where they lie; the few in which a pair is excluded are copied, with that pair's logit at -inf.
+// Rows are read where they lie; those of whose pairs something is said are copied.
 static void find_sources(const Panel& p, const Chunk& c, Scratch& s) {
-  const float scale = p.params[0], bias = p.params[1];
   for (int64_t i = 0; i < c.rows; ++i) {
-    const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
-    float* z = s.z + i * kChunk;
-    s.rows[i] = {score, scale, bias};
-    for (int64_t k = 0; k < p.exclude_count; ++k) {
-      const int64_t excluded = p.exclude[(c.row0 + i) * p.exclude_count + k] - p.first_column - c.col0;
-      if (excluded < 0 || excluded >= c.cols) continue;
-      if (s.rows[i].source == score) {
-#pragma omp simd
-        for (int64_t j = 0; j < c.cols; ++j) z[j] = score[j] * scale + bias;
-        s.rows[i] = {z, 1.0f, 0.0f};
-      }
-      z[excluded] = -__builtin_inff();
-    }
+    const RowSource lies = {p.scores + (c.row0 + i) * p.stride + c.col0, p.params[0], p.params[1]};
+    s.rows[i] = find_source(p.pairs, lies, c.row0 + i, c.col0, c.cols, -__builtin_inff(), s.z + i * kChunk);
   }
 }
 
-// row_reference and col_reference become the chunk's maxima (NaN is passed over here and kept by the sums).
+// row_shift and col_shift become the chunk's maxima (NaN is passed over here and kept by the sums).
 static void find_maxima(const Chunk& c, Scratch& s) {
-  for (int64_t j = 0; j < c.cols; ++j) s.col_reference[j] = -__builtin_inff();
+  for (int64_t j = 0; j < c.cols; ++j) s.col_shift[j] = -__builtin_inff();
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource row = s.rows[i];
-    float* __restrict col = s.col_reference;
+    float* __restrict col = s.col_shift;
     float best = -__builtin_inff();
 #pragma omp simd reduction(max : best)
     for (int64_t j = 0; j < c.cols; ++j) {
@@ -45,7 +33,7 @@ static void find_maxima(const Chunk& c, Scratch& s) {
       best = z > best ? z : best;
       col[j] = z > col[j] ? z : col[j];
     }
-    s.row_reference[i] = best;
+    s.row_shift[i] = best;
   }
 }
 
@@ -70,25 +58,37 @@ static void fill(float* to, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-static void make_finite(float* reference, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) reference[i] = finite_reference(reference[i]);
+static void make_finite(float* shift, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) shift[i] = finite_shift(shift[i]);
 }
 
-static void refer_gains(const float* gain, const float* normalizer, const float* reference, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = refer_gain(gain[i], normalizer[i], reference[i]);
+static void refer_gains(const Side& side, int64_t first, const float* shift, float* out, int64_t n) {
+  const float* __restrict gain = side.gain + first;
+  const float* __restrict normalizer_shift = side.normalizer_shift + first;
+  const float* __restrict normalizer_rest = side.normalizer_rest + first;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = refer_gain(gain[i], normalizer_shift[i], normalizer_rest[i], shift[i]);
+}
+
+// The normalisers, rounded.
+static void round_normalizers(const Side& side, int64_t first, float* out, int64_t n) {
+  const float* __restrict shift = side.normalizer_shift + first;
+  const float* __restrict rest = side.normalizer_rest + first;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = normalizer_as_shift(shift[i], rest[i]);
 }
 
 static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
 static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to_bfloat16(w); }
 
-// Sweep 2 of the exponential term. COMMON: one reference for the whole chunk (row_reference[0]), one exponential.
+// Sweep 2 of the exponential term. COMMON: one shift for the whole chunk (row_shift[0]), one exponential.
 // ROW, COL: which directions take part. SUMS: row_sum, col_sum are wanted. Out: void for a reduce panel.
 template <bool COMMON, bool ROW, bool COL, bool SUMS, typename Out>
 static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
-  const float scale = p.params[0];
-  const float* __restrict col_reference = s.col_reference;
+  const float scale = p.params[0], center = p.params[2];
+  const float* __restrict col_shift = s.col_shift;
   const float* __restrict col_gain = s.col_gain;
   float* __restrict col_sum = s.col_sum;
   if (SUMS && COL)
@@ -97,7 +97,7 @@ static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamS
     const RowSource source = s.rows[i];
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
-    const float row_reference = s.row_reference[i];
+    const float row_shift = s.row_shift[i];
     const float row_gain = kWeights && ROW ? s.row_gain[i] : 0.0f;
     float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
     // `out` may be `score` itself, element by element: no restrict here.
@@ -106,24 +106,24 @@ static void sweep_exponential(const Panel& p, const Chunk& c, Scratch& s, ParamS
       const float z = source.source[j] * source.scale + source.bias;
       float w = 0.0f;
       if (COMMON) {
-        const float e = exp_term(z - row_reference);
+        const float e = exp_term(z - row_shift);
         if (SUMS && ROW) sum += e;
         if (SUMS && COL) col_sum[j] += e;
         if (kWeights) w = e * (COL ? (ROW ? row_gain + col_gain[j] : col_gain[j]) : row_gain);
       } else {
         if (ROW) {
-          const float e = exp_term(z - row_reference);
+          const float e = exp_term(z - row_shift);
           if (SUMS) sum += e;
           if (kWeights) w += e * row_gain;
         }
         if (COL) {
-          const float e = exp_term(z - col_reference[j]);
+          const float e = exp_term(z - col_shift[j]);
           if (SUMS) col_sum[j] += e;
           if (kWeights) w += e * col_gain[j];
         }
       }
       if (kWeights) {
-        dscale += w * score[j];
+        dscale += w * (score[j] - center);
         dbias += w;
         store_weight(out, j, w * scale);
       }
@@ -139,7 +139,7 @@ template <bool SUMS, typename Out>
 static void sweep_sigmoid(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
-  const float scale = p.params[0];
+  const float scale = p.params[0], center = p.params[2];
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource source = s.rows[i];
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
@@ -153,7 +153,7 @@ static void sweep_sigmoid(const Panel& p, const Chunk& c, Scratch& s, ParamSums&
       if (SUMS) sum += softplus_from(z, e);
       if (kWeights) {
         const float w = gain * sigmoid_from(z, e);
-        dscale += w * score[j];
+        dscale += w * (score[j] - center);
         dbias += w;
         store_weight(out, j, w * scale);
       }
@@ -178,43 +178,49 @@ static void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params,
   sweep_directions<false, SUMS, Out>(p, c, s, params, row, col);
 }
 
-// Chooses the references of one chunk and, for a weight panel, the gains that go with them. True: a common reference.
-static bool choose_references(const Panel& p, const Chunk& c, Scratch& s, bool row, bool col, bool sums) {
+// Chooses the shifts of one chunk and, for a weight panel, the gains that go with them. True: a common shift.
+static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s, bool row, bool col, bool sums) {
   const bool weights = p.weights != nullptr;
   Range normalizers;
-  if (weights && row) normalizers.add(p.row.normalizer + c.row0, c.rows);
-  if (weights && col) normalizers.add(p.col.normalizer + c.col0, c.cols);
+  if (weights && row) {
+    round_normalizers(p.row, c.row0, s.row_gain, c.rows);
+    normalizers.add(s.row_gain, c.rows);
+  }
+  if (weights && col) {
+    round_normalizers(p.col, c.col0, s.col_gain, c.cols);
+    normalizers.add(s.col_gain, c.cols);
+  }
   if (sums) {
-    make_finite(s.row_reference, c.rows);
-    make_finite(s.col_reference, c.cols);
+    make_finite(s.row_shift, c.rows);
+    make_finite(s.col_shift, c.cols);
   } else {
-    if (row) copy(p.row.normalizer + c.row0, c.rows, s.row_reference);
-    if (col) copy(p.col.normalizer + c.col0, c.cols, s.col_reference);
+    if (row) copy(s.row_gain, c.rows, s.row_shift);
+    if (col) copy(s.col_gain, c.cols, s.col_shift);
   }
-  Range references;
-  if (row) references.add(s.row_reference, c.rows);
-  if (col) references.add(s.col_reference, c.cols);
-  const bool common = share_reference(references.low, references.high, normalizers.low);
+  Range shifts;
+  if (row) shifts.add(s.row_shift, c.rows);
+  if (col) shifts.add(s.col_shift, c.cols);
+  const bool common = share_shift(shifts.low, shifts.high, normalizers.low);
   if (common) {
-    fill(s.row_reference, c.rows, references.high);
-    fill(s.col_reference, c.cols, references.high);
+    fill(s.row_shift, c.rows, shifts.high);
+    fill(s.col_shift, c.cols, shifts.high);
   }
-  if (weights && row) refer_gains(p.row.gain + c.row0, p.row.normalizer + c.row0, s.row_reference, s.row_gain, c.rows);
-  if (weights && col) refer_gains(p.col.gain + c.col0, p.col.normalizer + c.col0, s.col_reference, s.col_gain, c.cols);
+  if (weights && row) refer_gains(p.row, c.row0, s.row_shift, s.row_gain, c.rows);
+  if (weights && col) refer_gains(p.col, c.col0, s.col_shift, s.col_gain, c.cols);
   return common;
 }
 
-static void merge_states(float* __restrict reference, float* __restrict sum, const float* __restrict other_reference,
+static void merge_states(float* __restrict shift, float* __restrict sum, const float* __restrict other_shift,
                          const float* __restrict other_sum, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) merge_exponential(reference[i], sum[i], other_reference[i], other_sum[i]);
+  for (int64_t i = 0; i < n; ++i) merge_exponential(shift[i], sum[i], other_shift[i], other_sum[i]);
 }
 
 static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Buffers& buffers) {
   const bool exponential = p.term == PairTerm::kExponential;
   const bool sums = p.row.sum != nullptr || p.col.sum != nullptr;
-  const bool row = exponential && (p.row.sum || p.row.normalizer);
-  const bool col = exponential && (p.col.sum || p.col.normalizer);
+  const bool row = exponential && (p.row.sum || p.row.gain);
+  const bool col = exponential && (p.col.sum || p.col.gain);
   ParamSums params;
   Chunk c;
   c.row0 = stripe * kStripe;
@@ -225,7 +231,7 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Bu
     bool common = false;
     if (exponential) {
       if (sums) find_maxima(c, s);
-      common = choose_references(p, c, s, row, col, sums);
+      common = choose_shifts(p, c, s, row, col, sums);
     }
     if (p.weights == nullptr)
       sweep<true, void>(p, c, s, params, row, col, common);
@@ -236,9 +242,9 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Bu
       sums ? sweep<true, uint16_t>(p, c, s, params, row, col, common)
            : sweep<false, uint16_t>(p, c, s, params, row, col, common);
     if (exponential && p.row.sum)
-      merge_states(p.row.reference + c.row0, p.row.sum + c.row0, s.row_reference, s.row_sum, c.rows);
+      merge_states(p.row.shift + c.row0, p.row.sum + c.row0, s.row_shift, s.row_sum, c.rows);
     if (buffers.col_sum) {
-      copy(s.col_reference, c.cols, buffers.col_reference + stripe * p.cols + c.col0);
+      copy(s.col_shift, c.cols, buffers.col_shift + stripe * p.cols + c.col0);
       copy(s.col_sum, c.cols, buffers.col_sum + stripe * p.cols + c.col0);
     }
   }
@@ -261,7 +267,7 @@ static void run_panel(const Panel& p, const Buffers& buffers) {
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < p.cols; j += kChunk)
         for (int64_t stripe = 0; stripe < stripes; ++stripe)
-          merge_states(p.col.reference + j, p.col.sum + j, buffers.col_reference + stripe * p.cols + j,
+          merge_states(p.col.shift + j, p.col.sum + j, buffers.col_shift + stripe * p.cols + j,
                        buffers.col_sum + stripe * p.cols + j, smaller(kChunk, p.cols - j));
     }
   }

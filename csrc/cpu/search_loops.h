@@ -23,28 +23,19 @@ static int64_t find_words(int64_t seed, int64_t row, int64_t first, int64_t n, u
   return before;
 }
 
-// The logits of one chunk of a row, `gap` where a pair is left out.
+// The logits of one chunk of a row, with noise where it is wanted, and `gap` where a pair is left out.
 static void find_logits(const SearchPanel& p, int64_t i, int64_t col0, int64_t cols, float gap, SearchScratch& s) {
-  const float scale = p.params[0], bias = p.params[1];
-  const float* score = p.scores + i * p.stride + col0;
+  const RowSource lies = {p.scores + i * p.stride + col0, p.params[0], p.params[1]};
+  const RowSource row = find_source(p.pairs, lies, i, col0, cols, gap, s.z);
   float* z = s.z;
   if (p.term == SearchTerm::kGumbelMax) {
-    const uint32_t* word = s.words + find_words(*p.seed, p.first_row + i, p.first_column + col0, cols, s.words);
+    const int64_t first_row = p.pairs.first_row, first_column = p.pairs.first_column;
+    const uint32_t* word = s.words + find_words(*p.seed, first_row + i, first_column + col0, cols, s.words);
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = (score[j] * scale + bias) + gumbel_from(word[j]);
-  } else {
+    for (int64_t j = 0; j < cols; ++j) z[j] = (row.source[j] * row.scale + row.bias) + gumbel_from(word[j]);
+  } else if (row.source != z) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = score[j] * scale + bias;
-  }
-  if (p.row_ids) {
-    const int64_t id = p.row_ids[i];
-    const int64_t* ids = p.col_ids + col0;
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) z[j] = ids[j] == id ? gap : z[j];
-  }
-  for (int64_t k = 0; k < p.exclude_count; ++k) {
-    const int64_t excluded = p.exclude[i * p.exclude_count + k] - p.first_column - col0;
-    if (excluded >= 0 && excluded < cols) z[excluded] = gap;
+    for (int64_t j = 0; j < cols; ++j) z[j] = row.source[j] * row.scale + row.bias;
   }
 }
 
@@ -89,7 +80,7 @@ static void run_search(const SearchPanel& p, SearchScratch* scratch) {
         if (rank)
           add_counts(s.z, cols, p.low[i], p.high[i], p.below[i], p.above[i]);
         else
-          keep_largest(s.z, cols, p.first_column + col0, p.best[i], p.best_column[i]);
+          keep_largest(s.z, cols, p.pairs.first_column + col0, p.best[i], p.best_column[i]);
       }
   }
 }

@@ -5,64 +5,34 @@
 #include <cstdint>
 #include <string>
 
+#include "members.h"
+
 namespace ck {
 
 enum class PairTerm : int { kExponential = 0, kSigmoid = 1 };
+enum class SearchTerm : int { kMaximum = 2, kGumbelMax = 3, kRank = 4 };
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A vector per row (or column) of the panel. Null pointers: this side is not wanted.
+// The diagonal of a matrix that leaves none out.
+constexpr int64_t kNoDiagonal = INT64_MIN;
+
+#define CK_DECLARE(type, name, initial, comment) type name = initial;
+struct Pairs {
+  CK_PAIRS_MEMBERS(CK_DECLARE)
+};
 struct Side {
-  float* reference = nullptr;         // [n] running maximum, updated in place (exponential)
-  float* sum = nullptr;               // [n] running sum, updated in place
-  const float* normalizer = nullptr;  // [n] a_i (rows) or b_j (columns)
-  const float* gain = nullptr;        // [n] r_i (rows) or c_j (columns); null in a reduce panel
+  CK_SIDE_MEMBERS(CK_DECLARE)
 };
-
-// One block of the score matrix. bindings.cpp gives each member its name in Python.
 struct Panel {
-  PairTerm term = PairTerm::kExponential;
-  float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>; null: the CUDA pass makes them from x and y
-  int64_t rows = 0, cols = 0, stride = 0;
-  const float* params = nullptr;     // scale, bias
-  const int64_t* exclude = nullptr;  // [rows, exclude_count] columns of the whole matrix left out of the stream
-  int64_t exclude_count = 0, first_column = 0;
+  CK_PANEL_MEMBERS(CK_DECLARE)
+  Pairs pairs;
   Side row, col;
-  // Where a weight panel writes scale * dL/dz [rows, cols]; it may be `scores` itself. Null in a reduce panel.
-  void* weights = nullptr;
-  Dtype weights_dtype = Dtype::kFloat32;
-  int64_t weights_stride = 0;
-  double* dparams = nullptr;  // [2] += sum of w * score, sum of w; null: not wanted
-  int threads = 1;            // the CPU's
-
-  // The rest is CUDA's. The operands [rows, depth], [cols, depth], 16-bit, where `scores` is null.
-  const void *x = nullptr, *y = nullptr;
-  Dtype operands = Dtype::kBFloat16;
-  int64_t depth = 0, x_stride = 0, y_stride = 0;
-  const float* factor = nullptr;  // [1] what dL/dz leaves times in the weights' place; null: the scale
-  int device = 0;
-  void* stream = nullptr;   // a cudaStream_t
-  void* scratch = nullptr;  // of scratch_bytes, aligned to 8
-  int64_t scratch_bytes = 0;
 };
-
-enum class SearchTerm : int { kMaximum = 2, kGumbelMax = 3, kRank = 4 };
-
-// One block of the score matrix of which only each row's best column, or two counts, are wanted.
 struct SearchPanel {
-  SearchTerm term = SearchTerm::kMaximum;
-  const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
-  int64_t rows = 0, cols = 0, stride = 0;
-  const float* params = nullptr;     // scale, bias
-  const int64_t* exclude = nullptr;  // [rows, exclude_count] columns of the whole matrix left out of the search
-  int64_t exclude_count = 0, first_row = 0, first_column = 0;
-  const int64_t *row_ids = nullptr, *col_ids = nullptr;  // [rows], [cols]: pairs of equal ids are left out; or null
-  const int64_t* seed = nullptr;                         // [1] of the noise
-  float* best = nullptr;                                 // [rows] largest z (with noise) so far, updated in place
-  int64_t* best_column = nullptr;                        // [rows] its column of the whole matrix
-  const float *low = nullptr, *high = nullptr;           // [rows] bounds
-  int64_t *below = nullptr, *above = nullptr;            // [rows] += how many z lie below low, above high
-  int threads = 1;
+  CK_SEARCH_PANEL_MEMBERS(CK_DECLARE)
+  Pairs pairs;
 };
+#undef CK_DECLARE
 
 // Folds the panel into (best, best_column), the first of equal ones, or into (below, above). NaN is passed over.
 void search_panel(const SearchPanel& panel);
@@ -70,7 +40,7 @@ void search_panel(const SearchPanel& panel);
 // The Gumbel noise of one row's columns first_column ... first_column + n - 1, for tests of its distribution.
 void gumbel_array(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
 
-// Folds the panel into row.{reference, sum} and col.{reference, sum}.
+// Folds the panel into row.{shift, sum} and col.{shift, sum}.
 void reduce_panel(const Panel& panel);
 
 // Writes the weights; with row.sum or col.sum also folds the panel into them, as reduce_panel does.

@@ -2,7 +2,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define CK_INLINE __host__ __device__ __forceinline__
+#define CK_INLINE static __host__ __device__ __forceinline__
 #else
 #define CK_INLINE static inline __attribute__((always_inline))
 #endif

@@ -1,6 +1,6 @@
 // Noise that depends on nothing but (seed, row, column): Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011), and from
-// its words Gumbel(0, 1). contrastive_kernels/_philox.py defines what comes out. Needs inline.h; included as
-// pair_terms.h is.
+// its words Gumbel(0, 1). contrastive_kernels/draws/philox.py defines what comes out. Needs inline.h; included as
+// elementary.h is.
 
 // The high half of a 32-bit product.
 CK_INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
