@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_kernels._triton import pair_terms, score
+from contrastive_kernels._triton import launch, score
 from contrastive_kernels._triton.configs import Tile, shipped, work_of
 
 _POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -79,7 +79,8 @@ def compile_score(case: Case) -> Compiled:
         "x_ptr": case.dtype,
         "y_ptr": case.dtype,
         "params_ptr": "fp32",
-        "exclude_ptr": "i64",
+        "columns_ptr": None,
+        "col_bias_ptr": None,
         "row_normalizer_ptr": "fp32" if case.weights and exponential else None,
         "row_gain_ptr": "fp32" if case.weights else None,
         "col_normalizer_ptr": "fp32" if case.weights and cols else None,
@@ -92,7 +93,7 @@ def compile_score(case: Case) -> Compiled:
     }
     tile = case.tile
     constants = {
-        "TERM": getattr(pair_terms, case.term.upper()), "ROW": rows, "COL": cols, "EXCLUDES": 1,
+        "TERM": launch.TERMS[case.term], "ROW": rows, "COL": cols, "COLUMNS": 0,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "EVEN_K": case.even, "INPUT_PRECISION": "ieee" if case.precision == "ieee" else "tf32", "UPCAST": False,
     }  # fmt: skip
@@ -107,7 +108,7 @@ def compile_merge(capability: int, term: str) -> Compiled:
     if term == "sigmoid":
         pointers["col_state_ptr"] = pointers["col_partials_ptr"] = None
     constants = {
-        "TERM": getattr(pair_terms, term.upper()), "STATE_ROWS": 2 if term == "exponential" else 1, "BLOCK": 256,
+        "TERM": launch.TERMS[term], "STATE_ROWS": 2 if term == "exponential" else 1, "BLOCK": 256,
     }  # fmt: skip
     return _compile(score.merge_kernel, capability, pointers, constants, set(), 4, 1)
 

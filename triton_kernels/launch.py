@@ -11,14 +11,18 @@ import torch
 import triton
 from torch import Tensor
 
-from . import pair_terms, tuning
+from . import tuning
 from .configs import WORKS, Tile, legality, tile_for, work_of
+from .exponential import EXPONENTIAL
 from .score import merge_kernel, score_kernel
+from .sigmoid import SIGMOID
 
 __all__ = [
     "INTERPRETED",
     "MERGE_BLOCK",
+    "TERMS",
     "TRITON_VERSION",
+    "Pairs",
     "Scratch",
     "Vectors",
     "gpu_name",
@@ -37,7 +41,8 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes.
 MERGE_BLOCK = 256
 
-_TERMS = {"exponential": pair_terms.EXPONENTIAL, "sigmoid": pair_terms.SIGMOID}
+#: The pair terms by name.
+TERMS = {"exponential": EXPONENTIAL, "sigmoid": SIGMOID}
 #: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
 _INTERPRETED_TILE = Tile(64, 128, 32, 4, 1)
 
@@ -47,10 +52,23 @@ class Vectors(NamedTuple):
 
     #: [state_rows, n], its rows dense
     state: Tensor | None = None
-    #: [n]
+    #: [2, n], its rows dense
     normalizer: Tensor | None = None
     #: [n]
     gain: Tensor | None = None
+
+
+class Pairs(NamedTuple):
+    """Which pairs of a panel count; None where nothing is said."""
+
+    #: of the panel's row i, its column i + diagonal is left out
+    diagonal: int | None = None
+    #: [R, K] columns of the whole matrix that rows leave out
+    columns: Tensor | None = None
+    #: [C] added to the logits of a column
+    col_bias: Tensor | None = None
+    #: the panel's first column in the whole matrix
+    first_column: int = 0
 
 
 class Scratch(NamedTuple):
@@ -115,8 +133,7 @@ def run_panel(
     x: Tensor,
     y: Tensor,
     params: Tensor,
-    exclude: Tensor,
-    first_column: int,
+    pairs: Pairs,
     row: Vectors,
     col: Vectors,
     scratch: Tensor,
@@ -127,8 +144,8 @@ def run_panel(
 ) -> None:
     """One panel: its statistics into the states, its weights times `factor`, its sums into dparams [2].
 
-    x [R, D], y [C, D] with dense rows; params [2]; exclude [R, K]; scratch: at least scratch_floats of float32. The
-    tile is chosen unless it is given.
+    x [R, D], y [C, D] with dense rows; params [3]; scratch: at least scratch_floats of float32. The tile is chosen
+    unless it is given.
     """
     (n, d), m = x.shape, len(y)
     has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
@@ -138,17 +155,20 @@ def run_panel(
     tile = tile_of(x.device, precision, work, d) if tile is None else tile
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     row_partials, col_partials, params_partials = scratch[: sum(Scratch.of(tile, n, m))].split(Scratch.of(tile, n, m))
-    excludes = exclude.shape[1]
+    columns, diagonal = 0 if pairs.columns is None else pairs.columns.shape[1], pairs.diagonal
     _launch(
         score_kernel, row_blocks * col_blocks,
-        x, y, params, exclude if excludes else None,
+        x, y, params,
+        None if diagonal is None else min(max(diagonal, -n), m),  # past the panel's ends there are no pairs
+        pairs.columns if columns else None, pairs.first_column, pairs.col_bias,
         row.normalizer, row.gain, col.normalizer, col.gain,
         weights, factor,
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
         None if dparams is None else params_partials,
-        n, m, d, first_column, x.stride(0), y.stride(0), 0 if weights is None else weights.stride(0),
-        TERM=_TERMS[term], ROW=has_row, COL=has_col, EXCLUDES=excludes,
+        n, m, d, x.stride(0), y.stride(0), 0 if weights is None else weights.stride(0),
+        *(0 if v.normalizer is None else v.normalizer.stride(0) for v in (row, col)),
+        TERM=TERMS[term], ROW=has_row, COL=has_col, COLUMNS=columns,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group,
         EVEN_K=d % tile.block_k == 0,
         INPUT_PRECISION="ieee" if precision == "ieee" else "tf32",
@@ -164,7 +184,7 @@ def run_panel(
             row.state, col.state, row_partials, col_partials, dparams, params_partials,
             n, m, row_blocks, col_blocks,
             *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
-            TERM=_TERMS[term], STATE_ROWS=len(states[0]) if states else 1, BLOCK=MERGE_BLOCK,
+            TERM=TERMS[term], STATE_ROWS=len(states[0]) if states else 1, BLOCK=MERGE_BLOCK,
             num_warps=4, num_stages=1,
         )  # fmt: skip
 
@@ -180,18 +200,20 @@ def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, si
     The temperature is 0.07 and the normalisers are near the rows' own: tiles take the branch that nearly all take.
     """
     x, y = (torch.nn.functional.normalize(torch.randn(side, features, device=device)).to(dtype) for _ in range(2))
-    vector, state = torch.full((side,), math.log(side), device=device), torch.zeros(2, side, device=device)
-    params = torch.cat([torch.full((1,), 1 / 0.07, device=device), torch.zeros(1, device=device)])
-    exclude = torch.arange(side, device=device)[:, None]
+    state, gain = torch.zeros(2, side, device=device), torch.ones(side, device=device)
+    normalizer = torch.zeros(2, side, device=device)
+    normalizer[1] = math.log(side)
+    params = torch.zeros(3, device=device)
+    params[0] = 1 / 0.07
     scratch = torch.empty(sum(Scratch.of(Tile(64, 64, 16, 4, 1), side, side)), device=device)
     weighs, both = work != "reduce", work != "weights"
-    row = Vectors(state if work in ("reduce", "fused") else None, *((vector, vector) if weighs else (None, None)))
+    row = Vectors(state if work in ("reduce", "fused") else None, *((normalizer, gain) if weighs else (None, None)))
     col = row if both else Vectors()
     weights = torch.empty(side, side, dtype=dtype, device=device) if weighs else None
     dparams = torch.zeros(2, dtype=torch.float64, device=device) if weighs else None
 
     def run(tile: Tile) -> None:
-        run_panel("exponential", x, y, params, exclude, 0, row, col, scratch, weights, params[:1], dparams, tile)
+        run_panel("exponential", x, y, params, Pairs(0), row, col, scratch, weights, params[:1], dparams, tile)
 
     return run
 

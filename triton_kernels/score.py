@@ -1,13 +1,16 @@
 """The kernels: one multiplies a tile of scores on the tensor cores and finishes it in registers, one merges.
 
 No score leaves the chip. A tile leaves either its statistics, or its weights, or both; a program writes what no other
-program writes, so that there are no atomics and two runs agree bitwise. No loop names a loss: see pair_terms.py.
+program writes, so that there are no atomics and two runs agree bitwise. No loop names a loss: see pair_terms.py; which
+pairs count is in pairs.py.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .pairs import every_pair_counts, logits
 
 __all__ = ["merge_kernel", "score_kernel"]
 
@@ -52,88 +55,62 @@ def _tile_place(R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def _excluded_column(exclude_ptr, rows, k, R, C, first_column, EXCLUDES: tl.constexpr):
-    """The panel's column that the k-th exclusion of these rows leaves out [BLOCK_M]; -1 where it leaves out none."""
-    inside = rows < R
-    column = tl.load(exclude_ptr + rows.to(tl.int64) * EXCLUDES + k, mask=inside, other=0) - first_column
-    return tl.where(inside & (column >= 0) & (column < C), column, -1).to(tl.int32)
-
-
-@triton.jit
-def _every_pair_counts(
-    exclude_ptr, row0, col0, R, C, first_column,
-    EXCLUDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Whether a tile lies within the panel and holds no excluded pair; so it is with most tiles."""
-    complete = (row0 + BLOCK_M <= R) & (col0 + BLOCK_N <= C)
-    for k in tl.static_range(EXCLUDES):
-        column = _excluded_column(exclude_ptr, row0 + tl.arange(0, BLOCK_M), k, R, C, first_column, EXCLUDES)
-        here = (column >= col0) & (column < col0 + BLOCK_N)
-        complete = complete & (tl.max(here.to(tl.int32), 0) == 0)
-    return complete
-
-
-@triton.jit
-def _leave_out(z, exclude_ptr, rows, cols, R, C, first_column, EXCLUDES: tl.constexpr):
-    """z with -inf past the panel's ends and where a row's own columns are excluded."""
-    z = tl.where((rows < R)[:, None] & (cols < C)[None, :], z, float("-inf"))
-    for k in tl.static_range(EXCLUDES):
-        column = _excluded_column(exclude_ptr, rows, k, R, C, first_column, EXCLUDES)
-        z = tl.where(column[:, None] == cols[None, :], float("-inf"), z)
-    return z
-
-
-@triton.jit
-def _load_side(normalizer_ptr, gain_ptr, index, n, HAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Normalisers and gains of one side [BLOCK]; past the end, those of a row without negatives."""
-    normalizer = tl.full([BLOCK], float("inf"), tl.float32)
+def _load_side(normalizer_ptr, normalizer_stride, gain_ptr, index, n, HAS: tl.constexpr, BLOCK: tl.constexpr):
+    """(shift, rest, gain) of one side, each [BLOCK]; past the end, those of a row without negatives."""
+    shift = tl.zeros([BLOCK], tl.float32)
+    rest = tl.full([BLOCK], float("inf"), tl.float32)
     gain = tl.zeros([BLOCK], tl.float32)
     if HAS:
-        gain = tl.load(gain_ptr + index, mask=index < n, other=0.0)
+        inside = index < n
+        gain = tl.load(gain_ptr + index, mask=inside, other=0.0)
         if normalizer_ptr is not None:
-            normalizer = tl.load(normalizer_ptr + index, mask=index < n, other=float("inf"))
-    return normalizer, gain
+            shift = tl.load(normalizer_ptr + index, mask=inside, other=0.0)
+            rest = tl.load(normalizer_ptr + normalizer_stride + index, mask=inside, other=float("inf"))
+    return shift, rest, gain
 
 
 @triton.jit
-def _finish(w, scores, factor, WEIGHTS: tl.constexpr, PARAMS: tl.constexpr, OUT: tl.constexpr):
-    """w * factor in the dtype it is stored in, and the tile's sums of w * score and of w."""
+def _finish(w, scores, center, factor, WEIGHTS: tl.constexpr, PARAMS: tl.constexpr, OUT: tl.constexpr):
+    """w * factor in the dtype it is stored in, and the tile's sums of w * (score - center) and of w."""
     dscale = 0.0
     dbias = 0.0
     out = w
     if WEIGHTS:
         if PARAMS:
-            dscale = tl.sum(tl.sum(w * scores, 1), 0)
+            dscale = tl.sum(tl.sum(w * (scores - center), 1), 0)
             dbias = tl.sum(tl.sum(w, 1), 0)
         out = (w * factor).to(OUT)
     return out, dscale, dbias
 
 
 @triton.jit
-def _store_statistics(partials_ptr, block, index, n, reference, total):
-    """partials [blocks, 2, n]: this block's reference and sum of every row (or column)."""
+def _store_statistics(partials_ptr, block, index, n, shift, total):
+    """partials [blocks, 2, n]: this block's shift and sum of every row (or column)."""
     ptrs = partials_ptr + block.to(tl.int64) * 2 * n + index
-    tl.store(ptrs, reference, mask=index < n)
+    tl.store(ptrs, shift, mask=index < n)
     tl.store(ptrs + n, total, mask=index < n)
 
 
-@triton.jit(do_not_specialize=["R", "first_column"])
+@triton.jit(do_not_specialize=["R", "diagonal", "first_column", "row_normalizer_stride", "col_normalizer_stride"])
 def score_kernel(
     x_ptr,  # [R, D]
     y_ptr,  # [C, D]
-    params_ptr,  # [2] scale, bias
-    exclude_ptr,  # [R, EXCLUDES] columns of the whole matrix
-    row_normalizer_ptr,  # [R] or None
+    params_ptr,  # [3] scale, bias, center
+    diagonal,  # of the panel's row i, its column i + diagonal is left out; or None
+    columns_ptr,  # [R, COLUMNS] columns of the whole matrix that rows leave out, or None
+    first_column,  # the panel's, in the whole matrix
+    col_bias_ptr,  # [C] or None
+    row_normalizer_ptr,  # [2, R] or None
     row_gain_ptr,  # [R] or None
-    col_normalizer_ptr,  # [C] or None
+    col_normalizer_ptr,  # [2, C] or None
     col_gain_ptr,  # [C] or None
     weights_ptr,  # [R, C] or None: dL/dz * factor
     factor_ptr,  # [1] what the weights are multiplied by
     row_partials_ptr,  # [column blocks, 2, R] or None
     col_partials_ptr,  # [row blocks, 2, C] or None
     params_partials_ptr,  # [blocks, 2] or None
-    R, C, D, first_column, x_stride, y_stride, weights_stride,
-    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, EXCLUDES: tl.constexpr,
+    R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -149,28 +126,26 @@ def score_kernel(
     )  # fmt: skip
     scale = tl.load(params_ptr)
     bias = tl.load(params_ptr + 1)
+    center = tl.load(params_ptr + 2)
+    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
     WEIGHTS: tl.constexpr = weights_ptr is not None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     PARAMS: tl.constexpr = params_partials_ptr is not None
     OUT: tl.constexpr = weights_ptr.dtype.element_ty if WEIGHTS else tl.float32
     factor = tl.load(factor_ptr) if WEIGHTS else 1.0
-    row_normalizer, row_gain = _load_side(row_normalizer_ptr, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
-    col_normalizer, col_gain = _load_side(col_normalizer_ptr, col_gain_ptr, cols, C, WEIGHTS and COL, BLOCK_N)
-    z = scores * scale + bias
-    common, reference = TERM.common_reference(z, row_normalizer, col_normalizer, ROW, COL, WEIGHTS, STATISTICS)
-    complete = _every_pair_counts(exclude_ptr, row0, col0, R, C, first_column, EXCLUDES, BLOCK_M, BLOCK_N)
+    row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
+    col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, BLOCK_N)
+    z = logits(scores, scale, bias, pairs, rows, cols, R, C, COLUMNS, True)
+    common, shift = TERM.common_shift(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
+    complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
     # Both branches end with what leaves the chip, so that neither keeps scores and weights in registers beyond its end.
     if common & complete:
-        w, row_reference, row_sum, col_reference, col_sum = TERM.common_tile(
-            z, reference, row_normalizer, row_gain, col_normalizer, col_gain, ROW, COL, WEIGHTS, STATISTICS
-        )
-        w, dscale, dbias = _finish(w, scores, factor, WEIGHTS, PARAMS, OUT)
+        w, row_shift, row_sum, col_shift, col_sum = TERM.common_tile(z, shift, row, col, ROW, COL, WEIGHTS, STATISTICS)
+        w, dscale, dbias = _finish(w, scores, center, factor, WEIGHTS, PARAMS, OUT)
     else:
-        z = _leave_out(z, exclude_ptr, rows, cols, R, C, first_column, EXCLUDES)
-        w, row_reference, row_sum, col_reference, col_sum = TERM.tile(
-            z, row_normalizer, row_gain, col_normalizer, col_gain, ROW, COL, WEIGHTS, STATISTICS
-        )
-        w, dscale, dbias = _finish(w, scores, factor, WEIGHTS, PARAMS, OUT)
+        z = logits(scores, scale, bias, pairs, rows, cols, R, C, COLUMNS, False)
+        w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
+        w, dscale, dbias = _finish(w, scores, center, factor, WEIGHTS, PARAMS, OUT)
     if WEIGHTS:
         ptrs = weights_ptr + rows.to(tl.int64)[:, None] * weights_stride + cols[None, :]
         tl.store(ptrs, w, mask=(rows < R)[:, None] & (cols < C)[None, :])
@@ -179,9 +154,9 @@ def score_kernel(
         tl.store(params_partials_ptr + 2 * block, dscale)
         tl.store(params_partials_ptr + 2 * block + 1, dbias)
     if row_partials_ptr is not None:
-        _store_statistics(row_partials_ptr, col_block, rows, R, row_reference, row_sum)
+        _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
     if col_partials_ptr is not None:
-        _store_statistics(col_partials_ptr, row_block, cols, C, col_reference, col_sum)
+        _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
 
 
 @triton.jit
@@ -192,19 +167,19 @@ def _merge_side(
     """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in, in their order."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
-    reference = tl.zeros([BLOCK], tl.float32)
+    shift = tl.zeros([BLOCK], tl.float32)
     if STATE_ROWS == 2:
-        reference = tl.load(state_ptr + index, mask=mask, other=0.0)
+        shift = tl.load(state_ptr + index, mask=mask, other=0.0)
     sum_ptr = state_ptr + (STATE_ROWS - 1) * state_stride
     total = tl.load(sum_ptr + index, mask=mask, other=0.0)
     ptrs = partials_ptr + index
     for _ in range(blocks):
-        other_reference = tl.load(ptrs, mask=mask, other=0.0)
+        other_shift = tl.load(ptrs, mask=mask, other=0.0)
         other_total = tl.load(ptrs + n, mask=mask, other=0.0)
-        reference, total = TERM.merge(reference, total, other_reference, other_total)
+        shift, total = TERM.merge(shift, total, other_shift, other_total)
         ptrs += 2 * n
     if STATE_ROWS == 2:
-        tl.store(state_ptr + index, reference, mask=mask)
+        tl.store(state_ptr + index, shift, mask=mask)
     tl.store(sum_ptr + index, total, mask=mask)
 
 

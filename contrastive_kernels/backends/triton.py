@@ -10,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
 from .base import Backend
 
-__all__ = [
-    "SCRATCH_PER_ROW",
-    "SCRATCH_PER_SCORE",
-    "reduce_panel",
-    "route",
-    "scratch",
-    "weight_panel",
-    "weights_dtype",
-    "why_not",
-]
+__all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
 #: 8 per tile.
@@ -37,6 +29,49 @@ LAUNCHES = (2, 2)
 
 #: How float32 operands are multiplied, or those of 16 bits.
 _ROUTES = {"16-bit": "tensor cores", "tf32": "tensor cores, in TF32", "ieee": "float32 without tensor cores"}
+
+
+class TritonBackend(Backend):
+    """Serves CUDA tensors of 16 and 32 bits; in Triton's interpreter those on the CPU."""
+
+    name = "triton"
+    score_tile = False
+    native_operands = True
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+            return f"it serves CUDA tensors, not those on {device.type}"
+        if device.type != "cuda":
+            return self.why_not_capability(80, dtype)
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            return "this torch sees no NVIDIA GPU"
+        return self.why_not_capability(_capability(device), dtype)
+
+    def why_not_capability(self, capability: int, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float64:
+            return "its scores are float32; float64 is the torch backend's"
+        if capability < 80:
+            return f"it needs compute capability 8.0; this GPU has {capability / 10:.1f}"
+        return _missing() or _miscompiles(capability)
+
+    def route(self, size: Size) -> Route:
+        """By the dtype of the operands and, of float32, torch's setting."""
+        name = _ROUTES[_kernels().precision_of(size.dtype)]
+        return Route(name, LAUNCHES, SCRATCH_PER_SCORE, SCRATCH_PER_ROW)
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """Weights are multiplied with the operands, in their dtype."""
+        return dtype
+
+    def scratch(self, rows: int, cols: int, size: Size) -> int:
+        """float32 that a panel's partial results take."""
+        return int(_kernels().scratch_floats(rows, cols, size.device, size.dtype, size.features))
+
+    def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
+        _run(term, panel)
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
 
 @cache
@@ -59,15 +94,6 @@ def _missing() -> str | None:
     return None
 
 
-def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
-    """The reason why this backend could not serve a GPU of this compute capability (90 for 9.0), or None."""
-    if dtype == torch.float64:
-        return "its scores are float32; float64 is the torch backend's"
-    if capability < 80:
-        return f"it needs compute capability 8.0; this GPU has {capability / 10:.1f}"
-    return _missing() or _miscompiles(capability)
-
-
 def _miscompiles(capability: int) -> str | None:
     """The reason why the Triton that is here cannot compile the kernels for a GPU.
 
@@ -76,17 +102,6 @@ def _miscompiles(capability: int) -> str | None:
     if not 100 <= capability < 120 or _kernels().TRITON_VERSION >= (3, 8):
         return None
     return "Triton 3.8 is the first that compiles these kernels for compute capability 10 and 11"
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why this backend cannot serve, or None."""
-    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
-        return f"it serves CUDA tensors, not those on {device.type}"
-    if device.type != "cuda":
-        return why_not_capability(80, dtype)
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return "this torch sees no NVIDIA GPU"
-    return why_not_capability(_capability(device), dtype)
 
 
 def _interpreted() -> bool:
@@ -100,39 +115,19 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Weights are multiplied with the operands, in their dtype."""
-    return dtype
-
-
-def route(size: Size) -> Route:
-    """By the dtype of the operands and, of float32, torch's setting."""
-    name = _ROUTES[_kernels().precision_of(size.dtype)]
-    return Route(name, LAUNCHES, SCRATCH_PER_SCORE, SCRATCH_PER_ROW)
-
-
-def scratch(rows: int, cols: int, size: Size) -> int:
-    """float32 that a panel's partial results take."""
-    return _kernels().scratch_floats(rows, cols, size.device, size.dtype, size.features)
-
-
-def reduce_panel(term: PairTerm, panel: Panel) -> None:
-    """Folds the panel into row.state and col.state."""
-    _run(term, panel)
-
-
-def weight_panel(term: PairTerm, panel: Panel) -> None:
-    """Leaves factor * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
-    _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
-
-
 def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
     device = panel.x.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _kernels().run_panel(
-            term.name, panel.x, panel.y, panel.params, panel.exclude, panel.first_column,
+            term.name, panel.x, panel.y, panel.params, _pairs(panel.pairs),
             _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs,
         )  # fmt: skip
+
+
+def _pairs(pairs: Pairs) -> Any:
+    """The same with the diagonal counted from the panel's own rows and columns."""
+    diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
+    return _kernels().Pairs(diagonal, pairs.columns, pairs.col_bias, pairs.first_column)
 
 
 def _vectors(side: Side) -> Any:

@@ -18,9 +18,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import offline
 import triton.testing
 
-from contrastive_kernels._triton import configs, launch, pair_terms, tuning
-from contrastive_kernels.backends import triton as backend
+from contrastive_kernels._triton import configs, launch, tuning
+from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
+backend = TritonBackend()
 TESTS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 
@@ -148,16 +149,16 @@ def test_launchers_arguments_compile(started):
     """The path of a real launch up to the driver: every argument, with and without what may be missing."""
     n, m, d = 200, 300, 64
     x, y = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(m, d, dtype=torch.bfloat16)
-    params, exclude, scratch = torch.ones(2), torch.zeros(n, 1, dtype=torch.int64), torch.zeros(100_000)
+    params, scratch = torch.ones(3), torch.zeros(100_000)
     weights, dparams = torch.zeros(n, 320, dtype=torch.bfloat16)[:, :m], torch.zeros(2, dtype=torch.float64)
     row, col = torch.zeros(2, n), torch.zeros(2, m)
-    common = (x, y, params, exclude, 0)
+    columns = launch.Pairs(None, torch.zeros(n, 1, dtype=torch.int64), col[0], 7)
     both = launch.Vectors(row), launch.Vectors(col)
-    launch.run_panel("exponential", *common, *both, scratch)
-    sides = launch.Vectors(None, row[0], row[1]), launch.Vectors(None, col[0], col[1])
-    launch.run_panel("exponential", *common, *sides, scratch, weights, params[:1], dparams)
+    launch.run_panel("exponential", x, y, params, columns, *both, scratch)
+    sides = launch.Vectors(None, row, row[0]), launch.Vectors(None, col, col[0])
+    launch.run_panel("exponential", x, y, params, launch.Pairs(0), *sides, scratch, weights, params[:1], dparams)
     one = launch.Vectors(row[:1], None, row[1]), launch.Vectors()
-    launch.run_panel("sigmoid", x, y, params, exclude[:, :0], 0, *one, scratch, weights, params[:1])
+    launch.run_panel("sigmoid", x, y, params, launch.Pairs(), *one, scratch, weights, params[:1])
     assert [kernel.name for kernel in started] == ["score_kernel", "merge_kernel"] * 3
     assert all("wgmma.mma_async" in kernel.asm["ptx"] for kernel in started[::2])
     assert {kernel.metadata.num_warps for kernel in started[::2]} == {8}
@@ -165,9 +166,9 @@ def test_launchers_arguments_compile(started):
 
 def test_cache_key_follows_the_members():
     """A pair term's key holds its members' keys: an edited member is another kernel on disk."""
-    for term in (pair_terms.EXPONENTIAL, pair_terms.SIGMOID):
+    for term in launch.TERMS.values():
         assert all(member.cache_key in term.cache_key for member in term)
-        other = term._replace(merge=pair_terms.EXPONENTIAL.tile)
+        other = term._replace(merge=launch.TERMS["exponential"].tile)
         assert other.cache_key != term.cache_key
 
 
@@ -176,7 +177,7 @@ def test_scratch_is_bounded():
     tiles = {tile for *_, tile in configs.shipped()}
     for tile, rows, cols in itertools.product(tiles, (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504)):
         floats = sum(launch.Scratch.of(tile, rows, cols))
-        bound = backend.SCRATCH_PER_SCORE * rows * cols + backend.SCRATCH_PER_ROW * (rows + cols) + 64
+        bound = SCRATCH_PER_SCORE * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 64
         assert 4 * floats <= bound, (tile, rows, cols)
 
 
@@ -274,10 +275,10 @@ class Blocked:
             raise ImportError("blocked for the test")
 sys.meta_path.insert(0, Blocked())
 import torch, contrastive_kernels as ck
-from contrastive_kernels.backends import triton as backend
+from contrastive_kernels.backends.triton import TritonBackend
 assert "triton" not in sys.modules
 ck.clip_loss(torch.eye(4), torch.eye(4), 1.0)
-print(backend.why_not_capability(90, torch.float32))
+print(TritonBackend().why_not_capability(90, torch.float32))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
