@@ -34,7 +34,7 @@ __all__ = [
 def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if it is on."""
+    """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
     _check_matrix(x, names[0])
     _check_matrix(y, names[1])
     if x.shape[1] != y.shape[1]:
@@ -73,7 +73,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def normalized(x: Tensor) -> Tensor:
-    """The rows of x [N, D] over their norms, computed in the dtype of the scores; a zero row stays, without gradient."""
+    """The rows of x [N, D] over their norms, in the dtype of the scores; a zero row stays, without gradient."""
     v = x.to(score_dtype(x.dtype))
     largest = v.detach().abs().amax(1, keepdim=True)  # so that no square overflows, and none vanishes
     zero = largest == 0

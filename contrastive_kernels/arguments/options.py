@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DEFAULT_WORKSPACE_BYTES", "Engine"]
+__all__ = ["DEFAULT_ENGINE", "DEFAULT_WORKSPACE_BYTES", "Engine"]
 
 #: Bound of the memory that holds panels of scores.
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
@@ -15,3 +15,6 @@ class Engine(NamedTuple):
 
     backend: str = ""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+
+
+DEFAULT_ENGINE = Engine()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..panels.size import score_dtype
 from .checks import check_vector
 from .options import DEFAULT_WORKSPACE_BYTES
 

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from ..arguments.checks import (
     check_backend,
+    check_engine,
     check_features,
     check_number,
     check_positives,
     check_reduction,
-    check_workspace,
-    check_engine,
     check_scale,
+    check_workspace,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from ..losses import decomposable
 from ..engine.driver import log_sums
 from ..engine.problem import Problem
+from ..losses import decomposable
 from ..operators.logsumexp import normalizers
 from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing

@@ -74,7 +74,9 @@ def softmax_side(normalizer: Tensor, gain: Tensor | None) -> Side:
     if gain is None:
         return Side()
     shift, rest = normalizer
-    return Side(normalizer=torch.stack([shift, rest.masked_fill(rest == -torch.inf, torch.inf)]), gain=gain.contiguous())
+    return Side(
+        normalizer=torch.stack([shift, rest.masked_fill(rest == -torch.inf, torch.inf)]), gain=gain.contiguous()
+    )
 
 
 def gradient_pass(

@@ -1,4 +1,4 @@
-"""A problem: one score matrix z = scale * x yT + bias, and which of its pairs count. From the function to the driver."""
+"""A problem: one score matrix z = scale * x yT + bias, and which pairs count; from the function to the driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.options import Engine
+from ..arguments.options import DEFAULT_ENGINE, Engine
 from ..panels.pairs import Pairs
 from ..panels.size import Size, score_dtype
 from .positives import Positives
@@ -37,7 +37,7 @@ class Problem:
     symmetric: bool = False
     #: [M] added to the logits of a column, in the dtype of the scores
     col_bias: Tensor | None = None
-    engine: Engine = Engine()
+    engine: Engine = DEFAULT_ENGINE
 
     def tensors(self) -> tuple[Any, ...]:
         """What autograd sees. (A number in a tensor's place stays one.)"""
@@ -80,7 +80,9 @@ class Problem:
             return torch.tensor([float(v) for v in values], dtype=dtype, device=device)
         return torch.stack(
             [
-                v.detach().reshape(()).to(dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device)
+                v.detach().reshape(()).to(dtype)
+                if isinstance(v, Tensor)
+                else torch.full((), v, dtype=dtype, device=device)
                 for v in values
             ]
         )

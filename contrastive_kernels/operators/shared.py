@@ -27,7 +27,17 @@ from ..engine.problem import Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
 
-__all__ = ["Call", "Primitive", "empty_like_scores", "Outputs", "gradients_of", "register", "saved_dtype", "whole_gradients", "whole_scores"]
+__all__ = [
+    "Call",
+    "Outputs",
+    "Primitive",
+    "empty_like_scores",
+    "gradients_of",
+    "register",
+    "saved_dtype",
+    "whole_gradients",
+    "whole_scores",
+]
 
 #: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
 PROBLEM_TENSORS = 6
@@ -128,7 +138,9 @@ def run(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
 # ---- autograd ----
 
 
-def _setup(ctx: Any, primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], outputs: Any) -> None:
+def _setup(
+    ctx: Any, primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], outputs: Any
+) -> None:
     """What backward needs: the tensors, and the outputs that are not results."""
     kept = outputs[primitive.results :]
     ctx.mark_non_differentiable(*(t for t in kept if isinstance(t, Tensor)))
@@ -156,7 +168,12 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         call = replace(call, needs=tuple([a and b for a, b in zip(call.needs, wanted)]))
     if torch.is_grad_enabled():  # create_graph=True: the gradients have a graph of their own
         function = _TransformableGradients if torch._C._are_functorch_transforms_active() else _EagerGradients
-        return (None, None, None, *function.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results))
+        return (
+            None,
+            None,
+            None,
+            *function.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results),
+        )
     return (None, None, None, *run(primitive.gradients, call, kept, results))
 
 
@@ -326,7 +343,9 @@ def _absent(outputs: Sequence[Any]) -> Outputs:
 
 
 def _gradient_shapes(call: Call) -> list[Tensor]:
-    return [torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in zip(call.tensors, call.needs)]
+    return [
+        torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in zip(call.tensors, call.needs)
+    ]
 
 
 def empty_like_scores(like: Tensor) -> Tensor:
@@ -343,11 +362,18 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradients_of(
-    call: Call, dx: Tensor | None, dy: Tensor | None, dscale: Tensor | None, dbias: Tensor | None, *extras: Tensor | None
+    call: Call,
+    dx: Tensor | None,
+    dy: Tensor | None,
+    dscale: Tensor | None,
+    dbias: Tensor | None,
+    *extras: Tensor | None,
 ) -> Outputs:
     """The gradients of the call's tensors, each in its dtype and shape, None where there is none."""
     made = (dx, dy, dscale, dbias, None, None, *extras)
-    return tuple([_like(g, t) if need and g is not None else None for g, t, need in zip(made, call.tensors, call.needs)])
+    return tuple(
+        [_like(g, t) if need and g is not None else None for g, t, need in zip(made, call.tensors, call.needs)]
+    )
 
 
 def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

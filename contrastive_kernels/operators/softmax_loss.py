@@ -68,7 +68,7 @@ def _strategy(call: Call, find: object = strategy.remembered) -> tuple[backends.
 
 def _gains(call: Call) -> Tensor:
     """What every row's loss is multiplied by [N], of one direction."""
-    (gain,), (reduction, both), x = call.extras, call.settings, call.problem.x
+    (gain,), (_, both), x = call.extras, call.settings, call.problem.x
     share = _share(call)
     if gain is None:
         return torch.full((len(x),), share, dtype=score_dtype(x.dtype), device=x.device)

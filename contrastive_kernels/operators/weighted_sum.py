@@ -229,7 +229,7 @@ def _in_one_call(call: Call) -> Outputs:
 
 def _fake(call: Call) -> Outputs:
     """The shapes of what `_forward` returns."""
-    problem, (term, relative, summed) = call.problem, call.settings
+    problem, (term, _, summed) = call.problem, call.settings
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     n, m = x.shape[0], y.shape[0]
     two = call.extras[1] is not None
@@ -263,7 +263,7 @@ def _fake(call: Call) -> Outputs:
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """Kept gradients times what comes from upstream, or the pass with upstream's gains."""
     factor, col_factor = upstream
-    dx, dy, dparams, da, db, row, col, dots = kept
+    dx, dy, dparams, da, db, _, _, dots = kept
     if not call.settings[2]:  # every row has a factor of its own
         matrix = _matrix(call)
         if dots is None:
@@ -274,7 +274,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
         gains = [zero(call.problem.x[:, 0], dtype=matrix.params.dtype) if factor is None else factor.contiguous()]
         if call.extras[1] is not None:
             gains += [zero(gains[0]) if col_factor is None else col_factor.contiguous()]
-        _, _, *made = _pass(call, matrix, dots, *(gains + [None])[:2])
+        _, _, *made = _pass(call, matrix, dots, *[*gains, None][:2])
         dx, dy, dparams, da, db = made[:5]
     else:
         dx, dy, dparams, da, db = (None if g is None else g * factor for g in (dx, dy, dparams, da, db))
