@@ -72,7 +72,7 @@ class Call:
     @property
     def wants(self) -> tuple[bool, bool, bool]:
         """Whether gradients of x, of y, and of scale or bias are wanted."""
-        return self.needs[0], self.needs[1] and not self.problem.symmetric, self.needs[2] or self.needs[3]
+        return self.needs[0], self.needs[1], self.needs[2] or self.needs[3]
 
 
 Outputs = tuple[Tensor | None, ...]
@@ -99,6 +99,8 @@ class Primitive:
         tensors = (*problem.tensors(), *extras)
         grad = torch.is_grad_enabled()
         needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+        if problem.symmetric:  # y is x, whose gradient is the whole one
+            needs = (needs[0], False, *needs[2:])
         call = Call(problem, extras, settings, needs)
         if torch.compiler.is_compiling() or not _is_plain(problem):
             return self._by_operator(call)
@@ -115,8 +117,8 @@ class Primitive:
 
     def _by_operator(self, call: Call) -> Outputs:
         call = replace(call, problem=call.problem.with_numbers_as_tensors())
-        outputs = _operators(self.name)[0](list(call.tensors), call.problem.offset, repr(call.statics))
-        return tuple(outputs)
+        present, mask = _pack(call.tensors)
+        return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
 
 
 def _is_plain(problem: Problem) -> bool:
@@ -166,15 +168,11 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[3:]
     if False in wanted:  # of what autograd was asked for, perhaps fewer than requires_grad told
         call = replace(call, needs=tuple([a and b for a, b in zip(call.needs, wanted)]))
-    if torch.is_grad_enabled():  # create_graph=True: the gradients have a graph of their own
-        function = _TransformableGradients if torch._C._are_functorch_transforms_active() else _EagerGradients
-        return (
-            None,
-            None,
-            None,
-            *function.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results),
-        )
-    return (None, None, None, *run(primitive.gradients, call, kept, results))
+    if not torch.is_grad_enabled():
+        return (None, None, None, *run(primitive.gradients, call, kept, results))
+    # create_graph=True: the gradients have a graph of their own
+    made = _Gradients.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results)
+    return (None, None, None, *made)
 
 
 class _Transformable(torch.autograd.Function):
@@ -208,104 +206,110 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _gradients_forward(
-    primitive: Primitive, offset: int | None, statics: Any, kept_count: int, *tensors: Any
-) -> Outputs:
+class _Gradients(torch.autograd.Function):
     """The gradients as a function of the call's tensors, the kept outputs and what comes from upstream."""
-    count = len(tensors) - kept_count - primitive.results
-    call = Call.of(tensors[:count], offset, statics)
-    kept, upstream = tensors[count : count + kept_count], tensors[count + kept_count :]
-    return run(primitive.gradients, call, kept, upstream)
 
-
-def _setup_gradients(ctx: Any, inputs: Any) -> None:
-    primitive, offset, statics, kept_count, *tensors = inputs
-    count = len(tensors) - kept_count - primitive.results
-    ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
-    ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
-    ctx.set_materialize_grads(False)
-    ctx.constants = primitive, offset, statics, kept_count, count
-
-
-def _gradients_backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-    """Second derivatives, block by block of rows."""
-    primitive, offset, statics, kept_count, count = ctx.constants
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in ctx.saved_tensors):
-        raise RuntimeError("contrastive_kernels: third derivatives are not implemented; got create_graph=True twice")
-    tensors = [n if t is None else t for t, n in zip(ctx.saved_tensors, ctx.numbers)]
-    call, upstream = Call.of(tensors[:count], offset, statics), tensors[count + kept_count :]
-    of_tensors, of_upstream = second_gradients(primitive, call, upstream, cotangents)
-    return (None, None, None, None, *of_tensors, *(None,) * kept_count, *of_upstream)
-
-
-class _TransformableGradients(torch.autograd.Function):
     @staticmethod
     def forward(primitive: Primitive, offset: int | None, statics: Any, kept_count: int, *tensors: Any) -> Outputs:
-        return _gradients_forward(primitive, offset, statics, kept_count, *tensors)
+        count = len(tensors) - kept_count - primitive.results
+        kept, upstream = tensors[count : count + kept_count], tensors[count + kept_count :]
+        return run(primitive.gradients, Call.of(tensors[:count], offset, statics), kept, upstream)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _setup_gradients(ctx, inputs)
+        primitive, offset, statics, kept_count, *tensors = inputs
+        ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
+        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
+        ctx.set_materialize_grads(False)
+        ctx.constants = primitive, offset, statics, kept_count
 
-    backward = staticmethod(_gradients_backward)
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        primitive, offset, statics, kept_count = ctx.constants
+        tensors = [n if t is None else t for t, n in zip(ctx.saved_tensors, ctx.numbers)]
+        if all(v is None for v in cotangents):
+            return (None,) * (4 + len(tensors))
+        count = len(tensors) - kept_count - primitive.results
+        given = (*tensors[:count], *tensors[count + kept_count :], *cotangents)
+        found = _SecondGradients.apply(primitive, offset, statics, *given)
+        return (None, None, None, None, *found[:count], *(None,) * kept_count, *found[count:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_TransformableGradients.apply, info, in_dims, inputs)
+        return _loop(_Gradients.apply, info, in_dims, inputs)
 
 
-class _EagerGradients(torch.autograd.Function):
+class _SecondGradients(torch.autograd.Function):
+    """The gradients of the gradients, block by block of rows; nothing beyond."""
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:
-        outputs = _gradients_forward(*inputs)
-        _setup_gradients(ctx, inputs)
-        return outputs
+    def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+        count = (len(tensors) - primitive.results) // 2  # as many cotangents as tensors
+        call = Call.of(tensors[:count], offset, statics)
+        upstream, cotangents = tensors[count : count + primitive.results], tensors[count + primitive.results :]
+        of_tensors, of_upstream = second_gradients(primitive, call, list(upstream), cotangents)
+        return (*of_tensors, *of_upstream)
 
-    backward = staticmethod(_gradients_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError("contrastive_kernels: third derivatives are not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _loop(_SecondGradients.apply, info, in_dims, inputs)
 
 
 def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:
     """vmap as a loop over the batch: what is not a tensor of the batch is the same in every turn."""
     turns = []
     for i in range(info.batch_size):
-        one = [v if d is None else v.select(d, i) for v, d in zip(inputs, in_dims)]
+        one = [v.select(d, i) if isinstance(d, int) else v for v, d in zip(inputs, in_dims)]
         turns.append(function(*one))
     stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*turns)]
     return tuple(stacked), tuple(None if v is None else 0 for v in stacked)
 
 
 # ---- torch.library ----
-
-_PRIMITIVES: dict[str, Primitive] = {}
+# Lists of tensors hold those that are there; which ones, a mask says: autograd does not look into lists with gaps.
 
 
 def register(primitive: Primitive) -> Primitive:
     """Defines the operators that stand for a primitive under a compiler: its forward pass and its gradients."""
-    _PRIMITIVES[primitive.name] = primitive
-    tensors = ", ".join(["Tensor"] * primitive.outputs)
+    returns = ", ".join(["Tensor"] * primitive.outputs)
     forward = define(
-        f"{primitive.name}(Tensor?[] tensors, SymInt? offset, str statics) -> ({tensors})",
-        lambda *a: _all_tensors(primitive.fake(_call(*a)), a[0][0]),
-        lambda *a: _all_tensors(primitive.forward(_call(*a)), a[0][0]),
+        f"{primitive.name}(Tensor[] tensors, SymInt? offset, str statics) -> ({returns})",
+        lambda *a: _all_tensors(primitive.fake(_unpacked_call(*a)), a[0][0]),
+        lambda *a: _all_tensors(primitive.forward(_unpacked_call(*a)), a[0][0]),
     )
     gradients = define(
-        f"{primitive.name}_gradients(Tensor?[] tensors, SymInt? offset, str statics, Tensor?[] kept, "
-        "Tensor?[] upstream) -> Tensor[]",
-        lambda *a: _gradient_shapes(_call(*a[:3])),
-        lambda *a: _all_tensors(primitive.gradients(_call(*a[:3]), _absent(a[3]), tuple(a[4])), a[0][0]),
+        f"{primitive.name}_gradients(Tensor[] tensors, SymInt? offset, str statics, Tensor[] kept, "
+        "Tensor[] upstream, int[] came) -> Tensor[]",
+        lambda *a: _gradient_shapes(_unpacked_call(*a[:3])),
+        lambda *a: _all_tensors(
+            primitive.gradients(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
+        ),
     )
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        given, offset, statics = inputs
-        _setup(ctx, primitive, offset, statics, given, output)
+        ctx.present, ctx.offset, ctx.statics = len(inputs[0]), inputs[1], inputs[2]
+        kept = output[primitive.results :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[0], *kept)
 
     def backward(ctx: Any, *upstream: Any) -> Any:
-        _, call, kept = _restore_symbolic(ctx)
-        results = list(upstream[: primitive.results])
-        if all(g is None for g in results):
+        present, kept = list(ctx.saved_tensors[: ctx.present]), list(ctx.saved_tensors[ctx.present :])
+        results, came = _pack(upstream[: primitive.results])
+        if not results:
             return None, None, None
-        made = gradients(list(call.tensors), call.problem.offset, repr(call.statics), list(kept), results)
-        return [g if need else None for g, need in zip(made, call.needs)], None, None
+        needs = _unpacked_call(present, ctx.offset, ctx.statics).needs
+        made = gradients(present, ctx.offset, ctx.statics, kept, results, list(came))
+        _, mask = _parse(ctx.statics)
+        return [g if need else None for g, need, there in zip(made, needs, mask) if there], None, None
 
     torch.library.register_autograd(f"contrastive_kernels::{primitive.name}", backward, setup_context=setup)
     _OPERATORS[primitive.name] = forward, gradients
@@ -314,22 +318,23 @@ def register(primitive: Primitive) -> Primitive:
 
 _OPERATORS: dict[str, tuple[Any, Any]] = {}
 
-
-def _operators(name: str) -> tuple[Any, Any]:
-    return _OPERATORS[name]
-
-
 _parse = lru_cache(maxsize=1024)(ast.literal_eval)
 
 
-def _call(tensors: Sequence[Any], offset: int | None, statics: str) -> Call:
-    return Call.of(tensors, offset, _parse(statics))
+def _pack(values: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors that are there, and which they are."""
+    return [v for v in values if v is not None], tuple([int(v is not None) for v in values])
 
 
-def _restore_symbolic(ctx: Any) -> tuple[Primitive, Call, Outputs]:
-    primitive, offset, statics = ctx.constants
-    saved, count = ctx.saved_tensors, len(ctx.numbers)
-    return primitive, _call(saved[:count], offset, statics), saved[count:]
+def _unpack(present: Sequence[Tensor], mask: Sequence[int]) -> Outputs:
+    """... and back."""
+    found = iter(present)
+    return tuple([next(found) if there else None for there in mask])
+
+
+def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) -> Call:
+    of_call, mask = _parse(statics)
+    return Call.of(_unpack(present, mask), offset, of_call)
 
 
 def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
@@ -337,15 +342,14 @@ def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
     return tuple([empty_like_scores(like) if t is None else t for t in outputs])
 
 
-def _absent(outputs: Sequence[Any]) -> Outputs:
+def _absent(outputs: Sequence[Tensor]) -> Outputs:
     """... and back."""
-    return tuple([None if t is None or (t.dim() == 1 and t.shape[0] == 0) else t for t in outputs])
+    return tuple([None if t.dim() == 1 and t.shape[0] == 0 else t for t in outputs])
 
 
-def _gradient_shapes(call: Call) -> list[Tensor]:
-    return [
-        torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in zip(call.tensors, call.needs)
-    ]
+def _gradient_shapes(call: Call) -> tuple[Tensor, ...]:
+    wanted = zip(call.tensors, call.needs)
+    return tuple([torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in wanted])
 
 
 def empty_like_scores(like: Tensor) -> Tensor:
