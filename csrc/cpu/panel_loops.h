@@ -90,7 +90,7 @@ static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to
 // Sweep 2: the pairs' parts of row_sum and col_sum, where SUMS wants them, and the weights. Out: void for a reduce
 // panel.
 template <class Term, bool SUMS, typename Out>
-static void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
+static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
   const float scale = p.params[0], center = p.params[2];
