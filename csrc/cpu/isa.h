@@ -19,7 +19,7 @@ struct RowSource {
 };
 
 // One thread's buffers.
-struct Scratch {
+struct alignas(64) Scratch {
   float z[kStripe * kChunk];  // rows with excluded pairs
   float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe];
   float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk];
@@ -38,7 +38,7 @@ struct Buffers {
 };
 
 // One thread's buffers of a search: a chunk of one row.
-struct SearchScratch {
+struct alignas(64) SearchScratch {
   float z[kChunk];
   uint32_t words[kChunk + 8];  // columns begin anywhere in a group of four
 };
@@ -49,7 +49,11 @@ struct IsaTable {
   void (*exp_run)(const float* x, float* out, int64_t n);
   void (*run_search)(const SearchPanel&, SearchScratch* scratch);  // scratch [threads]
   void (*gumbel_run)(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
+  void (*gather_run)(const Matrix& m, const int64_t* positives, float* dots, float* z_pos);
 };
+
+// The one that the machine runs with.
+const IsaTable& chosen_isa();
 
 extern const IsaTable kBaseline;
 #ifdef CK_X86

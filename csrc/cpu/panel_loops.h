@@ -90,7 +90,7 @@ static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to
 // Sweep 2: the pairs' parts of row_sum and col_sum, where SUMS wants them, and the weights. Out: void for a reduce
 // panel.
 template <class Term, bool SUMS, typename Out>
-static void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
+static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
   const float scale = p.params[0], center = p.params[2];
@@ -234,6 +234,17 @@ static void run_panel(const Panel& p, const Buffers& buffers) {
   const bool row = p.row.sum || p.row.gain, col = p.col.sum || p.col.gain;
   if (row && col) return run_term<Exponential<false, true, true>>(p, buffers);
   row ? run_term<Exponential<false, true, false>>(p, buffers) : run_term<Exponential<false, false, true>>(p, buffers);
+}
+
+// The scores of each row's positive, and its logit as the sweeps make it; untouched where there is none.
+static void gather_run(const Matrix& m, const int64_t* positives, float* dots, float* z_pos) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const int64_t j = positives[i];
+    if (j < 0) continue;
+    dots[i] = m.scores[i * m.cols + j];
+    z_pos[i] = dots[i] * m.scale + m.bias;
+    if (m.pairs.col_bias) z_pos[i] += m.pairs.col_bias[j];
+  }
 }
 
 static void exp_run(const float* x, float* out, int64_t n) {
