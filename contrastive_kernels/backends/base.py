@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .products import default_weights_dtype
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "WholeMatrix"]
+
+
+class WholeMatrix(Protocol):
+    """What is said of a small matrix beside its scores; see :class:`contrastive_kernels.engine.problem.Problem`."""
+
+    @property
+    def scale(self) -> Tensor | float: ...
+    @property
+    def bias(self) -> Tensor | float: ...
+    @property
+    def offset(self) -> int | None: ...
+    @property
+    def index(self) -> Tensor | None: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def col_bias(self) -> Tensor | None: ...
 
 
 class Backend:
@@ -69,21 +85,19 @@ class Backend:
         raise NotImplementedError
 
     def softmax_matrix(
-        self, scores: Tensor, pairs: Pairs, index: Tensor | None, offset: int, scale: float, bias: float,
-        gain: Tensor | None, share: float, both: bool, symmetric: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns, and its dL/d(scale, bias) [2].
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
-        The scores [N, M] become scale * dL/dz, that of the positives (at `index`, or at i + `offset`) included; of a
-        symmetric matrix, the sum of both triangles'.
+        The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
+        triangles'. Without gains, all are `share`.
         """
         raise NotImplementedError
 
     def weighted_matrix(
-        self, term: PairTerm, scores: Tensor, pairs: Pairs, index: Tensor | None, offset: int | None, scale: float,
-        bias: float, row: Side, col: Side, relative: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """sum_i gain_i sum_j term(z_ij) with given normalisers: the value, dL/d(scale, bias) [2], the normalisers found
+        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """sum_i gain_i sum_j term(z_ij) with given normalisers, and its dL/dscale and dL/dbias; the normalisers found
         in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores as above.
         """
         raise NotImplementedError

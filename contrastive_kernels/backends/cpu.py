@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
-from ..panels.panel import Panel, Route, SearchPanel
+from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
-from .base import Backend
+from .base import Backend, WholeMatrix
 from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
 from .products import score_product
 
@@ -24,6 +25,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     terms = (EXPONENTIAL, SIGMOID, *SEARCHES)
+    whole_matrix = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if MISSING is not None:
@@ -45,6 +47,57 @@ class CpuBackend(Backend):
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
         _C.search_panel(**_fields(term, panel), **search_fields(panel))
+
+    def softmax_matrix(
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.empty(3, dtype=torch.float64, device="cpu")
+        _C.softmax_matrix(
+            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        value, dscale, dbias = out.unbind()
+        return value.float(), dscale, dbias
+
+    def weighted_matrix(
+        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        out = torch.empty(3, dtype=torch.float64, device="cpu")
+        rows, cols = scores.shape
+        row_found = col_found = dots = None
+        if term.has_shift:
+            row_found = torch.empty(2, rows, dtype=torch.float32, device="cpu")
+            if col.normalizer is not None:
+                col_found = torch.empty(2, cols, dtype=torch.float32, device="cpu")
+            if problem.index is not None or problem.offset is not None:
+                dots = torch.empty(rows, dtype=torch.float32, device="cpu")
+        _C.weighted_matrix(
+            term.code, *_matrix_fields(scores, problem), _address(row.normalizer), _address(row.gain),
+            _address(col.normalizer), _address(col.gain), 1.0, relative, _address(row_found), _address(col_found),
+            _address(dots), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        value, dscale, dbias = out.unbind()
+        return value.float(), dscale, dbias, row_found, col_found, dots
+
+
+def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> tuple[int | float | None, ...]:
+    """A whole matrix, whose weights take the place of the scores, and what is left out of it."""
+    rows, cols = scores.shape
+    address = scores.data_ptr()
+    return (
+        address, address, rows, cols, 0 if problem.symmetric else None, 0, 0, _address(problem.col_bias),
+        _address(problem.index), problem.offset, _number(problem.scale), _number(problem.bias),
+    )  # fmt: skip
+
+
+def _number(value: Tensor | float) -> float:
+    """A number, perhaps a tensor's."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _address(tensor: Tensor | None) -> int:
+    """The address of a dense tensor; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def instruction_set() -> str | None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..arguments.options import DEFAULT_ENGINE, Engine
-from ..panels.pairs import Pairs
 from ..panels.size import Size, score_dtype
 from .positives import Positives
 from .shapes import multiprocessors
@@ -67,17 +66,12 @@ class Problem:
         """Where they lie."""
         return Positives(self.offset, self.index)
 
-    def pairs(self) -> Pairs:
-        """What is left out: the positives and, of a symmetric matrix, every row's own column."""
-        diagonal = 0 if self.symmetric else self.offset
-        return Pairs(diagonal, None if self.index is None else self.index[:, None], self.col_bias)
-
     def params(self) -> Tensor:
         """(scale, bias, 0) [3] on the device, in the dtype of the scores: the last is the center of the scores."""
         dtype, device = score_dtype(self.x.dtype), self.x.device
         values = (self.scale, self.bias, 0.0)
         if device.type == "cpu":  # where reading a tensor waits for nobody
-            return torch.tensor([float(v) for v in values], dtype=dtype, device=device)
+            return torch.tensor([v.item() if isinstance(v, Tensor) else v for v in values], dtype=dtype, device=device)
         return torch.stack(
             [
                 v.detach().reshape(()).to(dtype)

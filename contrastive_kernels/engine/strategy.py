@@ -15,8 +15,8 @@ __all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape"]
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
 #: memory is no concern.
 KEPT_SCORES_BYTES = 4 * 2**20
-#: Matrices of at most so many scores are computed in one call, with weights in float32: 1 MiB, and as many weights,
-#: stay in a core's own cache.
+#: Matrices of at most so many scores are computed in one call, with weights in float32 in their place: 1 MiB stays in a
+#: core's own cache.
 WHOLE_SCORES = 2**18
 
 
@@ -64,7 +64,7 @@ def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients
     gradients : bool
         Some are wanted.
     """
-    if summed and fits_one_call(backend, size):
+    if summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return Strategy(Place.WHOLE)
     if summed and gradients:
         rows = band_rows(backend, size, whole)
@@ -76,11 +76,9 @@ def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients
     return Strategy(Place.KEPT if kept else Place.TILE)
 
 
-def fits_one_call(backend: Backend, size: Size) -> bool:
-    """Whether all scores and their weights are few enough for one call of the backend."""
-    if not backend.whole_matrix or size.rows * size.cols > WHOLE_SCORES:
-        return False
-    return 2 * _score_bytes(size) <= size.workspace_bytes // 4
+def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) -> bool:
+    """Whether all scores, in float32, are few enough for one call of the backend."""
+    return backend.whole_matrix and rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
 
 
 def _score_bytes(size: Size) -> int:

@@ -58,9 +58,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     matrix = _matrix(call)
     row_side = Side() if upstream[0] is None else softmax_side(row, upstream[0])
     col_side = row_side if matrix.symmetric else Side() if upstream[1] is None else softmax_side(col, upstream[1])
-    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants))
-    dscale, dbias = (None, None) if made.dparams is None else made.dparams
-    return gradients_of(call, made.dx, made.dy, dscale, dbias)
+    return gradients_of(call, gradient_pass(matrix, row_side, col_side, Wanted(*call.wants)))
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
@@ -79,5 +77,6 @@ log_sum_exps = register(
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: call.settings[0],
+        found=2,
     )
 )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .._library import define
+from ..engine.gradients import Gradients
 from ..engine.problem import Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
@@ -33,6 +34,8 @@ __all__ = [
     "Primitive",
     "empty_like_scores",
     "gradients_of",
+    "like",
+    "params_of",
     "register",
     "saved_dtype",
     "whole_gradients",
@@ -75,7 +78,7 @@ class Call:
         return self.needs[0], self.needs[1], self.needs[2] or self.needs[3]
 
 
-Outputs = tuple[Tensor | None, ...]
+Outputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -87,92 +90,125 @@ class Primitive:
     outputs: int
     forward: Callable[[Call], Outputs]
     fake: Callable[[Call], Outputs]
-    #: (call, outputs, upstream of the results) -> gradients of the call's tensors, by their needs
+    #: (call, kept outputs, upstream of the results) -> gradients of the call's tensors, where they do not come with the
+    #: value
     gradients: Callable[[Call, Outputs, Outputs], Outputs]
     #: (call, rows, turned) -> the results of these rows, differentiable; `turned`: of these columns
     dense: Callable[[Call, slice, bool], Outputs]
     #: whether columns have results of their own
     two_sided: Callable[[Call], bool]
+    #: the first kept outputs are gradients that come with the value, of these tensors
+    made: tuple[int, ...] = ()
+    #: so many of the last outputs are read by callers; they are not differentiable
+    found: int = 0
 
     def __call__(self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> Outputs:
-        """The outputs; what is not wanted is None, or under a compiler an empty tensor."""
+        """The results and what callers read beside; what is not wanted is None, or an empty tensor under a compiler."""
         tensors = (*problem.tensors(), *extras)
         grad = torch.is_grad_enabled()
         needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
         if problem.symmetric:  # y is x, whose gradient is the whole one
             needs = (needs[0], False, *needs[2:])
         call = Call(problem, extras, settings, needs)
-        if torch.compiler.is_compiling() or not _is_plain(problem):
-            return self._by_operator(call)
+        if torch.compiler.is_compiling() or not _is_plain(problem.x):
+            return self._read(self._by_operator(call))
         if torch._C._are_functorch_transforms_active():
-            return self.functions[1].apply(self, problem.offset, call.statics, *tensors)
-        if grad and True in needs:
-            return self.functions[0].apply(self, problem.offset, call.statics, *tensors)
-        return run(self.forward, call)
+            return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
+        if True in needs:
+            return _Eager.apply(self, call, *tensors)
+        with torch.no_grad():
+            return self._read(_without_autocast(self.forward, call))
 
-    @property
-    def functions(self) -> tuple[Any, Any]:
-        """The autograd.Function for plain autograd, and the one for torch.func."""
-        return _Eager, _Transformable
+    def _read(self, outputs: Outputs) -> Outputs:
+        """What callers read."""
+        return (*outputs[: self.results], *outputs[len(outputs) - self.found :])
 
     def _by_operator(self, call: Call) -> Outputs:
         call = replace(call, problem=call.problem.with_numbers_as_tensors())
         present, mask = _pack(call.tensors)
         return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
 
+    def backward(self, call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
+        """The gradients of the call's tensors: made ones times what comes from upstream, or the gradient pass."""
+        made = kept[: len(self.made)]
+        if not any(g is not None for g in made):
+            return _without_autocast(self.gradients, call, kept, upstream)
+        gradients: list[Tensor | None] = [None] * len(call.needs)
+        for place, g in zip(self.made, made):
+            if g is not None and call.needs[place]:
+                gradients[place] = like(g * upstream[0], call.tensors[place])
+        return tuple(gradients)
 
-def _is_plain(problem: Problem) -> bool:
-    """Whether the engine may read the tensors' memory: no subclass, nothing that records or fakes operations."""
-    kind = type(problem.x)
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the engine may read a tensor's memory: no subclass, nothing that records or fakes operations."""
+    kind = type(x)
     return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
 
-def run(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
-    """Calls what runs the engine: without autograd and without autocast, which would round the results of out=."""
+def _without_autocast(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
+    """Calls what runs the engine: autocast would round the results of out=."""
     device = call.problem.x.device.type
-    with torch.no_grad():
-        if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
-            return function(call, *rest)
-        with torch.autocast(device, enabled=False):
-            return function(call, *rest)
+    if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
+        return function(call, *rest)
+    with torch.autocast(device, enabled=False):
+        return function(call, *rest)
 
 
 # ---- autograd ----
 
 
-def _setup(
-    ctx: Any, primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], outputs: Any
-) -> None:
-    """What backward needs: the tensors, and the outputs that are not results."""
-    kept = outputs[primitive.results :]
-    ctx.mark_non_differentiable(*(t for t in kept if isinstance(t, Tensor)))
-    ctx.set_materialize_grads(False)
-    ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
-    ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors], *kept)
-    ctx.constants = primitive, offset, statics
+class _Eager(torch.autograd.Function):
+    """The primitive in plain autograd, by the shortest way: overhead dominates small batches."""
+
+    @staticmethod
+    def forward(ctx: Any, primitive: Primitive, call: Call, *tensors: Any) -> Outputs:
+        outputs = _without_autocast(primitive.forward, call)
+        results, kept = outputs[: primitive.results], outputs[primitive.results :]
+        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors], *kept)
+        ctx.constants = (
+            primitive, call.problem.offset, call.statics, [None if isinstance(t, Tensor) else t for t in tensors[2:4]]
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        if not primitive.found:
+            return results
+        found = kept[-primitive.found :]
+        ctx.mark_non_differentiable(*[t for t in found if t is not None])
+        return (*results, *found)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Outputs:
+        primitive, offset, statics, numbers = ctx.constants
+        count = len(statics[2])
+        results = upstream[: primitive.results]
+        if all(g is None for g in results):
+            return (None,) * (2 + count)
+        saved = ctx.saved_tensors
+        tensors, kept = list(saved[:count]), saved[count:]
+        for place, value in zip((2, 3), numbers):
+            if value is not None:
+                tensors[place] = value
+        return (None, None, *_gradients(primitive, offset, statics, tensors, kept, results, ctx.needs_input_grad[2:]))
 
 
-def _restore(ctx: Any) -> tuple[Primitive, Call, Outputs]:
-    """The primitive, its call, and the outputs that are not results."""
-    primitive, offset, statics = ctx.constants
-    saved, count = ctx.saved_tensors, len(ctx.numbers)
-    tensors = [number if t is None else t for t, number in zip(saved[:count], ctx.numbers)]
-    return primitive, Call.of(tensors, offset, statics), saved[count:]
-
-
-def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    primitive, call, kept = _restore(ctx)
-    results = upstream[: primitive.results]
-    if all(g is None for g in results):
-        return (None,) * (3 + len(ctx.numbers))
-    wanted = ctx.needs_input_grad[3:]
-    if False in wanted:  # of what autograd was asked for, perhaps fewer than requires_grad told
-        call = replace(call, needs=tuple([a and b for a, b in zip(call.needs, wanted)]))
+def _gradients(
+    primitive: Primitive,
+    offset: int | None,
+    statics: Any,
+    tensors: Sequence[Any],
+    kept: Outputs,
+    results: Outputs,
+    asked: Sequence[bool],
+) -> Outputs:
+    """The gradients that autograd asks for, perhaps fewer than requires_grad told."""
+    of_problem, settings, needs = statics
+    if False in asked:
+        needs = tuple([a and b for a, b in zip(needs, asked)])
+    call = Call.of(tensors, offset, (of_problem, settings, needs))
     if not torch.is_grad_enabled():
-        return (None, None, None, *run(primitive.gradients, call, kept, results))
+        return primitive.backward(call, kept, results)
     # create_graph=True: the gradients have a graph of their own
-    made = _Gradients.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results)
-    return (None, None, None, *made)
+    return _Gradients.apply(primitive, offset, call.statics, len(kept), *tensors, *kept, *results)
 
 
 class _Transformable(torch.autograd.Function):
@@ -180,30 +216,32 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
-        return run(primitive.forward, Call.of(tensors, offset, statics))
+        return _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         primitive, offset, statics, *tensors = inputs
-        _setup(ctx, primitive, offset, statics, tensors, output)
+        kept = output[primitive.results :]
+        ctx.mark_non_differentiable(*[t for t in kept if isinstance(t, Tensor)])
+        ctx.set_materialize_grads(False)
+        ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
+        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors], *kept)
+        ctx.constants = primitive, offset, statics
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Outputs:
+        primitive, offset, statics = ctx.constants
+        results, count = upstream[: primitive.results], len(ctx.numbers)
+        if all(g is None for g in results):
+            return (None,) * (3 + count)
+        saved = ctx.saved_tensors
+        tensors = [number if t is None else t for t, number in zip(saved[:count], ctx.numbers)]
+        asked = ctx.needs_input_grad[3:]
+        return (None, None, None, *_gradients(primitive, offset, statics, tensors, saved[count:], results, asked))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         return _loop(_Transformable.apply, info, in_dims, inputs)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without torch.func, where apply() would bind its arguments by inspection: 20 us."""
-
-    @staticmethod
-    def forward(ctx: Any, primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
-        outputs = run(primitive.forward, Call.of(tensors, offset, statics))
-        _setup(ctx, primitive, offset, statics, tensors, outputs)
-        return outputs
-
-    backward = staticmethod(_backward)
 
 
 class _Gradients(torch.autograd.Function):
@@ -213,7 +251,7 @@ class _Gradients(torch.autograd.Function):
     def forward(primitive: Primitive, offset: int | None, statics: Any, kept_count: int, *tensors: Any) -> Outputs:
         count = len(tensors) - kept_count - primitive.results
         kept, upstream = tensors[count : count + kept_count], tensors[count + kept_count :]
-        return run(primitive.gradients, Call.of(tensors[:count], offset, statics), kept, upstream)
+        return primitive.backward(Call.of(tensors[:count], offset, statics), kept, upstream)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -290,7 +328,7 @@ def register(primitive: Primitive) -> Primitive:
         "Tensor[] upstream, int[] came) -> Tensor[]",
         lambda *a: _gradient_shapes(_unpacked_call(*a[:3])),
         lambda *a: _all_tensors(
-            primitive.gradients(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
+            primitive.backward(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
         ),
     )
 
@@ -365,19 +403,27 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def gradients_of(
-    call: Call,
-    dx: Tensor | None,
-    dy: Tensor | None,
-    dscale: Tensor | None,
-    dbias: Tensor | None,
-    *extras: Tensor | None,
-) -> Outputs:
-    """The gradients of the call's tensors, each in its dtype and shape, None where there is none."""
-    made = (dx, dy, dscale, dbias, None, None, *extras)
-    return tuple(
-        [_like(g, t) if need and g is not None else None for g, t, need in zip(made, call.tensors, call.needs)]
-    )
+def gradients_of(call: Call, made: Gradients) -> Outputs:
+    """What a gradient pass made, as gradients of the call's tensors."""
+    dscale, dbias = (None, None) if made.dparams is None else made.dparams
+    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
+    wanted = zip(found, call.tensors, call.needs)
+    return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
+
+
+def like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in the dtype and shape of its tensor."""
+    if gradient.dtype != tensor.dtype:
+        gradient = gradient.to(tensor.dtype)
+    return gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)
+
+
+def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dscale and dL/dbias, as far as they are wanted, of their sums [2]."""
+    if dparams is None:
+        return None, None
+    dscale, dbias = dparams.unbind()
+    return dscale if call.needs[2] else None, dbias if call.needs[3] else None
 
 
 def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -393,10 +439,3 @@ def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[
     """dx and dy from the weights [N, M] of all pairs, positives included."""
     want_x, want_y, _ = call.wants
     return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
-
-
-def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """A gradient in the dtype and shape of its tensor."""
-    if gradient.dtype != tensor.dtype:
-        gradient = gradient.to(tensor.dtype)
-    return gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)

@@ -27,7 +27,17 @@ from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
 from .second import dense_logits
-from .shared import Call, Outputs, Primitive, gradients_of, register, saved_dtype, whole_gradients, whole_scores
+from .shared import (
+    Call,
+    Outputs,
+    Primitive,
+    gradients_of,
+    params_of,
+    register,
+    saved_dtype,
+    whole_gradients,
+    whole_scores,
+)
 
 __all__ = ["softmax_loss", "softmax_losses"]
 
@@ -51,16 +61,22 @@ def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both:
 
 # ---- what is computed ----
 
+_WHOLE = Strategy(Place.WHOLE)
+
 
 def _strategy(call: Call, find: object = strategy.remembered) -> tuple[backends.Backend, Strategy]:
     """Who computes it, and how."""
     problem, (reduction, both) = call.problem, call.settings
-    backend = backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
+    x, engine = problem.x, problem.engine
+    backend = backends.choose(engine.backend or None, x.device, x.dtype)
+    summed = reduction != "none"
+    if summed and strategy.fits_one_call(backend, x.shape[0], problem.y.shape[0], engine.workspace_bytes):
+        return backend, _WHOLE
     found = find(  # type: ignore[operator]
         backend,
         problem.size(),
         whole=both or problem.symmetric,
-        summed=reduction != "none",
+        summed=summed,
         gradients=True in call.needs,
     )
     return backend, found
@@ -83,7 +99,7 @@ def _share(call: Call) -> float:
 
 
 def _forward(call: Call) -> Outputs:
-    """The loss; dx, dy, dscale where they come with it; otherwise normalisers of rows and columns, dots and scores."""
+    """The loss; dx, dy, dscale, dbias where they come with it, or normalisers of rows and columns, dots and scores."""
     backend, how = _strategy(call)
     if how.place is Place.WHOLE:
         return _in_one_call(call, backend)
@@ -101,7 +117,7 @@ def _forward(call: Call) -> Outputs:
         made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
         found.add_positive_params(made)
         value = found.losses if reduction == "none" else (gain * found.losses).sum()
-        return value, made.dx, made.dy, made.dparams, None, None, None, None
+        return value, made.dx, made.dy, *params_of(call, made.dparams), None, None, None, None
     row, col = (None if s is None else normalizer_of(s) for s in statistics_pass(matrix, cols=both))
     losses = _losses(row, z_pos)
     if col is not None:
@@ -109,18 +125,15 @@ def _forward(call: Call) -> Outputs:
     losses = gain * losses
     if True not in call.needs:
         row = col = dots = scores = None
-    return losses if reduction == "none" else losses.sum(), None, None, None, row, col, dots, scores
+    return losses if reduction == "none" else losses.sum(), None, None, None, None, row, col, dots, scores
 
 
 def _in_one_call(call: Call, backend: backends.Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, (_, both), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
-    value, dparams = backend.softmax_matrix(
-        scores, problem.pairs(), problem.index, problem.offset or 0, float(problem.scale), float(problem.bias),
-        gain, _share(call), both, problem.symmetric,
-    )  # fmt: skip
-    return value, *whole_gradients(call, scores, x, y), dparams, None, None, None, None
+    value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
+    return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
@@ -185,20 +198,20 @@ def _fake(call: Call) -> Outputs:
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     if True not in call.needs:
-        return value, None, None, None, None, None, None, None
+        return value, *(None,) * 8
     if how.gradients_come_with_the_value:
-        want_x, want_y, want_params = call.wants
+        want_x, want_y, _ = call.wants
         saved = dtype if how.place is Place.WHOLE else saved
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
-            x.new_empty(2, dtype=torch.float64) if want_params else None,
+            *(x.new_empty((), dtype=torch.float64) if need else None for need in call.needs[2:4]),
             None, None, None, None,
         )  # fmt: skip
     kept = how.place is Place.KEPT
     return (
-        value, None, None, None,
+        value, None, None, None, None,
         x.new_empty((2, x.shape[0]), dtype=dtype),
         x.new_empty((2, y.shape[0]), dtype=dtype) if both else None,
         x.new_empty(x.shape[0], dtype=dtype),
@@ -210,31 +223,20 @@ def _fake(call: Call) -> Outputs:
 
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
-    """Kept gradients times what comes from upstream, or the gradient pass."""
-    (factor,) = upstream
-    dx, dy, dparams, row, col, dots, scores = kept
-    if row is None:
-        made = [None if g is None else g * factor for g in (dx, dy, dparams)]
-        return _finished(call, *made)
+    """The gradient pass."""
+    *_, row, col, dots, scores = kept
     backend, _ = _strategy(call)
-    saved = None if call.problem.x.dtype != torch.float16 else torch.float32
-    matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, saved, scores)
+    matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
-    z_pos, gain = matrix.params[0] * dots, _gains(call) * factor
+    z_pos, gain = matrix.params[0] * dots, _gains(call) * upstream[0]
     row_gain = gain * _softmax(row, z_pos)
     col_gain = None if col is None else gain * _softmax(col, z_pos)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
     row_side = softmax_side(row, row_gain)
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
-    found = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
-    add_positive_params(matrix, found, dz_pos, dots)
-    return _finished(call, found.dx, found.dy, found.dparams)
-
-
-def _finished(call: Call, dx: Tensor | None, dy: Tensor | None, dparams: Tensor | None) -> Outputs:
-    """All gradients in their dtypes; the loss does not move with the bias."""
-    dscale, dbias = (None, None) if dparams is None else dparams
-    return gradients_of(call, dx, dy, dscale, dbias, None)
+    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
+    add_positive_params(matrix, made, dz_pos, dots)
+    return gradients_of(call, made)
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
@@ -267,11 +269,12 @@ softmax_losses = register(
     Primitive(
         "softmax_loss",
         results=1,
-        outputs=8,
+        outputs=9,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: call.settings[1],
+        made=(0, 1, 2, 3),
     )
 )

@@ -22,7 +22,7 @@ from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL, SIGMOID
 from .second import dense_logits
-from .shared import Call, Outputs, Primitive, gradients_of, register, saved_dtype, whole_gradients, whole_scores
+from .shared import Call, Outputs, Primitive, like, params_of, register, saved_dtype, whole_gradients, whole_scores
 from .softmax_loss import add_positive_params, dense_normalizer
 
 __all__ = ["ExponentialSums", "exponential_sums", "sigmoid_sums", "two_sum"]
@@ -62,7 +62,7 @@ def exponential_sums(
     two, summed = len(rests) == 2, gain is not None
     col_gain = gain.clone() if two and gain is not None else None
     extras = (rests[0], rests[1] if two else None, gain, col_gain, *_padded(logits))
-    values, col_values, _, _, _, _, _, row_found, col_found, dots = weighted_sum(
+    values, col_values, row_found, col_found, dots = weighted_sum(
         problem, extras, ("exponential", logits is None, summed)
     )
     if summed:
@@ -96,6 +96,11 @@ def _matrix(call: Call) -> ScoreMatrix:
     return ScoreMatrix.of(problem, term, backend, saved_dtype(problem.x.dtype))
 
 
+def _fits_one_call(call: Call) -> bool:
+    x, y, engine = call.problem.x, call.problem.y, call.problem.engine
+    return strategy.fits_one_call(_backend(call), x.shape[0], y.shape[0], engine.workspace_bytes)
+
+
 def _backend(call: Call) -> backends.Backend:
     problem = call.problem
     return backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
@@ -104,7 +109,7 @@ def _backend(call: Call) -> backends.Backend:
 def _forward(call: Call) -> Outputs:
     """Values; dx, dy, dparams, da, db where they come with the value; found normalisers of rows, of columns, dots."""
     _, relative, summed = call.settings
-    if summed and strategy.fits_one_call(_backend(call), call.problem.size()):
+    if summed and _fits_one_call(call):
         return _in_one_call(call)
     row_gain, col_gain = call.extras[2:4]
     matrix = _matrix(call)
@@ -113,11 +118,11 @@ def _forward(call: Call) -> Outputs:
         return _pass(call, matrix, dots, row_gain, col_gain)
     row, col = statistics_pass(matrix, cols=call.extras[1] is not None)
     if matrix.term is SIGMOID:
-        return row[0] - logsigmoid(_z_pos(matrix, dots)), *(None,) * 9
+        return row[0] - logsigmoid(_z_pos(matrix, dots)), *(None,) * 10
     row, col = normalizer_of(row), None if col is None else normalizer_of(col)
     a, *b = _given(call, matrix, dots)
     values, col_values = _ratio(row, a), _ratio(col, b[0]) if b else None
-    return values, col_values, None, None, None, None, None, row, col, dots
+    return values, col_values, *(None,) * 6, row, col, dots
 
 
 def _dots(matrix: ScoreMatrix, relative: bool) -> Tensor | None:
@@ -192,7 +197,7 @@ def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor | None, row_gain: Tensor
     da = -sums[0] if call.needs[-2] else None
     db = -sums[1] if call.needs[-1] else None
     row, col = found + [None] * (2 - len(found))
-    return total, None, made.dx, made.dy, made.dparams, da, db, row, col, dots
+    return total, None, made.dx, made.dy, *params_of(call, made.dparams), da, db, row, col, dots
 
 
 def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
@@ -208,7 +213,7 @@ def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -
         add_positive_params(matrix, made, dz_pos, dots)
         rows = state[0]
     total = (gain * (rows + positive_loss)).sum()
-    return total, None, made.dx, made.dy, made.dparams, *(None,) * 5
+    return total, None, made.dx, made.dy, *params_of(call, made.dparams), *(None,) * 5
 
 
 def _in_one_call(call: Call) -> Outputs:
@@ -217,14 +222,13 @@ def _in_one_call(call: Call) -> Outputs:
     a, b, row_gain, col_gain, *logits = call.extras
     x, y, scores = whole_scores(problem)
     given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip((a, b), logits)]
-    value, dparams, row, col, dots = _backend(call).weighted_matrix(
-        SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem.pairs(), problem.index, problem.offset,
-        float(problem.scale), float(problem.bias), Side(None, given[0], row_gain), Side(None, given[1], col_gain),
-        relative,
+    value, dscale, dbias, row, col, dots = _backend(call).weighted_matrix(
+        SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem, Side(None, given[0], row_gain),
+        Side(None, given[1], col_gain), relative,
     )  # fmt: skip
     found = zip((row, col), given, (row_gain, col_gain), call.needs[-2:])
     da, db = (-gain * _ratio(own, other) if need else None for own, other, gain, need in found)
-    return value, None, *whole_gradients(call, scores, x, y), dparams, da, db, row, col, dots
+    return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, da, db, row, col, dots
 
 
 def _fake(call: Call) -> Outputs:
@@ -241,16 +245,16 @@ def _fake(call: Call) -> Outputs:
     )
     if not summed:
         col_values = x.new_empty(m, dtype=dtype) if two else None
-        return x.new_empty(n, dtype=dtype), col_values, None, None, None, None, None, *found
-    want_x, want_y, want_params = call.wants
-    if strategy.fits_one_call(_backend(call), problem.size()):
+        return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
+    want_x, want_y, _ = call.wants
+    if _fits_one_call(call):
         saved = dtype
     return (
         x.new_empty((), dtype=dtype),
         None,
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        x.new_empty(2, dtype=torch.float64) if want_params else None,
+        *(x.new_empty((), dtype=torch.float64) if need else None for need in call.needs[2:4]),
         x.new_empty(n, dtype=dtype) if call.needs[-2] else None,
         x.new_empty(m, dtype=dtype) if call.needs[-1] else None,
         *found,
@@ -261,25 +265,19 @@ def _fake(call: Call) -> Outputs:
 
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
-    """Kept gradients times what comes from upstream, or the pass with upstream's gains."""
-    factor, col_factor = upstream
-    dx, dy, dparams, da, db, _, _, dots = kept
-    if not call.settings[2]:  # every row has a factor of its own
-        matrix = _matrix(call)
-        if dots is None:
-            dots = _dots(matrix, call.settings[1])
-        elif call.settings[1]:
-            matrix.params[2] = dots.sum() / max(len(dots), 1)
-        zero = torch.zeros_like
-        gains = [zero(call.problem.x[:, 0], dtype=matrix.params.dtype) if factor is None else factor.contiguous()]
-        if call.extras[1] is not None:
-            gains += [zero(gains[0]) if col_factor is None else col_factor.contiguous()]
-        _, _, *made = _pass(call, matrix, dots, *[*gains, None][:2])
-        dx, dy, dparams, da, db = made[:5]
-    else:
-        dx, dy, dparams, da, db = (None if g is None else g * factor for g in (dx, dy, dparams, da, db))
-    dscale, dbias = (None, None) if dparams is None else dparams
-    return gradients_of(call, dx, dy, dscale, dbias, None, None, None, None, da, db)
+    """The pass with upstream's gains: every row has a factor of its own."""
+    dots, matrix, relative = kept[-1], _matrix(call), call.settings[1]
+    if dots is None:
+        dots = _dots(matrix, relative)
+    elif relative:
+        matrix.params[2] = dots.sum() / max(len(dots), 1)
+    n, m = (v.shape[0] for v in (call.problem.x, call.problem.y))
+    factors = zip(upstream, (n, m) if call.extras[1] is not None else (n,))
+    gains = [matrix.params.new_zeros(length) if g is None else g.contiguous() for g, length in factors]
+    _, _, dx, dy, dscale, dbias, da, db, *_ = _pass(call, matrix, dots, *[*gains, None][:2])
+    made = (dx, dy, dscale, dbias, None, None, None, None, None, None, da, db)
+    found = zip(made, call.tensors, call.needs)
+    return tuple([like(g, t) if need and g is not None else None for g, t, need in found])
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
@@ -304,11 +302,13 @@ weighted_sum = register(
     Primitive(
         "weighted_sum",
         results=2,
-        outputs=10,
+        outputs=11,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: call.extras[1] is not None,
+        made=(0, 1, 2, 3, 10, 11),
+        found=3,
     )
 )

@@ -234,7 +234,7 @@ def _multiprocessors(capability: int) -> int:
 
 def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[tuple[Pass, ...], int | None, Place]:
     """The passes, the rows of a band if they take turns on bands, and where the scores lie."""
-    if fits_one_call(backend, size):
+    if fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return (_one_call(size, spec),), None, Place.WHOLE
     if spec.passes == 1:
         place = Place.TILE if backend.score_tile else Place.ON_CHIP
@@ -262,7 +262,7 @@ def _one_call(size: Size, spec: LossSpec) -> Pass:
     scores, d, score = size.rows * size.cols, size.features, score_dtype(size.dtype).itemsize
     moved = 4 * scores * score + (size.rows + size.cols) * d * (2 * size.dtype.itemsize + score)
     flop = int(2 * scores * d * products)
-    return Pass("weigh", (size.rows, size.cols), 1, products, flop, moved, None, 2 * scores * score)
+    return Pass("weigh", (size.rows, size.cols), 1, products, flop, moved, None, scores * score)
 
 
 def _together(passes: list[tuple[Pass, int]]) -> Pass:
