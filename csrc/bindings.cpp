@@ -1,9 +1,8 @@
 // The Python module contrastive_kernels._C. A panel comes in as keywords, named in members.h: integers all of them,
 // where 0 is a null pointer.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -105,52 +104,97 @@ void run(const py::kwargs& arguments) {
   Pass(panel);
 }
 
-// A matrix's arguments come by position: keywords cost as much as a small matrix.
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+// A matrix's arguments come by position, and are read one after the other: keywords, or pybind11's own conversions of
+// so many arguments, take longer than a small matrix.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count, Py_ssize_t expected) : next_(values) {
+    if (count != expected)
+      throw py::type_error("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count));
+  }
 
-ck::Matrix make_matrix(uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols, std::optional<int64_t> diagonal,
-                       uintptr_t columns, int64_t columns_count, uintptr_t col_bias, uintptr_t positives,
-                       std::optional<int64_t> offset, float scale, float bias) {
+  template <typename T>
+  void read(T& value) {
+    assign(value, *next_++);
+  }
+  void read(float& value) { value = static_cast<float>(number()); }
+  void read(double& value) { value = number(); }
+  void read(bool& value) { value = PyObject_IsTrue(*next_++) != 0; }
+
+  // None: no diagonal.
+  void read_diagonal(int64_t& value) {
+    value = *next_ == Py_None ? ck::kNoDiagonal : integer(*next_);
+    ++next_;
+  }
+
+  void read_matrix(ck::Matrix& m) {
+    read(m.scores), read(m.weights), read(m.rows), read(m.cols), read_diagonal(m.pairs.diagonal);
+    read(m.pairs.columns), read(m.pairs.columns_count), read(m.pairs.col_bias), read(m.positives);
+    read_diagonal(m.offset), read(m.scale), read(m.bias);
+  }
+
+ private:
+  double number() {
+    const double value = PyFloat_AsDouble(*next_++);
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  PyObject* const* next_;
+};
+
+void softmax_matrix(PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 18);
   ck::Matrix m;
-  m.scores = pointer<const float>(scores), m.weights = pointer<float>(weights);
-  m.rows = rows, m.cols = cols;
-  m.pairs.diagonal = diagonal.value_or(ck::kNoDiagonal);
-  m.pairs.columns = pointer<const int64_t>(columns), m.pairs.columns_count = columns_count;
-  m.pairs.col_bias = pointer<const float>(col_bias);
-  m.positives = pointer<const int64_t>(positives), m.offset = offset.value_or(ck::kNoDiagonal);
-  m.scale = scale, m.bias = bias;
-  return m;
-}
-
-void softmax_matrix(uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols, std::optional<int64_t> diagonal,
-                    uintptr_t columns, int64_t columns_count, uintptr_t col_bias, uintptr_t positives,
-                    std::optional<int64_t> offset, float scale, float bias, uintptr_t gain, double share, bool both,
-                    bool symmetric, uintptr_t out, int threads) {
-  ck::Matrix m = make_matrix(scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset,
-                             scale, bias);
-  m.gain = pointer<const float>(gain), m.share = share, m.out = pointer<double>(out), m.threads = threads;
+  bool both, symmetric;
+  arguments.read_matrix(m);
+  arguments.read(m.gain), arguments.read(m.share), arguments.read(both), arguments.read(symmetric);
+  arguments.read(m.out), arguments.read(m.threads);
   py::gil_scoped_release release;
   ck::softmax_matrix(m, both, symmetric);
 }
 
-void weighted_matrix(int term, uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols,
-                     std::optional<int64_t> diagonal, uintptr_t columns, int64_t columns_count, uintptr_t col_bias,
-                     uintptr_t positives, std::optional<int64_t> offset, float scale, float bias,
-                     uintptr_t row_normalizer, uintptr_t row_gain, uintptr_t col_normalizer, uintptr_t col_gain,
-                     double share, bool relative, uintptr_t row_state, uintptr_t col_state, uintptr_t dots,
-                     uintptr_t out, int threads) {
-  ck::Matrix m = make_matrix(scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset,
-                             scale, bias);
-  m.share = share, m.out = pointer<double>(out), m.threads = threads;
-  const ck::GivenSide row = {pointer<const float>(row_normalizer), pointer<const float>(row_gain),
-                             pointer<float>(row_state)};
-  const ck::GivenSide col = {pointer<const float>(col_normalizer), pointer<const float>(col_gain),
-                             pointer<float>(col_state)};
+void weighted_matrix(PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count, 24);
+  ck::PairTerm term;
+  ck::Matrix m;
+  ck::GivenSide row, col;
+  bool relative;
+  float* dots;
+  arguments.read(term), arguments.read_matrix(m);
+  arguments.read(row.normalizer), arguments.read(row.gain), arguments.read(col.normalizer), arguments.read(col.gain);
+  arguments.read(m.share), arguments.read(relative), arguments.read(row.state), arguments.read(col.state);
+  arguments.read(dots), arguments.read(m.out), arguments.read(m.threads);
   py::gil_scoped_release release;
-  ck::weighted_matrix(m, static_cast<ck::PairTerm>(term), row, col, relative, pointer<float>(dots));
+  ck::weighted_matrix(m, term, row, col, relative, dots);
+}
+
+// One of the two as Python calls it, with its exceptions as pybind11 would tell them.
+template <void (*Function)(PyObject* const*, Py_ssize_t)>
+PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  try {
+    Function(values, count);
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const py::type_error& error) {
+    error.set_error();
+    return nullptr;
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+template <void (*Function)(PyObject* const*, Py_ssize_t)>
+void add(py::module_& m, const char* name) {
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call<Function>)),
+                               METH_FASTCALL, nullptr};
+  m.add_object(name, py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));
 }
 
 void exp_array(uintptr_t x, uintptr_t out, int64_t n) {
@@ -170,8 +214,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("reduce_panel", &run<P, ck::reduce_panel>);
   m.def("weight_panel", &run<P, ck::weight_panel>);
   m.def("search_panel", &run<Q, ck::search_panel>);
-  m.def("softmax_matrix", &softmax_matrix);
-  m.def("weighted_matrix", &weighted_matrix);
+  add<softmax_matrix>(m, "softmax_matrix");
+  add<weighted_matrix>(m, "weighted_matrix");
   m.def("exp_array", &exp_array);
   m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);

@@ -190,27 +190,36 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Bu
   return params;
 }
 
+// Merges what the stripes left of the columns of one chunk, from the first stripe to the last.
+template <class Term>
+static void merge_columns(const Panel& p, int64_t col0, int64_t stripes, const Buffers& buffers) {
+  for (int64_t stripe = 0; stripe < stripes; ++stripe)
+    merge_states<Term>(p.col.shift + col0, p.col.sum + col0, buffers.col_shift + stripe * p.cols + col0,
+                       buffers.col_sum + stripe * p.cols + col0, smaller(kChunk, p.cols - col0));
+}
+
 // The stripes of a panel, and then its columns' states; for each term, and for what is wanted of it.
 template <class Term, bool SUMS, typename Out>
 static void run_stripes(const Panel& p, const Buffers& buffers) {
   const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
-#pragma omp parallel num_threads(p.threads)
-  {
+  const int64_t merged_cols = buffers.col_sum ? p.cols : 0;
 #ifdef _OPENMP
-    Scratch& scratch = buffers.scratch[omp_get_thread_num()];
-#else
-    Scratch& scratch = buffers.scratch[0];
-#endif
+  if (p.threads > 1) {
+#pragma omp parallel num_threads(p.threads)
+    {
+      Scratch& scratch = buffers.scratch[omp_get_thread_num()];
 #pragma omp for schedule(static)
-    for (int64_t stripe = 0; stripe < stripes; ++stripe)
-      buffers.params[stripe] = run_stripe<Term, SUMS, Out>(p, stripe, scratch, buffers);
-    if (buffers.col_sum) {
+      for (int64_t stripe = 0; stripe < stripes; ++stripe)
+        buffers.params[stripe] = run_stripe<Term, SUMS, Out>(p, stripe, scratch, buffers);
 #pragma omp for schedule(static)
-      for (int64_t j = 0; j < p.cols; j += kChunk)
-        for (int64_t stripe = 0; stripe < stripes; ++stripe)
-          merge_states<Term>(p.col.shift + j, p.col.sum + j, buffers.col_shift + stripe * p.cols + j,
-                             buffers.col_sum + stripe * p.cols + j, smaller(kChunk, p.cols - j));
+      for (int64_t j = 0; j < merged_cols; j += kChunk) merge_columns<Term>(p, j, stripes, buffers);
     }
+  } else  // a team of one takes as long as a small matrix
+#endif
+  {
+    for (int64_t stripe = 0; stripe < stripes; ++stripe)
+      buffers.params[stripe] = run_stripe<Term, SUMS, Out>(p, stripe, buffers.scratch[0], buffers);
+    for (int64_t j = 0; j < merged_cols; j += kChunk) merge_columns<Term>(p, j, stripes, buffers);
   }
   for (int64_t stripe = 0; p.dparams && stripe < stripes; ++stripe) {
     p.dparams[0] += buffers.params[stripe].dscale;

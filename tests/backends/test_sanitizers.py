@@ -1,7 +1,7 @@
 """The C++ pass under AddressSanitizer and UndefinedBehaviorSanitizer, in a program of its own without Python or torch.
 
 tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers with every instruction set of this
-machine and compares them with a plain loop in double.
+machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DRIVER = ROOT / "tests/sanitize/panel_driver.cpp"
+DRIVERS = ROOT / "tests/sanitize"
 SANITIZE = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer"]
 SANITIZE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -34,7 +34,7 @@ def compile_with(cxx, arguments):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Builds the driver with given -D switches; the library's objects are compiled once."""
+    """Builds a driver with given -D switches; the library's objects are compiled once."""
     setup = load_setup()
     try:
         toolchain = setup.find_toolchain()
@@ -51,10 +51,11 @@ def build(tmp_path_factory):
         ]
         list(pool.map(lambda each: compile_with(toolchain.cxx, each), arguments))
 
-    def build_driver(*switches):
-        program = folder / "_".join(["driver", *switches])
+    def build_driver(name, *switches):
+        program = folder / "_".join([name, *switches])
         defines = [f"-D{switch}" for switch in switches]
-        compile_with(toolchain.cxx, [*toolchain.openmp, *defines, DRIVER, *objects, "-o", program])
+        source = (DRIVERS / name).with_suffix(".cpp")
+        compile_with(toolchain.cxx, [*toolchain.openmp, *defines, source, *objects, "-o", program])
         return program
 
     return build_driver
@@ -78,11 +79,12 @@ def expected_instruction_sets():
     return found
 
 
-def test_the_pass_is_clean_and_right(build):
-    result = run(build())
+@pytest.mark.parametrize(("driver", "what"), [("panel_driver", "panels"), ("matrix_driver", "matrices")])
+def test_the_pass_is_clean_and_right(build, driver, what):
+    result = run(build(driver))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
-    tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith("panels are right")}
+    tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
     assert tested == expected_instruction_sets()
 
 
@@ -91,7 +93,7 @@ def test_the_pass_is_clean_and_right(build):
     [("CK_INJECT_OVERRUN", "heap-buffer-overflow"), ("CK_INJECT_UNDEFINED", "signed integer overflow")],
 )
 def test_the_sanitizers_are_live(build, switch, report):
-    result = run(build(switch))
+    result = run(build("panel_driver", switch))
     assert result.returncode != 0
     assert report in result.stderr
 
