@@ -25,10 +25,9 @@ def softmax_matrix(
     share: float,
     both: bool,
     symmetric: bool,
-    out: int,
     threads: int,
     /,
-) -> None: ...
+) -> tuple[float, float, float]: ...
 def weighted_matrix(
     term: int,
     scores: int,
@@ -52,10 +51,9 @@ def weighted_matrix(
     row_state: int,
     col_state: int,
     dots: int,
-    out: int,
     threads: int,
     /,
-) -> None: ...
+) -> tuple[float, float, float]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str, /) -> None: ...
 def cuda_reduce_panel(**panel: int) -> None: ...

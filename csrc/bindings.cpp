@@ -143,19 +143,20 @@ class Arguments {
   PyObject* const* next_;
 };
 
-void softmax_matrix(PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 18);
+void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
+  Arguments arguments(values, count, 17);
   ck::Matrix m;
   bool both, symmetric;
   arguments.read_matrix(m);
   arguments.read(m.gain), arguments.read(m.share), arguments.read(both), arguments.read(symmetric);
-  arguments.read(m.out), arguments.read(m.threads);
+  arguments.read(m.threads);
+  m.out = out;
   py::gil_scoped_release release;
   ck::softmax_matrix(m, both, symmetric);
 }
 
-void weighted_matrix(PyObject* const* values, Py_ssize_t count) {
-  Arguments arguments(values, count, 24);
+void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
+  Arguments arguments(values, count, 23);
   ck::PairTerm term;
   ck::Matrix m;
   ck::GivenSide row, col;
@@ -164,16 +165,18 @@ void weighted_matrix(PyObject* const* values, Py_ssize_t count) {
   arguments.read(term), arguments.read_matrix(m);
   arguments.read(row.normalizer), arguments.read(row.gain), arguments.read(col.normalizer), arguments.read(col.gain);
   arguments.read(m.share), arguments.read(relative), arguments.read(row.state), arguments.read(col.state);
-  arguments.read(dots), arguments.read(m.out), arguments.read(m.threads);
+  arguments.read(dots), arguments.read(m.threads);
+  m.out = out;
   py::gil_scoped_release release;
   ck::weighted_matrix(m, term, row, col, relative, dots);
 }
 
-// One of the two as Python calls it, with its exceptions as pybind11 would tell them.
-template <void (*Function)(PyObject* const*, Py_ssize_t)>
+// One of the two as Python calls it, with its exceptions as pybind11 would tell them: value, d/dscale, d/dbias.
+template <void (*Function)(PyObject* const*, Py_ssize_t, double*)>
 PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  double out[3];
   try {
-    Function(values, count);
+    Function(values, count, out);
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
@@ -187,10 +190,10 @@ PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
-  Py_RETURN_NONE;
+  return Py_BuildValue("(ddd)", out[0], out[1], out[2]);
 }
 
-template <void (*Function)(PyObject* const*, Py_ssize_t)>
+template <void (*Function)(PyObject* const*, Py_ssize_t, double*)>
 void add(py::module_& m, const char* name) {
   static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call<Function>)),
                                METH_FASTCALL, nullptr};

@@ -86,7 +86,7 @@ class Backend:
 
     def softmax_matrix(
         self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
@@ -96,7 +96,7 @@ class Backend:
 
     def weighted_matrix(
         self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
         """sum_i gain_i sum_j term(z_ij) with given normalisers, and its dL/dscale and dL/dbias; the normalisers found
         in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores as above.
         """

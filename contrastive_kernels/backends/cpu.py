@@ -50,19 +50,15 @@ class CpuBackend(Backend):
 
     def softmax_matrix(
         self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out = torch.empty(3, dtype=torch.float64, device="cpu")
-        _C.softmax_matrix(
-            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, out.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        value, dscale, dbias = out.unbind()
-        return value.float(), dscale, dbias
+    ) -> tuple[Tensor, float, float]:
+        value, dscale, dbias = _C.softmax_matrix(
+            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, torch.get_num_threads()
+        )
+        return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias
 
     def weighted_matrix(
         self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        out = torch.empty(3, dtype=torch.float64, device="cpu")
+    ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
         rows, cols = scores.shape
         row_found = col_found = dots = None
         if term.has_shift:
@@ -71,13 +67,12 @@ class CpuBackend(Backend):
                 col_found = torch.empty(2, cols, dtype=torch.float32, device="cpu")
             if problem.index is not None or problem.offset is not None:
                 dots = torch.empty(rows, dtype=torch.float32, device="cpu")
-        _C.weighted_matrix(
+        value, dscale, dbias = _C.weighted_matrix(
             term.code, *_matrix_fields(scores, problem), _address(row.normalizer), _address(row.gain),
             _address(col.normalizer), _address(col.gain), 1.0, relative, _address(row_found), _address(col_found),
-            _address(dots), out.data_ptr(), torch.get_num_threads(),
+            _address(dots), torch.get_num_threads(),
         )  # fmt: skip
-        value, dscale, dbias = out.unbind()
-        return value.float(), dscale, dbias, row_found, col_found, dots
+        return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias, row_found, col_found, dots
 
 
 def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> tuple[int | float | None, ...]:

@@ -165,10 +165,10 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, primitive: Primitive, call: Call, *tensors: Any) -> Outputs:
         outputs = _without_autocast(primitive.forward, call)
         results, kept = outputs[: primitive.results], outputs[primitive.results :]
-        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors], *kept)
-        ctx.constants = (
-            primitive, call.problem.offset, call.statics, [None if isinstance(t, Tensor) else t for t in tensors[2:4]]
-        )  # fmt: skip
+        saved = (*tensors, *kept)
+        ctx.numbers = [None if v is None or isinstance(v, Tensor) else v for v in saved]
+        ctx.save_for_backward(*[v if number is None else None for v, number in zip(saved, ctx.numbers)])
+        ctx.constants = primitive, call.problem.offset, call.statics
         ctx.set_materialize_grads(False)
         if not primitive.found:
             return results
@@ -178,16 +178,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Outputs:
-        primitive, offset, statics, numbers = ctx.constants
+        primitive, offset, statics = ctx.constants
         count = len(statics[2])
         results = upstream[: primitive.results]
         if all(g is None for g in results):
             return (None,) * (2 + count)
-        saved = ctx.saved_tensors
-        tensors, kept = list(saved[:count]), saved[count:]
-        for place, value in zip((2, 3), numbers):
-            if value is not None:
-                tensors[place] = value
+        saved = [t if number is None else number for t, number in zip(ctx.saved_tensors, ctx.numbers)]
+        tensors, kept = saved[:count], saved[count:]
         return (None, None, *_gradients(primitive, offset, statics, tensors, kept, results, ctx.needs_input_grad[2:]))
 
 
@@ -216,7 +213,8 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
-        return _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
+        outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
+        return tuple([_tensor(v, tensors[0]) for v in outputs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -377,7 +375,12 @@ def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) 
 
 def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors: an empty one stands for what is not wanted."""
-    return tuple([empty_like_scores(like) if t is None else t for t in outputs])
+    return tuple([empty_like_scores(like) if t is None else _tensor(t, like) for t in outputs])
+
+
+def _tensor(value: Any, like: Tensor) -> Any:
+    """A number as a tensor beside the others."""
+    return torch.full((), value, dtype=torch.float64, device=like.device) if isinstance(value, float) else value
 
 
 def _absent(outputs: Sequence[Tensor]) -> Outputs:
@@ -432,7 +435,7 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype.itemsize == 2:
         x = x.float()
         y = x if problem.symmetric else y.float()
-    return x, y, x.mm(y.t())
+    return x, y, torch.nn.functional.linear(x, y)
 
 
 def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

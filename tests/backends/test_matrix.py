@@ -96,11 +96,11 @@ class Matrix:
         """Value, weights and gradients of the parameters, by one call."""
         scores = self.scores.clone()
         weights = scores if in_place else torch.full_like(scores, torch.nan)
-        out = torch.full((3,), torch.nan, dtype=torch.float64)
-        _C.softmax_matrix(
+        out = _C.softmax_matrix(
             *self.arguments(scores, weights if wanted else None), address(self.gain), self.share, both, self.symmetric,
-            address(out), threads,
+            threads,
         )  # fmt: skip
+        out = torch.tensor(out, dtype=torch.float64)
         assert in_place or torch.equal(scores.nan_to_num(), self.scores.nan_to_num())
         return out[0], weights, out[1:]
 
@@ -240,7 +240,6 @@ class Weighted:
         m = self.m
         scores = m.scores.clone()
         weights = scores if in_place else torch.full_like(scores, torch.nan)
-        out = torch.full((3,), torch.nan, dtype=torch.float64)
         lines = 1 if self.term is SIGMOID else 2
         states = [torch.full((lines, n), torch.nan) for n in scores.shape[: len(self.normalizers)]]
         dots = torch.full((len(scores),), torch.nan)
@@ -248,10 +247,11 @@ class Weighted:
         if self.term is SIGMOID:
             sides[0] = 0
         sides += [0] * (4 - len(sides))
-        _C.weighted_matrix(
+        out = _C.weighted_matrix(
             self.term.code, *m.arguments(scores, weights if wanted else None), *sides, m.share, self.relative,
-            *[address(state) for state in (*states, None)[:2]], address(dots), address(out), threads,
+            *[address(state) for state in (*states, None)[:2]], address(dots), threads,
         )  # fmt: skip
+        out = torch.tensor(out, dtype=torch.float64)
         return out[0], weights, out[1:], states, dots
 
     def in_float64(self, absolute):
