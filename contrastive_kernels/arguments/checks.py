@@ -49,7 +49,9 @@ def check_features(
         raise TypeError(f"normalize: expected a bool; got {type(normalize).__name__}")
     if normalize:
         x, y = normalized(x), normalized(y)
-    x, y = _autocast(x), _autocast(y)
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is not None:  # (autocast leaves float64 alone, and so do we)
+        x, y = (v if v.dtype == torch.float64 else v.to(dtype) for v in (x, y))
     if x.dtype != y.dtype:
         raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
     if matching:
@@ -82,14 +84,11 @@ def normalized(x: Tensor) -> Tensor:
     return (v / norm).masked_fill(zero, 0.0).to(x.dtype)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on (it leaves float64 alone, and so do we)."""
-    device = x.device.type
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on."""
     # Before torch 2.7 the compiler cannot trace the question whether a device has autocast; what it compiles for has.
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    if x.dtype != torch.float64 and has_autocast and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    known = device in ("cpu", "cuda") or torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
 
 def require_equal_lengths(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:

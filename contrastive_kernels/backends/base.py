@@ -95,10 +95,12 @@ class Backend:
         raise NotImplementedError
 
     def weighted_matrix(
-        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
+        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
     ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
         """sum_i gain_i sum_j term(z_ij) with given normalisers, and its dL/dscale and dL/dbias; the normalisers found
-        in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores as above.
+        in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores and share as above.
+
+        Relative normalisers are what is added to the positive's logit [n]; +inf says that a row has no negatives.
         """
         raise NotImplementedError
 

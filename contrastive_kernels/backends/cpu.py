@@ -57,7 +57,7 @@ class CpuBackend(Backend):
         return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias
 
     def weighted_matrix(
-        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, relative: bool
+        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
     ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
         rows, cols = scores.shape
         row_found = col_found = dots = None
@@ -69,7 +69,7 @@ class CpuBackend(Backend):
                 dots = torch.empty(rows, dtype=torch.float32, device="cpu")
         value, dscale, dbias = _C.weighted_matrix(
             term.code, *_matrix_fields(scores, problem), _address(row.normalizer), _address(row.gain),
-            _address(col.normalizer), _address(col.gain), 1.0, relative, _address(row_found), _address(col_found),
+            _address(col.normalizer), _address(col.gain), share, relative, _address(row_found), _address(col_found),
             _address(dots), torch.get_num_threads(),
         )  # fmt: skip
         return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias, row_found, col_found, dots

@@ -131,33 +131,41 @@ def decomposable(
     problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
     weights = row_weights(weight, x.shape[0], x)
 
-    log_weights = [draw_log_weights(log_z, shape, generator) for log_z, _ in sides]  # log(u Zbar)
-    log_us = [log_weight - log_z for (log_z, _), log_weight in zip(sides, log_weights)]
-    # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
-    constants = sum(_constant(log_u, c) for log_u in log_us) / len(sides) - (1 + expected_excess(shape))
+    log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
     # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
-    rests = [-(log_u + log_k) for log_u in log_us]
+    rests = [-log_u if log_k == 0 else -log_u - log_k for log_u in log_us]
+    # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
+    constants = [_constant(log_u, c) for log_u in log_us]
+    constant = constants[0] if len(sides) == 1 else (constants[0] + constants[1]) / 2
+    excess = 1 + float(expected_excess(shape))
     if weights is not None:  # a row that does not count must not overflow, however stale its normaliser
         idle = weights == 0
-        constants = constants.masked_fill(idle, 0.0)
+        constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
     logits = None if positive_logits is None else [logit for _, logit in sides]
-    summed = reduction != "none"
     gain = row_gains(weight, x.shape[0], x, reduction)
-    if gain is None:
-        share = 1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0
-        gain = torch.full((x.shape[0],), share, dtype=constants.dtype, device=x.device)
-    sums = exponential_sums(problem, rests, logits, gain / len(sides) if summed else None)
-    if summed:
-        loss = sums.total + (gain * constants).sum()
+    sums = exponential_sums(problem, rests, logits, gain, reduction)
+    if reduction == "none":
+        rows = sums.rows if len(sides) == 1 else (sums.rows + sums.cols) / 2
+        loss = rows + constant - excess
+        loss = loss if gain is None else gain * loss
     else:
-        streamed = sums.rows if len(sides) == 1 else (sums.rows + sums.cols) / 2
-        loss = gain * (streamed + constants)
+        loss = sums.total + _weighted(constant, excess, gain, reduction)
     if not return_log_normalizer:
         return loss
     found = zip((sums.row_normalizer, sums.col_normalizer), sides)
     own = [_own_log_normalizer(normalizer, problem, sums.dots, given, log_k, c) for normalizer, (_, given) in found]
     return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
+
+
+def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: str) -> Tensor:
+    """sum_i gain_i (constant_i - excess); without gains the mean, or the sum."""
+    if gain is not None:
+        return (gain * (constant - excess)).sum()
+    n = constant.shape[0]
+    if reduction == "sum":
+        return constant.sum() - n * excess
+    return constant.sum() / max(n, 1) - excess * (n > 0)
 
 
 def _constant(log_u: Tensor, c: float) -> Tensor:

@@ -115,7 +115,7 @@ class Primitive:
         if torch._C._are_functorch_transforms_active():
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if True in needs:
-            return _Eager.apply(self, call, *tensors)
+            return _Eager.apply(self, call, *[t for t, need in zip(tensors, needs) if need])
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
 
@@ -128,16 +128,36 @@ class Primitive:
         present, mask = _pack(call.tensors)
         return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
 
+    def comes_with_value(self, kept: Outputs) -> bool:
+        """Whether the forward pass has made the gradients."""
+        return any(g is not None for g in kept[: len(self.made)])
+
+    def scaled(self, needs: Sequence[bool], tensors: Sequence[Any], kept: Outputs, upstream: Tensor) -> Outputs:
+        """Made gradients times what comes from upstream: out of place where the graph is retained."""
+        found: list[Tensor | None] = [None] * len(needs)
+        as_they_are = _may_give_away(upstream)
+        for place, g in zip(self.made, kept):
+            if needs[place] and g is not None:
+                scaled = g if as_they_are and isinstance(g, Tensor) else upstream * g
+                found[place] = like(scaled, tensors[place])
+        return tuple(found)
+
     def backward(self, call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
-        """The gradients of the call's tensors: made ones times what comes from upstream, or the gradient pass."""
-        made = kept[: len(self.made)]
-        if not any(g is not None for g in made):
-            return _without_autocast(self.gradients, call, kept, upstream)
-        gradients: list[Tensor | None] = [None] * len(call.needs)
-        for place, g in zip(self.made, made):
-            if g is not None and call.needs[place]:
-                gradients[place] = like(g * upstream[0], call.tensors[place])
-        return tuple(gradients)
+        """The gradients of the call's tensors."""
+        if self.comes_with_value(kept):
+            return self.scaled(call.needs, call.tensors, kept, upstream[0])
+        return _without_autocast(self.gradients, call, kept, upstream)
+
+
+#: Whether the backward pass that runs keeps its graph; before torch 2.1 nobody tells.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _may_give_away(upstream: Tensor) -> bool:
+    """Whether what comes from upstream is 1, as it is of most losses, and nobody will ask for the gradients again."""
+    if upstream.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(upstream) is Tensor and upstream.item() == 1.0 and not _keeps_graph()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -159,15 +179,18 @@ def _without_autocast(function: Callable[..., Outputs], call: Call, *rest: Any) 
 
 
 class _Eager(torch.autograd.Function):
-    """The primitive in plain autograd, by the shortest way: overhead dominates small batches."""
+    """The primitive in plain autograd, by the shortest way: overhead dominates small batches.
+
+    Its inputs are the tensors that want gradients alone; its outputs the results, and what callers read beside.
+    """
 
     @staticmethod
-    def forward(ctx: Any, primitive: Primitive, call: Call, *tensors: Any) -> Outputs:
+    def forward(ctx: Any, primitive: Primitive, call: Call, *wanting: Tensor) -> Outputs:
         outputs = _without_autocast(primitive.forward, call)
         results, kept = outputs[: primitive.results], outputs[primitive.results :]
-        saved = (*tensors, *kept)
-        ctx.numbers = [None if v is None or isinstance(v, Tensor) else v for v in saved]
-        ctx.save_for_backward(*[v if number is None else None for v, number in zip(saved, ctx.numbers)])
+        values = (*call.tensors, *kept)
+        ctx.numbers = [(i, v) for i, v in enumerate(values) if type(v) is float]
+        ctx.save_for_backward(*[None if type(v) is float else v for v in values])
         ctx.constants = primitive, call.problem.offset, call.statics
         ctx.set_materialize_grads(False)
         if not primitive.found:
@@ -179,33 +202,28 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Outputs:
         primitive, offset, statics = ctx.constants
-        count = len(statics[2])
-        results = upstream[: primitive.results]
+        results, needs = upstream[: primitive.results], statics[2]
         if all(g is None for g in results):
-            return (None,) * (2 + count)
-        saved = [t if number is None else number for t, number in zip(ctx.saved_tensors, ctx.numbers)]
-        tensors, kept = saved[:count], saved[count:]
-        return (None, None, *_gradients(primitive, offset, statics, tensors, kept, results, ctx.needs_input_grad[2:]))
+            return (None,) * (2 + sum(needs))
+        saved = list(ctx.saved_tensors)
+        for i, number in ctx.numbers:
+            saved[i] = number
+        asked = iter(ctx.needs_input_grad[2:])  # autograd may ask for fewer than requires_grad told
+        needs = tuple([need and next(asked) for need in needs])
+        tensors, kept = saved[: len(needs)], saved[len(needs) :]
+        found = _gradients(primitive, offset, (*statics[:2], needs), tensors, kept, results)
+        return (None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
 def _gradients(
-    primitive: Primitive,
-    offset: int | None,
-    statics: Any,
-    tensors: Sequence[Any],
-    kept: Outputs,
-    results: Outputs,
-    asked: Sequence[bool],
+    primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], kept: Outputs, results: Outputs
 ) -> Outputs:
-    """The gradients that autograd asks for, perhaps fewer than requires_grad told."""
-    of_problem, settings, needs = statics
-    if False in asked:
-        needs = tuple([a and b for a, b in zip(needs, asked)])
-    call = Call.of(tensors, offset, (of_problem, settings, needs))
-    if not torch.is_grad_enabled():
-        return primitive.backward(call, kept, results)
-    # create_graph=True: the gradients have a graph of their own
-    return _Gradients.apply(primitive, offset, call.statics, len(kept), *tensors, *kept, *results)
+    """The gradients of the call's tensors, as far as they are needed."""
+    if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
+        return _Gradients.apply(primitive, offset, statics, len(kept), *tensors, *kept, *results)
+    if primitive.comes_with_value(kept):
+        return primitive.scaled(statics[2], tensors, kept, results[0])
+    return _without_autocast(primitive.gradients, Call.of(tensors, offset, statics), kept, results)
 
 
 class _Transformable(torch.autograd.Function):
@@ -234,8 +252,9 @@ class _Transformable(torch.autograd.Function):
             return (None,) * (3 + count)
         saved = ctx.saved_tensors
         tensors = [number if t is None else t for t, number in zip(saved[:count], ctx.numbers)]
-        asked = ctx.needs_input_grad[3:]
-        return (None, None, None, *_gradients(primitive, offset, statics, tensors, saved[count:], results, asked))
+        needs = tuple([a and b for a, b in zip(statics[2], ctx.needs_input_grad[3:])])
+        statics = (*statics[:2], needs)
+        return (None, None, None, *_gradients(primitive, offset, statics, tensors, saved[count:], results))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -435,7 +454,7 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype.itemsize == 2:
         x = x.float()
         y = x if problem.symmetric else y.float()
-    return x, y, torch.nn.functional.linear(x, y)
+    return x, y, x.mm(y.t())
 
 
 def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

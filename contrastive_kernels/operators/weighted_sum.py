@@ -43,7 +43,7 @@ class ExponentialSums:
 
 
 def exponential_sums(
-    problem: Problem, rests: list[Tensor], logits: list[Tensor] | None, gain: Tensor | None
+    problem: Problem, rests: list[Tensor], logits: list[Tensor] | None, gain: Tensor | None, reduction: str
 ) -> ExponentialSums:
     """Sums of exp(z_ij - z_i,p(i) - rest_i) over negatives.
 
@@ -56,16 +56,18 @@ def exponential_sums(
     logits : list of Tensor, optional
         The positives' logits, as many, differentiable; without them they are the matrix's own.
     gain : Tensor, optional
-        Weights [N] of rows, and of columns, of a sum whose gradients come with it; without them every row's and
-        column's value is wanted.
+        Weights [N] of rows, and of columns, of a sum; with a mean, as shares of 1.
+    reduction : {"mean", "sum", "none"}
+        A mean or a sum has gradients that come with it: with two directions, of the mean of both. "none": every row's
+        and column's value, unweighted.
     """
-    two, summed = len(rests) == 2, gain is not None
-    col_gain = gain.clone() if two and gain is not None else None
-    extras = (rests[0], rests[1] if two else None, gain, col_gain, *_padded(logits))
-    values, col_values, row_found, col_found, dots = weighted_sum(
-        problem, extras, ("exponential", logits is None, summed)
-    )
-    if summed:
+    two = len(rests) == 2
+    if two and gain is not None:
+        gain = gain / 2
+    extras = (*_padded(rests), gain, gain.clone() if two and gain is not None else None, *_padded(logits))
+    settings = ("exponential", logits is None, reduction)
+    values, col_values, row_found, col_found, dots = weighted_sum(problem, extras, settings)
+    if reduction != "none":
         return ExponentialSums(values, None, None, row_found, col_found, dots)
     return ExponentialSums(None, values, col_values if two else None, row_found, col_found, dots)
 
@@ -77,16 +79,31 @@ def _padded(vectors: list[Tensor] | None) -> list[Tensor | None]:
 
 def sigmoid_sums(problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
     """The sigmoid loss of every row [N], or their mean or sum; gains as in :func:`.softmax_loss.softmax_loss`."""
-    x = problem.x
-    if gain is None:
-        share = 1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0
-        gain = torch.full((x.shape[0],), share, dtype=score_dtype(x.dtype), device=x.device)
     if reduction == "none":
-        return gain * weighted_sum(problem, (None,) * 6, ("sigmoid", False, False))[0]
-    return weighted_sum(problem, (None, None, gain, None, None, None), ("sigmoid", False, True))[0]
+        rows = weighted_sum(problem, (None,) * 6, ("sigmoid", False, reduction))[0]
+        return rows if gain is None else gain * rows
+    return weighted_sum(problem, (None, None, gain, None, None, None), ("sigmoid", False, reduction))[0]
 
 
 # ---- what is computed ----
+
+
+def _share(call: Call) -> float:
+    """What every row is multiplied by where rows have no weights of their own."""
+    share = 1.0 / max(call.problem.x.shape[0], 1) if call.settings[2] == "mean" else 1.0
+    return share if call.extras[1] is None else share / 2
+
+
+def _gains(call: Call) -> list[Tensor | None]:
+    """The weights of rows [N] and of columns [M] of a sum."""
+    x, y = call.problem.x, call.problem.y
+    row, col = call.extras[2:4]
+    if row is None:
+        dtype, share = score_dtype(x.dtype), _share(call)
+        row = torch.full((x.shape[0],), share, dtype=dtype, device=x.device)
+        if call.extras[1] is not None:
+            col = torch.full((y.shape[0],), share, dtype=dtype, device=x.device)
+    return [row, col]
 
 
 def _matrix(call: Call) -> ScoreMatrix:
@@ -108,14 +125,13 @@ def _backend(call: Call) -> backends.Backend:
 
 def _forward(call: Call) -> Outputs:
     """Values; dx, dy, dparams, da, db where they come with the value; found normalisers of rows, of columns, dots."""
-    _, relative, summed = call.settings
-    if summed and _fits_one_call(call):
+    _, relative, reduction = call.settings
+    if reduction != "none" and _fits_one_call(call):
         return _in_one_call(call)
-    row_gain, col_gain = call.extras[2:4]
     matrix = _matrix(call)
     dots = _dots(matrix, relative)
-    if summed:
-        return _pass(call, matrix, dots, row_gain, col_gain)
+    if reduction != "none":
+        return _pass(call, matrix, dots, *_gains(call))
     row, col = statistics_pass(matrix, cols=call.extras[1] is not None)
     if matrix.term is SIGMOID:
         return row[0] - logsigmoid(_z_pos(matrix, dots)), *(None,) * 10
@@ -219,21 +235,27 @@ def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -
 def _in_one_call(call: Call) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, (term, relative, _) = call.problem, call.settings
-    a, b, row_gain, col_gain, *logits = call.extras
+    *rests, row_gain, col_gain, row_logit, col_logit = call.extras
     x, y, scores = whole_scores(problem)
-    given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip((a, b), logits)]
+    given = rests
+    if not relative:
+        logits = (row_logit, col_logit)
+        given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
     value, dscale, dbias, row, col, dots = _backend(call).weighted_matrix(
         SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem, Side(None, given[0], row_gain),
-        Side(None, given[1], col_gain), relative,
+        Side(None, given[1], col_gain), _share(call), relative,
     )  # fmt: skip
-    found = zip((row, col), given, (row_gain, col_gain), call.needs[-2:])
-    da, db = (-gain * _ratio(own, other) if need else None for own, other, gain, need in found)
+    da = db = None
+    if call.needs[-2] or call.needs[-1]:
+        gains = _gains(call)
+        da = -gains[0] * _ratio(row, given[0]) if call.needs[-2] else None
+        db = -gains[1] * _ratio(col, given[1]) if call.needs[-1] else None
     return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, da, db, row, col, dots
 
 
 def _fake(call: Call) -> Outputs:
     """The shapes of what `_forward` returns."""
-    problem, (term, _, summed) = call.problem, call.settings
+    problem, (term, _, reduction) = call.problem, call.settings
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     n, m = x.shape[0], y.shape[0]
     two = call.extras[1] is not None
@@ -243,7 +265,7 @@ def _fake(call: Call) -> Outputs:
         x.new_empty((2, m), dtype=dtype) if exponential and two else None,
         x.new_empty(n, dtype=dtype) if exponential and problem.positives.exist else None,
     )
-    if not summed:
+    if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
     want_x, want_y, _ = call.wants
@@ -282,7 +304,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The values of some rows (turned: columns), or their weighted sum, in operations of torch."""
-    (term, relative, summed), (a, b, row_gain, col_gain, *logits) = call.settings, call.extras
+    (term, relative, reduction), (a, b, row_gain, col_gain, *logits) = call.settings, call.extras
     z, z_pos = dense_logits(call.problem, rows, turned)
     if term == "sigmoid":
         values = torch.nn.functional.softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
@@ -293,8 +315,9 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
         logit = logits[turned]
         start = z_pos if relative else 0.0 if logit is None else logit[rows]
         values = torch.exp((shift - start) + (rest - normalizer[rows]))
-    if summed:
-        return (gain[rows] * values).sum(), None
+    if reduction != "none":
+        weighted = _share(call) * values if gain is None else gain[rows] * values
+        return weighted.sum(), None
     return (None, values) if turned else (values, None)
 
 

@@ -205,11 +205,13 @@ double softmax_losses(const Work& w, SideVectors& v) {
   return value;
 }
 
-// The given normalisers as those of the weights: counted from the positives' logits if they are relative.
+// The given normalisers as those of the weights: two numbers each or, if they are relative, what is added to the
+// positives' logits. A rest of +inf says that a row has no negatives.
 void find_normalizers(const Work& w, const GivenSide& given, bool relative, SideVectors& v) {
   for (int64_t i = 0; i < v.n; ++i) {
-    const float shift = given.normalizer[i], rest = given.normalizer[v.n + i];
-    const double total = (relative ? static_cast<double>(w.z_pos[i]) : 0.0) + shift + rest;
+    const float shift = relative ? w.z_pos[i] : given.normalizer[i];
+    const float rest = relative ? given.normalizer[i] : given.normalizer[v.n + i];
+    const double total = static_cast<double>(shift) + rest;
     const float rounded = static_cast<float>(total);
     const bool split = relative && std::isfinite(rounded);
     v.normalizer_shift[i] = split ? rounded : shift;

@@ -51,7 +51,7 @@ struct Matrix {
 
 // What is given of the rows (or columns) of a weighted sum, and where their states go.
 struct GivenSide {
-  const float* normalizer = nullptr;  // [2, n] shift, rest
+  const float* normalizer = nullptr;  // [2, n] shift, rest; relative ones: [n], what is added to the positive's logit
   const float* gain = nullptr;        // [n], or null for the matrix's share
   float* state = nullptr;  // [2, n] becomes the log-sum as shift, rest; sigmoid: [n] the loss; null: not wanted
 };

@@ -243,7 +243,9 @@ class Weighted:
         lines = 1 if self.term is SIGMOID else 2
         states = [torch.full((lines, n), torch.nan) for n in scores.shape[: len(self.normalizers)]]
         dots = torch.full((len(scores),), torch.nan)
-        sides = [address(v) for pair in zip(self.normalizers, self.gains) for v in pair]
+        # relative ones are told by one number: what is added to the positive's logit
+        given = [n.sum(0) if self.relative else n for n in self.normalizers]
+        sides = [address(v) for pair in zip(given, self.gains) for v in pair]
         if self.term is SIGMOID:
             sides[0] = 0
         sides += [0] * (4 - len(sides))
@@ -267,7 +269,7 @@ class Weighted:
             return m.gradients((gains[0] * losses).sum(), scores, params)
         value = 0.0
         for dim, gain, normalizer in zip((1, 0), gains, self.normalizers):
-            total = normalizer.double().sum(0) + (z_pos if self.relative else 0.0)
+            total = normalizer.sum(0).double() + z_pos if self.relative else normalizer.double().sum(0)
             value = value + (gain * torch.exp(torch.logsumexp(kept, dim) - total)).sum()
         return m.gradients(value, scores, params)
 

@@ -161,12 +161,12 @@ Expected exponentials(Case& c) {
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t j = 0; j < c.cols; ++j) {
       const int64_t at = i * c.cols + j;
-      const double row = c.row_normalizer[i] + c.row_normalizer[c.rows + i] + (c.v.relative ? c.z_pos[i] : 0.0);
+      const double row = c.row_normalizer[i] + (c.v.relative ? c.z_pos[i] : c.row_normalizer[c.rows + i]);
       e.by_row[at] += c.row_gain_of(i) * std::exp(c.z[at] - row);
       e.value += c.row_gain_of(i) * std::exp(c.z[at] - row);
       if (c.v.relative) e.by_row[i * c.cols + c.where[i]] -= c.row_gain_of(i) * std::exp(c.z[at] - row);
       if (!c.v.columns_too) continue;
-      const double col = c.col_normalizer[j] + c.col_normalizer[c.cols + j] + (c.v.relative ? c.z_pos[j] : 0.0);
+      const double col = c.col_normalizer[j] + (c.v.relative ? c.z_pos[j] : c.col_normalizer[c.cols + j]);
       e.by_col[at] += c.col_gain_of(j) * std::exp(c.z[at] - col);
       e.value += c.col_gain_of(j) * std::exp(c.z[at] - col);
       if (c.v.relative) e.by_col[j * c.cols + j] -= c.col_gain_of(j) * std::exp(c.z[at] - col);
