@@ -54,7 +54,7 @@ class CpuBackend(Backend):
         value, dscale, dbias = _C.softmax_matrix(
             *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, torch.get_num_threads()
         )
-        return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias
+        return scores.new_full((), value), dscale, dbias
 
     def weighted_matrix(
         self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
@@ -72,7 +72,7 @@ class CpuBackend(Backend):
             _address(col.normalizer), _address(col.gain), share, relative, _address(row_found), _address(col_found),
             _address(dots), torch.get_num_threads(),
         )  # fmt: skip
-        return torch.scalar_tensor(value, dtype=torch.float32, device="cpu"), dscale, dbias, row_found, col_found, dots
+        return scores.new_full((), value), dscale, dbias, row_found, col_found, dots
 
 
 def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> tuple[int | float | None, ...]:

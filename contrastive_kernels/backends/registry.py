@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -40,12 +41,24 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
         return backend
-    for backend in ORDER:
-        if backend.refusal(device, dtype, term) is None:
-            if backend.name == "torch" and term not in SEARCHES:
-                _warn_once(device, dtype)
-            return backend
-    raise AssertionError("the torch backend serves everything")
+    if device.type == "cpu":  # small batches have no time for the reasons
+        chosen = _on_cpu(ORDER, dtype, term)
+    else:
+        chosen = _first(ORDER, device, dtype, term)
+    if chosen.name == "torch" and term not in SEARCHES:
+        _warn_once(device, dtype)
+    return chosen
+
+
+def _first(order: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, term: PairTerm) -> Backend:
+    """The first that can serve; the last one serves everything."""
+    return next(backend for backend in order if backend.refusal(device, dtype, term) is None)
+
+
+@functools.cache
+def _on_cpu(order: tuple[Backend, ...], dtype: torch.dtype, term: PairTerm) -> Backend:
+    """The same for tensors on the CPU, of which nothing changes while a process runs."""
+    return _first(order, torch.device("cpu"), dtype, term)
 
 
 def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:

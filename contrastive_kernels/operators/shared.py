@@ -128,23 +128,24 @@ class Primitive:
         present, mask = _pack(call.tensors)
         return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
 
-    def comes_with_value(self, kept: Outputs) -> bool:
-        """Whether the forward pass has made the gradients."""
-        return any(g is not None for g in kept[: len(self.made)])
+    def comes_with_value(self, kept: Outputs, needs: Sequence[bool]) -> bool:
+        """Whether the forward pass has made the gradients: of the first tensor that wants one, and so of all."""
+        for place, g in zip(self.made, kept):
+            if needs[place]:
+                return g is not None
+        return False
 
     def scaled(self, needs: Sequence[bool], tensors: Sequence[Any], kept: Outputs, upstream: Tensor) -> Outputs:
-        """Made gradients times what comes from upstream: out of place where the graph is retained."""
+        """Made gradients times what comes from upstream."""
         found: list[Tensor | None] = [None] * len(needs)
-        as_they_are = _may_give_away(upstream)
         for place, g in zip(self.made, kept):
-            if needs[place] and g is not None:
-                scaled = g if as_they_are and isinstance(g, Tensor) else upstream * g
-                found[place] = like(scaled, tensors[place])
+            if needs[place]:
+                found[place] = like(upstream * g, tensors[place])
         return tuple(found)
 
     def backward(self, call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
         """The gradients of the call's tensors."""
-        if self.comes_with_value(kept):
+        if self.comes_with_value(kept, call.needs):
             return self.scaled(call.needs, call.tensors, kept, upstream[0])
         return _without_autocast(self.gradients, call, kept, upstream)
 
@@ -155,9 +156,9 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 def _may_give_away(upstream: Tensor) -> bool:
     """Whether what comes from upstream is 1, as it is of most losses, and nobody will ask for the gradients again."""
-    if upstream.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if type(upstream) is not Tensor or not upstream.is_cpu or torch.compiler.is_compiling():
         return False
-    return type(upstream) is Tensor and upstream.item() == 1.0 and not _keeps_graph()
+    return not torch._C._are_functorch_transforms_active() and upstream.item() == 1.0 and not _keeps_graph()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -188,10 +189,12 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, primitive: Primitive, call: Call, *wanting: Tensor) -> Outputs:
         outputs = _without_autocast(primitive.forward, call)
         results, kept = outputs[: primitive.results], outputs[primitive.results :]
-        values = (*call.tensors, *kept)
-        ctx.numbers = [(i, v) for i, v in enumerate(values) if type(v) is float]
-        ctx.save_for_backward(*[None if type(v) is float else v for v in values])
-        ctx.constants = primitive, call.problem.offset, call.statics
+        values = (*kept, *call.tensors)
+        ctx.numbers = numbers = {i: v for i, v in enumerate(values) if type(v) is float}
+        ctx.save_for_backward(*([None if type(v) is float else v for v in values] if numbers else values))
+        ctx.constants = primitive, call.problem.offset, call.statics, len(kept)
+        places = _places(primitive.made, call.needs)
+        ctx.made = places if places and kept[places[0][0]] is not None else None
         ctx.set_materialize_grads(False)
         if not primitive.found:
             return results
@@ -201,28 +204,53 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Outputs:
-        primitive, offset, statics = ctx.constants
-        results, needs = upstream[: primitive.results], statics[2]
-        if all(g is None for g in results):
-            return (None,) * (2 + sum(needs))
-        saved = list(ctx.saved_tensors)
-        for i, number in ctx.numbers:
-            saved[i] = number
-        asked = iter(ctx.needs_input_grad[2:])  # autograd may ask for fewer than requires_grad told
-        needs = tuple([need and next(asked) for need in needs])
-        tensors, kept = saved[: len(needs)], saved[len(needs) :]
-        found = _gradients(primitive, offset, (*statics[:2], needs), tensors, kept, results)
+        primitive, offset, statics, count = ctx.constants
+        saved, numbers, asked = ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad
+        if ctx.made is not None and upstream[0] is not None and not torch.is_grad_enabled():
+            gradients = [None, None]
+            as_they_are = _may_give_away(upstream[0])
+            for made, place in ctx.made:
+                if asked[len(gradients)]:  # perhaps fewer than requires_grad told
+                    gradients.append(
+                        _scaled(saved[made], numbers.get(made), upstream[0], as_they_are, saved[count + place])
+                    )
+                else:
+                    gradients.append(None)
+            return tuple(gradients)
+        values = [numbers.get(i, v) for i, v in enumerate(saved)]
+        left = iter(asked[2:])
+        needs = tuple([need and next(left) for need in statics[2]])
+        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], values[:count], upstream)
         return (None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
+@lru_cache(maxsize=256)
+def _places(made: tuple[int, ...], needs: tuple[bool, ...]) -> tuple[tuple[int, int], ...]:
+    """Where the kept outputs hold the gradients of the tensors that want one, and which tensors these are."""
+    wanted = [i for i, need in enumerate(needs) if need]
+    return tuple([(made.index(i), i) for i in wanted]) if set(wanted) <= set(made) else ()
+
+
+def _scaled(made: Tensor | None, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
+    """A made gradient, perhaps a number, times what comes from upstream; out of place where the graph is retained."""
+    if number is not None or made is None:
+        made = upstream * number
+    elif not as_it_is:
+        made = upstream * made
+    return like(made, tensor)
+
+
 def _gradients(
-    primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], kept: Outputs, results: Outputs
+    primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], kept: Outputs, upstream: Outputs
 ) -> Outputs:
     """The gradients of the call's tensors, as far as they are needed."""
+    results, needs = upstream[: primitive.results], statics[2]
+    if results[0] is None and not any(g is not None for g in results):
+        return (None,) * len(needs)
     if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
         return _Gradients.apply(primitive, offset, statics, len(kept), *tensors, *kept, *results)
-    if primitive.comes_with_value(kept):
-        return primitive.scaled(statics[2], tensors, kept, results[0])
+    if primitive.comes_with_value(kept, needs):
+        return primitive.scaled(needs, tensors, kept, results[0])
     return _without_autocast(primitive.gradients, Call.of(tensors, offset, statics), kept, results)
 
 
@@ -247,14 +275,11 @@ class _Transformable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Outputs:
         primitive, offset, statics = ctx.constants
-        results, count = upstream[: primitive.results], len(ctx.numbers)
-        if all(g is None for g in results):
-            return (None,) * (3 + count)
-        saved = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(ctx.numbers)
         tensors = [number if t is None else t for t, number in zip(saved[:count], ctx.numbers)]
         needs = tuple([a and b for a, b in zip(statics[2], ctx.needs_input_grad[3:])])
         statics = (*statics[:2], needs)
-        return (None, None, None, *_gradients(primitive, offset, statics, tensors, saved[count:], results))
+        return (None, None, None, *_gradients(primitive, offset, statics, tensors, saved[count:], upstream))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
