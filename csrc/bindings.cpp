@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <string_view>
 #include <unordered_map>
 
 #include "include/api.h"
@@ -11,17 +12,20 @@ namespace py = pybind11;
 
 namespace {
 
+// Numbers and addresses both come as Python's integers.
+int64_t integer(py::handle value) {
+  const long long number = PyLong_AsLongLong(value.ptr());
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
+
 template <typename T>
 void assign(T*& member, py::handle value) {
-  member = reinterpret_cast<T*>(value.cast<uintptr_t>());
+  member = reinterpret_cast<T*>(integer(value));
 }
-template <typename T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
+template <typename T, std::enable_if_t<!std::is_pointer_v<T>, int> = 0>
 void assign(T& member, py::handle value) {
-  member = value.cast<T>();
-}
-template <typename T, std::enable_if_t<std::is_enum_v<T>, int> = 0>
-void assign(T& member, py::handle value) {
-  member = static_cast<T>(value.cast<int>());
+  member = static_cast<T>(integer(value));
 }
 
 // A keyword: what sets its member, and what there is to say of it.
@@ -31,7 +35,7 @@ struct Keyword {
   const char* comment;
 };
 template <typename Panel>
-using Keywords = std::unordered_map<std::string, Keyword<Panel>>;
+using Keywords = std::unordered_map<std::string_view, Keyword<Panel>>;
 
 template <typename Panel, auto Member>
 void set(Panel& panel, py::handle value) {
@@ -73,7 +77,7 @@ const Keywords<Q>& keywords<Q>() {
 template <typename Panel>
 py::dict comments() {
   py::dict all;
-  for (const auto& keyword : keywords<Panel>()) all[py::str(keyword.first)] = keyword.second.comment;
+  for (const auto& keyword : keywords<Panel>()) all[py::str(std::string(keyword.first))] = keyword.second.comment;
   return all;
 }
 
@@ -82,9 +86,11 @@ Panel make_panel(const py::kwargs& arguments) {
   Panel panel;
   const Keywords<Panel>& known = keywords<Panel>();
   for (const std::pair<py::handle, py::handle> item : arguments) {
-    const std::string name = py::cast<std::string>(item.first);
-    const auto found = known.find(name);
-    if (found == known.end()) throw py::type_error("a panel has no member " + name);
+    Py_ssize_t size = 0;
+    const char* name = PyUnicode_AsUTF8AndSize(item.first.ptr(), &size);
+    if (!name) throw py::error_already_set();
+    const auto found = known.find(std::string_view(name, static_cast<size_t>(size)));
+    if (found == known.end()) throw py::type_error("a panel has no member " + std::string(name));
     found->second.set(panel, item.second);
   }
   return panel;

@@ -1,4 +1,4 @@
-"""Panels for the C++ passes, with every hard input, and their results by plain formulas in float64."""
+"""Panels for the backends, with every hard input, and their results by plain formulas in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from contrastive_kernels.panels.pairs import Pairs
 from contrastive_kernels.panels.panel import Panel, Side
 
 EPS = torch.finfo(torch.float32).eps
@@ -27,17 +28,16 @@ def instruction_sets():
     return found
 
 
-def make_panel(scores, params, exclude=None, first_column=0, weights=None, row=None, col=None, dparams=None):
-    """A panel whose scores are there already."""
+def make_panel(scores, params, pairs=None, weights=None, row=None, col=None, dparams=None):
+    """A panel whose scores are there already. `params`: scale, bias and perhaps the center."""
     empty = torch.zeros(0, 0)
     return Panel(
         x=empty,
         y=empty,
         scores=scores,
         weights=scores if weights is None else weights,
-        params=torch.tensor(params),
-        exclude=torch.zeros(len(scores), 0, dtype=torch.int64) if exclude is None else exclude,
-        first_column=first_column,
+        params=torch.tensor([*params, 0.0][:3]),
+        pairs=pairs or Pairs(),
         scores_ready=True,
         row=row or Side(),
         col=col or Side(),
@@ -45,44 +45,68 @@ def make_panel(scores, params, exclude=None, first_column=0, weights=None, row=N
     )
 
 
+def split(normalizer, highest):
+    """float64 log-normalisers [n] as two float32 numbers [2, n]: the highest logit and what is left, or, of every other
+    one, rounded and what is left."""
+    rounded = (torch.arange(len(highest)) % 2 == 1) | highest.isinf()
+    shift = torch.where(rounded, normalizer, highest).float()
+    return torch.stack([shift, (normalizer - shift.double()).float()])
+
+
 class Case:
-    """One panel: scores, what is left out, and vectors for both sides."""
+    """One panel: scores, which pairs count, and vectors for both sides."""
 
     def __init__(
-        self, rows, cols, *, spread=1.0, excluded=0, first_column=0, params=(1.3, 0.0), sides="both", deep=False,
-        stale=0.0,
+        self, rows, cols, *, spread=1.0, excluded=0, diagonal=None, first_row=0, first_column=0, params=(1.3, 0.0, 0.0),
+        sides="both", deep=False, stale=0.0, level=0.0, biased=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
         def normal(*shape):
             return torch.randn(*shape, generator=g)
 
-        # rows and columns of different levels, as far apart as `spread`
+        # rows and columns of different levels, as far apart as `spread`; all of them around `level`
         self.levels = spread * torch.linspace(-1, 1, max(rows, 2))[:rows, None], spread * normal(cols).clamp(-1, 1)
-        self.scores = 3 * normal(rows, cols) + self.levels[0] + self.levels[1]
-        if deep:  # pairs that vanish against the common reference of rows and columns
+        self.scores = 3 * normal(rows, cols) + self.levels[0] + self.levels[1] + level
+        if deep:  # pairs that vanish against the common shift of rows and columns
             self.scores -= 100.0 * (torch.rand(rows, cols, generator=g) < 0.5)
-        self.params, self.first_column = params, first_column
+        self.params = params
         self.use = {"both": (True, True), "rows": (True, False), "cols": (False, True)}[sides]
         # excluded columns of the whole matrix: some lie outside of this panel
-        self.exclude = torch.randint(-2, cols + 2, (rows, excluded), generator=g) + first_column
+        columns = torch.randint(-2, cols + 2, (rows, excluded), generator=g) + first_column
+        col_bias = normal(cols).masked_fill_(torch.rand(cols, generator=g) < 0.1, -torch.inf) if biased else None
+        self.pairs = Pairs(diagonal, columns if excluded else None, col_bias, None, None, first_row, first_column)
         self.gains = normal(rows), normal(cols)
-        z = self.logits()
         # near the log-sums, as they are in use
+        z = self.logits()
         self.normalizers = tuple(
-            (torch.logsumexp(z, dim).float() + 0.5 * normal(n) - stale).nan_to_num(posinf=0.0, neginf=0.0)
+            split((torch.logsumexp(z, dim) + 0.5 * normal(n) - stale).nan_to_num(neginf=0.0), z.amax(dim))
             for dim, n in ((1, rows), (0, cols))
         )
-        self.magnitude = stale + (z[z.isfinite()].abs().max().item() if z.isfinite().any() else 0.0)
-        # a reference common to all rows and columns lies within 40 of each: what vanishes is below e^(40 - 87)
+        finite = z[z.isfinite()]
+        # what an exponent's rounding goes by: not how large logits are, but how far from the normaliser
+        size = (finite - (level * params[0] + params[1])).abs().max().item() if finite.numel() else 0.0
+        self.magnitude = stale + size
+        # a shift common to all rows and columns lies within 40 of each: what vanishes is below e^(40 - 87)
         self.vanishing = math.exp(stale - 47) * (self.gains[0].abs()[:, None] + self.gains[1].abs()).double()
 
+    def left_out(self):
+        """The pairs that do not count [R, C]."""
+        rows, cols = self.scores.shape
+        columns = torch.arange(cols) + self.pairs.first_column
+        left_out = torch.zeros(rows, cols, dtype=torch.bool)
+        if self.pairs.columns is not None:
+            left_out |= (columns[None, :, None] == self.pairs.columns[:, None, :]).any(-1)
+        if self.pairs.diagonal is not None:
+            left_out |= columns == torch.arange(rows)[:, None] + self.pairs.first_row + self.pairs.diagonal
+        return left_out
+
     def logits(self):
-        """z in float64, excluded pairs at -inf."""
-        z = self.scores.double() * self.params[0] + self.params[1]
-        columns = torch.arange(z.shape[1]) + self.first_column
-        excluded = (columns[None, :, None] == self.exclude[:, None, :]).any(-1)
-        return z.masked_fill(excluded, -torch.inf)
+        """z in float64 of what a backend makes in float32: scale * score is exact in it; excluded pairs at -inf."""
+        z = self.scores.double() * torch.tensor(self.params[0]).double() + torch.tensor(self.params[1]).double()
+        if self.pairs.col_bias is not None:
+            z = z + self.pairs.col_bias.double()
+        return z.masked_fill(self.left_out(), -torch.inf)
 
 
 CASES = {
@@ -104,7 +128,18 @@ CASES = {
     "cols-far-apart": lambda: Case(65, 70, spread=90.0, sides="cols"),
     "stale": lambda: Case(65, 131, stale=70.0, excluded=1),
     "stale-and-far-apart": lambda: Case(65, 131, stale=60.0, spread=90.0),
-    "bias": lambda: Case(33, 37, excluded=1, params=(-0.7, 11.0)),
+    "bias": lambda: Case(33, 37, excluded=1, params=(-0.7, 11.0, 0.0)),
+    "center": lambda: Case(33, 37, excluded=1, params=(0.7, -3.0, 2.5)),
+    "diagonal": lambda: Case(70, 70, diagonal=0),
+    "diagonal-of-a-block": lambda: Case(66, 2051, diagonal=-30, first_row=1040, first_column=1000, excluded=1),
+    "diagonal-elsewhere": lambda: Case(40, 50, diagonal=3, first_row=100),
+    "column-biases": lambda: Case(65, 131, biased=True),
+    "column-biases-far-apart": lambda: Case(35, 2060, biased=True, spread=90.0, excluded=1, diagonal=7, sides="rows"),
+    # logits large, their differences not: no digit of these is to be lost
+    "high": lambda: Case(65, 131, level=1e4, excluded=1, params=(1.0, 0.0, 1e4)),
+    "higher": lambda: Case(65, 131, level=1e6, params=(1.0, 0.0, 1e6)),
+    "low": lambda: Case(65, 131, level=-1e6, diagonal=0, params=(1.0, 0.0, -1e6)),
+    "high-and-far-apart": lambda: Case(65, 131, level=1e4, spread=90.0, params=(1.0, 0.0, 1e4)),
     "tiles": lambda: Case(130, 264, excluded=1, first_column=-9),
     "tiles-far-apart": lambda: Case(257, 129, spread=90.0, excluded=2),
     "deep": lambda: Case(65, 131, spread=12.0, excluded=1, deep=True),
@@ -121,8 +156,7 @@ def start_states(case):
     rows, cols = case.scores.shape
     neutral, earlier = [], []
     for n, z, dim in ((rows, case.logits(), 1), (cols, case.logits(), 0)):
-        reference = torch.full((n,), -torch.inf)
-        neutral.append(torch.stack([reference, torch.zeros(n)]))
+        neutral.append(torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]))
         level = torch.logsumexp(z, dim).float().nan_to_num(neginf=0.0) + 4 * torch.linspace(-1, 1, n)
         earlier.append(torch.stack([level, torch.linspace(0.5, 2, n)]))
     return neutral, earlier
@@ -141,8 +175,15 @@ def assert_log_sums(state, before, z, dim, case):
 
 
 def weights_in_float64(case):
+    """dL/dz [R, C], and the size of what it is the sum of."""
     z = case.logits()
-    row = case.gains[0].double()[:, None] * torch.exp(z - case.normalizers[0].double()[:, None])
-    col = case.gains[1].double() * torch.exp(z - case.normalizers[1].double())
-    size = row.abs() * case.use[0] + col.abs() * case.use[1]
-    return row * case.use[0] + col * case.use[1], size
+    row_normalizer, col_normalizer = (pair.double().sum(0) for pair in case.normalizers)
+    row = case.gains[0].double()[:, None] * torch.exp(z - row_normalizer[:, None]) * case.use[0]
+    col = case.gains[1].double() * torch.exp(z - col_normalizer) * case.use[1]
+    return row + col, row.abs() + col.abs()
+
+
+def params_in_float64(case, weights):
+    """Sum of w * (score - center), and of w."""
+    centered = case.scores.double() - torch.tensor(case.params[2]).double()
+    return torch.stack([(weights * centered).sum(), weights.sum()])

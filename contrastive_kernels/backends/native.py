@@ -1,4 +1,4 @@
-"""How a panel is handed to the C++ extension: the addresses of its vectors, under the names of csrc/include/members.h."""
+"""How a panel is handed to the C++ extension: addresses, under the names of csrc/include/members.h."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ struct RowSource {
 };
 
 // One thread's buffers.
-struct Scratch {
+struct alignas(64) Scratch {
   float z[kStripe * kChunk];  // rows with excluded pairs
   float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe];
   float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk];
@@ -38,7 +38,7 @@ struct Buffers {
 };
 
 // One thread's buffers of a search: a chunk of one row.
-struct SearchScratch {
+struct alignas(64) SearchScratch {
   float z[kChunk];
   uint32_t words[kChunk + 8];  // columns begin anywhere in a group of four
 };

@@ -42,3 +42,28 @@ CK_INLINE float refer_gain(float gain, float normalizer_shift, float normalizer_
   const float factor = exp_term((shift - normalizer_shift) - normalizer_rest);
   return normalizer_rest == __builtin_inff() ? 0.0f : gain * factor;
 }
+
+// The term as the loops over pairs see it. COMMON: rows and columns share one shift, and one exponential serves both.
+// ROW, COL: the sides that take part.
+template <bool COMMON, bool ROW, bool COL>
+struct Exponential {
+  static constexpr bool kHasShift = true, kRow = ROW, kCol = COL;
+  using WithCommonShift = Exponential<true, ROW, COL>;
+
+  // A pair's exponentials, which are its parts of the row's and the column's sums.
+  CK_INLINE float row_score(float z, float row_shift) { return COMMON || ROW ? exp_term(z - row_shift) : 0.0f; }
+  CK_INLINE float col_score(float z, float row_score, float col_shift) {
+    return COMMON ? row_score : COL ? exp_term(z - col_shift) : 0.0f;
+  }
+  CK_INLINE float row_part(float, float row_score) { return row_score; }
+
+  CK_INLINE float weight(float, float row_score, float col_score, float row_gain, float col_gain) {
+    if constexpr (!COL) return row_score * row_gain;
+    if constexpr (!ROW) return col_score * col_gain;
+    return COMMON ? row_score * (row_gain + col_gain) : row_score * row_gain + col_score * col_gain;
+  }
+
+  CK_INLINE void merge(float* shift, float* sum, const float* other_shift, const float* other_sum, int64_t i) {
+    merge_exponential(shift[i], sum[i], other_shift[i], other_sum[i]);
+  }
+};

@@ -9,7 +9,7 @@ import pytest
 import torch
 from panels import CASES, instruction_sets, make_panel, start_states
 
-from contrastive_kernels.backends import cpu
+from contrastive_kernels import backends
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 
@@ -85,7 +85,7 @@ def run_everything(case, threads, set_threads):
         for state, normalizer, gain, used in zip(neutral, case.normalizers, case.gains, case.use)
     ]
     reduced = [Side(None if side.state is None else side.state.clone()) for side in sides]
-    arguments = (case.params, case.exclude, case.first_column)
+    cpu, arguments = backends.get("cpu"), (case.params, case.pairs)
     weights, dparams = torch.empty_like(case.scores), torch.zeros(2, dtype=torch.float64)
     cpu.reduce_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, row=reduced[0], col=reduced[1]))
     cpu.weight_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, weights, *sides, dparams))

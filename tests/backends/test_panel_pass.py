@@ -1,5 +1,5 @@
-"""The compiled passes over one panel against plain formulas in float64: the CPU's with every instruction set that the
-machine has, and CUDA's kernels, run on the CPU by tests/cuda_emulator."""
+"""The passes over one panel against plain formulas in float64: the CPU's with every instruction set that the machine
+has, CUDA's kernels, run on the CPU by tests/cuda_emulator, and torch's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from panels import (
     assert_log_sums,
     log_sums,
     make_panel,
+    params_in_float64,
     relative,
     start_states,
     weights_in_float64,
 )
 
-from contrastive_kernels.backends import cpu, cuda
+from contrastive_kernels import backends
+from contrastive_kernels.backends import cuda
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 
@@ -28,15 +30,17 @@ _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@pytest.fixture(params=[*panels.instruction_sets(), "cuda"])
+@pytest.fixture(params=[*panels.instruction_sets(), "cuda", "torch"])
 def backend(request, monkeypatch):
-    """A backend's module; what it calls is the instruction set, or the kernels, under test."""
-    if request.param == "cuda":
-        monkeypatch.setattr(cuda, "_C", emulated.extension())
-        yield cuda
+    """A backend; what it calls is the instruction set, or the kernels, under test."""
+    name = request.param
+    if name in ("cuda", "torch"):
+        if name == "cuda":
+            monkeypatch.setattr(cuda, "_C", emulated.extension())
+        yield backends.get(name)
     else:
-        _C.set_instruction_set(request.param)
-        yield cpu
+        _C.set_instruction_set(name)
+        yield backends.get("cpu")
         _C.set_instruction_set("auto")
 
 
@@ -50,7 +54,7 @@ def test_reduce_panel(backend, case):
     for states in start_states(case):
         row, col = (Side(state.clone()) if used else Side() for state, used in zip(states, case.use))
         backend.reduce_panel(EXPONENTIAL, make_panel(
-            case.scores.clone(), case.params, case.exclude, case.first_column, row=row, col=col
+            case.scores.clone(), case.params, case.pairs, row=row, col=col
         ))  # fmt: skip
         for side, before, dim in ((row, states[0], 1), (col, states[1], 0)):
             if side.state is not None:
@@ -71,10 +75,8 @@ def test_weight_panel(backend, case, dtype, with_states):
         Side(state.clone() if with_states else None, normalizer, gain) if used else Side()
         for state, normalizer, gain, used in zip(neutral, case.normalizers, case.gains, case.use)
     )
-    panel = make_panel(
-        scores, case.params, case.exclude, case.first_column, whole[:rows, :cols], row, col, dparams
-    )  # fmt: skip
-    if dtype == torch.float16 and backend is cpu:
+    panel = make_panel(scores, case.params, case.pairs, whole[:rows, :cols], row, col, dparams)
+    if dtype == torch.float16 and backend.name == "cpu":
         with pytest.raises(ValueError, match="no float16 weights"):
             backend.weight_panel(EXPONENTIAL, panel)
         return
@@ -87,8 +89,8 @@ def test_weight_panel(backend, case, dtype, with_states):
     assert ((whole[:rows, :cols].double() - scale * want).abs() <= allowed)[fits].all()
     assert (whole[rows:] == 7).all() and (whole[:, cols:] == 7).all(), "written beyond the panel"
     assert torch.equal(scores, case.scores), "the scores are kept"
-    sums = torch.stack([(want * case.scores.double()).sum(), want.sum()]) + torch.tensor([10.0, -20.0])
-    slack = torch.stack([(size * case.scores.double().abs()).sum(), size.sum()]) + 20
+    sums = params_in_float64(case, want) + torch.tensor([10.0, -20.0])
+    slack = torch.stack([(size * (case.scores.double() - case.params[2]).abs()).sum(), size.sum()]) + 20
     assert ((dparams - sums).abs() <= relative(case) * slack).all()
     for side, before, dim in ((row, neutral[0], 1), (col, neutral[1], 0)):
         if side.state is not None:
@@ -107,7 +109,7 @@ def test_weights_in_place_and_without_parameter_sums(backend, case):
         )
         dparams = None if in_place else torch.zeros(2, dtype=torch.float64)
         backend.weight_panel(EXPONENTIAL, make_panel(
-            scores, case.params, case.exclude, case.first_column, weights, row, col, dparams
+            scores, case.params, case.pairs, weights, row, col, dparams
         ))  # fmt: skip
         results.append(weights)
     assert torch.equal(*results)
@@ -118,7 +120,7 @@ def test_sigmoid_panels(backend, case):
     before = torch.linspace(0, 1, len(z))[None]
     want = before[0].double() + torch.nn.functional.softplus(z, threshold=1e9).sum(1)
     reduced, folded = Side(before.clone()), Side(before.clone(), None, case.gains[0])
-    arguments = (case.params, case.exclude, case.first_column)
+    arguments = (case.params, case.pairs)
     backend.reduce_panel(SIGMOID, make_panel(case.scores.clone(), *arguments, row=reduced))
     scores, weights = case.scores.clone(), torch.empty_like(case.scores)
     dparams = torch.zeros(2, dtype=torch.float64)
@@ -128,8 +130,8 @@ def test_sigmoid_panels(backend, case):
     w = case.gains[0].double()[:, None] * torch.sigmoid(z)
     error = (weights.double() - case.params[0] * w).abs()
     assert (error <= relative(case) * abs(case.params[0]) * w.abs() + 1e-37).all()
-    sums = torch.stack([(w * case.scores.double()).sum(), w.sum()])
-    slack = torch.stack([(w * case.scores.double()).abs().sum(), w.abs().sum()]) + 1e-30
+    sums = params_in_float64(case, w)
+    slack = torch.stack([(w * (case.scores.double() - case.params[2])).abs().sum(), w.abs().sum()]) + 1e-30
     assert ((dparams - sums).abs() <= relative(case) * slack).all()
 
 
@@ -163,13 +165,13 @@ def test_a_nan_reaches_its_row_and_its_column_alone(backend, spread):
 
 
 def test_rows_without_negatives_weigh_nothing(backend):
-    """A normaliser of +inf (the log-sum of nothing) and a gain of 0 give weights of 0, never 0 * inf."""
+    """A rest of +inf (the log-sum of nothing) and a gain of 0 give weights of 0, never 0 * inf."""
     for spread in (1.0, 90.0):
         case = Case(40, 50, spread=spread)
         rows, cols = (v.clone() for v in case.normalizers)
-        rows[3], cols[7] = torch.inf, torch.inf
+        rows[1, 3], cols[1, 7] = torch.inf, torch.inf
         gains = case.gains[0].clone(), case.gains[1].clone()
-        gains[0][5], rows[5] = 0.0, -200.0  # an overflow that does not count
+        gains[0][5], rows[0, 5] = 0.0, -200.0  # an overflow that does not count
         weights, dparams = torch.empty_like(case.scores), torch.zeros(2, dtype=torch.float64)
         backend.weight_panel(EXPONENTIAL, make_panel(
             case.scores.clone(), case.params, weights=weights, row=Side(None, rows, gains[0]),
@@ -177,5 +179,5 @@ def test_rows_without_negatives_weigh_nothing(backend):
         ))  # fmt: skip
         assert (weights[3] == 0).all() and (weights[5] == 0).all()
         assert weights.isfinite().all() and dparams.isfinite().all()
-        others = case.logits() - case.normalizers[0].double()[:, None]
+        others = case.logits() - case.normalizers[0].double().sum(0)[:, None]
         assert (weights[0].double() - 1.3 * gains[0][0] * others[0].exp()).abs().max() < 1e-3

@@ -1,5 +1,6 @@
 // Runs the C++ pass over ragged panels in heap buffers of exactly the right size, against a plain loop in double.
-// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/backends/test_sanitizers.py, which also builds it with
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/backends/test_sanitizers.py, which also builds it
+// with
 //   -DCK_INJECT_OVERRUN    scores one element short: a read past the end, to prove that the sanitizer is live;
 //   -DCK_INJECT_UNDEFINED  a signed overflow, likewise.
 #include <algorithm>
@@ -29,13 +30,14 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // One way to call the pass.
 struct Variant {
   ck::PairTerm term;
-  bool row, col;  // directions that take part
-  bool weights;   // a weight panel, else a reduce panel
-  bool sums;      // the running sums are wanted (always in a reduce panel)
-  bool bfloat16;  // the weights' type
-  bool in_place;  // weights overwrite the scores (float32 only)
-  bool wide;      // scores so far apart that rows and columns cannot share a reference
-  bool dparams;   // the sums for the parameters' gradients are wanted
+  bool row, col;          // directions that take part
+  bool weights;           // a weight panel, else a reduce panel
+  bool sums;              // the running sums are wanted (always in a reduce panel)
+  bool bfloat16;          // the weights' type
+  bool in_place;          // weights overwrite the scores (float32 only)
+  bool wide;              // scores so far apart that rows and columns cannot share a shift
+  bool dparams;           // the sums for the parameters' gradients are wanted
+  bool diagonal, biased;  // left out; biases of columns
   int64_t excluded, padding;
   int threads;
 };
@@ -52,9 +54,10 @@ struct Buffer {
 
 struct Case {
   Variant v;
-  int64_t rows, cols, stride, weights_stride, first_column = 7;
-  Buffer<float> scores, params, row_reference, row_sum, col_reference, col_sum, row_norm, row_gain, col_norm, col_gain;
-  Buffer<int64_t> exclude;
+  int64_t rows, cols, stride, weights_stride, first_row = 4, first_column = 7, diagonal = 5;
+  Buffer<float> scores, params, row_shift, row_sum, col_shift, col_sum, row_norm, row_rest, row_gain, col_norm,
+      col_rest, col_gain, col_bias;
+  Buffer<int64_t> columns;
   Buffer<float> weights32;
   Buffer<uint16_t> weights16;
   Buffer<double> dparams;
@@ -67,16 +70,19 @@ struct Case {
         stride(c + variant.padding),
         weights_stride(variant.in_place ? stride : c + (7 - variant.padding)),
         scores((r - 1) * stride + c - kMissing),
-        params(2),
-        row_reference(r),
+        params(3),
+        row_shift(r),
         row_sum(r),
-        col_reference(c),
+        col_shift(c),
         col_sum(c),
         row_norm(r),
+        row_rest(r),
         row_gain(r),
         col_norm(c),
+        col_rest(c),
         col_gain(c),
-        exclude(r * variant.excluded),
+        col_bias(variant.biased ? c : 0),
+        columns(r * variant.excluded),
         weights32(variant.bfloat16 || variant.in_place ? 0 : (r - 1) * weights_stride + c),
         weights16(variant.bfloat16 ? (r - 1) * weights_stride + c : 0),
         dparams(2) {}
@@ -86,10 +92,13 @@ void fill(Case& c, std::mt19937& random) {
   std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
   c.params[0] = c.v.wide ? 60.0f : 3.0f;
   c.params[1] = c.v.term == ck::PairTerm::kSigmoid ? -2.0f : 0.0f;
+  c.params[2] = 0.25f;
   for (int64_t i = 0; i < c.scores.size; ++i) c.scores[i] = unit(random);
+  for (int64_t j = 0; j < c.col_bias.size; ++j)
+    c.col_bias[j] = j % 5 == 3 ? -static_cast<float>(kInfinity) : unit(random);
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t k = 0; k < c.v.excluded; ++k)  // some in the panel, some left and right of it
-      c.exclude[i * c.v.excluded + k] = c.first_column + static_cast<int64_t>(random() % (c.cols + 4)) - 2;
+      c.columns[i * c.v.excluded + k] = c.first_column + static_cast<int64_t>(random() % (c.cols + 4)) - 2;
   c.z.resize(c.rows * c.cols);
   c.score.resize(c.rows * c.cols);
   for (int64_t i = 0; i < c.rows; ++i) {
@@ -98,9 +107,11 @@ void fill(Case& c, std::mt19937& random) {
       if (c.v.wide) c.scores[at] += i % 2 == 0 ? 1.0f : -1.0f;
       c.score[i * c.cols + j] = c.scores[at];
       c.z[i * c.cols + j] = static_cast<double>(c.scores[at]) * c.params[0] + c.params[1];
+      if (c.v.biased) c.z[i * c.cols + j] += c.col_bias[j];
+      if (c.v.diagonal && c.first_column + j == c.first_row + i + c.diagonal) c.z[i * c.cols + j] = -kInfinity;
     }
     for (int64_t k = 0; k < c.v.excluded; ++k) {
-      const int64_t j = c.exclude[i * c.v.excluded + k] - c.first_column;
+      const int64_t j = c.columns[i * c.v.excluded + k] - c.first_column;
       if (j >= 0 && j < c.cols) c.z[i * c.cols + j] = -kInfinity;
     }
   }
@@ -108,12 +119,12 @@ void fill(Case& c, std::mt19937& random) {
   for (int64_t j = 0; j < c.cols; ++j) c.col_gain[j] = unit(random);
 }
 
-// log of the sum of exponentials of n values `step` apart, continued from a state (reference, sum).
-double log_sum_exp(const double* z, int64_t n, int64_t step, double reference, double sum) {
-  double top = sum > 0.0 ? reference : -kInfinity;
+// log of the sum of exponentials of n values `step` apart, continued from a state (shift, sum).
+double log_sum_exp(const double* z, int64_t n, int64_t step, double shift, double sum) {
+  double top = sum > 0.0 ? shift : -kInfinity;
   for (int64_t k = 0; k < n; ++k) top = std::max(top, z[k * step]);
   if (top == -kInfinity) return top;
-  double total = sum > 0.0 ? sum * std::exp(reference - top) : 0.0;
+  double total = sum > 0.0 ? sum * std::exp(shift - top) : 0.0;
   for (int64_t k = 0; k < n; ++k) total += std::exp(z[k * step] - top);
   return top + std::log(total);
 }
@@ -131,24 +142,25 @@ double from_bfloat16(uint16_t bits) {
 [[noreturn]] void fail(const Case& c, const char* what, double got, double expected) {
   std::printf("FAILED %s: %s of a %lld x %lld panel: got %.9g, expected %.9g\n", ck::instruction_set(), what,
               static_cast<long long>(c.rows), static_cast<long long>(c.cols), got, expected);
-  std::printf("  term %d row %d col %d weights %d sums %d bfloat16 %d in_place %d wide %d excluded %lld threads %d\n",
+  std::printf("  term %d row %d col %d weights %d sums %d bfloat16 %d in_place %d wide %d diagonal %d biased %d\n",
               static_cast<int>(c.v.term), c.v.row, c.v.col, c.v.weights, c.v.sums, c.v.bfloat16, c.v.in_place, c.v.wide,
-              static_cast<long long>(c.v.excluded), c.v.threads);
+              c.v.diagonal, c.v.biased);
+  std::printf("  excluded %lld threads %d\n", static_cast<long long>(c.v.excluded), c.v.threads);
   std::exit(1);
 }
 
 // `scale`: the size of what was added up. The relative bound has room for the rounding of z itself (|z| up to 120, so
-// 7e-6); the absolute one for what a shared reference lets underflow (e^-47 of the largest, times params).
+// 7e-6); the absolute one for what a shared shift lets underflow (e^-47 of the largest, times params).
 void expect(const Case& c, const char* what, double got, double expected, double scale, double relative) {
   if (got == expected) return;  // both -inf, too
   if (!(std::fabs(got - expected) <= relative * scale + 1e-18)) fail(c, what, got, expected);
 }
 
-// Checks one side's running (reference, sum) against its states before.
-void check_side(const Case& c, const char* what, Buffer<float>& reference, Buffer<float>& sum,
+// Checks one side's running (shift, sum) against its states before.
+void check_side(const Case& c, const char* what, Buffer<float>& shift, Buffer<float>& sum,
                 const std::vector<double>& expected) {
   for (int64_t i = 0; i < sum.size; ++i) {
-    const double got = sum[i] > 0.0f ? reference[i] + std::log(static_cast<double>(sum[i])) : -kInfinity;
+    const double got = sum[i] > 0.0f ? shift[i] + std::log(static_cast<double>(sum[i])) : -kInfinity;
     expect(c, what, got, expected[i], 1.0, 4e-5);
   }
 }
@@ -162,12 +174,12 @@ void check_weights(Case& c) {
       const double z = c.z[i * c.cols + j];
       double w = 0.0, size = 0.0;
       if (c.v.row) {
-        const double part = c.row_gain[i] * (exponential ? std::exp(z - c.row_norm[i]) : sigmoid(z));
+        const double part = c.row_gain[i] * (exponential ? std::exp(z - c.row_norm[i] - c.row_rest[i]) : sigmoid(z));
         w += part;
         size += std::fabs(part);
       }
       if (c.v.col) {
-        const double part = c.col_gain[j] * std::exp(z - c.col_norm[j]);
+        const double part = c.col_gain[j] * std::exp(z - c.col_norm[j] - c.col_rest[j]);
         w += part;
         size += std::fabs(part);
       }
@@ -175,8 +187,9 @@ void check_weights(Case& c) {
       const double got =
           c.v.bfloat16 ? from_bfloat16(c.weights16[at]) : (c.v.in_place ? c.scores[at] : c.weights32[at]);
       expect(c, "weight", got, w * c.params[0], size * c.params[0], c.v.bfloat16 ? 0.0045 : 4e-5);
-      dscale += w * c.score[i * c.cols + j];
-      dscale_size += size * std::fabs(c.score[i * c.cols + j]);
+      const double centered = c.score[i * c.cols + j] - c.params[2];
+      dscale += w * centered;
+      dscale_size += size * std::fabs(centered);
       dbias += w;
       dbias_size += size;
     }
@@ -196,21 +209,23 @@ ck::Panel make_panel(Case& c) {
   p.scores = c.scores.get();
   p.rows = c.rows, p.cols = c.cols, p.stride = c.stride;
   p.params = c.params.get();
-  p.exclude = c.v.excluded ? c.exclude.get() : nullptr;
-  p.exclude_count = c.v.excluded, p.first_column = c.first_column;
+  p.pairs.columns = c.v.excluded ? c.columns.get() : nullptr;
+  p.pairs.columns_count = c.v.excluded, p.pairs.first_row = c.first_row, p.pairs.first_column = c.first_column;
+  if (c.v.diagonal) p.pairs.diagonal = c.diagonal;
+  if (c.v.biased) p.pairs.col_bias = c.col_bias.get();
   p.threads = c.v.threads;
   if (c.v.sums && c.v.row) p.row.sum = c.row_sum.get();
   if (c.v.sums && c.v.col) p.col.sum = c.col_sum.get();
   if (c.v.term == ck::PairTerm::kExponential) {
-    if (p.row.sum) p.row.reference = c.row_reference.get();
-    if (p.col.sum) p.col.reference = c.col_reference.get();
+    if (p.row.sum) p.row.shift = c.row_shift.get();
+    if (p.col.sum) p.col.shift = c.col_shift.get();
   }
   if (!c.v.weights) return p;
   if (c.v.row) p.row.gain = c.row_gain.get();
   if (c.v.col) p.col.gain = c.col_gain.get();
   if (c.v.term == ck::PairTerm::kExponential) {
-    if (c.v.row) p.row.normalizer = c.row_norm.get();
-    if (c.v.col) p.col.normalizer = c.col_norm.get();
+    if (c.v.row) p.row.normalizer_shift = c.row_norm.get(), p.row.normalizer_rest = c.row_rest.get();
+    if (c.v.col) p.col.normalizer_shift = c.col_norm.get(), p.col.normalizer_rest = c.col_rest.get();
   }
   p.weights =
       c.v.bfloat16 ? static_cast<void*>(c.weights16.get()) : (c.v.in_place ? c.scores.get() : c.weights32.get());
@@ -220,6 +235,12 @@ ck::Panel make_panel(Case& c) {
   return p;
 }
 
+// A log-normaliser as two numbers, not always near each other; a rest of +inf for the log-sum of nothing.
+void split(double normalizer, int64_t i, float& shift, float& rest) {
+  shift = normalizer == -kInfinity ? 0.0f : static_cast<float>(normalizer) - static_cast<float>(i % 3);
+  rest = static_cast<float>(normalizer == -kInfinity ? kInfinity : normalizer - shift);
+}
+
 void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& random) {
   Case c(variant, rows, cols);
   fill(c, random);
@@ -227,23 +248,23 @@ void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& 
   c.dparams[0] = 1.0, c.dparams[1] = 2.0;  // what is there is added to
   std::vector<double> row_expected(rows), col_expected(cols);
   for (int64_t i = 0; i < rows; ++i) {
-    if (i % 3 == 1) c.row_reference[i] = 2.0f, c.row_sum[i] = 0.5f;  // the others start empty
+    if (i % 3 == 1) c.row_shift[i] = 2.0f, c.row_sum[i] = 0.5f;  // the others start empty
     const double* z = &c.z[i * cols];
-    row_expected[i] = log_sum_exp(z, cols, 1, c.row_reference[i], c.row_sum[i]);
-    c.row_norm[i] = static_cast<float>(row_expected[i] == -kInfinity ? kInfinity : row_expected[i]);
+    row_expected[i] = log_sum_exp(z, cols, 1, c.row_shift[i], c.row_sum[i]);
+    split(row_expected[i], i, c.row_norm[i], c.row_rest[i]);
     if (exponential) continue;
     row_expected[i] = c.row_sum[i];
     for (int64_t j = 0; j < cols; ++j) row_expected[i] += softplus(z[j]);
   }
   for (int64_t j = 0; j < cols; ++j) {
-    if (j % 3 == 1) c.col_reference[j] = 2.0f, c.col_sum[j] = 0.5f;
-    col_expected[j] = log_sum_exp(&c.z[j], rows, cols, c.col_reference[j], c.col_sum[j]);
-    c.col_norm[j] = static_cast<float>(col_expected[j] == -kInfinity ? kInfinity : col_expected[j]);
+    if (j % 3 == 1) c.col_shift[j] = 2.0f, c.col_sum[j] = 0.5f;
+    col_expected[j] = log_sum_exp(&c.z[j], rows, cols, c.col_shift[j], c.col_sum[j]);
+    split(col_expected[j], j, c.col_norm[j], c.col_rest[j]);
   }
   const ck::Panel panel = make_panel(c);
   variant.weights ? ck::weight_panel(panel) : ck::reduce_panel(panel);
-  if (panel.row.sum && exponential) check_side(c, "row log-sum-exp", c.row_reference, c.row_sum, row_expected);
-  if (panel.col.sum) check_side(c, "column log-sum-exp", c.col_reference, c.col_sum, col_expected);
+  if (panel.row.sum && exponential) check_side(c, "row log-sum-exp", c.row_shift, c.row_sum, row_expected);
+  if (panel.col.sum) check_side(c, "column log-sum-exp", c.col_shift, c.col_sum, col_expected);
   if (panel.row.sum && !exponential)
     for (int64_t i = 0; i < rows; ++i) expect(c, "row sum", c.row_sum[i], row_expected[i], row_expected[i], 4e-5);
   if (variant.weights) check_weights(c);
@@ -253,12 +274,12 @@ void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& 
 void run_search(ck::SearchTerm term, int64_t rows, int64_t cols, int64_t excluded, bool ids, std::mt19937& random) {
   std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
   const int64_t stride = cols + 3, first_row = 11, first_column = 5;
-  Buffer<float> scores((rows - 1) * stride + cols), params(2), best(rows), low(rows), high(rows);
-  Buffer<int64_t> exclude(rows * excluded), row_ids(rows), col_ids(cols), seed(1), column(rows), below(rows),
+  Buffer<float> scores((rows - 1) * stride + cols), params(3), best(rows), low(rows), high(rows);
+  Buffer<int64_t> columns(rows * excluded), row_ids(rows), col_ids(cols), seed(1), column(rows), below(rows),
       above(rows);
   for (int64_t i = 0; i < scores.size; ++i) scores[i] = unit(random);
-  for (int64_t i = 0; i < exclude.size; ++i)
-    exclude[i] = first_column + static_cast<int64_t>(random() % (cols + 4)) - 2;
+  for (int64_t i = 0; i < columns.size; ++i)
+    columns[i] = first_column + static_cast<int64_t>(random() % (cols + 4)) - 2;
   for (int64_t j = 0; j < cols; ++j) col_ids[j] = static_cast<int64_t>(random() % 5);
   params[0] = 3.0f, params[1] = 0.5f, seed[0] = -1234567890123456789;
   for (int64_t i = 0; i < rows; ++i) {
@@ -267,8 +288,9 @@ void run_search(ck::SearchTerm term, int64_t rows, int64_t cols, int64_t exclude
   }
   ck::SearchPanel p;
   p.term = term, p.scores = scores.get(), p.rows = rows, p.cols = cols, p.stride = stride, p.params = params.get();
-  p.exclude = exclude.get(), p.exclude_count = excluded, p.first_row = first_row, p.first_column = first_column;
-  if (ids) p.row_ids = row_ids.get(), p.col_ids = col_ids.get();
+  p.pairs.columns = columns.get(), p.pairs.columns_count = excluded;
+  p.pairs.first_row = first_row, p.pairs.first_column = first_column;
+  if (ids) p.pairs.row_ids = row_ids.get(), p.pairs.col_ids = col_ids.get(), p.pairs.diagonal = -5;
   p.seed = seed.get(), p.threads = static_cast<int>(random() % 3 + 1);
   p.best = best.get(), p.best_column = column.get(), p.low = low.get(), p.high = high.get();
   p.below = below.get(), p.above = above.get();
@@ -278,8 +300,8 @@ void run_search(ck::SearchTerm term, int64_t rows, int64_t cols, int64_t exclude
     float want = start[i];
     int64_t want_column = -1, want_below = 0, want_above = 0;
     for (int64_t j = 0; j < cols; ++j) {
-      bool out = ids && row_ids[i] == col_ids[j];
-      for (int64_t k = 0; k < excluded; ++k) out = out || exclude[i * excluded + k] == first_column + j;
+      bool out = ids && (row_ids[i] == col_ids[j] || first_column + j == first_row + i - 5);
+      for (int64_t k = 0; k < excluded; ++k) out = out || columns[i * excluded + k] == first_column + j;
       if (out) continue;
       float z = std::fma(scores[i * stride + j], params[0], params[1]), noise;
       ck::gumbel_array(seed[0], first_row + i, first_column + j, &noise, 1);
@@ -329,8 +351,9 @@ std::vector<Variant> all_variants() {
                 const int64_t padding = random() % 2 ? 5 : 0;
                 const bool dparams = random() % 4 != 0;
                 const int threads = static_cast<int>(random() % 3 + 1);
+                const bool diagonal = random() % 3 == 0, biased = random() % 3 == 0;
                 all.push_back({term, (sides & 1) != 0, (sides & 2) != 0, weights, sums, output == 2, output == 1, wide,
-                               dparams, excluded, padding, threads});
+                               dparams, diagonal, biased, excluded, padding, threads});
               }
   return all;
 }
