@@ -222,18 +222,3 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     if x.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8
         return torch.mm(x, y.T, out_dtype=torch.float32, out=out)
     return torch.mm(x.float(), y.T.float(), out=out)
-
-
-class CudaBackend(Backend):
-    """The module's functions as a backend."""
-
-    name = "cuda"
-    score_tile = False
-    native_operands = True
-    why_not = staticmethod(why_not)  # type: ignore[assignment]
-    why_not_capability = staticmethod(why_not_capability)  # type: ignore[assignment]
-    route = staticmethod(route)  # type: ignore[assignment]
-    weights_dtype = staticmethod(weights_dtype)  # type: ignore[assignment]
-    scratch = staticmethod(scratch)  # type: ignore[assignment]
-    reduce_panel = staticmethod(reduce_panel)  # type: ignore[assignment]
-    weight_panel = staticmethod(weight_panel)  # type: ignore[assignment]

@@ -132,18 +132,3 @@ def _pairs(pairs: Pairs) -> Any:
 
 def _vectors(side: Side) -> Any:
     return _kernels().Vectors(side.state, side.normalizer, side.gain)
-
-
-class TritonBackend(Backend):
-    """The module's functions as a backend."""
-
-    name = "triton"
-    score_tile = False
-    native_operands = True
-    why_not = staticmethod(why_not)  # type: ignore[assignment]
-    why_not_capability = staticmethod(why_not_capability)  # type: ignore[assignment]
-    route = staticmethod(route)  # type: ignore[assignment]
-    weights_dtype = staticmethod(weights_dtype)  # type: ignore[assignment]
-    scratch = staticmethod(scratch)  # type: ignore[assignment]
-    reduce_panel = staticmethod(reduce_panel)  # type: ignore[assignment]
-    weight_panel = staticmethod(weight_panel)  # type: ignore[assignment]

@@ -1,59 +1,17 @@
 // What happens to a tile of scores in registers: sums by row and column against a shift, and weights. Shared by the
-// pass over scores in memory and by the kernel that multiplies on the tensor cores. A pair term is a class:
-// exponential.h, sigmoid.h.
+// pass over scores in memory and by the kernel that multiplies on the tensor cores. The terms are those of csrc/terms.
 //
 // Each block leaves its partial sums in the scratch; merge_kernel folds them in order, so that results are bitwise
 // reproducible.
 #pragma once
 
-#include "pairs.h"
+#include "shifts.h"
 
 namespace ck {
 namespace cuda {
 
-#include "../include/elementary.h"
-
-constexpr int kWarps = kThreads / 32;
-static_assert(kThreads == 2 * kTile, "each thread looks after one row or one column of the tile");
-
-// A block's shared memory. Vectors hold the tile's rows, then its columns.
-struct EpilogueMemory {
-  double params[kWarps][2];
-  float row_part[kWarpsAcross][kTile], col_part[kWarpsDown][kTile];  // the warps' maxima, then their sums
-  float shift[2 * kTile], gain[2 * kTile];
-  float col_bias[kTile];
-  float low[kWarps], high[kWarps], lowest_normalizer[kWarps];
-};
-
-// Where the blocks' partial results lie in the panel's scratch.
-struct Scratch {
-  double* params;              // [blocks, 2]
-  float *row_shift, *row_sum;  // [tiles across, rows]
-  float *col_shift, *col_sum;  // [tiles down, cols]
-
-  __host__ __device__ __forceinline__ explicit Scratch(const Panel& p) {
-    const int64_t down = (p.rows + kTile - 1) / kTile, across = (p.cols + kTile - 1) / kTile;
-    params = static_cast<double*>(p.scratch);
-    row_shift = reinterpret_cast<float*>(params + 2 * down * across);
-    row_sum = row_shift + across * p.rows;
-    col_shift = row_sum + across * p.rows;
-    col_sum = col_shift + down * p.cols;
-  }
-};
-
-// The vector element that this thread looks after.
-struct Element {
-  bool is_row, inside;
-  int index;   // in the tile
-  int64_t at;  // in the panel
-
-  __device__ __forceinline__ Element(const TilePlace& tile, bool row_wanted, bool col_wanted) {
-    is_row = static_cast<int>(threadIdx.x) < kTile;
-    index = static_cast<int>(threadIdx.x) % kTile;
-    inside = is_row ? row_wanted && index < tile.rows : col_wanted && index < tile.cols;
-    at = (is_row ? tile.row0() : tile.col0()) + index;
-  }
-};
+// The terms as the kernels know them: whichever sides take part, the other's gains are 0.
+using BothSides = Exponential<false, true, true>;
 
 // The warps' sums of one row or column, added up.
 __device__ __forceinline__ float merged_sum(const EpilogueMemory& m, const Element& e) {
@@ -68,6 +26,15 @@ __device__ __forceinline__ void leave_row_sum(const ThreadPlace& mine, int row, 
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
   sum += __shfl_xor_sync(kAllLanes, sum, 2);
   if (mine.lane % 4 == 0) m.row_part[mine.warp_across][row] = sum;
+}
+
+// Adds the columns' sums of the eight lanes that share them, and leaves the warp's.
+__device__ __forceinline__ void leave_col_sums(const ThreadPlace& mine, float (&sum)[kCols], EpilogueMemory& m) {
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) {
+    for (int step = 4; step < 32; step *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], step);
+    if (mine.lane < 4) m.col_part[mine.warp_down][mine.col + j] = sum[j];
+  }
 }
 
 // What all weights of a tile have in common, and this thread's part of the gradients of scale and bias.
@@ -101,6 +68,65 @@ __device__ __forceinline__ void leave_params(const Panel& p, const ThreadPlace& 
   Scratch(p).params[2 * static_cast<int64_t>(blockIdx.x) + threadIdx.x] = sum;
 }
 
+// Exponentials (or what a term has in their place), their sums in row_part and col_part, and the weights.
+template <class Term, bool SUMS, bool WEIGHTS>
+__device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
+                                           const Scores& s, const Logits& logits, EpilogueMemory& m) {
+  // read where it is needed: eight more registers are not to be had
+  const volatile float* const col_shift = m.shift + kTile + mine.col;
+  const float* const col_gains = m.gain + kTile + mine.col;
+  WeightWriter writer(p, tile, mine);
+  ParamSums params(p);
+  float col_sum[kCols] = {};
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = mine.row + i * kRowStep;
+    const float row_shift = Term::kHasShift ? m.shift[row] : 0.0f, row_gain = WEIGHTS ? m.gain[row] : 0.0f;
+    float row_sum = 0.0f, out[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      const float z = logits(s, i, j);
+      const float by_row = Term::row_score(z, row_shift);
+      const float by_col = Term::col_score(z, by_row, Term::kCol ? col_shift[j] : 0.0f);
+      if (SUMS) row_sum += Term::row_part(z, by_row);
+      if (SUMS && Term::kCol) col_sum[j] += by_col;
+      if (WEIGHTS) {
+        const float col_gain = Term::kCol ? col_gains[j] : 0.0f;
+        out[j] = params.add(Term::weight(z, by_row, by_col, row_gain, col_gain), s.score[i][j]);
+      }
+    }
+    if (SUMS) leave_row_sum(mine, row, row_sum, m);
+    if (WEIGHTS) writer.write(i, out);
+  }
+  if (SUMS && Term::kCol) leave_col_sums(mine, col_sum, m);
+  return params;
+}
+
+// A term's shifts and gains, then its sweep. A side that takes no part has gains of 0, and nobody reads its sums.
+template <class Term, bool SUMS, bool WEIGHTS>
+__device__ __forceinline__ ParamSums sweep_with_shifts(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
+                                                       const Scores& s, const Logits& logits, EpilogueMemory& m) {
+  if constexpr (Term::kHasShift) {
+    if (SUMS) {
+      find_maxima(mine, s, logits, m);
+      __syncthreads();
+    }
+    const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
+    const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
+    const bool common = choose_shifts<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
+    const Logits again = logits.anew();
+    if (common) return sweep<typename Term::WithCommonShift, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
+    return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
+  } else {
+    if (WEIGHTS) {
+      const Element e(tile, true, false);
+      if (e.is_row) m.gain[e.index] = e.inside ? p.row.gain[e.at] : 0.0f;
+      __syncthreads();
+    }
+    return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
+  }
+}
+
 // Leaves the tile's statistics in the scratch.
 template <class Term>
 __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile, const EpilogueMemory& m) {
@@ -116,8 +142,9 @@ __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile
 template <class Term, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
                                             EpilogueMemory& m) {
-  const Logits logits = find_logits < SUMS && WEIGHTS > (p, tile, mine, s, m.col_bias);
-  const ParamSums params = Term::template finish<SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
+  constexpr bool kZeros = SUMS && WEIGHTS;
+  const Logits logits = find_logits<kZeros>(p, tile, mine, s, m.col_bias);
+  const ParamSums params = sweep_with_shifts<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   if (SUMS) {
     __syncthreads();
     leave_sums<Term>(p, tile, m);

@@ -1,8 +1,7 @@
 // The second stage of every reduction: the blocks' partial results, in their order, onto what was there before.
-#include "exponential.h"
+#include "epilogue.h"
 #include "kernels.h"
 #include "runtime.h"
-#include "sigmoid.h"
 
 namespace ck {
 namespace cuda {
@@ -34,12 +33,12 @@ __device__ __forceinline__ void merge_vector(const Side& side, const float* shif
   if (i < n)
 #pragma unroll 4
     for (int64_t k = warp; k < parts; k += kWarps)
-      Term::merge(mine.shift, mine.sum, Term::kHasShift ? shift[k * n + i] : 0.0f, sum[k * n + i]);
+      Term::merge(&mine.shift, &mine.sum, shift + k * n + i, sum + k * n + i, 0);
   partial[warp][lane] = mine;
   __syncthreads();
   if (i >= n || warp > 0) return;
   Partial all = {Term::kHasShift ? side.shift[i] : 0.0f, side.sum[i]};
-  for (int k = 0; k < kWarps; ++k) Term::merge(all.shift, all.sum, partial[k][lane].shift, partial[k][lane].sum);
+  for (int k = 0; k < kWarps; ++k) Term::merge(&all.shift, &all.sum, &partial[k][lane].shift, &partial[k][lane].sum, 0);
   side.sum[i] = all.sum;
   if (Term::kHasShift) side.shift[i] = all.shift;
 }
@@ -94,7 +93,7 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(const __grid_constant__
 void launch_merge(const Panel& p) {
   const int64_t blocks = blocks_for(p.row, p.rows) + blocks_for(p.col, p.cols) + (p.dparams ? 1 : 0);
   if (blocks == 0) return;
-  const auto kernel = p.term == PairTerm::kSigmoid ? merge_kernel<Sigmoid> : merge_kernel<Exponential>;
+  const auto kernel = p.term == PairTerm::kSigmoid ? merge_kernel<Sigmoid> : merge_kernel<BothSides>;
   launch("merge_kernel", kernel, static_cast<unsigned>(blocks), kThreads, sizeof(MergeMemory), p.stream, p);
 }
 

@@ -23,9 +23,7 @@ struct Logits {
   __device__ __forceinline__ Logits anew() const {
     Logits copy = *this;
     forget(copy.scale);
-    forget(copy.bias);
-    forget(copy.left_out[0]);
-    forget(copy.left_out[1]);
+
     return copy;
   }
 };
@@ -56,10 +54,10 @@ __device__ __forceinline__ uint32_t left_out_of_row(const Panel& p, const TilePl
   return bits;
 }
 
-// Marks what does not count. `col_bias`: shared memory for a tile's. Scores outside of the panel are 0 already; HEAVY
-// kernels, of sums and weights, put the 0 there again: without it ptxas 13.0 spills 200 bytes in them, and with it some
-// in the others.
-template <bool HEAVY>
+// Marks what does not count. `col_bias`: shared memory for a tile's. Scores outside of the panel are 0 already; ZEROS
+// says so again, for without it ptxas 13.0 spills 300 bytes in the kernels of sums and weights, and with it some in all
+// others.
+template <bool ZEROS>
 __device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
                                               float* col_bias) {
   Logits logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, col_bias + mine.col};
@@ -76,7 +74,7 @@ __device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& t
     const int row = mine.row + i * kRowStep;
     logits.left_out[i / 4] |= left_out_of_row(p, tile, mine, row, diagonal) << (i % 4 * kCols);
 #pragma unroll
-    for (int j = 0; HEAVY && j < kCols; ++j)
+    for (int j = 0; ZEROS && j < kCols; ++j)
       if (row >= tile.rows || mine.col + j >= tile.cols) s.score[i][j] = 0.0f;
   }
   return logits;

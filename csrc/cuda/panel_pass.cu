@@ -1,7 +1,6 @@
 // One pass over scores that lie in memory [rows, cols], whoever multiplied them: the portable route.
-#include "exponential.h"
+#include "epilogue.h"
 #include "kernels.h"
-#include "sigmoid.h"
 
 namespace ck {
 namespace cuda {
@@ -29,7 +28,7 @@ TileKernel choose(bool sums, bool weights) {
 }  // namespace
 
 TileKernel panel_pass(PairTerm term, bool sums, bool weights) {
-  return term == PairTerm::kSigmoid ? choose<Sigmoid>(sums, weights) : choose<Exponential>(sums, weights);
+  return term == PairTerm::kSigmoid ? choose<Sigmoid>(sums, weights) : choose<BothSides>(sums, weights);
 }
 
 }  // namespace cuda

@@ -1,8 +1,7 @@
 // The product of a tile on the tensor cores (mma.sync, from sm_80 on), with the pass over it in its epilogue: the
 // scores never leave the registers.
-#include "exponential.h"
+#include "epilogue.h"
 #include "kernels.h"
-#include "sigmoid.h"
 
 namespace ck {
 namespace cuda {
@@ -135,7 +134,7 @@ TileKernel choose(Dtype operands, bool sums, bool weights) {
 
 TileKernel tensor_cores(PairTerm term, Dtype operands, bool sums, bool weights) {
   return term == PairTerm::kSigmoid ? choose<Sigmoid>(operands, sums, weights)
-                                    : choose<Exponential>(operands, sums, weights);
+                                    : choose<BothSides>(operands, sums, weights);
 }
 
 }  // namespace cuda

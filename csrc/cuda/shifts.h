@@ -1,13 +1,11 @@
-// The exponential term on a tile. As on the CPU: maxima of rows and columns first, then exponentials against a shift,
-// which rows and columns share where they lie close together.
+// The shifts of a tile's exponentials: maxima of rows and columns, or their normalisers. As on the CPU, rows and
+// columns share one where theirs lie close together.
 #pragma once
 
-#include "epilogue.h"
+#include "tile_memory.h"
 
 namespace ck {
 namespace cuda {
-
-#include "../terms/exponential.h"
 
 __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }  // a NaN in b is passed over
 __device__ __forceinline__ float smaller(float a, float b) { return b < a ? b : a; }
@@ -84,80 +82,6 @@ __device__ __forceinline__ bool choose_shifts(const Panel& p, const ThreadPlace&
   __syncthreads();
   return shared;
 }
-
-// Exponentials, their sums in row_part and col_part, and the weights. SHARED: one exponential serves both sides.
-template <bool SHARED, bool SUMS, bool WEIGHTS>
-__device__ __forceinline__ ParamSums sweep_exponential(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                                       const Scores& s, const Logits& logits, bool by_row, bool by_col,
-                                                       EpilogueMemory& m) {
-  // read where it is needed: eight more registers are not to be had
-  const volatile float* const col_shift = m.shift + kTile + mine.col;
-  WeightWriter writer(p, tile, mine);
-  ParamSums params(p);
-  float col_sum[kCols] = {};
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = mine.row + i * kRowStep;
-    const float row_shift = m.shift[row], row_gain = WEIGHTS ? m.gain[row] : 0.0f;
-    float row_sum = 0.0f, out[kCols];
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const float z = logits(s, i, j);
-      const float col_gain = WEIGHTS ? m.gain[kTile + mine.col + j] : 0.0f;
-      float w = 0.0f;
-      if (SHARED) {
-        const float e = exp_term(z - row_shift);
-        row_sum += e;
-        col_sum[j] += e;
-        w = e * (row_gain + col_gain);
-      } else {
-        if (by_row) {
-          const float e = exp_term(z - row_shift);
-          row_sum += e;
-          w = e * row_gain;
-        }
-        if (by_col) {
-          const float e = exp_term(z - col_shift[j]);
-          col_sum[j] += e;
-          w += e * col_gain;
-        }
-      }
-      out[j] = params.add(w, s.score[i][j]);
-    }
-    if (SUMS) leave_row_sum(mine, row, row_sum, m);
-    if (WEIGHTS) writer.write(i, out);
-  }
-  if (SUMS)
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      for (int step = 4; step < 32; step *= 2) col_sum[j] += __shfl_xor_sync(kAllLanes, col_sum[j], step);
-      if (mine.lane < 4) m.col_part[mine.warp_down][mine.col + j] = col_sum[j];
-    }
-  return params;
-}
-
-struct Exponential {
-  static constexpr bool kHasShift = true;
-
-  static __device__ __forceinline__ void merge(float& shift, float& sum, float other_shift, float other_sum) {
-    merge_exponential(shift, sum, other_shift, other_sum);
-  }
-
-  template <bool SUMS, bool WEIGHTS>
-  static __device__ __forceinline__ ParamSums finish(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                                     const Scores& s, const Logits& logits, EpilogueMemory& m) {
-    const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
-    const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
-    if (SUMS) {
-      find_maxima(mine, s, logits, m);
-      __syncthreads();
-    }
-    const bool shared = choose_shifts<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
-    const Logits again = logits.anew();
-    if (shared) return sweep_exponential<true, SUMS, WEIGHTS>(p, tile, mine, s, again, by_row, by_col, m);
-    return sweep_exponential<false, SUMS, WEIGHTS>(p, tile, mine, s, again, by_row, by_col, m);
-  }
-};
 
 }  // namespace cuda
 }  // namespace ck
