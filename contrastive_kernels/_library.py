@@ -17,7 +17,7 @@ def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., 
     name = schema.split("(")[0]
 
     def run(*args: Any) -> Any:
-        device = args[0].device.type
+        device = (args[0][0] if isinstance(args[0], (list, tuple)) else args[0]).device.type
         with torch.no_grad():
             if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
                 return implementation(*args)

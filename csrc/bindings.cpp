@@ -1,7 +1,9 @@
 // The Python module contrastive_kernels._C. A panel comes in as keywords, named in members.h: integers all of them,
 // where 0 is a null pointer.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -103,6 +105,54 @@ void run(const py::kwargs& arguments) {
   Pass(panel);
 }
 
+// A matrix's arguments come by position: keywords cost as much as a small matrix.
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ck::Matrix make_matrix(uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols, std::optional<int64_t> diagonal,
+                       uintptr_t columns, int64_t columns_count, uintptr_t col_bias, uintptr_t positives,
+                       std::optional<int64_t> offset, float scale, float bias) {
+  ck::Matrix m;
+  m.scores = pointer<const float>(scores), m.weights = pointer<float>(weights);
+  m.rows = rows, m.cols = cols;
+  m.pairs.diagonal = diagonal.value_or(ck::kNoDiagonal);
+  m.pairs.columns = pointer<const int64_t>(columns), m.pairs.columns_count = columns_count;
+  m.pairs.col_bias = pointer<const float>(col_bias);
+  m.positives = pointer<const int64_t>(positives), m.offset = offset.value_or(ck::kNoDiagonal);
+  m.scale = scale, m.bias = bias;
+  return m;
+}
+
+void softmax_matrix(uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols, std::optional<int64_t> diagonal,
+                    uintptr_t columns, int64_t columns_count, uintptr_t col_bias, uintptr_t positives,
+                    std::optional<int64_t> offset, float scale, float bias, uintptr_t gain, double share, bool both,
+                    bool symmetric, uintptr_t out, int threads) {
+  ck::Matrix m = make_matrix(scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset,
+                             scale, bias);
+  m.gain = pointer<const float>(gain), m.share = share, m.out = pointer<double>(out), m.threads = threads;
+  py::gil_scoped_release release;
+  ck::softmax_matrix(m, both, symmetric);
+}
+
+void weighted_matrix(int term, uintptr_t scores, uintptr_t weights, int64_t rows, int64_t cols,
+                     std::optional<int64_t> diagonal, uintptr_t columns, int64_t columns_count, uintptr_t col_bias,
+                     uintptr_t positives, std::optional<int64_t> offset, float scale, float bias,
+                     uintptr_t row_normalizer, uintptr_t row_gain, uintptr_t col_normalizer, uintptr_t col_gain,
+                     double share, bool relative, uintptr_t row_state, uintptr_t col_state, uintptr_t dots,
+                     uintptr_t out, int threads) {
+  ck::Matrix m = make_matrix(scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset,
+                             scale, bias);
+  m.share = share, m.out = pointer<double>(out), m.threads = threads;
+  const ck::GivenSide row = {pointer<const float>(row_normalizer), pointer<const float>(row_gain),
+                             pointer<float>(row_state)};
+  const ck::GivenSide col = {pointer<const float>(col_normalizer), pointer<const float>(col_gain),
+                             pointer<float>(col_state)};
+  py::gil_scoped_release release;
+  ck::weighted_matrix(m, static_cast<ck::PairTerm>(term), row, col, relative, pointer<float>(dots));
+}
+
 void exp_array(uintptr_t x, uintptr_t out, int64_t n) {
   ck::exp_array(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), n);
 }
@@ -120,6 +170,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("reduce_panel", &run<P, ck::reduce_panel>);
   m.def("weight_panel", &run<P, ck::weight_panel>);
   m.def("search_panel", &run<Q, ck::search_panel>);
+  m.def("softmax_matrix", &softmax_matrix);
+  m.def("weighted_matrix", &weighted_matrix);
   m.def("exp_array", &exp_array);
   m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);

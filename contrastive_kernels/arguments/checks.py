@@ -12,32 +12,31 @@ from torch import Tensor
 from ..backends import registry
 from ..panels.size import score_dtype
 from .index import checked_index
+from .options import Engine
 
 __all__ = [
     "check_backend",
+    "check_engine",
     "check_features",
     "check_number",
     "check_pair",
     "check_positives",
     "check_reduction",
+    "check_scale",
     "check_vector",
     "check_workspace",
-    "make_params",
+    "normalized",
     "require_equal_lengths",
+    "scale_tensor",
 ]
 
 
-def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> tuple[Tensor, Tensor]:
-    """Two feature matrices [N, D], [M, D] of one dtype and device, in autocast's dtype where it is on."""
-    for value, name in zip((x, y), names):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
-        if value.dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
-        if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
+def check_features(
+    x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
+    _check_matrix(x, names[0])
+    _check_matrix(y, names[1])
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
@@ -49,11 +48,38 @@ def check_features(x: Any, y: Any, names: tuple[str, str], normalize: bool) -> t
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected a bool; got {type(normalize).__name__}")
     if normalize:
-        x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
+        x, y = normalized(x), normalized(y)
     x, y = _autocast(x), _autocast(y)
     if x.dtype != y.dtype:
         raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
+    if matching:
+        require_equal_lengths(x, y, names)
     return x, y
+
+
+def _check_matrix(value: Any, name: str) -> None:
+    """A dense matrix [N, D] of a floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
+    if value.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """The rows of x [N, D] over their norms, in the dtype of the scores; a zero row stays, without gradient."""
+    v = x.to(score_dtype(x.dtype))
+    largest = v.detach().abs().amax(1, keepdim=True)  # so that no square overflows, and none vanishes
+    zero = largest == 0
+    v = v / largest.masked_fill(zero, 1.0)
+    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).masked_fill(zero, 1.0)
+    return (v / norm).masked_fill(zero, 0.0).to(x.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -158,21 +184,36 @@ def check_pair(value: Any, name: str) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
-def make_params(x: Tensor, logit_scale: Any, logit_bias: Any = 0.0) -> Tensor:
-    """(scale, bias) [2] on x's device, in the dtype of the scores; differentiable, and without synchronisation."""
-    return torch.stack([_scalar(x, logit_scale, "logit_scale"), _scalar(x, logit_bias, "logit_bias")])
-
-
-def _scalar(x: Tensor, value: Any, name: str) -> Tensor:
-    dtype = score_dtype(x.dtype)
+def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | float:
+    """A number that fits the dtype of the scores, or a tensor of one element on x's device, as it is."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a float or a tensor of one element; got shape {list(value.shape)}")
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
-        return value.reshape(()).to(dtype)
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
-    return torch.full((), float(value), dtype=dtype, device=x.device)
+    largest = torch.finfo(score_dtype(x.dtype)).max
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name}: expected a finite number of at most {largest:.3g}; got {value}")
+    return float(value)
+
+
+def scale_tensor(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor:
+    """The same as a 0-d tensor in the dtype of the scores, differentiable and without synchronisation."""
+    value, dtype = check_scale(x, value, name), score_dtype(x.dtype)
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(dtype)
+    return torch.full((), value, dtype=dtype, device=x.device)
+
+
+def check_engine(backend: Any, workspace_bytes: Any) -> Engine:
+    """The engine's two arguments."""
+    return Engine(check_backend(backend), check_workspace(workspace_bytes))

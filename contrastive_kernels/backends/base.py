@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..panels.panel import Panel, Route, SearchPanel
+from ..panels.pairs import Pairs
+from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .products import default_weights_dtype
@@ -30,6 +32,9 @@ class Backend:
     #: score-sized temporaries that its operations allocate beside the workspace's own, and those of a search
     temporaries: ClassVar[int] = 0
     search_temporaries: ClassVar[int] = 0
+
+    #: it computes a small matrix, whose scores are there, in one call
+    whole_matrix: ClassVar[bool] = False
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve, or None."""
@@ -61,6 +66,26 @@ class Backend:
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
         """Folds the panel into the rows' best score and its column, or into their counts."""
+        raise NotImplementedError
+
+    def softmax_matrix(
+        self, scores: Tensor, pairs: Pairs, index: Tensor | None, offset: int, scale: float, bias: float,
+        gain: Tensor | None, share: float, both: bool, symmetric: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns, and its dL/d(scale, bias) [2].
+
+        The scores [N, M] become scale * dL/dz, that of the positives (at `index`, or at i + `offset`) included; of a
+        symmetric matrix, the sum of both triangles'.
+        """
+        raise NotImplementedError
+
+    def weighted_matrix(
+        self, term: PairTerm, scores: Tensor, pairs: Pairs, index: Tensor | None, offset: int | None, scale: float,
+        bias: float, row: Side, col: Side, relative: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """sum_i gain_i sum_j term(z_ij) with given normalisers: the value, dL/d(scale, bias) [2], the normalisers found
+        in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores as above.
+        """
         raise NotImplementedError
 
     def refusal(self, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> str | None:

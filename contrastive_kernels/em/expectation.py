@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_positives, check_vector, make_params
+from ..arguments.checks import check_positives, check_vector, scale_tensor
 
 __all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
 
@@ -73,7 +73,7 @@ def positive_scores(
     """z_i,p(i) [N] in the dtype of the scores."""
     if given is not None:
         return check_vector(given, "positive_logits", len(x), x, differentiable=True).detach()
-    scale = make_params(x, logit_scale)[0]
+    scale = scale_tensor(x, logit_scale)
     index, offset = check_positives(positives, x, y)
     parts, rows = [], max(1, _BLOCK // x.shape[1])
     for start in range(0, len(x), rows):

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 
 from ..arguments.checks import (
     check_backend,
+    check_engine,
     check_features,
     check_number,
     check_positives,
     check_reduction,
+    check_scale,
     check_workspace,
-    make_params,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
+from ..engine.driver import log_sums
+from ..engine.problem import Problem
 from ..losses import decomposable
-from ..operators.autograd import Options, log_sum
+from ..operators.logsumexp import normalizers
 from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
 from .memory import NormalizerMemory
@@ -433,7 +436,7 @@ class DecomposableContrastiveLoss(nn.Module):
     ) -> Tensor:
         """Logarithms of the batch's own means of exp(z) over negatives [N, d]; one product."""
         index, offset = (None, None) if positive_logits is not None else check_positives(positives, x, y)
-        options = Options(check_backend(self.engine["backend"]), self.engine["workspace_bytes"], offset)
-        row, col, _ = log_sum(x, y, make_params(x, logit_scale), index, True, two, options)
-        sums = torch.stack([row, col] if two else [row], 1)
+        engine = check_engine(self.engine["backend"], self.engine["workspace_bytes"])
+        problem = Problem(x, y, check_scale(x, logit_scale), offset=offset, index=index, engine=engine)
+        sums = torch.stack([log_sums(n) for n in normalizers(problem, cols=two) if n is not None], 1)
         return sums - math.log(max(len(y) - (positive_logits is None), 1))

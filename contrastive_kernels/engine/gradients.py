@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..panels.size import score_dtype
-from .matrix import Stream
+from .matrix import ScoreMatrix
 
-__all__ = ["Gradients"]
+__all__ = ["GradientSums", "Gradients", "Sums", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    y: bool
+    #: of scale and bias
+    params: bool
 
 
 @dataclass
@@ -23,7 +33,7 @@ class Gradients:
     dparams: Tensor | None = None
 
 
-class _Sums:
+class Sums:
     """The float32 (or float64) sums of one gradient: all of it, or one block of rows after the other."""
 
     def __init__(self, out: Tensor, dtype: torch.dtype, block: int | None = None) -> None:
@@ -35,7 +45,7 @@ class _Sums:
             rows = len(out) if block is None else block
             self.sums = torch.zeros(rows, out.shape[1], dtype=dtype, device=out.device)
 
-    def band(self, rows: slice) -> _Sums:
+    def band(self, rows: slice) -> Sums:
         """The same sums of these rows alone, which count from 0."""
         part = copy(self)
         part.out = self.out[rows]
@@ -59,21 +69,21 @@ class _Sums:
                 self.sums.zero_()
 
 
-class _GradientSums:
-    """The sums of the wanted gradients of a stream; dx in blocks of so many rows, if any."""
+class GradientSums:
+    """The sums of the wanted gradients of a matrix; dx in blocks of so many rows, if any."""
 
-    def __init__(self, stream: Stream, wanted: tuple[bool, bool, bool], block: int | None) -> None:
-        x, y = stream.x, stream.y
-        dtype, total = stream.gradient_dtype or x.dtype, score_dtype(x.dtype)
-        self.symmetric = stream.symmetric
-        self.dx = _Sums(_room(x, dtype), total, block) if wanted[0] else None
-        # of a symmetric stream, dx is the whole gradient
-        self.dy = _Sums(_room(y, dtype), total) if wanted[1] and not self.symmetric else None
+    def __init__(self, matrix: ScoreMatrix, wanted: Wanted, block: int | None) -> None:
+        x, y = matrix.x, matrix.y
+        dtype, total = matrix.gradient_dtype or x.dtype, score_dtype(x.dtype)
+        self.symmetric = matrix.symmetric
+        self.dx = Sums(_room(x, dtype), total, block) if wanted.x else None
+        # of a symmetric matrix, dx is the whole gradient
+        self.dy = Sums(_room(y, dtype), total) if wanted.y and not self.symmetric else None
         if self.symmetric:
             self.dy = self.dx
-        self.dparams = torch.zeros(2, dtype=_partials_dtype(stream), device=x.device) if wanted[2] else None
+        self.dparams = torch.zeros(2, dtype=_partials_dtype(matrix), device=x.device) if wanted.params else None
 
-    def band(self, rows: slice) -> _GradientSums:
+    def band(self, rows: slice) -> GradientSums:
         """Those of a band of rows: a part of dx, all of the rest."""
         if self.symmetric:  # its band is the whole
             return self
@@ -93,7 +103,7 @@ class _GradientSums:
         dy = None if self.symmetric else self.dy
         return Gradients(None if self.dx is None else self.dx.out, None if dy is None else dy.out, self.dparams)
 
-    def _open(self) -> list[_Sums]:
+    def _open(self) -> list[Sums]:
         """Each once."""
         both = [self.dx] if self.symmetric else [self.dx, self.dy]
         return [sums for sums in both if sums is not None and not sums.blocked]
@@ -103,6 +113,6 @@ def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
-def _partials_dtype(stream: Stream) -> torch.dtype:
+def _partials_dtype(matrix: ScoreMatrix) -> torch.dtype:
     """float64 for the sums over all pairs, where the device has it."""
-    return torch.float32 if stream.x.device.type == "mps" else torch.float64
+    return torch.float32 if matrix.x.device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""What is streamed: one score matrix, never stored whole, what it leaves out, and how it is walked."""
+"""What is walked: one score matrix, never stored whole, what it leaves out, and in which dtypes."""
 
 from __future__ import annotations
 
@@ -8,38 +8,62 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ..panels.pairs import Pairs
+from ..panels.panel import in_pieces
+from ..panels.size import Size
 from ..panels.terms import PairTerm
 from .positives import Positives
+from .problem import Problem
+from .shapes import multiprocessors
 
-__all__ = ["Stream"]
+__all__ = ["ScoreMatrix"]
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One score matrix z = scale * x yT + bias, what it leaves out, and how it is walked."""
+class ScoreMatrix:
+    """One score matrix z = scale * x yT + bias, as the driver walks it."""
 
     term: PairTerm
     #: [N, D], [M, D] contiguous, of one dtype
     x: Tensor
     y: Tensor
-    #: [2] scale and bias in the dtype of the scores
+    #: [3] scale, bias and center in the dtype of the scores
     params: Tensor
     positives: Positives
     backend: Backend
     workspace_bytes: int
+    #: y is x, and no row is its own negative: panels above the diagonal serve their mirror images too
+    symmetric: bool = False
+    #: [M] added to the logits of a column
+    col_bias: Tensor | None = None
     #: the gradients' dtype, if it is not the operands'
     gradient_dtype: torch.dtype | None = None
     #: [N, M] the whole matrix of dot products, where it is small and was kept
     scores: Tensor | None = None
-    #: y is x, and no row is its own negative: panels above the diagonal serve their mirror images too
-    symmetric: bool = False
     #: a second CUDA stream makes the weights of the next panel while this one's are multiplied; for measurements, with
     #: the triton backend
     overlap: bool = False
-    #: a band of rows: its scores serve one reduction, and then hold the weights
+    #: a band of rows: its scores serve one statistics pass, and then hold the weights
     is_band: bool = False
 
-    def band(self, rows: slice, scores: Tensor) -> Stream:
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        term: PairTerm,
+        backend: Backend,
+        gradient_dtype: torch.dtype | None = None,
+        scores: Tensor | None = None,
+    ) -> ScoreMatrix:
+        """A problem's matrix."""
+        x = problem.x.contiguous()
+        y = x if problem.symmetric else problem.y.contiguous()
+        return cls(
+            term, x, y, problem.params(), problem.positives, backend, problem.engine.workspace_bytes,
+            problem.symmetric, problem.col_bias, gradient_dtype, scores,
+        )  # fmt: skip
+
+    def band(self, rows: slice, scores: Tensor) -> ScoreMatrix:
         """Some rows of a matrix that leaves out positives alone, with room for their scores."""
         return replace(
             self,
@@ -49,12 +73,17 @@ class Stream:
             is_band=True,
         )
 
-    def exclude(self) -> Tensor:
-        """Columns left out of each row, [N, K]."""
-        n, offset = self.x.shape[0], self.positives.offset
-        if offset is not None and not self.symmetric:
-            return torch.arange(offset, offset + n, device=self.x.device)[:, None]
-        rows = torch.arange(n, device=self.x.device)
-        if self.symmetric:
-            return torch.stack([self.positives.columns(rows), rows], 1)
-        return self.positives.columns(rows)[:, None] if self.positives.exist else rows[:, None][:, :0]
+    def pairs(self) -> Pairs:
+        """What is left out: the positives and, of a symmetric matrix, every row's own column."""
+        index = self.positives.index
+        diagonal = 0 if self.symmetric else self.positives.offset
+        return Pairs(diagonal, None if index is None else index[:, None], self.col_bias)
+
+    def size(self) -> Size:
+        """What the shape of the panels depends on."""
+        x, y = self.x, self.y
+        return Size(
+            len(x), len(y), x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
+            multiprocessors(x.device), self.backend.native_operands and in_pieces(x) and in_pieces(y),
+            2 if self.overlap else 1, self.is_band,
+        )  # fmt: skip

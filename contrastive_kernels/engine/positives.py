@@ -1,32 +1,26 @@
-"""Where the positive of each row lies."""
+"""The positive pairs' own part, of size N D: where they lie, their dot products, and what they add to the gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 __all__ = ["Positives"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Positives:
     """Where the positive of each row lies: at ``row + offset``, at ``index[row]`` (-1: in no column), or nowhere."""
 
     offset: int | None = None
+    #: int64 [N]
     index: Tensor | None = None
 
     @property
     def exist(self) -> bool:
         """Whether any row has a positive."""
         return self.offset is not None or self.index is not None
-
-    def columns(self, rows: Tensor) -> Tensor:
-        """The positives' columns [N] for row numbers [N]; -1 in no column."""
-        if self.index is not None:
-            return self.index
-        return torch.full_like(rows, -1) if self.offset is None else rows + self.offset
 
     def select(self, y: Tensor, rows: slice) -> Tensor:
         """The positives of these rows, [rows, D]; any row of y where there is none."""

@@ -1,6 +1,6 @@
 """The driver of searches: walks panels of the score matrix and keeps, of every row, its best column or a count.
 
-No gradients, no columns' state. As in ``streaming.py``, one workspace of bounded size holds a panel, and memory beside
+No gradients, no columns' state. As in ``driver.py``, one workspace of bounded size holds a panel, and memory beside
 x [N, D], y [M, D] and the result is that of the workspace.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ..panels.pairs import Pairs
 from ..panels.panel import SearchPanel
 from ..panels.size import PanelBytes, score_dtype
 from ..panels.terms import PairTerm
-from .shapes import SMALLEST_PANEL, square_side
-from .workspace import blocks
+from .shapes import SMALLEST_PANEL, blocks, square_side
 
 __all__ = ["Search", "count", "find", "panel_side"]
 
@@ -30,15 +30,12 @@ class Search:
     #: [N, D], [M, D] contiguous, of one dtype
     x: Tensor
     y: Tensor
-    #: [2] scale and bias in the dtype of the scores
+    #: [3] scale, bias and 0 in the dtype of the scores
     params: Tensor
-    #: [N, K] columns left out of each row; -1 is no column
-    exclude: Tensor
+    #: which pairs count
+    pairs: Pairs
     backend: Backend
     workspace_bytes: int
-    #: [N], [M] int64: pairs of equal ids are left out
-    row_ids: Tensor | None = None
-    col_ids: Tensor | None = None
     #: [1] int64, of the noise
     seed: Tensor | None = None
     #: the dtype of the scores, if it is not that of the operands' dtype
@@ -52,7 +49,7 @@ def find(search: Search) -> tuple[Tensor, Tensor]:
     column = torch.full((n,), -1, dtype=torch.int64, device=device)
     for i, panel in _panels(search):
         panel.best, panel.best_column = best[i], column[i]
-        _operation(search, panel)
+        search.backend.search_panel(search.term, panel)
     return best, column
 
 
@@ -61,15 +58,8 @@ def count(search: Search, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     below, above = (torch.zeros(len(search.x), dtype=torch.int64, device=search.x.device) for _ in range(2))
     for i, panel in _panels(search):
         panel.low, panel.high, panel.below, panel.above = low[i], high[i], below[i], above[i]
-        _operation(search, panel)
+        search.backend.search_panel(search.term, panel)
     return below, above
-
-
-def _operation(search: Search, panel: SearchPanel) -> None:
-    """The backend's search_panel."""
-    if search.backend.search_panel is None:
-        raise RuntimeError(f"contrastive_kernels: the backend {search.backend.name} was chosen for a term it lacks")
-    search.backend.search_panel(search.term, panel)
 
 
 def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
@@ -91,12 +81,8 @@ def _panels(search: Search) -> Iterator[tuple[slice, SearchPanel]]:
                     scores=tile,
                     weights=tile,
                     params=search.params,
-                    exclude=search.exclude[i],
-                    first_column=j.start,
+                    pairs=search.pairs.block(i, j),
                     bfloat16_values=x.dtype == torch.bfloat16 and dtype == torch.float32,
-                    first_row=i.start,
-                    row_ids=None if search.row_ids is None else search.row_ids[i],
-                    col_ids=None if search.col_ids is None else search.col_ids[j],
                     seed=search.seed,
                 ),
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+
+import torch
 
 from ..panels.size import PanelBytes
 
@@ -42,6 +45,10 @@ BAND = 512
 #: What a band's panels take beside its scores is at most this part of the workspace, 1 / 4.
 BAND_SHARE = 4
 
+
+#: Multiprocessors by compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where
+#: there is no GPU to ask: for plans and the interpreter.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 #: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
 _GEMM_TILE = (128, 256)
@@ -149,3 +156,15 @@ def _cost(n: int, m: int, d: int, rows: int, cols: int, multiprocessors: int, pr
         cost += depth * wave * blocks_of(blocks_of(length, tile_rows) * blocks_of(d, tile_cols), multiprocessors)
         cost += 8 * d * length * _FLOP_PER_BYTE
     return panels * (cost + _LAUNCHES * _FLOP_PER_LAUNCH)
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive blocks of at most `size`."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU, or an H100's where there is none to ask."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return MULTIPROCESSORS[90]

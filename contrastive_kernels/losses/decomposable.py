@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import (
-    check_backend,
+    check_engine,
     check_features,
     check_number,
     check_pair,
     check_positives,
     check_reduction,
+    check_scale,
     check_vector,
-    check_workspace,
-    make_params,
     require_equal_lengths,
 )
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_gains, row_weights
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.reduction import row_gains, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from ..operators.autograd import Options, PairSums, log_sum, pair_sum
+from ..engine.problem import Problem
+from ..operators.weighted_sum import exponential_sums
 from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -126,48 +127,52 @@ def decomposable(
     shape = None if shape is None else check_number(shape, "shape", positive=True)
     c = check_number(positive_constant, "positive_constant", positive=False)
     log_k = log_or_minus_infinity(check_number(negative_scale, "negative_scale", positive=False))
-    params = make_params(x, logit_scale)
-    weight = row_weights(weight, len(x), x)
-    options = Options(check_backend(backend), check_workspace(workspace_bytes), offset)
+    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+    problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+    weights = row_weights(weight, x.shape[0], x)
 
     log_weights = [draw_log_weights(log_z, shape, generator) for log_z, _ in sides]  # log(u Zbar)
+    log_us = [log_weight - log_z for (log_z, _), log_weight in zip(sides, log_weights)]
     # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
-    constants = torch.zeros(len(x), dtype=params.dtype, device=x.device)
-    for (log_z, _), log_weight in zip(sides, log_weights):
-        log_u = log_weight - log_z
-        constants = constants + (torch.exp(log_u) * c - log_u - 1 - expected_excess(shape)) / len(sides)
-    # exp(z - normalizer) is u_i k exp(h_ij); the positive's logit is added by the stream unless it is given
-    relative = positive_logits is None
-    normalizers = [
-        log_z - log_weight - log_k + (0.0 if z_pos is None else z_pos)
-        for (log_z, z_pos), log_weight in zip(sides, log_weights)
-    ]
-    if weight is not None:  # a row that does not count must not overflow, however stale its normaliser
-        idle = weight == 0
+    constants = sum(_constant(log_u, c) for log_u in log_us) / len(sides) - (1 + expected_excess(shape))
+    # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
+    rests = [-(log_u + log_k) for log_u in log_us]
+    if weights is not None:  # a row that does not count must not overflow, however stale its normaliser
+        idle = weights == 0
         constants = constants.masked_fill(idle, 0.0)
-        normalizers = [normalizer.masked_fill(idle, torch.inf) for normalizer in normalizers]
-    if reduction == "none":
-        row, col, dots = log_sum(x, y, params, index, True, len(sides) == 2, options)
-        log_sums = [row, col][: len(sides)]
-        own_positive = params[0] * dots if relative else torch.zeros_like(row)
-        streamed = [torch.exp(s - own_positive - n) for s, n in zip(log_sums, normalizers)]
-        loss = reduce_losses(torch.stack(streamed).mean(0) + constants, weight, reduction)
+        rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
+    logits = None if positive_logits is None else [logit for _, logit in sides]
+    summed = reduction != "none"
+    gain = row_gains(weight, x.shape[0], x, reduction)
+    if gain is None:
+        share = 1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0
+        gain = torch.full((x.shape[0],), share, dtype=constants.dtype, device=x.device)
+    sums = exponential_sums(problem, rests, logits, gain / len(sides) if summed else None)
+    if summed:
+        loss = sums.total + (gain * constants).sum()
     else:
-        gain = row_gains(weight, reduction, x)
-        share = gain / len(sides)
-        col_sums = (normalizers[1], share) if len(sides) == 2 else (None, None)
-        sums = PairSums(normalizers[0], share, col_sums[0], col_sums[1], relative)
-        total, row, col, dots = pair_sum(x, y, params, index, "exponential", sums, options)
-        log_sums = [row, col][: len(sides)]
-        loss = total + (gain * constants).sum()
+        streamed = sums.rows if len(sides) == 1 else (sums.rows + sums.cols) / 2
+        loss = gain * (streamed + constants)
     if not return_log_normalizer:
         return loss
-    own = []
-    for log_sum_of_negatives, (_, given) in zip(log_sums, sides):
-        z_pos = params[0] * dots if given is None else given
-        log_z = (log_sum_of_negatives - z_pos + log_k).detach()
-        own.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(c))))
+    found = zip((sums.row_normalizer, sums.col_normalizer), sides)
+    own = [_own_log_normalizer(normalizer, problem, sums.dots, given, log_k, c) for normalizer, (_, given) in found]
     return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
+
+
+def _constant(log_u: Tensor, c: float) -> Tensor:
+    """u c - log u [N]; without a constant no u, however large, counts."""
+    return -log_u if c == 0 else torch.exp(log_u) * c - log_u
+
+
+def _own_log_normalizer(
+    normalizer: Tensor, problem: Problem, dots: Tensor | None, given: Tensor | None, log_k: float, c: float
+) -> Tensor:
+    """log(c + k sum_j exp(h_ij)) [N] of the batch itself, from the log-sum-exp that it found."""
+    shift, rest = normalizer.detach()
+    z_pos = problem.scale * dots if given is None else given
+    log_z = ((shift - z_pos) + rest + log_k).detach()
+    return torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(c)))
 
 
 def _decomposable_sides(

@@ -1,24 +1,19 @@
-"""What all losses share: the modules' base, names of arguments, and rows that stay unreduced."""
+"""What all losses share: the modules' base and the names of arguments."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments.checks import check_backend, check_reduction, check_workspace
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 
-__all__ = ["PAIR_NAMES", "Loss", "require_one_process", "weighted"]
+__all__ = ["PAIR_NAMES", "Loss", "require_one_process"]
 
 
 PAIR_NAMES = ("image_features", "text_features")
-
-
-def weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
-    """The losses of rows [N], unreduced."""
-    return losses if weight is None else losses * weight
 
 
 class Loss(nn.Module):

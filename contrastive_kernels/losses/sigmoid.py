@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..arguments.checks import (
-    check_backend,
-    check_features,
-    check_reduction,
-    check_workspace,
-    make_params,
-    require_equal_lengths,
-)
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
-from ..operators.autograd import Options, PairSums, pair_sum, sigmoid_rows
-from .module import PAIR_NAMES, Loss, require_one_process, weighted
+from ..arguments.checks import check_engine, check_features, check_reduction, check_scale
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.reduction import row_gains
+from ..engine.problem import Problem
+from ..operators.weighted_sum import sigmoid_sums
+from .module import PAIR_NAMES, Loss, require_one_process
 
 __all__ = ["SigmoidLoss", "sigmoid"]
 
@@ -71,15 +66,10 @@ def sigmoid(
     0.69328
     """
     check_reduction(reduction)
-    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize)
-    require_equal_lengths(x, y, PAIR_NAMES)
-    params = make_params(x, logit_scale, logit_bias)
-    weight = row_weights(weight, len(x), x)
-    options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
-    if reduction == "none":
-        return weighted(sigmoid_rows(x, y, params, options), weight)
-    gain = row_gains(weight, reduction, x)
-    return pair_sum(x, y, params, None, "sigmoid", PairSums(None, gain), options)[0]
+    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+    scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
+    problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
+    return sigmoid_sums(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
 class SigmoidLoss(Loss):

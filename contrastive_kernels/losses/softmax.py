@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from ..arguments.checks import (
-    check_backend,
+    check_engine,
     check_features,
     check_positives,
     check_reduction,
-    check_workspace,
-    make_params,
-    require_equal_lengths,
+    check_scale,
+    check_vector,
 )
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, row_gains, row_weights
-from ..operators.autograd import Options, log_sum, loss_sum
-from .module import PAIR_NAMES, Loss, require_one_process, weighted
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.reduction import row_gains
+from ..engine.problem import Problem
+from ..operators.softmax_loss import softmax_loss
+from .module import PAIR_NAMES, Loss, require_one_process
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
 
@@ -89,13 +89,9 @@ def info_nce(
     check_reduction(reduction)
     x, y = check_features(x, y, ("x", "y"), normalize)
     index, offset = check_positives(positives, x, y)
-    params = make_params(x, logit_scale)
-    options = Options(check_backend(backend), check_workspace(workspace_bytes), offset)
-    weight = row_weights(weight, len(x), x)
-    if reduction != "none":
-        return loss_sum(x, y, params, index, row_gains(weight, reduction, x), False, options)
-    row, _, dots = log_sum(x, y, params, index, True, False, options)
-    return weighted(_softmax_loss(row, params[0] * dots), weight)
+    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+    problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+    return softmax_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
 def clip_loss(
@@ -153,15 +149,10 @@ def clip_loss(
     (0.02001, (4, 4))
     """
     check_reduction(reduction)
-    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize)
-    require_equal_lengths(x, y, PAIR_NAMES)
-    params = make_params(x, logit_scale)
-    options = Options(check_backend(backend), check_workspace(workspace_bytes), 0)
-    weight = row_weights(weight, len(x), x)
-    if reduction != "none":
-        return loss_sum(x, y, params, None, row_gains(weight, reduction, x) / 2, True, options)
-    row, col, dots = log_sum(x, y, params, None, True, True, options)
-    return weighted(_softmax_loss(torch.stack([row, col]), params[0] * dots).mean(0), weight)
+    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+    problem = Problem(x, y, scale, offset=0, engine=engine)
+    return softmax_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction, both=True)
 
 
 def nt_xent(
@@ -218,24 +209,16 @@ def nt_xent(
     0.433
     """
     check_reduction(reduction)
-    z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize)
-    require_equal_lengths(z1, z2, ("z1", "z2"))
+    z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
+    scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
     n = z1.shape[0]
     views = torch.cat([z1, z2])
-    params = make_params(views, logit_scale)
-    index = torch.arange(2 * n, device=views.device).roll(n)
-    options = Options(check_backend(backend), check_workspace(workspace_bytes), symmetric=True)
-    weight = row_weights(weight, n, views)
-    both = None if weight is None else weight.repeat(2)
-    if reduction != "none":
-        return loss_sum(views, views, params, index, row_gains(both, reduction, views), False, options)
-    row, _, dots = log_sum(views, views, params, index, True, False, options)
-    return weighted(_softmax_loss(row, params[0] * dots), both)
-
-
-def _softmax_loss(log_sum_of_negatives: Tensor, z_pos: Tensor) -> Tensor:
-    """softplus(n_i - z_pos) [N]: 0 without negatives."""
-    return -logsigmoid(z_pos - log_sum_of_negatives)
+    index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
+    both = None
+    if weight is not None:
+        both = row_gains(check_vector(weight, "weight", n, views).repeat(2), 2 * n, views, reduction)
+    problem = Problem(views, views, scale, index=index, symmetric=True, engine=engine)
+    return softmax_loss(problem, both, reduction)
 
 
 class InfoNCELoss(Loss):

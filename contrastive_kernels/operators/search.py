@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from .._library import define
 from ..engine.search import Search, count, find
+from ..panels.pairs import Pairs
 from ..panels.terms import GUMBEL_MAX, MAXIMUM, RANK
 
 __all__ = ["best_column", "count_ranks"]
@@ -27,8 +28,14 @@ def _best_column(
     """The column of each row's largest z_ij (with a seed: z_ij + noise) [N] int64, -1 where none is left."""
     term = MAXIMUM if seed is None else GUMBEL_MAX
     chosen = backends.choose(backend or None, x.device, x.dtype, term)
-    x, y = x.contiguous(), y.contiguous()
-    return find(Search(term, x, y, params, exclude.contiguous(), chosen, workspace_bytes, row_ids, col_ids, seed))[1]
+    pairs = Pairs(None, _columns(exclude), row_ids=row_ids, col_ids=col_ids)
+    search = Search(term, x.contiguous(), y.contiguous(), params, pairs, chosen, workspace_bytes, seed)
+    return find(search)[1]
+
+
+def _columns(exclude: Tensor) -> Tensor | None:
+    """The columns that rows leave out [N, K], if there are any."""
+    return exclude.contiguous() if exclude.shape[1] else None
 
 
 def _best_column_fake(x, y, params, exclude, row_ids, col_ids, seed, backend, workspace_bytes):  # type: ignore[no-untyped-def]
@@ -47,10 +54,10 @@ def _count_ranks(
     """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N]."""
     # float64 bounds ask for float64 scores
     chosen = backends.choose(backend or None, x.device, low.dtype if low.dtype == torch.float64 else x.dtype, RANK)
-    params = low.new_ones(2)
-    params[1] = 0.0
-    x, y = x.contiguous(), y.contiguous()
-    search = Search(RANK, x, y, params, exclude.contiguous(), chosen, workspace_bytes, score_dtype=low.dtype)
+    params = torch.zeros(3, dtype=low.dtype, device=low.device)
+    params[0] = 1.0
+    pairs, x, y = Pairs(None, _columns(exclude)), x.contiguous(), y.contiguous()
+    search = Search(RANK, x, y, params, pairs, chosen, workspace_bytes, score_dtype=low.dtype)
     return count(search, low.contiguous(), high.contiguous())
 
 

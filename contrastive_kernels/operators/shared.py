@@ -1,279 +1,363 @@
-"""The two primitives as torch.library operators: schema, fake and implementation, opaque to torch.compile.
+"""What all differentiable operators share: how a problem passes through torch.library, autograd and torch.func.
 
-The operators know nothing of autograd (``_autograd.py`` does). Positives are given as ``index`` [N] (checked before, -1
-for none), or as ``offset``, or not at all (both None). An output that is not wanted is an empty tensor. ``backend`` ""
-lets the registry choose.
+A primitive is a few functions of a :class:`Problem`, of further tensors and of settings (plain values that print):
+
+    forward    the outputs; the first `results` of them are differentiable
+    gradients  dL/d(tensors) from what comes from upstream; both run the engine, and see plain tensors
+    fake       the outputs' shapes
+    dense      the results of some rows in operations of torch, for second derivatives
+
+In eager mode the engine runs directly in an autograd.Function: a torch.library operator costs as much as a small batch.
+Under torch.compile and torch.export the operator stands for it, opaque, with the same gradients.
 """
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import backends
 from .._library import define
-from ..engine.driver import keeps_scores, log_sums, positive_dots, reduce, weigh
-from ..engine.gradients import Gradients
-from ..engine.matrix import Stream
-from ..engine.positives import Positives
-from ..panels.panel import Side
+from ..engine.problem import Problem
 from ..panels.size import score_dtype
-from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
+from .second import second_gradients
 
 __all__ = [
-    "add_positive_params",
-    "empty",
-    "given",
-    "gradient_outputs",
-    "log_sum",
-    "log_sum_backward",
-    "make_stream",
-    "or_empty",
-    "pair_sum",
+    "Call",
+    "Outputs",
+    "Primitive",
+    "empty_like_scores",
+    "gradients_of",
+    "register",
     "saved_dtype",
-    "softmax_side",
+    "whole_gradients",
+    "whole_scores",
 ]
 
+#: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
+PROBLEM_TENSORS = 6
 
-_TERMS: dict[str, PairTerm] = {EXPONENTIAL.name: EXPONENTIAL, SIGMOID.name: SIGMOID}
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a primitive: the problem, the tensors beside it, its settings, and which tensors want gradients."""
+
+    problem: Problem
+    extras: tuple[Tensor | None, ...]
+    settings: tuple[Any, ...]
+    needs: tuple[bool, ...]
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, the problem's first."""
+        return (*self.problem.tensors(), *self.extras)
+
+    @property
+    def statics(self) -> tuple[Any, ...]:
+        """All that is no tensor, but for the offset."""
+        return self.problem.statics(), self.settings, self.needs
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], offset: int | None, statics: tuple[Any, ...]) -> Call:
+        """The call of these tensors and statics."""
+        of_problem, settings, needs = statics
+        problem = Problem.of(tuple(tensors[:PROBLEM_TENSORS]), offset, of_problem)
+        return cls(problem, tuple(tensors[PROBLEM_TENSORS:]), settings, needs)
+
+    @property
+    def wants(self) -> tuple[bool, bool, bool]:
+        """Whether gradients of x, of y, and of scale or bias are wanted."""
+        return self.needs[0], self.needs[1], self.needs[2] or self.needs[3]
 
 
-def make_stream(
-    term: PairTerm,
-    x: Tensor,
-    y: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    offset: int | None,
-    backend: str,
-    workspace_bytes: int,
-    symmetric: bool = False,
-    gradient_dtype: torch.dtype | None = None,
-    scores: Tensor | None = None,
-) -> Stream:
-    chosen = backends.choose(backend or None, x.device, x.dtype)
-    x, y = x.contiguous(), x if symmetric else y.contiguous()
-    positives = Positives(offset, index)
-    return Stream(
-        term, x, x if symmetric else y, params, positives, chosen, workspace_bytes, gradient_dtype, scores, symmetric
+Outputs = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """A differentiable operation on a problem; see the module's text."""
+
+    name: str
+    results: int
+    outputs: int
+    forward: Callable[[Call], Outputs]
+    fake: Callable[[Call], Outputs]
+    #: (call, outputs, upstream of the results) -> gradients of the call's tensors, by their needs
+    gradients: Callable[[Call, Outputs, Outputs], Outputs]
+    #: (call, rows, turned) -> the results of these rows, differentiable; `turned`: of these columns
+    dense: Callable[[Call, slice, bool], Outputs]
+    #: whether columns have results of their own
+    two_sided: Callable[[Call], bool]
+
+    def __call__(self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> Outputs:
+        """The outputs; what is not wanted is None, or under a compiler an empty tensor."""
+        tensors = (*problem.tensors(), *extras)
+        grad = torch.is_grad_enabled()
+        needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+        if problem.symmetric:  # y is x, whose gradient is the whole one
+            needs = (needs[0], False, *needs[2:])
+        call = Call(problem, extras, settings, needs)
+        if torch.compiler.is_compiling() or not _is_plain(problem):
+            return self._by_operator(call)
+        if torch._C._are_functorch_transforms_active():
+            return self.functions[1].apply(self, problem.offset, call.statics, *tensors)
+        if grad and True in needs:
+            return self.functions[0].apply(self, problem.offset, call.statics, *tensors)
+        return run(self.forward, call)
+
+    @property
+    def functions(self) -> tuple[Any, Any]:
+        """The autograd.Function for plain autograd, and the one for torch.func."""
+        return _Eager, _Transformable
+
+    def _by_operator(self, call: Call) -> Outputs:
+        call = replace(call, problem=call.problem.with_numbers_as_tensors())
+        present, mask = _pack(call.tensors)
+        return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether the engine may read the tensors' memory: no subclass, nothing that records or fakes operations."""
+    kind = type(problem.x)
+    return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def run(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
+    """Calls what runs the engine: without autograd and without autocast, which would round the results of out=."""
+    device = call.problem.x.device.type
+    with torch.no_grad():
+        if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
+            return function(call, *rest)
+        with torch.autocast(device, enabled=False):
+            return function(call, *rest)
+
+
+# ---- autograd ----
+
+
+def _setup(
+    ctx: Any, primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], outputs: Any
+) -> None:
+    """What backward needs: the tensors, and the outputs that are not results."""
+    kept = outputs[primitive.results :]
+    ctx.mark_non_differentiable(*(t for t in kept if isinstance(t, Tensor)))
+    ctx.set_materialize_grads(False)
+    ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
+    ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors], *kept)
+    ctx.constants = primitive, offset, statics
+
+
+def _restore(ctx: Any) -> tuple[Primitive, Call, Outputs]:
+    """The primitive, its call, and the outputs that are not results."""
+    primitive, offset, statics = ctx.constants
+    saved, count = ctx.saved_tensors, len(ctx.numbers)
+    tensors = [number if t is None else t for t, number in zip(saved[:count], ctx.numbers)]
+    return primitive, Call.of(tensors, offset, statics), saved[count:]
+
+
+def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+    primitive, call, kept = _restore(ctx)
+    results = upstream[: primitive.results]
+    if all(g is None for g in results):
+        return (None,) * (3 + len(ctx.numbers))
+    wanted = ctx.needs_input_grad[3:]
+    if False in wanted:  # of what autograd was asked for, perhaps fewer than requires_grad told
+        call = replace(call, needs=tuple([a and b for a, b in zip(call.needs, wanted)]))
+    if not torch.is_grad_enabled():
+        return (None, None, None, *run(primitive.gradients, call, kept, results))
+    # create_graph=True: the gradients have a graph of their own
+    made = _Gradients.apply(primitive, call.problem.offset, call.statics, len(kept), *call.tensors, *kept, *results)
+    return (None, None, None, *made)
+
+
+class _Transformable(torch.autograd.Function):
+    """The primitive under torch.func: with setup_context, and a rule for vmap."""
+
+    @staticmethod
+    def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+        return run(primitive.forward, Call.of(tensors, offset, statics))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        primitive, offset, statics, *tensors = inputs
+        _setup(ctx, primitive, offset, statics, tensors, output)
+
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _loop(_Transformable.apply, info, in_dims, inputs)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without torch.func, where apply() would bind its arguments by inspection: 20 us."""
+
+    @staticmethod
+    def forward(ctx: Any, primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+        outputs = run(primitive.forward, Call.of(tensors, offset, statics))
+        _setup(ctx, primitive, offset, statics, tensors, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as a function of the call's tensors, the kept outputs and what comes from upstream."""
+
+    @staticmethod
+    def forward(primitive: Primitive, offset: int | None, statics: Any, kept_count: int, *tensors: Any) -> Outputs:
+        count = len(tensors) - kept_count - primitive.results
+        kept, upstream = tensors[count : count + kept_count], tensors[count + kept_count :]
+        return run(primitive.gradients, Call.of(tensors[:count], offset, statics), kept, upstream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        primitive, offset, statics, kept_count, *tensors = inputs
+        ctx.numbers = tuple([None if isinstance(t, Tensor) else t for t in tensors])
+        ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in tensors])
+        ctx.set_materialize_grads(False)
+        ctx.constants = primitive, offset, statics, kept_count
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        primitive, offset, statics, kept_count = ctx.constants
+        tensors = [n if t is None else t for t, n in zip(ctx.saved_tensors, ctx.numbers)]
+        if all(v is None for v in cotangents):
+            return (None,) * (4 + len(tensors))
+        count = len(tensors) - kept_count - primitive.results
+        given = (*tensors[:count], *tensors[count + kept_count :], *cotangents)
+        found = _SecondGradients.apply(primitive, offset, statics, *given)
+        return (None, None, None, None, *found[:count], *(None,) * kept_count, *found[count:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _loop(_Gradients.apply, info, in_dims, inputs)
+
+
+class _SecondGradients(torch.autograd.Function):
+    """The gradients of the gradients, block by block of rows; nothing beyond."""
+
+    @staticmethod
+    def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+        count = (len(tensors) - primitive.results) // 2  # as many cotangents as tensors
+        call = Call.of(tensors[:count], offset, statics)
+        upstream, cotangents = tensors[count : count + primitive.results], tensors[count + primitive.results :]
+        of_tensors, of_upstream = second_gradients(primitive, call, list(upstream), cotangents)
+        return (*of_tensors, *of_upstream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError("contrastive_kernels: third derivatives are not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _loop(_SecondGradients.apply, info, in_dims, inputs)
+
+
+def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:
+    """vmap as a loop over the batch: what is not a tensor of the batch is the same in every turn."""
+    turns = []
+    for i in range(info.batch_size):
+        one = [v.select(d, i) if isinstance(d, int) else v for v, d in zip(inputs, in_dims)]
+        turns.append(function(*one))
+    stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*turns)]
+    return tuple(stacked), tuple(None if v is None else 0 for v in stacked)
+
+
+# ---- torch.library ----
+# Lists of tensors hold those that are there; which ones, a mask says: autograd does not look into lists with gaps.
+
+
+def register(primitive: Primitive) -> Primitive:
+    """Defines the operators that stand for a primitive under a compiler: its forward pass and its gradients."""
+    returns = ", ".join(["Tensor"] * primitive.outputs)
+    forward = define(
+        f"{primitive.name}(Tensor[] tensors, SymInt? offset, str statics) -> ({returns})",
+        lambda *a: _all_tensors(primitive.fake(_unpacked_call(*a)), a[0][0]),
+        lambda *a: _all_tensors(primitive.forward(_unpacked_call(*a)), a[0][0]),
+    )
+    gradients = define(
+        f"{primitive.name}_gradients(Tensor[] tensors, SymInt? offset, str statics, Tensor[] kept, "
+        "Tensor[] upstream, int[] came) -> Tensor[]",
+        lambda *a: _gradient_shapes(_unpacked_call(*a[:3])),
+        lambda *a: _all_tensors(
+            primitive.gradients(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
+        ),
     )
 
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.present, ctx.offset, ctx.statics = len(inputs[0]), inputs[1], inputs[2]
+        kept = output[primitive.results :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[0], *kept)
 
-def empty(like: Tensor) -> Tensor:
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        present, kept = list(ctx.saved_tensors[: ctx.present]), list(ctx.saved_tensors[ctx.present :])
+        results, came = _pack(upstream[: primitive.results])
+        if not results:
+            return None, None, None
+        needs = _unpacked_call(present, ctx.offset, ctx.statics).needs
+        made = gradients(present, ctx.offset, ctx.statics, kept, results, list(came))
+        _, mask = _parse(ctx.statics)
+        return [g if need else None for g, need, there in zip(made, needs, mask) if there], None, None
+
+    torch.library.register_autograd(f"contrastive_kernels::{primitive.name}", backward, setup_context=setup)
+    _OPERATORS[primitive.name] = forward, gradients
+    return primitive
+
+
+_OPERATORS: dict[str, tuple[Any, Any]] = {}
+
+_parse = lru_cache(maxsize=1024)(ast.literal_eval)
+
+
+def _pack(values: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors that are there, and which they are."""
+    return [v for v in values if v is not None], tuple([int(v is not None) for v in values])
+
+
+def _unpack(present: Sequence[Tensor], mask: Sequence[int]) -> Outputs:
+    """... and back."""
+    found = iter(present)
+    return tuple([next(found) if there else None for there in mask])
+
+
+def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) -> Call:
+    of_call, mask = _parse(statics)
+    return Call.of(_unpack(present, mask), offset, of_call)
+
+
+def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: an empty one stands for what is not wanted."""
+    return tuple([empty_like_scores(like) if t is None else t for t in outputs])
+
+
+def _absent(outputs: Sequence[Tensor]) -> Outputs:
+    """... and back."""
+    return tuple([None if t.dim() == 1 and t.shape[0] == 0 else t for t in outputs])
+
+
+def _gradient_shapes(call: Call) -> tuple[Tensor, ...]:
+    wanted = zip(call.tensors, call.needs)
+    return tuple([torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in wanted])
+
+
+def empty_like_scores(like: Tensor) -> Tensor:
     """The empty tensor that stands for an output that is not wanted."""
-    return like.new_empty(0, dtype=score_dtype(like.dtype))
+    return torch.empty(0, dtype=score_dtype(like.dtype), device=like.device)
 
 
-def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
-    return empty(like) if value is None else value
-
-
-def _keeps_scores(x: Tensor, y: Tensor, backend: str, workspace_bytes: int) -> bool:
-    chosen = backends.choose(backend or None, x.device, x.dtype)
-    return keeps_scores(x.shape[0], y.shape[0], x.dtype, chosen, workspace_bytes)
-
-
-def _log_sum(
-    x: Tensor,
-    y: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    offset: int | None,
-    rows: bool,
-    cols: bool,
-    symmetric: bool,
-    keep: bool,
-    backend: str,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = None
-    if keep and _keeps_scores(x, y, backend, workspace_bytes):
-        kept = x.new_empty(len(x), len(y), dtype=score_dtype(x.dtype))
-    stream = make_stream(
-        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
-    )
-    row, col = reduce(stream, rows, cols)
-    return (
-        empty(x) if row is None else log_sums(row),
-        empty(x) if col is None or symmetric else log_sums(col),
-        positive_dots(stream) if stream.positives.exist else empty(x),
-        or_empty(kept, x),
-    )
-
-
-def _log_sum_fake(x, y, params, index, offset, rows, cols, symmetric, keep, backend, workspace_bytes):  # type: ignore[no-untyped-def]
-    dtype = score_dtype(x.dtype)
-    held = index is not None or offset is not None
-    kept = keep and _keeps_scores(x, y, backend, workspace_bytes)
-    return (
-        x.new_empty(x.shape[0] if rows else 0, dtype=dtype),
-        x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
-        x.new_empty(x.shape[0] if held else 0, dtype=dtype),
-        x.new_empty((x.shape[0], y.shape[0]) if kept else (0,), dtype=dtype),
-    )
-
-
-def _log_sum_backward(
-    x: Tensor,
-    y: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    offset: int | None,
-    symmetric: bool,
-    row_log_sum: Tensor,
-    col_log_sum: Tensor,
-    scores: Tensor,
-    row_gradient: Tensor | None,
-    col_gradient: Tensor | None,
-    dot_gradient: Tensor | None,
-    need_x: bool,
-    need_y: bool,
-    need_params: bool,
-    backend: str,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = scores if scores.dim() == 2 else None
-    stream = make_stream(
-        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, scores=kept
-    )
-    row = softmax_side(row_log_sum, row_gradient)
-    col = row if symmetric else softmax_side(col_log_sum, col_gradient)
-    gradients = weigh(stream, row, col, (need_x, need_y, need_params), dot_gradient)
-    return gradient_outputs(gradients, x, params, x.dtype)
-
-
-def gradient_outputs(
-    gradients: Gradients, x: Tensor, params: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy (of this dtype) and dparams as an operator returns them: empty where they are not wanted."""
-    dx, dy, dparams = gradients.dx, gradients.dy, gradients.dparams
-    return (
-        x.new_empty(0, dtype=dtype) if dx is None else dx,
-        x.new_empty(0, dtype=dtype) if dy is None else dy,
-        or_empty(None if dparams is None else dparams.to(params.dtype), x),
-    )
-
-
-def softmax_side(log_sum: Tensor, gradient: Tensor | None) -> Side:
-    """The side whose weights are gradient * softmax; a log-sum of nothing (-inf) gives no weight."""
-    if gradient is None:
-        return Side()
-    return Side(normalizer=log_sum.masked_fill(log_sum == -torch.inf, torch.inf), gain=gradient.contiguous())
-
-
-def _log_sum_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, params, index, offset, symmetric, row_log_sum, col_log_sum, scores, row_gradient, col_gradient, dot_gradient,
-    need_x, need_y, need_params, backend, workspace_bytes,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        y.new_empty(y.shape if need_y and not symmetric else (0,)),
-        params.new_empty(params.shape if need_params else (0,)),
-    )
-
-
-def _pair_sum(
-    x: Tensor,
-    y: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    offset: int | None,
-    term: str,
-    row_normalizer: Tensor | None,
-    row_gain: Tensor,
-    col_normalizer: Tensor | None,
-    col_gain: Tensor | None,
-    relative: bool,
-    need_x: bool,
-    need_y: bool,
-    need_params: bool,
-    backend: str,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradient_dtype = saved_dtype(x.dtype)
-    stream = make_stream(
-        _TERMS[term], x, y, params, index, offset, backend, workspace_bytes, gradient_dtype=gradient_dtype
-    )
-    dots = positive_dots(stream) if stream.positives.exist else empty(x)
-    wanted = (need_x, need_y, need_params)
-    if stream.term is SIGMOID:
-        row, gradients = _sigmoid_sum(stream, dots, row_gain, wanted)
-        col = None
-    else:
-        sides = [(given(row_normalizer), row_gain)]
-        if col_gain is not None:
-            sides.append((given(col_normalizer), col_gain))
-        row, col, gradients = _exponential_sum(stream, dots, sides, relative, wanted)
-    return (row, or_empty(col, x), dots, *gradient_outputs(gradients, x, params, gradient_dtype))
-
-
-def given(vector: Tensor | None) -> Tensor:
-    """A vector that must be there."""
-    if vector is None:
-        raise RuntimeError("contrastive_kernels: an operator came without a vector that its term needs")
-    return vector
-
-
-def _sigmoid_sum(
-    stream: Stream, dots: Tensor, gain: Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Gradients]:
-    """Row sums of softplus(z) over negatives and softplus(-z) of the positive; gradients weighted by the gains."""
-    z_pos = stream.params[0] * dots + stream.params[1]
-    positive_loss = -torch.nn.functional.logsigmoid(z_pos)
-    if not any(wanted):
-        state, _ = reduce(stream, True, False)
-        return given(state)[0] + positive_loss, Gradients()
-    state = torch.zeros(1, len(dots), dtype=dots.dtype, device=dots.device)
-    dz_pos = -torch.sigmoid(-z_pos) * gain
-    gradients = weigh(stream, Side(state, None, gain), Side(), wanted, dz_pos * stream.params[0])
-    add_positive_params(gradients, dz_pos, dots)
-    return state[0] + positive_loss, gradients
-
-
-def _exponential_sum(
-    stream: Stream,
-    dots: Tensor,
-    sides: list[tuple[Tensor, Tensor]],
-    relative: bool,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor | None, Gradients]:
-    """Log-sums of rows and columns; gradients of sum_i r_i sum_j exp(z_ij - a_i), and the same of the columns.
-
-    `sides` holds (a, r) and perhaps (b, c). Relative normalisers are counted from the positive's logit, which then
-    takes part in the gradients.
-    """
-    if not any(wanted):
-        row, col = reduce(stream, True, len(sides) == 2)
-        return log_sums(given(row)), None if col is None else log_sums(col), Gradients()
-    if relative:
-        z_pos = stream.params[0] * dots + stream.params[1]
-        sides = [(z_pos + normalizer, gain) for normalizer, gain in sides]
-    states = [_exponential_state(gain) for _, gain in sides]
-    row_side, col_side = [Side(state, *side) for state, side in zip(states, sides)] + [Side()] * (2 - len(sides))
-
-    def positive_weights() -> Tensor:
-        """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
-        sums = [gain * torch.exp(log_sums(state) - n) for state, (n, gain) in zip(states, sides)]
-        return -torch.stack(sums).sum(0)
-
-    late = (lambda: positive_weights() * stream.params[0]) if relative else None
-    gradients = weigh(stream, row_side, col_side, wanted, late_positive=late)
-    if relative:
-        add_positive_params(gradients, positive_weights(), dots)
-    return log_sums(states[0]), log_sums(states[1]) if len(states) == 2 else None, gradients
-
-
-def add_positive_params(gradients: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
-    """The positive pairs' part of the gradients of scale and bias."""
-    if gradients.dparams is not None:
-        gradients.dparams[0] += (dz_pos * dots).sum(dtype=gradients.dparams.dtype)
-        gradients.dparams[1] += dz_pos.sum(dtype=gradients.dparams.dtype)
-
-
-def _exponential_state(like: Tensor) -> Tensor:
-    state = like.new_zeros(2, len(like))
-    state[0] = -torch.inf
-    return state
+# ---- gradients ----
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -281,44 +365,38 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _pair_sum_fake(  # type: ignore[no-untyped-def]
-    x, y, params, index, offset, term, row_normalizer, row_gain, col_normalizer, col_gain, relative,
-    need_x, need_y, need_params, backend, workspace_bytes,
-):  # fmt: skip
-    dtype, saved = score_dtype(x.dtype), saved_dtype(x.dtype)
-    held = index is not None or offset is not None
-    return (
-        x.new_empty(x.shape[0], dtype=dtype),
-        x.new_empty(0 if col_gain is None else y.shape[0], dtype=dtype),
-        x.new_empty(x.shape[0] if held else 0, dtype=dtype),
-        x.new_empty(x.shape if need_x else (0,), dtype=saved),
-        y.new_empty(y.shape if need_y else (0,), dtype=saved),
-        params.new_empty(params.shape if need_params else (0,)),
+def gradients_of(
+    call: Call,
+    dx: Tensor | None,
+    dy: Tensor | None,
+    dscale: Tensor | None,
+    dbias: Tensor | None,
+    *extras: Tensor | None,
+) -> Outputs:
+    """The gradients of the call's tensors, each in its dtype and shape, None where there is none."""
+    made = (dx, dy, dscale, dbias, None, None, *extras)
+    return tuple(
+        [_like(g, t) if need and g is not None else None for g, t, need in zip(made, call.tensors, call.needs)]
     )
 
 
-log_sum = define(
-    "log_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool rows, bool cols, bool symmetric, "
-    "bool keep, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
-    _log_sum_fake,
-    _log_sum,
-)
+def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Both operands in the dtype of the scores, and all scores [N, M]."""
+    x, y = problem.x, problem.y
+    if x.dtype.itemsize == 2:
+        x = x.float()
+        y = x if problem.symmetric else y.float()
+    return x, y, x.mm(y.t())
 
 
-log_sum_backward = define(
-    "log_sum_backward(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, bool symmetric, "
-    "Tensor row_log_sum, Tensor col_log_sum, Tensor scores, Tensor? row_gradient, Tensor? col_gradient, "
-    "Tensor? dot_gradient, bool need_x, bool need_y, bool need_params, str backend, "
-    "int workspace_bytes) -> (Tensor, Tensor, Tensor)",
-    _log_sum_backward_fake,
-    _log_sum_backward,
-)
+def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dy from the weights [N, M] of all pairs, positives included."""
+    want_x, want_y, _ = call.wants
+    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
 
 
-pair_sum = define(
-    "pair_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, str term, Tensor? row_normalizer, "
-    "Tensor row_gain, Tensor? col_normalizer, Tensor? col_gain, bool relative, bool need_x, bool need_y, "
-    "bool need_params, str backend, int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pair_sum_fake,
-    _pair_sum,
-)
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in the dtype and shape of its tensor."""
+    if gradient.dtype != tensor.dtype:
+        gradient = gradient.to(tensor.dtype)
+    return gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)

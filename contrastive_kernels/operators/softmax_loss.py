@@ -1,119 +1,277 @@
-"""A softmax loss summed up, as an operator: its gradients come with it where scores need to be made only once."""
+"""The softmax losses: softplus(n_i - z_i,p(i)) with n_i the log-sum-exp over a row's negatives, of rows and of columns.
+
+Where the scores need to be made only once, the gradients of a mean or a sum come with its value.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .. import backends
-from .._library import define
-from ..backends import Backend
-from ..engine.driver import log_sums, positive_dots, reduce, weigh_bands
-from ..engine.gradients import Gradients
-from ..engine.matrix import Stream
-from ..engine.workspace import band_rows, multiprocessors
+from ..engine import strategy
+from ..engine.driver import (
+    band_passes,
+    gradient_pass,
+    normalizer_of,
+    positive_dots,
+    softmax_side,
+    statistics_pass,
+)
+from ..engine.gradients import Gradients, Wanted
+from ..engine.matrix import ScoreMatrix
+from ..engine.problem import Problem
+from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
-from ..panels.size import Size, score_dtype
+from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
-from .shared import add_positive_params, given, gradient_outputs, make_stream, or_empty, saved_dtype, softmax_side
+from .second import dense_logits
+from .shared import Call, Outputs, Primitive, gradients_of, register, saved_dtype, whole_gradients, whole_scores
 
-__all__ = ["loss_sum"]
+__all__ = ["softmax_loss", "softmax_losses"]
 
 
-def _loss_sum(
-    x: Tensor,
-    y: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    offset: int | None,
-    gain: Tensor,
-    cols: bool,
-    symmetric: bool,
-    need_x: bool,
-    need_y: bool,
-    need_params: bool,
-    backend: str,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saved = saved_dtype(x.dtype)
-    stream = make_stream(
-        EXPONENTIAL, x, y, params, index, offset, backend, workspace_bytes, symmetric=symmetric, gradient_dtype=saved
+def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both: bool = False) -> Tensor:
+    """The softmax loss of every row, or their mean or sum.
+
+    Parameters
+    ----------
+    problem : Problem
+        Every row has a positive.
+    gain : Tensor, optional
+        Weights of the rows [N] in the dtype of the scores; with a mean, as shares of 1.
+    reduction : {"mean", "sum", "none"}
+        "none" gives [N].
+    both : bool
+        The columns' losses count too, in a square whose positives lie on the diagonal: the mean of both directions.
+    """
+    return softmax_losses(problem, (gain,), (reduction, both))[0]
+
+
+# ---- what is computed ----
+
+
+def _strategy(call: Call, find: object = strategy.remembered) -> tuple[backends.Backend, Strategy]:
+    """Who computes it, and how."""
+    problem, (reduction, both) = call.problem, call.settings
+    backend = backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
+    found = find(  # type: ignore[operator]
+        backend,
+        problem.size(),
+        whole=both or problem.symmetric,
+        summed=reduction != "none",
+        gradients=True in call.needs,
     )
-    dots, wanted = positive_dots(stream), (need_x, need_y, need_params)
-    rows = None
-    if any(wanted):
-        rows = _band_rows(x, y, cols or symmetric, backend, workspace_bytes, _remembered_band_rows)
-    if rows is None:
-        row, col = (None if state is None else log_sums(state) for state in reduce(stream, True, cols))
-        gradients = Gradients()
-    else:
-        row, col, gradients = _sum_by_bands(stream, dots, rows, gain, cols, wanted)
-    col = col if cols and not symmetric else None
-    return (given(row), or_empty(col, x), dots, *gradient_outputs(gradients, x, params, saved))
+    return backend, found
 
 
-def _sum_by_bands(
-    stream: Stream, dots: Tensor, rows: int, gain: Tensor, cols: bool, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Gradients]:
-    """Log-sums, and the gradients of sum_i gain_i softplus(log-sum_i - z_i,p(i)) over rows, and over columns."""
-    z_pos = stream.params[0] * dots + stream.params[1]
-    dz_pos, row, col = torch.zeros_like(z_pos), torch.empty_like(z_pos), torch.empty_like(z_pos) if cols else None
-
-    def side(i: slice, state: Tensor | None, found: Tensor) -> Side:
-        log_sum = log_sums(given(state))
-        softmax = gain[i] * torch.sigmoid(log_sum - z_pos[i])
-        found[i] = log_sum
-        dz_pos[i] -= softmax
-        return softmax_side(log_sum, softmax)
-
-    def sides(i: slice, row_state: Tensor | None, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
-        of_rows = side(i, row_state, row)
-        of_cols = of_rows if stream.symmetric else Side() if col is None else side(i, col_state, col)
-        return of_rows, of_cols, dz_pos[i] * stream.params[0]
-
-    gradients = weigh_bands(stream, rows, cols, sides, wanted)
-    add_positive_params(gradients, dz_pos, dots)
-    return row, col, gradients
+def _gains(call: Call) -> Tensor:
+    """What every row's loss is multiplied by [N], of one direction."""
+    (gain,), (_, both), x = call.extras, call.settings, call.problem.x
+    share = _share(call)
+    if gain is None:
+        return torch.full((len(x),), share, dtype=score_dtype(x.dtype), device=x.device)
+    return gain * share if both else gain
 
 
-#: A small batch is made of what comes beside its products. (Not in the fake, whose sizes may be symbols.)
-_remembered_band_rows = lru_cache(maxsize=256)(band_rows)
+def _share(call: Call) -> float:
+    """The same where rows have no weights of their own."""
+    (gain,), (reduction, both) = call.extras, call.settings
+    share = 1.0 / max(call.problem.x.shape[0], 1) if reduction == "mean" and gain is None else 1.0
+    return share / 2 if both else share
 
 
-def _band_rows(
-    x: Tensor, y: Tensor, whole: bool, backend: str, workspace_bytes: int,
-    find: Callable[[Backend, Size, bool], int | None] = band_rows,
-) -> int | None:  # fmt: skip
-    """Rows of a band, by what the operands are; None: scores are made twice, and gradients in backward."""
-    chosen = backends.choose(backend or None, x.device, x.dtype)
-    shape = x.shape[0], y.shape[0], x.shape[1]
-    size = Size(*shape, x.dtype, x.device, False, workspace_bytes, multiprocessors(x.device), False)
-    return find(chosen, size, whole)
+def _forward(call: Call) -> Outputs:
+    """The loss; dx, dy, dscale where they come with it; otherwise normalisers of rows and columns, dots and scores."""
+    backend, how = _strategy(call)
+    if how.place is Place.WHOLE:
+        return _in_one_call(call, backend)
+    problem, (reduction, both) = call.problem, call.settings
+    saved, scores = saved_dtype(problem.x.dtype), None
+    if how.place is Place.KEPT:
+        scores = problem.x.new_empty(
+            problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
+        )
+    matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores)
+    dots, gain = _centered_dots(matrix), _gains(call)
+    z_pos = matrix.params[0] * dots
+    if how.place is Place.BAND:
+        found = _Found(matrix, dots, z_pos, gain)
+        made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
+        found.add_positive_params(made)
+        value = found.losses if reduction == "none" else (gain * found.losses).sum()
+        return value, made.dx, made.dy, made.dparams, None, None, None, None
+    row, col = (None if s is None else normalizer_of(s) for s in statistics_pass(matrix, cols=both))
+    losses = _losses(row, z_pos)
+    if col is not None:
+        losses = losses + _losses(col, z_pos)
+    losses = gain * losses
+    if True not in call.needs:
+        row = col = dots = scores = None
+    return losses if reduction == "none" else losses.sum(), None, None, None, row, col, dots, scores
 
 
-def _loss_sum_fake(  # type: ignore[no-untyped-def]
-    x, y, params, index, offset, gain, cols, symmetric, need_x, need_y, need_params, backend, workspace_bytes
-):
-    dtype, saved = score_dtype(x.dtype), saved_dtype(x.dtype)
-    wanted = need_x or need_y or need_params
-    made = wanted and _band_rows(x, y, cols or symmetric, backend, workspace_bytes) is not None
+def _in_one_call(call: Call, backend: backends.Backend) -> Outputs:
+    """A small matrix: the backend gives value and weights in one call."""
+    problem, (_, both), (gain,) = call.problem, call.settings, call.extras
+    x, y, scores = whole_scores(problem)
+    value, dparams = backend.softmax_matrix(
+        scores, problem.pairs(), problem.index, problem.offset or 0, float(problem.scale), float(problem.bias),
+        gain, _share(call), both, problem.symmetric,
+    )  # fmt: skip
+    return value, *whole_gradients(call, scores, x, y), dparams, None, None, None, None
+
+
+def _centered_dots(matrix: ScoreMatrix) -> Tensor:
+    """The positives' dot products [N]; their mean becomes the center of the scores.
+
+    The weights of a row sum to 0 with its positive's, so that dL/dscale = sum w (score - c) for any c: one near the
+    scores keeps the digits that a large common part of the features would take.
+    """
+    dots = positive_dots(matrix)
+    matrix.params[2] = dots.sum() / max(len(dots), 1)
+    return dots
+
+
+def _losses(normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """softplus(n - z_pos) [N], n = shift + rest: 0 without negatives."""
+    shift, rest = normalizer
+    return -logsigmoid((z_pos - shift) - rest)
+
+
+def _softmax(normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """sigmoid(n - z_pos) [N]: the probability that is not the positive's."""
+    shift, rest = normalizer
+    return torch.sigmoid((shift - z_pos) + rest)
+
+
+class _Found:
+    """What bands of rows leave behind: the rows' losses and the positives' dL/dz."""
+
+    def __init__(self, matrix: ScoreMatrix, dots: Tensor, z_pos: Tensor, gain: Tensor) -> None:
+        self.matrix, self.dots, self.z_pos, self.gain = matrix, dots, z_pos, gain
+        self.losses, self.dz_pos = torch.zeros_like(z_pos), torch.zeros_like(z_pos)
+
+    def sides(self, i: slice, row_state: Tensor, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
+        """Normalisers and gains of a band's rows and columns, and the coefficients of its positives."""
+        row = self._side(i, row_state)
+        col = row if self.matrix.symmetric else Side() if col_state is None else self._side(i, col_state)
+        return row, col, self.dz_pos[i] * self.matrix.params[0]
+
+    def _side(self, i: slice, state: Tensor) -> Side:
+        normalizer = normalizer_of(state)
+        self.losses[i] += _losses(normalizer, self.z_pos[i])
+        softmax = self.gain[i] * _softmax(normalizer, self.z_pos[i])
+        self.dz_pos[i] -= softmax
+        return softmax_side(normalizer, softmax)
+
+    def add_positive_params(self, made: Gradients) -> None:
+        """The positives' part of the gradient of the scale."""
+        add_positive_params(self.matrix, made, self.dz_pos, self.dots)
+
+
+def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
+    """The positive pairs' part of the gradients of scale and bias."""
+    if made.dparams is not None:
+        made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
+        made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
+
+
+def _fake(call: Call) -> Outputs:
+    """The shapes of what `_forward` returns."""
+    _, how = _strategy(call, strategy.choose)
+    problem, (reduction, both) = call.problem, call.settings
+    x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
+    value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
+    if True not in call.needs:
+        return value, None, None, None, None, None, None, None
+    if how.gradients_come_with_the_value:
+        want_x, want_y, want_params = call.wants
+        saved = dtype if how.place is Place.WHOLE else saved
+        return (
+            value,
+            x.new_empty(x.shape, dtype=saved) if want_x else None,
+            y.new_empty(y.shape, dtype=saved) if want_y else None,
+            x.new_empty(2, dtype=torch.float64) if want_params else None,
+            None, None, None, None,
+        )  # fmt: skip
+    kept = how.place is Place.KEPT
     return (
+        value, None, None, None,
+        x.new_empty((2, x.shape[0]), dtype=dtype),
+        x.new_empty((2, y.shape[0]), dtype=dtype) if both else None,
         x.new_empty(x.shape[0], dtype=dtype),
-        x.new_empty(y.shape[0] if cols and not symmetric else 0, dtype=dtype),
-        x.new_empty(x.shape[0], dtype=dtype),
-        x.new_empty(x.shape if made and need_x else (0,), dtype=saved),
-        x.new_empty(y.shape if made and need_y and not symmetric else (0,), dtype=saved),
-        params.new_empty(params.shape if made and need_params else (0,)),
+        x.new_empty((x.shape[0], y.shape[0]), dtype=dtype) if kept else None,
+    )  # fmt: skip
+
+
+# ---- autograd ----
+
+
+def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
+    """Kept gradients times what comes from upstream, or the gradient pass."""
+    (factor,) = upstream
+    dx, dy, dparams, row, col, dots, scores = kept
+    if row is None:
+        made = [None if g is None else g * factor for g in (dx, dy, dparams)]
+        return _finished(call, *made)
+    backend, _ = _strategy(call)
+    saved = None if call.problem.x.dtype != torch.float16 else torch.float32
+    matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, saved, scores)
+    matrix.params[2] = dots.sum() / max(len(dots), 1)
+    z_pos, gain = matrix.params[0] * dots, _gains(call) * factor
+    row_gain = gain * _softmax(row, z_pos)
+    col_gain = None if col is None else gain * _softmax(col, z_pos)
+    dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
+    row_side = softmax_side(row, row_gain)
+    col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
+    found = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
+    add_positive_params(matrix, found, dz_pos, dots)
+    return _finished(call, found.dx, found.dy, found.dparams)
+
+
+def _finished(call: Call, dx: Tensor | None, dy: Tensor | None, dparams: Tensor | None) -> Outputs:
+    """All gradients in their dtypes; the loss does not move with the bias."""
+    dscale, dbias = (None, None) if dparams is None else dparams
+    return gradients_of(call, dx, dy, dscale, dbias, None)
+
+
+def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
+    """The losses of some rows (turned: columns), or their sum, in operations of torch."""
+    z, z_pos = dense_logits(call.problem, rows, turned)
+    (reduction, _) = call.settings
+    losses = _share(call) * dense_softmax_losses(z, z_pos)
+    gain = call.extras[0]
+    if gain is not None:
+        losses = losses * gain[rows]
+    return (losses if reduction == "none" else losses.sum(),)
+
+
+def dense_softmax_losses(z: Tensor, z_pos: Tensor) -> Tensor:
+    """softplus(n - z_pos) [R] from logits with -inf where a pair does not count [R, M]."""
+    shift, rest = dense_normalizer(z)
+    return -logsigmoid((z_pos - shift) - rest)
+
+
+def dense_normalizer(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' log-sum-exp as (shift, rest), differentiable; (0, -inf), with gradient 0, for a row of nothing."""
+    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    total = torch.exp(z - shift[:, None]).sum(1)
+    nothing = total == 0
+    return shift, total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
+
+
+softmax_losses = register(
+    Primitive(
+        "softmax_loss",
+        results=1,
+        outputs=8,
+        forward=_forward,
+        fake=_fake,
+        gradients=_gradients,
+        dense=_dense,
+        two_sided=lambda call: call.settings[1],
     )
-
-
-loss_sum = define(
-    "loss_sum(Tensor x, Tensor y, Tensor params, Tensor? index, SymInt? offset, Tensor gain, bool cols, "
-    "bool symmetric, bool need_x, bool need_y, bool need_params, str backend, int workspace_bytes) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _loss_sum_fake,
-    _loss_sum,
 )

@@ -1,4 +1,4 @@
-"""Which pairs of the score matrix count, and how a logit is made of a score: one vocabulary for all losses and backends."""
+"""Which pairs of the score matrix count, and how a logit is made of a score: one vocabulary for all."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["PanelBytes", "Size", "score_dtype"]
 
 @dataclass(frozen=True)
 class Size:
-    """What the shape of a stream's panels depends on, and by which route a backend computes them."""
+    """What the shape of a matrix's panels depends on, and by which route a backend computes them."""
 
     rows: int
     cols: int
@@ -23,7 +23,7 @@ class Size:
     #: of the GPU
     multiprocessors: int
     #: rows of both operands can be copied in pieces of 16 bytes
-    pieces: bool
+    pieces: bool = False
     #: panels of weights that are held at a time
     buffers: int = 1
     #: a band of rows, whose scores lie beside the panels and are replaced by the weights

@@ -8,8 +8,8 @@ import torch
 
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
-from ..engine.shapes import blocks_of
-from ..engine.workspace import MULTIPROCESSORS, band_rows, multiprocessors, panel_bytes, panel_shape
+from ..engine.shapes import MULTIPROCESSORS, blocks_of, multiprocessors
+from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
 from ..panels.size import Size, score_dtype
 from .costs import LOSSES, LossSpec
 
@@ -81,7 +81,10 @@ class Plan:
         For value and all gradients, in their order.
     band : int or None
         Rows of a band, whose scores are made once: both passes visit it before the next one, and gradients come with
-        the value. None: each pass makes its scores, and gradients come in backward.
+        the value. None otherwise.
+    place : {"on chip", "tile", "band", "whole"}
+        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows, or all of
+        them, made once for gradients that come with the value.
     """
 
     loss: str
@@ -95,6 +98,7 @@ class Plan:
     reasons: dict[str, str | None]
     passes: tuple[Pass, ...]
     band: int | None = None
+    place: str = Place.TILE.value
 
     @property
     def products(self) -> float:
@@ -112,6 +116,8 @@ class Plan:
             f"value and gradients:"
         ]
         lines += [f"  {each}" for each in self.passes]
+        if self.place == Place.WHOLE.value:
+            lines.append("  all scores at once, in one call of the backend, in forward")
         if self.band is not None:
             lines.append(f"  both on bands of {self.band} rows in turn, whose scores are made once, in forward")
         for name, reason in self.reasons.items():
@@ -190,8 +196,8 @@ def plan(
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    route, (passes, band) = chosen.route(size).name, _passes(chosen, size, spec)
-    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band)
+    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec)
+    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
 
 
 def _checked(n: object, m: object, d: object, dtype: object, loss: str, workspace_bytes: object) -> tuple[int, int]:
@@ -226,32 +232,46 @@ def _multiprocessors(capability: int) -> int:
     return MULTIPROCESSORS[max(known)]
 
 
-def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[tuple[Pass, ...], int | None]:
-    """The passes, and the rows of a band if they take turns on bands."""
+def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[tuple[Pass, ...], int | None, Place]:
+    """The passes, the rows of a band if they take turns on bands, and where the scores lie."""
+    if fits_one_call(backend, size):
+        return (_one_call(size, spec),), None, Place.WHOLE
     if spec.passes == 1:
-        return (_pass(backend, size, spec.products, weighs=True, scores=True),), None
-    first, rows = spec.forward_products, band_rows(backend, size, not spec.by_rows)
-    if rows is None:
-        rest = spec.products - first
-        reduce, weigh = (
-            _pass(backend, size, products, weighs, scores=True) for products, weighs in ((first, False), (rest, True))
-        )
-        return (reduce, weigh), None
-    bands = [min(rows, size.rows - start) for start in range(0, size.rows, rows)] or [0]
-    sizes = [replace(size, rows=each, band=True) for each in bands]
-    rest = spec.products - 2 * first  # the scores are there
-    reduce = _together([_pass(backend, each, first, weighs=False, scores=True) for each in sizes])
-    weigh = _together([_pass(backend, each, rest, weighs=True, scores=False) for each in sizes])
-    return (reduce, weigh), rows
+        place = Place.TILE if backend.score_tile else Place.ON_CHIP
+        return (_pass(backend, size, spec.products, weighs=True, scores=True),), None, place
+    how = choose(backend, size, whole=not spec.by_rows, summed=True, gradients=True)
+    first, rest = spec.forward_products, spec.products - spec.forward_products
+    if how.place is not Place.BAND:
+        reduce = _pass(backend, size, first, weighs=False, scores=True)
+        weigh = _pass(backend, size, rest, weighs=True, scores=True)
+        return (reduce, weigh), None, how.place
+    # all bands but the last have as many rows
+    last = size.rows - (max(blocks_of(size.rows, how.rows), 1) - 1) * how.rows
+    counts = [(how.rows, (size.rows - last) // how.rows), (last, 1)]
+    sizes = [(replace(size, rows=rows, band=True), count) for rows, count in counts if count]
+    reduce = _together([(_pass(backend, each, first, weighs=False, scores=True), n) for each, n in sizes])
+    weigh = _together([(_pass(backend, each, rest - first, weighs=True, scores=False), n) for each, n in sizes])
+    return (reduce, weigh), how.rows, how.place
 
 
-def _together(passes: list[Pass]) -> Pass:
-    """One pass over all bands."""
+def _one_call(size: Size, spec: LossSpec) -> Pass:
+    """A small matrix: all scores, then value and weights in one call, then the gradients' products."""
+    products = spec.products - spec.forward_products * (spec.passes == 2)
+    if size.symmetric:  # whole, without its symmetry: the scores, and one product of two-sided weights
+        products = 2.0
+    scores, d, score = size.rows * size.cols, size.features, score_dtype(size.dtype).itemsize
+    moved = 4 * scores * score + (size.rows + size.cols) * d * (2 * size.dtype.itemsize + score)
+    flop = int(2 * scores * d * products)
+    return Pass("weigh", (size.rows, size.cols), 1, products, flop, moved, None, 2 * scores * score)
+
+
+def _together(passes: list[tuple[Pass, int]]) -> Pass:
+    """One pass over all bands, each as often as it occurs."""
     return replace(
-        passes[0],
-        panels=sum(each.panels for each in passes),
-        flop=sum(each.flop for each in passes),
-        bytes=sum(each.bytes for each in passes),
+        passes[0][0],
+        panels=sum(each.panels * n for each, n in passes),
+        flop=sum(each.flop * n for each, n in passes),
+        bytes=sum(each.bytes * n for each, n in passes),
         launches=None,
     )
 

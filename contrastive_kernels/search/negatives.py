@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_backend, check_features, check_positives, check_workspace, make_params
+from ..arguments.checks import check_backend, check_features, check_positives, check_workspace, scale_tensor
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..operators.search import best_column
 
@@ -86,10 +86,15 @@ def sample_negatives(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
     x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
-    params = make_params(x, logit_scale)
+    params = _params(scale_tensor(x, logit_scale))
     device = x.device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).to(x.device)
     return best_column(x, y, params, excluded, *ids, seed, check_backend(backend), check_workspace(workspace_bytes))
+
+
+def _params(scale: Tensor) -> Tensor:
+    """(scale, bias, center) [3] of a search."""
+    return torch.nn.functional.pad(scale.detach().reshape(1), (0, 2))
 
 
 def hardest_negatives(
@@ -143,7 +148,7 @@ def hardest_negatives(
     tensor([2, 2, 1])
     """
     x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
-    params = make_params(x, 1.0)
+    params = _params(scale_tensor(x, 1.0))
     return best_column(x, y, params, excluded, *ids, None, check_backend(backend), check_workspace(workspace_bytes))
 
 

@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import (
-    check_backend,
-    check_features,
-    check_number,
-    check_workspace,
-    make_params,
-)
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from ..losses.softmax import info_nce
-from ..operators.autograd import Options, log_sum
+from ..arguments.checks import check_engine, check_features, check_number
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..engine.problem import Problem
+from ..losses import info_nce
+from ..operators.logsumexp import logsumexp
 from ..panels.size import score_dtype
 from .matching import matching
 
@@ -130,15 +125,14 @@ def _uniformity(image: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
     """log (1/N) sum_jk (G(V_j, V_k) + G(T_j, T_k)), a scalar; 0 for no rows."""
     names = ("image_independent", "text_independent")
     image, text = check_features(image, text, names, options["normalize"])
-    stream = Options(check_backend(options["backend"]), check_workspace(options["workspace_bytes"]), symmetric=True)
+    engine = check_engine(options["backend"], options["workspace_bytes"])
     exponents = []
     for features in (image, text):
-        params = make_params(features, 4.0, -4.0)
-        others = log_sum(features, features, params, None, True, False, stream)[0]
-        itself = 4 * features.to(params.dtype).square().sum(1) - 4
+        others = logsumexp(Problem(features, features, 4.0, -4.0, symmetric=True, engine=engine))
+        itself = 4 * features.to(others.dtype).square().sum(1) - 4
         exponents.append(torch.logaddexp(others, itself))
     rows = image.shape[0]
     if rows == 0:
         return image.new_zeros((), dtype=score_dtype(image.dtype))
-    count = torch.full((), float(rows), dtype=params.dtype, device=image.device)
+    count = torch.full((), float(rows), dtype=exponents[0].dtype, device=image.device)
     return torch.logsumexp(torch.cat(exponents), 0) - count.log()

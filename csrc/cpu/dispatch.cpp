@@ -85,6 +85,8 @@ void run(const Panel& p) {
 
 }  // namespace
 
+const IsaTable& chosen_isa() { return *chosen(); }
+
 void reduce_panel(const Panel& panel) {
   check_panel(panel);
   check(!panel.weights, "reduce_panel: weights must be null");

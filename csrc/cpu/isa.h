@@ -49,7 +49,11 @@ struct IsaTable {
   void (*exp_run)(const float* x, float* out, int64_t n);
   void (*run_search)(const SearchPanel&, SearchScratch* scratch);  // scratch [threads]
   void (*gumbel_run)(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
+  void (*gather_run)(const Matrix& m, const int64_t* positives, float* dots, float* z_pos);
 };
+
+// The one that the machine runs with.
+const IsaTable& chosen_isa();
 
 extern const IsaTable kBaseline;
 #ifdef CK_X86

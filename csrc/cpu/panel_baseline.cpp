@@ -24,7 +24,7 @@ namespace baseline {
 
 }  // namespace baseline
 
-const IsaTable kBaseline = {"baseline", baseline::run_panel, baseline::exp_run, baseline::run_search,
-                            baseline::gumbel_run};
+const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,
+                            baseline::run_search, baseline::gumbel_run, baseline::gather_run};
 
 }  // namespace ck

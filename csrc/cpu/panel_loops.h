@@ -236,6 +236,17 @@ static void run_panel(const Panel& p, const Buffers& buffers) {
   row ? run_term<Exponential<false, true, false>>(p, buffers) : run_term<Exponential<false, false, true>>(p, buffers);
 }
 
+// The scores of each row's positive, and its logit as the sweeps make it; untouched where there is none.
+static void gather_run(const Matrix& m, const int64_t* positives, float* dots, float* z_pos) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const int64_t j = positives[i];
+    if (j < 0) continue;
+    dots[i] = m.scores[i * m.cols + j];
+    z_pos[i] = dots[i] * m.scale + m.bias;
+    if (m.pairs.col_bias) z_pos[i] += m.pairs.col_bias[j];
+  }
+}
+
 static void exp_run(const float* x, float* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = exp_term(x[i]);

@@ -34,6 +34,39 @@ struct SearchPanel {
 };
 #undef CK_DECLARE
 
+// A whole matrix of scores with its positives, small enough to stay in a cache.
+struct Matrix {
+  const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
+  float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
+  int64_t rows = 0, cols = 0;
+  Pairs pairs;                         // diagonal, columns and col_bias; the positives are left out beside
+  const int64_t* positives = nullptr;  // [rows] the positives' columns, -1 for none; null:
+  int64_t offset = kNoDiagonal;        // they lie at row + offset; kNoDiagonal: nowhere
+  float scale = 1.0f, bias = 0.0f;
+  const float* gain = nullptr;  // [rows] the rows' weights, or null
+  double share = 1.0;           // ... and all of them have this one
+  double* out = nullptr;        // [3] becomes value, d value / d scale, d value / d bias
+  int threads = 1;
+};
+
+// What is given of the rows (or columns) of a weighted sum, and where their states go.
+struct GivenSide {
+  const float* normalizer = nullptr;  // [2, n] shift, rest
+  const float* gain = nullptr;        // [n], or null for the matrix's share
+  float* state = nullptr;  // [2, n] becomes the log-sum as shift, rest; sigmoid: [n] the loss; null: not wanted
+};
+
+// sum_i gain_i softplus(n_i - z_i,p(i)), n_i the log-sum over negatives. `both`: and the same over the columns of a
+// square. `symmetric`: a set's scores with itself; the weights are those of both ends of a pair.
+void softmax_matrix(const Matrix& matrix, bool both, bool symmetric);
+
+// exponential: sum_i r_i sum_j exp(z_ij - a_i) over negatives, and the same over columns if they have normalizers;
+// `relative`: these are counted from the positive's logit, which then takes part in the gradients.
+// sigmoid: sum_i r_i (sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))).
+// dots [rows] becomes the positives' scores, 0 where there is none; or null.
+void weighted_matrix(const Matrix& matrix, PairTerm term, const GivenSide& row, const GivenSide& col, bool relative,
+                     float* dots);
+
 // Folds the panel into (best, best_column), the first of equal ones, or into (below, above). NaN is passed over.
 void search_panel(const SearchPanel& panel);
 

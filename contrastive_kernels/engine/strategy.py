@@ -1,0 +1,161 @@
+"""The one place that decides how a matrix is walked; operator, fake and plan read the same answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+
+from ..backends import Backend
+from ..panels.size import PanelBytes, Size, score_dtype
+from .shapes import BAND, BAND_SHARE, SMALLEST_PANEL, largest_side, nearly_equal, square_side, wave_shape
+
+__all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape"]
+
+#: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
+#: memory is no concern.
+KEPT_SCORES_BYTES = 4 * 2**20
+#: Matrices of at most so many scores are computed in one call, with weights in float32: 1 MiB, and as many weights,
+#: stay in a core's own cache.
+WHOLE_SCORES = 2**18
+
+
+class Place(Enum):
+    """Where the scores lie between the product that makes them and the weights that they become."""
+
+    #: in a GPU's registers: each pass makes them anew
+    ON_CHIP = "on chip"
+    #: in one panel of the workspace: each pass makes them anew
+    TILE = "tile"
+    #: all of them, from the forward to the backward pass
+    KEPT = "kept"
+    #: those of a band of rows: made once, for gradients that come with the value
+    BAND = "band"
+    #: all of them: one call of the backend gives value and weights
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """Where the scores lie, and how many rows a band has."""
+
+    place: Place
+    rows: int = 0
+
+    @property
+    def gradients_come_with_the_value(self) -> bool:
+        """Whether the forward pass makes the gradients of a sum of losses."""
+        return self.place in (Place.BAND, Place.WHOLE)
+
+
+def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients: bool) -> Strategy:
+    """How a softmax loss is computed.
+
+    Parameters
+    ----------
+    backend : Backend
+        Who computes it.
+    size : Size
+        Of the matrix.
+    whole : bool
+        Columns have normalisers too, so that no band of rows can be finished before the others.
+    summed : bool
+        A mean or a sum, whose gradients are known up to one factor; otherwise every row has a factor of its own.
+    gradients : bool
+        Some are wanted.
+    """
+    if summed and fits_one_call(backend, size):
+        return Strategy(Place.WHOLE)
+    if summed and gradients:
+        rows = band_rows(backend, size, whole)
+        if rows is not None:
+            return Strategy(Place.BAND, rows)
+    if not backend.score_tile:
+        return Strategy(Place.ON_CHIP)
+    kept = gradients and not summed and _score_bytes(size) <= min(KEPT_SCORES_BYTES, size.workspace_bytes // 4)
+    return Strategy(Place.KEPT if kept else Place.TILE)
+
+
+def fits_one_call(backend: Backend, size: Size) -> bool:
+    """Whether all scores and their weights are few enough for one call of the backend."""
+    if not backend.whole_matrix or size.rows * size.cols > WHOLE_SCORES:
+        return False
+    return 2 * _score_bytes(size) <= size.workspace_bytes // 4
+
+
+def _score_bytes(size: Size) -> int:
+    return size.rows * size.cols * score_dtype(size.dtype).itemsize
+
+
+def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
+    """Rows and columns of panels."""
+    # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
+    both = panel_bytes(backend, size, True)
+    if size.band:
+        return _band_panel_shape(both, size)
+    if backend.score_tile and size.device.type != "cuda":
+        side = square_side(size.rows, size.cols, both, size.workspace_bytes)
+        shape = None if side is None else (side, side)
+    elif both.of(SMALLEST_PANEL, SMALLEST_PANEL) > size.workspace_bytes:
+        shape = None
+    else:
+        shape = wave_shape(
+            size.rows, size.cols, size.features, panel_bytes(backend, size, weighs), size.workspace_bytes,
+            size.multiprocessors, 2 * weighs, size.symmetric,
+        )  # fmt: skip
+    if shape is None:
+        raise ValueError(
+            f"workspace_bytes: expected at least {both.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
+            f"with D = {size.features}; got {size.workspace_bytes}"
+        )
+    return shape
+
+
+def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
+    """Rows of a band, whose scores fit the workspace and so are made only once; None: it cannot hold enough of them.
+
+    `whole`: all rows, for columns have normalisers too.
+    """
+    smallest = panel_bytes(backend, size, True).of(SMALLEST_PANEL, SMALLEST_PANEL)
+    if not backend.score_tile or smallest > size.workspace_bytes:  # refused alike with and without gradients
+        return None
+    score, share = score_dtype(size.dtype), size.workspace_bytes // BAND_SHARE
+    beside = panel_bytes(backend, replace(size, band=True), True)
+    side = largest_side(beside, share)
+    if side is None or (side < BAND and side < max(size.rows, size.cols)):
+        return None
+    per_row = score.itemsize * size.cols
+    if whole:
+        return max(size.rows, 1) if per_row * size.rows <= share else None
+    rounded = backend.weights_dtype(size.device, size.dtype) != score
+    rows = nearly_equal(size.rows, 2 * BAND if rounded else BAND)
+    return rows if per_row * rows <= size.workspace_bytes - beside.of(side, side) else None
+
+
+def _band_panel_shape(beside: PanelBytes, size: Size) -> tuple[int, int]:
+    """Rows and columns of panels of a band: all of it, where they take nothing beside its scores."""
+    if beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric:
+        return max(size.rows, 1), max(size.cols, 1)
+    side = square_side(size.rows, size.cols, beside, size.workspace_bytes // BAND_SHARE) or SMALLEST_PANEL
+    return side, side
+
+
+def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
+    """What a panel takes of the workspace."""
+    scores = score_dtype(size.dtype)
+    weights_dtype = backend.weights_dtype(size.device, size.dtype)
+    separate = weights_dtype != scores or not backend.score_tile
+    tile = scores.itemsize * ((not size.band) + backend.temporaries) if backend.score_tile else 0
+    route = backend.route(size)
+    per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + route.scratch_per_score
+    if size.dtype == scores:
+        return PanelBytes(per_score, route.scratch_per_row, route.scratch_per_row)
+    if backend.native_operands:  # a block of sums
+        block = size.features * scores.itemsize * weighs
+        return PanelBytes(per_score, block + route.scratch_per_row, route.scratch_per_row)
+    # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
+    return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
+
+
+#: Overhead dominates small batches, so the answer is remembered. (Not for a fake's sizes, which may be symbols.)
+remembered = lru_cache(maxsize=256)(choose)

@@ -1,0 +1,83 @@
+"""The log-sum-exp over a row's negatives, of rows and of columns; differentiable."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..engine.driver import gradient_pass, log_sums, normalizer_of, softmax_side, statistics_pass
+from ..engine.gradients import Wanted
+from ..engine.matrix import ScoreMatrix
+from ..engine.problem import Problem
+from ..panels.panel import Side
+from ..panels.size import score_dtype
+from ..panels.terms import EXPONENTIAL
+from .second import dense_logits
+from .shared import Call, Outputs, Primitive, gradients_of, register
+from .softmax_loss import dense_normalizer
+
+__all__ = ["logsumexp", "normalizers"]
+
+
+def logsumexp(problem: Problem) -> Tensor:
+    """log sum_j exp(z_ij) over the pairs of row i that count [N]; -inf where there are none."""
+    return log_sum_exps(problem, (), (False,))[0]
+
+
+def normalizers(problem: Problem, *, cols: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The same of rows [2, N] and, if wanted, of columns [2, M], as two numbers (shift, rest); not differentiable."""
+    _, _, row, col = log_sum_exps(problem, (), (cols,))
+    return row, col if cols else None
+
+
+def _matrix(call: Call) -> ScoreMatrix:
+    problem = call.problem
+    backend = backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
+    return ScoreMatrix.of(problem, EXPONENTIAL, backend)
+
+
+def _forward(call: Call) -> Outputs:
+    """Log-sum-exps of rows, and of columns; the same as two numbers each."""
+    row, col = (None if s is None else normalizer_of(s) for s in statistics_pass(_matrix(call), cols=call.settings[0]))
+    return log_sums(row), None if col is None else log_sums(col), row, col
+
+
+def _fake(call: Call) -> Outputs:
+    x, y, cols, dtype = call.problem.x, call.problem.y, call.settings[0], score_dtype(call.problem.x.dtype)
+    return (
+        x.new_empty(x.shape[0], dtype=dtype),
+        x.new_empty(y.shape[0], dtype=dtype) if cols else None,
+        x.new_empty((2, x.shape[0]), dtype=dtype),
+        x.new_empty((2, y.shape[0]), dtype=dtype) if cols else None,
+    )
+
+
+def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
+    """The weights are upstream times the softmax."""
+    row, col = kept
+    matrix = _matrix(call)
+    row_side = Side() if upstream[0] is None else softmax_side(row, upstream[0])
+    col_side = row_side if matrix.symmetric else Side() if upstream[1] is None else softmax_side(col, upstream[1])
+    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants))
+    dscale, dbias = (None, None) if made.dparams is None else made.dparams
+    return gradients_of(call, made.dx, made.dy, dscale, dbias)
+
+
+def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
+    z, _ = dense_logits(call.problem, rows, turned)
+    shift, rest = dense_normalizer(z)
+    return (None, shift + rest) if turned else (shift + rest, None)
+
+
+log_sum_exps = register(
+    Primitive(
+        "logsumexp",
+        results=2,
+        outputs=4,
+        forward=_forward,
+        fake=_fake,
+        gradients=_gradients,
+        dense=_dense,
+        two_sided=lambda call: call.settings[0],
+    )
+)

@@ -1,0 +1,314 @@
+"""Sums over pairs whose weights are known beforehand: value and gradients of a sum in one pass.
+
+exponential    value_i = sum_j exp(z_ij - a_i) over negatives, of rows, and of columns with b_j
+sigmoid        value_i = sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i)), of rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .. import backends
+from ..engine import strategy
+from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, statistics_pass
+from ..engine.gradients import Gradients, Wanted
+from ..engine.matrix import ScoreMatrix
+from ..engine.problem import Problem
+from ..panels.panel import Side
+from ..panels.size import score_dtype
+from ..panels.terms import EXPONENTIAL, SIGMOID
+from .second import dense_logits
+from .shared import Call, Outputs, Primitive, gradients_of, register, saved_dtype, whole_gradients, whole_scores
+from .softmax_loss import add_positive_params, dense_normalizer
+
+__all__ = ["ExponentialSums", "exponential_sums", "sigmoid_sums", "two_sum"]
+
+
+@dataclass(frozen=True)
+class ExponentialSums:
+    """What :func:`exponential_sums` gives: the rows' and columns' sums, or their weighted sum; and the matrix's own."""
+
+    #: sum_i r_i value_i + sum_j c_j value_j; or the rows' and the columns' values [N], [M], unweighted
+    total: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+    #: the log-sum-exps found, (shift, rest) [2, N] and [2, M], and the positives' dot products [N]; not differentiable
+    row_normalizer: Tensor
+    col_normalizer: Tensor | None
+    dots: Tensor | None
+
+
+def exponential_sums(
+    problem: Problem, rests: list[Tensor], logits: list[Tensor] | None, gain: Tensor | None
+) -> ExponentialSums:
+    """Sums of exp(z_ij - z_i,p(i) - rest_i) over negatives.
+
+    Parameters
+    ----------
+    problem : Problem
+        The score matrix.
+    rests : list of Tensor
+        Of the rows [N], and perhaps of the columns [M]; not differentiated. +inf says that a row has no negatives.
+    logits : list of Tensor, optional
+        The positives' logits, as many, differentiable; without them they are the matrix's own.
+    gain : Tensor, optional
+        Weights [N] of rows, and of columns, of a sum whose gradients come with it; without them every row's and
+        column's value is wanted.
+    """
+    two, summed = len(rests) == 2, gain is not None
+    col_gain = gain.clone() if two and gain is not None else None
+    extras = (rests[0], rests[1] if two else None, gain, col_gain, *_padded(logits))
+    values, col_values, _, _, _, _, _, row_found, col_found, dots = weighted_sum(
+        problem, extras, ("exponential", logits is None, summed)
+    )
+    if summed:
+        return ExponentialSums(values, None, None, row_found, col_found, dots)
+    return ExponentialSums(None, values, col_values if two else None, row_found, col_found, dots)
+
+
+def _padded(vectors: list[Tensor] | None) -> list[Tensor | None]:
+    """Two of them, None where there is none."""
+    return [*(vectors or []), None, None][:2]
+
+
+def sigmoid_sums(problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
+    """The sigmoid loss of every row [N], or their mean or sum; gains as in :func:`.softmax_loss.softmax_loss`."""
+    x = problem.x
+    if gain is None:
+        share = 1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0
+        gain = torch.full((x.shape[0],), share, dtype=score_dtype(x.dtype), device=x.device)
+    if reduction == "none":
+        return gain * weighted_sum(problem, (None,) * 6, ("sigmoid", False, False))[0]
+    return weighted_sum(problem, (None, None, gain, None, None, None), ("sigmoid", False, True))[0]
+
+
+# ---- what is computed ----
+
+
+def _matrix(call: Call) -> ScoreMatrix:
+    problem = call.problem
+    backend = _backend(call)
+    term = SIGMOID if call.settings[0] == "sigmoid" else EXPONENTIAL
+    return ScoreMatrix.of(problem, term, backend, saved_dtype(problem.x.dtype))
+
+
+def _backend(call: Call) -> backends.Backend:
+    problem = call.problem
+    return backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
+
+
+def _forward(call: Call) -> Outputs:
+    """Values; dx, dy, dparams, da, db where they come with the value; found normalisers of rows, of columns, dots."""
+    _, relative, summed = call.settings
+    if summed and strategy.fits_one_call(_backend(call), call.problem.size()):
+        return _in_one_call(call)
+    row_gain, col_gain = call.extras[2:4]
+    matrix = _matrix(call)
+    dots = _dots(matrix, relative)
+    if summed:
+        return _pass(call, matrix, dots, row_gain, col_gain)
+    row, col = statistics_pass(matrix, cols=call.extras[1] is not None)
+    if matrix.term is SIGMOID:
+        return row[0] - logsigmoid(_z_pos(matrix, dots)), *(None,) * 9
+    row, col = normalizer_of(row), None if col is None else normalizer_of(col)
+    a, *b = _given(call, matrix, dots)
+    values, col_values = _ratio(row, a), _ratio(col, b[0]) if b else None
+    return values, col_values, None, None, None, None, None, row, col, dots
+
+
+def _dots(matrix: ScoreMatrix, relative: bool) -> Tensor | None:
+    """The positives' dot products [N]; where a row's weights sum to 0 with its positive's, their mean is the center."""
+    if not matrix.positives.exist:
+        return None
+    dots = positive_dots(matrix)
+    if relative:
+        matrix.params[2] = dots.sum() / max(len(dots), 1)
+    return dots
+
+
+def _z_pos(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
+    return matrix.params[0] * dots + matrix.params[1]
+
+
+def _given(call: Call, matrix: ScoreMatrix, dots: Tensor | None) -> list[Tensor]:
+    """The given normalisers of rows, and of columns, as two numbers (shift, rest) [2, n]: nothing is rounded away."""
+    rests, logits = call.extras[:2], call.extras[4:]
+    if call.settings[1]:
+        logits = (_z_pos(matrix, dots),) * 2
+    return [_two_numbers(rest, logit) for rest, logit in zip(rests, logits) if rest is not None]
+
+
+def _two_numbers(rest: Tensor, logit: Tensor | None) -> Tensor:
+    """logit + rest as (shift, rest) [2, n], the shift finite; a rest of +inf says that there are no negatives."""
+    if logit is None:
+        endless = rest == torch.inf
+        return torch.stack([rest.masked_fill(endless, 0.0), torch.zeros_like(rest).masked_fill_(endless, torch.inf)])
+    return torch.stack(two_sum(logit, rest))
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b as (rounded sum, exact remainder) [n]; where b is infinite, as (a, b)."""
+    total = a + b
+    part = total - a
+    rest = (a - (total - part)) + (b - part)
+    infinite = b.abs() == torch.inf
+    return torch.where(infinite, a, total), torch.where(infinite, b, rest)
+
+
+def _ratio(found: Tensor, given: Tensor) -> Tensor:
+    """exp(found - given) [n] of two normalisers (shift, rest); nothing found gives 0."""
+    return torch.exp((found[0] - given[0]) + (found[1] - given[1]))
+
+
+def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor | None, row_gain: Tensor, col_gain: Tensor | None) -> Outputs:
+    """Values and gradients in one pass, for gains known beforehand."""
+    if matrix.term is SIGMOID:
+        return _sigmoid_pass(call, matrix, dots, row_gain)
+    relative, given = call.settings[1], _given(call, matrix, dots)
+    gains = [row_gain, col_gain][: len(given)]
+    wanted = Wanted(*call.wants)
+    if True not in call.needs:
+        states = [s for s in statistics_pass(matrix, cols=len(given) == 2) if s is not None]
+        made, found = Gradients(), [normalizer_of(state) for state in states]
+    else:
+        states = [neutral_state(matrix, n.shape[1]) for n in given]
+        sides = [Side(state, n, gain) for state, n, gain in zip(states, given, gains)] + [Side()] * (2 - len(given))
+
+        def dz_pos() -> Tensor:
+            """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
+            return -sum(gain * _ratio(normalizer_of(s), n) for s, n, gain in zip(states, given, gains))
+
+        late = (lambda: dz_pos() * matrix.params[0]) if relative else None
+        made = gradient_pass(matrix, *sides, wanted, late_positive=late)
+        if relative:
+            add_positive_params(matrix, made, dz_pos(), dots)
+        found = [normalizer_of(state) for state in states]
+    sums = [gain * _ratio(f, n) for f, n, gain in zip(found, given, gains)]
+    total = sum(s.sum() for s in sums)
+    da = -sums[0] if call.needs[-2] else None
+    db = -sums[1] if call.needs[-1] else None
+    row, col = found + [None] * (2 - len(found))
+    return total, None, made.dx, made.dy, made.dparams, da, db, row, col, dots
+
+
+def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
+    """The sigmoid loss's weighted sum, and its gradients."""
+    z_pos = _z_pos(matrix, dots)
+    positive_loss = -logsigmoid(z_pos)
+    if True not in call.needs:
+        rows, made = statistics_pass(matrix, cols=False)[0][0], Gradients()
+    else:
+        state = neutral_state(matrix, len(dots))
+        dz_pos = -torch.sigmoid(-z_pos) * gain
+        made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
+        add_positive_params(matrix, made, dz_pos, dots)
+        rows = state[0]
+    total = (gain * (rows + positive_loss)).sum()
+    return total, None, made.dx, made.dy, made.dparams, *(None,) * 5
+
+
+def _in_one_call(call: Call) -> Outputs:
+    """A small matrix: the backend gives value and weights in one call."""
+    problem, (term, relative, _) = call.problem, call.settings
+    a, b, row_gain, col_gain, *logits = call.extras
+    x, y, scores = whole_scores(problem)
+    given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip((a, b), logits)]
+    value, dparams, row, col, dots = _backend(call).weighted_matrix(
+        SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem.pairs(), problem.index, problem.offset,
+        float(problem.scale), float(problem.bias), Side(None, given[0], row_gain), Side(None, given[1], col_gain),
+        relative,
+    )  # fmt: skip
+    found = zip((row, col), given, (row_gain, col_gain), call.needs[-2:])
+    da, db = (-gain * _ratio(own, other) if need else None for own, other, gain, need in found)
+    return value, None, *whole_gradients(call, scores, x, y), dparams, da, db, row, col, dots
+
+
+def _fake(call: Call) -> Outputs:
+    """The shapes of what `_forward` returns."""
+    problem, (term, _, summed) = call.problem, call.settings
+    x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
+    n, m = x.shape[0], y.shape[0]
+    two = call.extras[1] is not None
+    exponential = term == "exponential"
+    found = (
+        x.new_empty((2, n), dtype=dtype) if exponential else None,
+        x.new_empty((2, m), dtype=dtype) if exponential and two else None,
+        x.new_empty(n, dtype=dtype) if exponential and problem.positives.exist else None,
+    )
+    if not summed:
+        col_values = x.new_empty(m, dtype=dtype) if two else None
+        return x.new_empty(n, dtype=dtype), col_values, None, None, None, None, None, *found
+    want_x, want_y, want_params = call.wants
+    if strategy.fits_one_call(_backend(call), problem.size()):
+        saved = dtype
+    return (
+        x.new_empty((), dtype=dtype),
+        None,
+        x.new_empty(x.shape, dtype=saved) if want_x else None,
+        y.new_empty(y.shape, dtype=saved) if want_y else None,
+        x.new_empty(2, dtype=torch.float64) if want_params else None,
+        x.new_empty(n, dtype=dtype) if call.needs[-2] else None,
+        x.new_empty(m, dtype=dtype) if call.needs[-1] else None,
+        *found,
+    )
+
+
+# ---- autograd ----
+
+
+def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
+    """Kept gradients times what comes from upstream, or the pass with upstream's gains."""
+    factor, col_factor = upstream
+    dx, dy, dparams, da, db, _, _, dots = kept
+    if not call.settings[2]:  # every row has a factor of its own
+        matrix = _matrix(call)
+        if dots is None:
+            dots = _dots(matrix, call.settings[1])
+        elif call.settings[1]:
+            matrix.params[2] = dots.sum() / max(len(dots), 1)
+        zero = torch.zeros_like
+        gains = [zero(call.problem.x[:, 0], dtype=matrix.params.dtype) if factor is None else factor.contiguous()]
+        if call.extras[1] is not None:
+            gains += [zero(gains[0]) if col_factor is None else col_factor.contiguous()]
+        _, _, *made = _pass(call, matrix, dots, *[*gains, None][:2])
+        dx, dy, dparams, da, db = made[:5]
+    else:
+        dx, dy, dparams, da, db = (None if g is None else g * factor for g in (dx, dy, dparams, da, db))
+    dscale, dbias = (None, None) if dparams is None else dparams
+    return gradients_of(call, dx, dy, dscale, dbias, None, None, None, None, da, db)
+
+
+def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
+    """The values of some rows (turned: columns), or their weighted sum, in operations of torch."""
+    (term, relative, summed), (a, b, row_gain, col_gain, *logits) = call.settings, call.extras
+    z, z_pos = dense_logits(call.problem, rows, turned)
+    if term == "sigmoid":
+        values = torch.nn.functional.softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
+        gain = row_gain
+    else:
+        normalizer, gain = (b, col_gain) if turned else (a, row_gain)
+        shift, rest = dense_normalizer(z)
+        logit = logits[turned]
+        start = z_pos if relative else 0.0 if logit is None else logit[rows]
+        values = torch.exp((shift - start) + (rest - normalizer[rows]))
+    if summed:
+        return (gain[rows] * values).sum(), None
+    return (None, values) if turned else (values, None)
+
+
+weighted_sum = register(
+    Primitive(
+        "weighted_sum",
+        results=2,
+        outputs=10,
+        forward=_forward,
+        fake=_fake,
+        gradients=_gradients,
+        dense=_dense,
+        two_sided=lambda call: call.extras[1] is not None,
+    )
+)
