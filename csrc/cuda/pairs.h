@@ -23,7 +23,7 @@ struct Logits {
   __device__ __forceinline__ Logits anew() const {
     Logits copy = *this;
     forget(copy.scale);
-    forget(copy.left_out[0]);
+    forget(copy.left_out[1]);
     return copy;
   }
 };
