@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py float32 | float16 | bfloat16 | hostile | launches
+    python tests/interpreted.py panels | float32 | float16 | bfloat16 | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
@@ -11,6 +11,9 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,7 +24,13 @@ from tolerance import assert_outcome
 from triton.runtime import interpreter
 
 import contrastive_kernels as ck
+from contrastive_kernels import backends
+from contrastive_kernels.panels.panel import Panel
+from contrastive_kernels.panels.size import Size
+from contrastive_kernels.panels.terms import PairTerm
 
+#: Panels of thousands of columns, of which the unit matrix is too large.
+LARGE = ("two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart")
 #: Problem: its losses (None: all of them).
 SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "float32": {
@@ -80,6 +89,53 @@ def patch_once() -> None:
         return self.rewrite()(*arguments, **keywords)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+class OnScores:
+    """The backend for panels whose scores are there: they are the product of themselves and the unit matrix."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.backend = backends.get("triton")
+
+    def _given(self, panel: Panel) -> Panel:
+        (rows, cols), cpu = panel.scores.shape, torch.device("cpu")
+        size = Size(rows, cols, cols, torch.float32, cpu, False, 0, 132, False)
+        scratch = torch.full((self.backend.scratch(rows, cols, size),), torch.nan)
+        x, y = panel.scores.clone(), torch.eye(cols)
+        return replace(panel, x=x, y=y, scratch=scratch, factor=panel.params[:1])
+
+    def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
+        self.backend.reduce_panel(term, self._given(panel))
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        self.backend.weight_panel(term, self._given(panel))
+
+
+def panels() -> list[str]:
+    """What fails of the cases that all backends meet, panel by panel."""
+    sys.path.insert(0, str(Path(__file__).parent / "backends"))
+    import test_panel_pass as tests
+    from panels import CASES, Case
+
+    failures, backend = [], OnScores()
+    checks = [tests.test_reduce_panel, tests.test_weights_in_place_and_without_parameter_sums]
+    checks += [tests.test_sigmoid_panels]
+    for states, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float16)):
+        checks.append(partial(tests.test_weight_panel, dtype=dtype, with_states=states))
+    small = {name: make() for name, make in CASES.items() if name not in LARGE}
+    # a usual tile rounds relative to z - shift, wherever the center lies and whatever the scale
+    small["high-without-center"] = Case(65, 131, level=1e4, params=(1.0, 0.0, 0.0))
+    small["high-and-scaled"] = Case(65, 131, level=1e4, params=(0.7, 0.0, 0.0))
+    runs = [(name, partial(check, backend, case)) for name, case in small.items() for check in checks]
+    runs.append(("without negatives", partial(tests.test_rows_without_negatives_weigh_nothing, backend)))
+    for name, check in runs:
+        try:
+            check()
+        except AssertionError as error:
+            failures.append(f"{name} {check}: {error}")
+    return failures
 
 
 def problems_of(dtype: torch.dtype) -> list[str]:
@@ -156,6 +212,7 @@ if __name__ == "__main__":
     if what == "launches":
         print(json.dumps(launches()))
         sys.exit()
-    failed = hostile() if what == "hostile" else problems_of(getattr(torch, what))
+    named = {"hostile": hostile, "panels": panels}
+    failed = named[what]() if what in named else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

@@ -1,10 +1,12 @@
 """Compiles the Triton kernels for a GPU that is not there, and reads what the compiler made of them.
 
 python tests/offline.py [architecture ...]     every shipped configuration, with registers, stack and instructions
+python tests/offline.py --write                the table of docs/performance.md
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,9 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_kernels._triton import launch, score
-from contrastive_kernels._triton.configs import Tile, shipped, work_of
+from contrastive_kernels._triton import launch, merge, score
+from contrastive_kernels._triton.configs import Tile, rest_of, shipped, work_of
 
+NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/performance.md"
+
+#: 32-bit registers of a multiprocessor, and its bytes of shared memory (CUDA C++ Programming Guide, table of compute
+#: capabilities).
+_REGISTERS = 65536
+SHARED_MEMORY = {80: 167_936, 86: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 _POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
 
@@ -39,12 +47,14 @@ class Case:
     #: a number of features that is a multiple of the tile's, and rows of whole vectors
     even: bool = True
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """Its term, its outputs and its sides."""
         outputs = "+".join(name for name in ("weights", "statistics") if getattr(self, name))
-        sides = "both" if self.two_sided else "rows"
-        return f"sm{self.capability}-{self.dtype}-{self.precision}-{self.term}-{outputs}-{sides}" + "-ragged" * (
-            not self.even
-        )
+        return f"{self.term}-{outputs}-{'both' if self.two_sided else 'rows'}"
+
+    def __str__(self) -> str:
+        return f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}" + "-ragged" * (not self.even)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,16 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    threads: int
     ptx: str
+    #: instructions of a warp after the product, for each score that a thread holds, in a tile of which no pair is left
+    #: out; those of branches that it seldom takes count too
+    per_score: float
+
+    def programs(self, capability: int) -> int:
+        """How many run on a multiprocessor at once."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(_REGISTERS // registers, SHARED_MEMORY[capability] // (self.shared + 1024), 2048 // self.threads)
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -74,7 +93,18 @@ def cases(capability: int) -> Iterator[Case]:
 
 def compile_score(case: Case) -> Compiled:
     """score_kernel for this case."""
-    exponential, rows, cols = case.term == "exponential", True, case.two_sided
+    tile = case.tile
+    return _compile_tile(score.score_kernel, case, tile, {})
+
+
+def compile_rest(case: Case) -> Compiled:
+    """rest_kernel for this case."""
+    rest = rest_of(case.tile)
+    return _compile_tile(score.rest_kernel, case, rest, {"PIECE": rest.block_n, "TILES": launch.REST_TILES})
+
+
+def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> Compiled:
+    exponential, cols = case.term == "exponential", case.two_sided
     pointers = {
         "x_ptr": case.dtype,
         "y_ptr": case.dtype,
@@ -90,15 +120,16 @@ def compile_score(case: Case) -> Compiled:
         "row_partials_ptr": "fp32" if case.statistics else None,
         "col_partials_ptr": "fp32" if case.statistics and cols else None,
         "params_partials_ptr": "fp32" if case.weights else None,
+        "unusual_ptr": "fp32",
     }
-    tile = case.tile
     constants = {
-        "TERM": launch.TERMS[case.term], "ROW": rows, "COL": cols, "COLUMNS": 0,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
+        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0,
+        "BLOCK_M": tile.block_m, "BLOCK_N": case.tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "EVEN_K": case.even, "INPUT_PRECISION": "ieee" if case.precision == "ieee" else "tf32", "UPCAST": False,
+        **more,
     }  # fmt: skip
     aligned = {"C", "D", "x_stride", "y_stride", "weights_stride"} if case.even else set()
-    return _compile(score.score_kernel, case.capability, pointers, constants, aligned, tile.num_warps, tile.num_stages)
+    return _compile(kernel, case.capability, pointers, constants, aligned, tile)
 
 
 def compile_merge(capability: int, term: str) -> Compiled:
@@ -108,9 +139,10 @@ def compile_merge(capability: int, term: str) -> Compiled:
     if term == "sigmoid":
         pointers["col_state_ptr"] = pointers["col_partials_ptr"] = None
     constants = {
-        "TERM": launch.TERMS[term], "STATE_ROWS": 2 if term == "exponential" else 1, "BLOCK": 256,
+        "TERM": launch.TERMS[term], "STATE_ROWS": 2 if term == "exponential" else 1,
+        "BLOCK": launch.MERGE_BLOCK, "PARTS": launch.MERGE_PARTS,
     }  # fmt: skip
-    return _compile(score.merge_kernel, capability, pointers, constants, set(), 4, 1)
+    return _compile(merge.merge_kernel, capability, pointers, constants, set(), Tile(32, 32, 32, 4, 1))
 
 
 def _compile(
@@ -119,8 +151,7 @@ def _compile(
     pointers: dict[str, str | None],
     constants: dict[str, Any],
     aligned: set[str],
-    num_warps: int,
-    num_stages: int,
+    tile: Tile,
 ) -> Compiled:
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -133,29 +164,86 @@ def _compile(
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True},
     )
-    usage = _resource_usage(compiled.asm["cubin"])
-    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    threads = 32 * tile.num_warps
+    usage, instructions = _read_cubin(compiled.asm["cubin"])
+    held = tile.block_m * tile.block_n / threads
+    stack = usage["STACK"] + usage["LOCAL"]
+    return Compiled(
+        usage["REG"], stack, compiled.metadata.shared, threads, compiled.asm["ptx"], _after_product(instructions) / held
+    )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of a cubin: REG, STACK, LOCAL, ..."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _read_cubin(cubin: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """What cuobjdump says of a cubin: REG, STACK, LOCAL, ...; and its instructions."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
+    def read(option: str) -> str:
+        command = [tools / "cuobjdump", option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        words = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", words)}
+        usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", read("-res-usage"))}
+        return usage, re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", read("-sass"))
+
+
+def _after_product(instructions: list[tuple[str, str]]) -> int:
+    """Instructions after the last one that multiplies matrices, without the block that leaves pairs out.
+
+    That block is nothing but comparisons and selections; where there are no such instructions, all are counted.
+    """
+    products = [k for k, (_, text) in enumerate(instructions) if re.search(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)", text)]
+    targets = {int(target, 16) for _, text in instructions for target in re.findall(r"BRA.* 0x([0-9a-f]+)", text)}
+    blocks: list[list[str]] = [[]]
+    for address, text in instructions[products[-1] + 1 if products else 0 :]:
+        if int(address, 16) in targets:
+            blocks.append([])
+        if "NOP" not in text:
+            blocks[-1].append(text)
+        if re.search(r"\b(BRA|EXIT)\b", text):
+            blocks.append([])
+    return sum(len(block) for block in blocks if not _leaves_out(block))
+
+
+def _leaves_out(block: list[str]) -> bool:
+    selections = sum(bool(re.search(r"\b(FSEL|ISETP|IADD3|VIADD)\b", text)) for text in block)
+    return len(block) > 50 and selections > 0.8 * len(block)
+
+
+def table(capability: int) -> Iterator[str]:
+    """The rows of a table of what the compiler makes of 16-bit operands."""
+    yield "| kernel | tile | registers | programs | instructions per score |"
+    yield "|---|---|---|---|---|"
+    for case in cases(capability):
+        if case.dtype == "bf16":
+            made, tile = compile_score(case), case.tile
+            shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps"
+            programs = made.programs(capability)
+            yield f"| {case.name} | {shape} | {made.registers} | {programs} | {made.per_score:.0f} |"
 
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--write"]:
+        rows = "\n".join(table(90))
+        before, rest = NOTEBOOK.read_text().split("<!-- compiled -->")
+        after = rest.split("<!-- compiled end -->")[1]
+        NOTEBOOK.write_text(
+            f"{before}<!-- compiled -->\nTriton {triton.__version__}, sm_90a:\n\n{rows}\n<!-- compiled end -->{after}"
+        )
+        sys.exit()
     print("triton", triton.__version__)
-    for capability in map(int, sys.argv[1:] or ("80", "90", "100")):
+    for capability in map(int, arguments or ("80", "90", "100")):
         for case in cases(capability):
-            made = compile_score(case)
-            product = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in made.ptx), "no mma")
-            print(
-                f"{case!s:60} {made.registers:4} registers {made.stack:5} stack {made.shared:7} shared  {product}",
-                flush=True,
-            )
+            for kernel, compile_kernel in (("score", compile_score), ("rest", compile_rest)):
+                made = compile_kernel(case)
+                product = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in made.ptx), "no mma")
+                print(
+                    f"{case!s:60} {kernel:5} {made.registers:4} registers {made.programs(capability)} programs "
+                    f"{made.stack:5} stack {made.shared:7} shared {made.per_score:5.1f} per score {product}",
+                    flush=True,
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "PRECISIONS",
@@ -11,6 +11,7 @@ __all__ = [
     "family",
     "itemsize",
     "legality",
+    "rest_of",
     "shared_memory",
     "shipped",
     "tile_for",
@@ -90,9 +91,12 @@ def legality(tile: Tile, capability: int, precision: str) -> str | None:
 #: weights and statistics.
 WORKS = ("reduce", "weights", "both", "fused")
 
-#: Multiplied on the tensor cores. Shapes that compile without spills (tests compile every one of them): a thread holds
-#: its part of the tile twice, as scores and as weights, and the normalisers and gains of its columns.
+#: Multiplied on the tensor cores. Shapes that compile without spills and, on Hopper, leave room for a second program
+#: (tests compile every one of them): a thread holds its part of the tile twice, as scores and as weights, and the gains
+#: of its columns.
 _WIDE_16, _NARROW_16 = Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)
+_FLAT_16, _FLAT_TF32 = Tile(64, 128, 64, 4, 3), Tile(64, 128, 32, 4, 3)
+_SMALL_TF32 = Tile(64, 64, 32, 4, 3)
 _WIDE_TF32, _NARROW_TF32 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
 #: ... with less shared memory.
 _SMALL_WIDE_16, _SMALL_NARROW_16 = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
@@ -106,8 +110,8 @@ _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
     (80, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
     (86, "16-bit"): (_SMALL_WIDE_16, _SMALL_WIDE_16, _SMALL_NARROW_16, _SMALL_NARROW_16),
     (86, "tf32"): (_SMALL_WIDE_TF32, _SMALL_WIDE_TF32, _SMALL_NARROW_TF32, _SMALL_NARROW_TF32),
-    (90, "16-bit"): (_WIDE_16, _WIDE_16, _WIDE_16, _NARROW_16),
-    (90, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
+    (90, "16-bit"): (_WIDE_16, _FLAT_16, _FLAT_16, _FLAT_16),
+    (90, "tf32"): (_WIDE_TF32, _FLAT_TF32, _FLAT_TF32, _SMALL_TF32),
     (100, "16-bit"): (_WIDE_16, _WIDE_16, _NARROW_16, _NARROW_16),
     (100, "tf32"): (_WIDE_TF32, _WIDE_TF32, _NARROW_TF32, _NARROW_TF32),
     (120, "16-bit"): (_SMALL_WIDE_16, _SMALL_WIDE_16, _SMALL_NARROW_16, _SMALL_NARROW_16),
@@ -124,11 +128,21 @@ def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:
     return "both" if two_sided else "weights"
 
 
-def tile_for(capability: int, precision: str, work: str) -> Tile:
-    """The tile for a compute capability, a precision and a kind of work."""
+def tile_for(capability: int, precision: str, work: str, features: int = 0) -> Tile:
+    """The tile for a compute capability, a precision and a kind of work.
+
+    Features that are no whole blocks are loaded with masks, which take registers: then the tile is narrow.
+    """
     if precision == "ieee":
         return _IEEE
-    return _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
+    tile = _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
+    odd = work != "reduce" and features % tile.block_k
+    return replace(tile, block_m=128, block_n=64, block_k=32, num_warps=8) if odd else tile
+
+
+def rest_of(tile: Tile) -> Tile:
+    """The pieces in which unusual tiles of this shape are worked off."""
+    return replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
 
 
 def shipped() -> list[tuple[int, str, str, Tile]]:

@@ -1,30 +1,49 @@
-"""The exponential term: w_ij = r_i exp(z_ij - a_i) + c_j exp(z_ij - b_j); sums of exponentials by rows and columns."""
+"""The exponential term: w_ij = r_i exp(z_ij - a_i) + c_j exp(z_ij - b_j); sums of exponentials by rows and columns.
+
+A usual tile has one shift, and one exponential serves rows and columns: exp(z - shift) = 2^(slope * score - offset) is
+one multiply-add, rounded once, relative to the difference and not to the logit. The gains take the rest.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .pair_terms import PairTerm, exp
+from .pair_terms import LOG2_E, PairTerm, exp, exp2, multiply_add
 
 __all__ = ["EXPONENTIAL"]
 
 _INF = tl.constexpr(float("inf"))
-#: One exponential per score serves rows and columns while every shift lies this close to a common one: what then
-#: underflows is below e^(40 - 87) of its row's and its column's largest term.
+#: Normalisers of a usual tile lie this close to the largest one: what then underflows of a row is below e^(40 - 87) of
+#: its weights.
 _SPREAD = tl.constexpr(40.0)
+#: Sums against a usual tile's shift are at least this: what underflowed was below 128 * 2^-126 / 1e-25 of it, and the
+#: shift lies within e^58 of the row's largest term.
+_SMALLEST_SUM = tl.constexpr(1e-25)
+_LARGEST_SUM = tl.constexpr(1e37)
 
 
 @triton.jit
-def _finite_maximum(v):
-    """The largest of some numbers, +inf passed over; NaN may be passed over too."""
-    return tl.max(tl.where(v == _INF, -_INF, v), 0)
+def _line(scale, bias, center, shift):
+    """(slope, offset, unit): exp(z - shift) = unit * 2^(slope * (score - center) - offset), z = scale * score + bias.
+
+    Slope and offset are float32, so that the multiply-add is exact up to its own rounding; what their rounding takes
+    from a large offset is in `unit`. The slope's error is relative to z - shift, for the offset is made with it too.
+    """
+    slope = scale * LOG2_E
+    error = (slope.to(tl.float64) - scale.to(tl.float64) * LOG2_E).to(tl.float32)
+    ratio = (error / scale).to(tl.float64) + LOG2_E  # slope / scale
+    exact = (shift.to(tl.float64) - bias.to(tl.float64)) * ratio - slope.to(tl.float64) * center.to(tl.float64)
+    offset = exact.to(tl.float32)
+    return slope, offset, tl.exp2((offset.to(tl.float64) - exact).to(tl.float32))
 
 
 @triton.jit
-def _finite_minimum(v):
-    """The smallest of some numbers, -inf passed over; NaN may be passed over too."""
-    return tl.min(tl.where(v == -_INF, _INF, v), 0)
+def _highest_and_lowest(side, high, low):
+    """The largest and the smallest normaliser of a side and the numbers given; +inf and NaN are passed over."""
+    normalizer = side[0] + side[1]
+    high = tl.maximum(high, tl.max(tl.where(normalizer == _INF, -_INF, normalizer), 0))
+    return high, tl.minimum(low, tl.min(normalizer, 0))
 
 
 @triton.jit
@@ -45,57 +64,78 @@ def _referred_gain(side, shift):
 
 
 @triton.jit
-def _common_shift(
-    z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr
-):  # fmt: skip
-    """The largest normaliser, or the largest logit where there are none; NaN is passed over and kept by the sums."""
-    normalizer_high = -_INF
+def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
+    """The largest normaliser is the shift, if the others are near; gains are referred to it."""
+    high = -_INF
     low = _INF
-    if WEIGHTS and ROW:
-        normalizer = row[0] + row[1]
-        normalizer_high = tl.maximum(normalizer_high, _finite_maximum(normalizer))
-        low = tl.minimum(low, tl.min(normalizer, 0))
-    if WEIGHTS and COL:
-        normalizer = col[0] + col[1]
-        normalizer_high = tl.maximum(normalizer_high, _finite_maximum(normalizer))
-        low = tl.minimum(low, tl.min(normalizer, 0))
-    high = normalizer_high
-    if STATISTICS:
-        if ROW:
-            maxima = tl.max(z, 1)
-            high = tl.maximum(high, tl.max(maxima, 0))
-            low = tl.minimum(low, _finite_minimum(maxima))
-        if COL:
-            maxima = tl.max(z, 0)
-            high = tl.maximum(high, tl.max(maxima, 0))
-            low = tl.minimum(low, _finite_minimum(maxima))
-    shift = normalizer_high if WEIGHTS else high
-    # nothing at all to refer to: +inf - -inf is not narrow, and -inf - inf would be
-    return (high - low <= _SPREAD) & (high > -_INF) & (shift > -_INF), shift
+    if ROW:
+        high, low = _highest_and_lowest(row, high, low)
+    if COL:
+        high, low = _highest_and_lowest(col, high, low)
+    # nothing at all to refer to: +inf - -inf is not narrow
+    usual = (high - low <= _SPREAD) & (high > -_INF)
+    slope, offset, unit = _line(scale, bias, center, high)
+    unit *= factor
+    row_gain = row[2]
+    col_gain = col[2]
+    if ROW:
+        row_gain = _referred_gain(row, high) * unit
+    if COL:
+        col_gain = _referred_gain(col, high) * unit
+    return usual, (high, slope, offset, unit / factor, row_gain, col_gain)
 
 
 @triton.jit
-def _common_tile(
-    z, shift, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr
+def _usual(
+    scores, col_bias, referred, scale, bias, center,
+    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    e = exp(z - shift)
-    w = tl.zeros([1, 1], tl.float32)
-    rows = tl.zeros([z.shape[0]], tl.float32)
-    cols = tl.zeros([z.shape[1]], tl.float32)
+    row_gain = tl.zeros([scores.shape[0]], tl.float32)
+    col_gain = tl.zeros([scores.shape[1]], tl.float32)
+    if WEIGHTS:
+        shift, slope, offset, unit, row_gain, col_gain = referred
+    else:
+        highest = scores
+        if BIASED:
+            highest += (col_bias / scale)[None, :]
+        shift = (tl.max(tl.max(highest, 1), 0) + center) * scale + bias
+        slope, offset, unit = _line(scale, bias, center, shift)
+    if BIASED:
+        e = exp2(multiply_add(scores, slope, (col_bias * LOG2_E - offset)[None, :]))
+    else:
+        e = exp2(multiply_add(scores, slope, -offset))
+    rows = tl.zeros([scores.shape[0]], tl.float32)
+    cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
     col_sum = cols
-    if WEIGHTS:
-        gain = tl.zeros([1, 1], tl.float32)
-        if ROW:
-            gain = gain + _referred_gain(row, shift)[:, None]
-        if COL:
-            gain = gain + _referred_gain(col, shift)[None, :]
-        w = e * gain
     if STATISTICS and ROW:
-        row_sum = tl.sum(e, 1)
+        row_sum = tl.sum(e, 1) * unit
     if STATISTICS and COL:
-        col_sum = tl.sum(e, 0)
+        col_sum = tl.sum(e, 0) * unit
+    w = e
+    if ROW and COL:
+        w = e * (row_gain[:, None] + col_gain[None, :])
+    elif ROW:
+        w = e * row_gain[:, None]
+    elif COL:
+        w = e * col_gain[None, :]
     return w, rows + shift, row_sum, cols + shift, col_sum
+
+
+@triton.jit
+def _fair(row_sum, col_sum, rows, cols, ROW: tl.constexpr, COL: tl.constexpr):
+    """Whether no sum of a usual tile came near the end of float32's range; NaN is not fair.
+
+    `rows`, `cols`: which of them count.
+    """
+    fair = True
+    if ROW:
+        low = tl.min(tl.where(rows, row_sum, 1.0), 0)
+        fair = (low > _SMALLEST_SUM) & (tl.sum(row_sum, 0) < _LARGEST_SUM)
+    if COL:
+        low = tl.min(tl.where(cols, col_sum, 1.0), 0)
+        fair = fair & (low > _SMALLEST_SUM) & (tl.sum(col_sum, 0) < _LARGEST_SUM)
+    return fair
 
 
 @triton.jit
@@ -131,4 +171,12 @@ def _merge(shift, total, other_shift, other_total):
     return higher, kept + added
 
 
-EXPONENTIAL = PairTerm(_common_shift, _common_tile, _tile, _merge)
+@triton.jit
+def _merge_all(shift, total):
+    """The same of the first dimension's."""
+    shift = tl.where(total == 0, -_INF, shift)
+    highest = tl.max(shift, 0)
+    return highest, tl.sum(tl.where(total == 0, 0.0, total * tl.exp(shift - highest[None, :])), 0)
+
+
+EXPONENTIAL = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)

@@ -12,14 +12,16 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .configs import WORKS, Tile, legality, tile_for, work_of
+from .configs import WORKS, Tile, legality, rest_of, tile_for, work_of
 from .exponential import EXPONENTIAL
-from .score import merge_kernel, score_kernel
+from .merge import merge_kernel
+from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
 
 __all__ = [
     "INTERPRETED",
     "MERGE_BLOCK",
+    "MERGE_PARTS",
     "TERMS",
     "TRITON_VERSION",
     "Pairs",
@@ -38,9 +40,11 @@ __all__ = [
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 #: (major, minor)
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-#: Rows (or columns) that one program of the merge kernel takes.
-MERGE_BLOCK = 256
+#: Rows (or columns) that one program of the merge kernel takes, and how many of their partial results at a time.
+MERGE_BLOCK, MERGE_PARTS = 32, 32
 
+#: Programs that look for tiles that are left, and how many each looks after.
+REST_PROGRAMS, REST_TILES = 1024, 32
 #: The pair terms by name.
 TERMS = {"exponential": EXPONENTIAL, "sigmoid": SIGMOID}
 #: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
@@ -72,17 +76,18 @@ class Pairs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The partial results of one panel, in one vector of float32: rows, columns, params."""
+    """The partial results of one panel, in one vector of float32: rows, columns, params; which tiles are unusual."""
 
     rows: int
     cols: int
     params: int
+    unusual: int
 
     @classmethod
     def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
         """Sizes for a panel of this shape, in whole 16 bytes: each part begins as aligned as the first."""
         row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
-        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks)
+        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks, row_blocks * col_blocks)
         return cls(*(-(-size // 4) * 4 for size in sizes))
 
 
@@ -118,7 +123,7 @@ def tile_of(device: torch.device, precision: str, work: str, features: int) -> T
     measured = tuning.tiles.get(tuning.key(gpu_name(device), triton.__version__, precision, work, features))
     if measured is not None and legality(measured, capability, precision) is None:
         return measured
-    return tile_for(capability, precision, work)
+    return tile_for(capability, precision, work, features)
 
 
 def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int) -> int:
@@ -154,10 +159,10 @@ def run_panel(
     work = work_of(weights is not None, statistics, has_row and has_col)
     tile = tile_of(x.device, precision, work, d) if tile is None else tile
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
-    row_partials, col_partials, params_partials = scratch[: sum(Scratch.of(tile, n, m))].split(Scratch.of(tile, n, m))
+    sizes = Scratch.of(tile, n, m)
+    row_partials, col_partials, params_partials, unusual = scratch[: sum(sizes)].split(sizes)
     columns, diagonal = 0 if pairs.columns is None else pairs.columns.shape[1], pairs.diagonal
-    _launch(
-        score_kernel, row_blocks * col_blocks,
+    arguments = (
         x, y, params,
         None if diagonal is None else min(max(diagonal, -n), m),  # past the panel's ends there are no pairs
         pairs.columns if columns else None, pairs.first_column, pairs.col_bias,
@@ -166,14 +171,26 @@ def run_panel(
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
         None if dparams is None else params_partials,
+        unusual,
         n, m, d, x.stride(0), y.stride(0), 0 if weights is None else weights.stride(0),
         *(0 if v.normalizer is None else v.normalizer.stride(0) for v in (row, col)),
-        TERM=TERMS[term], ROW=has_row, COL=has_col, COLUMNS=columns,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group,
-        EVEN_K=d % tile.block_k == 0,
-        INPUT_PRECISION="ieee" if precision == "ieee" else "tf32",
-        UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    constants = {
+        "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": columns,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
+        "INPUT_PRECISION": "ieee" if precision == "ieee" else "tf32",
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+    }  # fmt: skip
+    blocks = row_blocks * col_blocks
+    _launch(
+        score_kernel, blocks, *arguments, **constants,
+        BLOCK_K=tile.block_k, EVEN_K=d % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    rest = rest_of(tile)
+    _launch(
+        rest_kernel, -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS),
+        *arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
+        TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
     programs = sum(-(-size // MERGE_BLOCK) for size, v in ((n, row), (m, col)) if v.state is not None)
     programs += dparams is not None
@@ -185,7 +202,7 @@ def run_panel(
             n, m, row_blocks, col_blocks,
             *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
             TERM=TERMS[term], STATE_ROWS=len(states[0]) if states else 1, BLOCK=MERGE_BLOCK,
-            num_warps=4, num_stages=1,
+            PARTS=MERGE_PARTS, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""The pair terms: what happens to one tile of logits, in registers. They know neither pointers nor the tile's place.
+"""The pair terms: what happens to one tile of scores, in registers. They know neither pointers nor the tile's place.
 
-Logits z are [M, N]; a side (shift, rest, gain) holds its log-normalisers as two numbers, and its gains. Statistics are
-pairs (shift, sum): for rows [M] and for columns [N]. ROW and COL say which sides take part, WEIGHTS and STATISTICS what
-is wanted; the rest is zero and vanishes in the compiler. A term is a file: exponential.py, sigmoid.py.
+A side (shift, rest, gain) holds its log-normalisers as two numbers, and its gains. Statistics are pairs (shift, sum):
+for rows [M] and for columns [N]. ROW and COL say which sides take part, WEIGHTS and STATISTICS what is wanted; the rest
+is zero and vanishes in the compiler. A term is a file: exponential.py, sigmoid.py.
+
+Nearly all tiles are usual: a few instructions a score do for them. What those cannot do they notice, and leave to
+`tile`, which always can, in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["PairTerm", "exp"]
+__all__ = ["LOG2_E", "PairTerm", "exp", "exp2", "multiply_add", "reciprocal"]
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 #: Exponents saturate below infinity: a stale normaliser times a gain of 0 must stay 0.
 _LARGEST_EXPONENT = tl.constexpr(88.37)
 
@@ -21,15 +25,21 @@ _LARGEST_EXPONENT = tl.constexpr(88.37)
 class PairTerm(NamedTuple):
     """The members that the kernels call; each a function under triton.jit."""
 
-    #: (z, row side, col side, ROW, COL, WEIGHTS, STATISTICS) -> (whether one shift serves all of a tile in which every
-    #: pair counts, that shift)
-    common_shift: Any
-    #: (z, shift, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: a tile that one shift serves
-    common_tile: Any
-    #: the same without a shift: any tile, with z = -inf where a pair does not count
+    #: (row side, col side, scale, bias, center, factor, ROW, COL) -> whether a tile with weights is usual, and what
+    #: `usual` needs of it, before there are scores: (line, row gain * factor, col gain * factor)
+    refer: Any
+    #: (scores - center, biases of columns, referred, scale, bias, center, flags, BIASED: there are such biases) -> w *
+    #: factor, row shift, row sum, col shift, col sum, which are right if they are fair
+    usual: Any
+    #: (z, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any tile, with z = -inf where a pair
+    #: does not count
     tile: Any
     #: (shift, sum, shift, sum) -> shift, sum
     merge: Any
+    #: (shifts, sums) [parts, n] -> shift, sum
+    merge_all: Any
+    #: (row sum, col sum, which rows count, which columns, ROW, COL) -> whether a usual tile's sums are fair
+    fair: Any
 
     @property
     def cache_key(self) -> str:
@@ -41,3 +51,31 @@ class PairTerm(NamedTuple):
 def exp(x):
     """e^x, saturating below infinity; NaN stays NaN."""
     return tl.exp(tl.minimum(x, _LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
+
+
+#: The kernels run in Triton's interpreter, which knows no instruction by its name.
+_INTERPRETED = tl.constexpr(not isinstance(exp, triton.JITFunction))
+
+
+@triton.jit
+def exp2(x):
+    """2^x in one instruction; below the smallest normal number, 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def multiply_add(x, y, z):
+    """x * y + z, rounded once."""
+    if _INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, to 1 unit in the last place."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

@@ -1,7 +1,8 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
 `pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr), with None for what is not said, which then
-costs nothing. A further member goes into `logits`, and into `every_pair_counts` where it leaves out single pairs.
+costs nothing. A further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that
+adds to the logits of a column into `col_biases`.
 """
 
 from __future__ import annotations
@@ -9,26 +10,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["every_pair_counts", "logits"]
-
-_NEVER = tl.constexpr(float("-inf"))
+__all__ = ["col_biases", "every_pair_counts", "leave_out"]
 
 
 @triton.jit
-def logits(scores, scale, bias, pairs, rows, cols, R, C, COLUMNS: tl.constexpr, EVERY: tl.constexpr):
-    """z of a tile's scores. EVERY: they all count; else -inf past the panel's ends and where a pair is left out."""
-    diagonal, _, _, col_bias_ptr = pairs
-    z = scores * scale + bias
-    if col_bias_ptr is not None:
-        z += tl.load(col_bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
-    if EVERY:
-        return z
-    z = tl.where((rows < R)[:, None] & (cols < C)[None, :], z, _NEVER)
+def col_biases(pairs, cols, C):
+    """What is added to the logits of these columns [N]; [1] of zero where nothing is."""
+    _, _, _, col_bias_ptr = pairs
+    if col_bias_ptr is None:
+        return tl.zeros([1], tl.float32)
+    else:  # noqa: RET505 (the compiler would see both)
+        return tl.load(col_bias_ptr + cols, mask=cols < C, other=0.0)
+
+
+@triton.jit
+def leave_out(values, never, pairs, rows, cols, R, C, COLUMNS: tl.constexpr):
+    """A tile's values with `never` past the panel's ends and where a pair is left out."""
+    diagonal, _, _, _ = pairs
+    out = (rows >= R)[:, None] | (cols >= C)[None, :]
     if diagonal is not None:
-        z = tl.where((rows + diagonal)[:, None] == cols[None, :], _NEVER, z)
+        out = out | ((rows + diagonal)[:, None] == cols[None, :])
     for k in tl.static_range(COLUMNS):
-        z = tl.where(_left_out(pairs, rows, k, R, C, COLUMNS)[:, None] == cols[None, :], _NEVER, z)
-    return z
+        out = out | (_left_out(pairs, rows, k, R, C, COLUMNS)[:, None] == cols[None, :])
+    return tl.where(out, never, values)
 
 
 @triton.jit

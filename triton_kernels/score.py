@@ -1,4 +1,4 @@
-"""The kernels: one multiplies a tile of scores on the tensor cores and finishes it in registers, one merges.
+"""The kernels that multiply a tile of scores on the tensor cores and finish it in registers: usual ones, and the rest.
 
 No score leaves the chip. A tile leaves either its statistics, or its weights, or both; a program writes what no other
 program writes, so that there are no atomics and two runs agree bitwise. No loop names a loss: see pair_terms.py; which
@@ -10,22 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import every_pair_counts, logits
+from .pairs import col_biases, every_pair_counts, leave_out
 
-__all__ = ["merge_kernel", "score_kernel"]
+__all__ = ["rest_kernel", "score_kernel"]
+
+#: A score that does not count, far below all others.
+_NEVER = tl.constexpr(-1e30)
+#: What a tile's sums stay below unless a weight has overflowed.
+_LARGEST = tl.constexpr(1e38)
 
 
 @triton.jit
 def _tile_product(
-    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, center,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x yT of these rows and columns [BLOCK_M, BLOCK_N] in float32; past the end, the last row (column) once more."""
+    """x yT - center of these rows and columns [M, N] in float32; past the end, the last row (column) once more."""
     features = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(rows, R - 1).to(tl.int64)[:, None] * x_stride + features[None, :]
     y_ptrs = y_ptr + tl.minimum(cols, C - 1).to(tl.int64)[None, :] * y_stride + features[:, None]
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    scores = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32) - center
     for k in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -70,20 +74,6 @@ def _load_side(normalizer_ptr, normalizer_stride, gain_ptr, index, n, HAS: tl.co
 
 
 @triton.jit
-def _finish(w, scores, center, factor, WEIGHTS: tl.constexpr, PARAMS: tl.constexpr, OUT: tl.constexpr):
-    """w * factor in the dtype it is stored in, and the tile's sums of w * (score - center) and of w."""
-    dscale = 0.0
-    dbias = 0.0
-    out = w
-    if WEIGHTS:
-        if PARAMS:
-            dscale = tl.sum(tl.sum(w * (scores - center), 1), 0)
-            dbias = tl.sum(tl.sum(w, 1), 0)
-        out = (w * factor).to(OUT)
-    return out, dscale, dbias
-
-
-@triton.jit
 def _store_statistics(partials_ptr, block, index, n, shift, total):
     """partials [blocks, 2, n]: this block's shift and sum of every row (or column)."""
     ptrs = partials_ptr + block.to(tl.int64) * 2 * n + index
@@ -91,7 +81,23 @@ def _store_statistics(partials_ptr, block, index, n, shift, total):
     tl.store(ptrs + n, total, mask=index < n)
 
 
-@triton.jit(do_not_specialize=["R", "diagonal", "first_column", "row_normalizer_stride", "col_normalizer_stride"])
+@triton.jit
+def _store_weights(weights_ptr, stride, w, rows, cols, R, C):
+    ptrs = weights_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    tl.store(ptrs, w.to(weights_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def _params(params_ptr):
+    """Scale, bias, and a center that scores can be counted from: one that is not finite is none."""
+    center = tl.load(params_ptr + 2)
+    return tl.load(params_ptr), tl.load(params_ptr + 1), tl.where(tl.abs(center) < float("inf"), center, 0.0)
+
+
+_ARGUMENTS = ["R", "diagonal", "first_column", "row_normalizer_stride", "col_normalizer_stride"]
+
+
+@triton.jit(do_not_specialize=_ARGUMENTS)
 def score_kernel(
     x_ptr,  # [R, D]
     y_ptr,  # [C, D]
@@ -109,121 +115,133 @@ def score_kernel(
     row_partials_ptr,  # [column blocks, 2, R] or None
     col_partials_ptr,  # [row blocks, 2, C] or None
     params_partials_ptr,  # [blocks, 2] or None
+    unusual_ptr,  # [blocks] becomes 1 where a tile is left to rest_kernel, else 0
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile: scores, then statistics for the sides that have partials, and weights where there is room for them."""
+    WEIGHTS: tl.constexpr = weights_ptr is not None
+    STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     row_block, col_block = _tile_place(R, C, BLOCK_M, BLOCK_N, GROUP)
     row0 = row_block * BLOCK_M
     col0 = col_block * BLOCK_N
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = col0 + tl.arange(0, BLOCK_N)
-    scores = _tile_product(
-        x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
-    )  # fmt: skip
-    scale = tl.load(params_ptr)
-    bias = tl.load(params_ptr + 1)
-    center = tl.load(params_ptr + 2)
+    scale, bias, center = _params(params_ptr)
     pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
+    col_bias = col_biases(pairs, cols, C)
+    # what is left out is far below every score: with a positive scale
+    usual = (scale > 1e-18) & (scale < 1e18)
+    factor = 1.0
+    referred = (0.0,)
+    if WEIGHTS:
+        factor = tl.load(factor_ptr)
+        row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, ROW, BLOCK_M)
+        col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, COL, BLOCK_N)
+        narrow, referred = TERM.refer(row, col, scale, bias, center, factor, ROW, COL)
+        usual = usual & narrow
+    complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
+    scores = _tile_product(
+        x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride, center,
+        BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
+    )  # fmt: skip
+    if not complete:
+        scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
+    w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
+        scores, col_bias, referred, scale, bias, center, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
+    )
+    block = row_block * tl.cdiv(C, BLOCK_N) + col_block
+    if WEIGHTS:
+        dscale = tl.sum(tl.sum(w * scores, 1), 0)
+        usual = usual & (tl.abs(dscale) < _LARGEST)  # no weight has overflowed; NaN is not below
+        if params_partials_ptr is not None:
+            tl.store(params_partials_ptr + 2 * block, dscale / factor)
+            tl.store(params_partials_ptr + 2 * block + 1, tl.sum(tl.sum(w, 1), 0) / factor)
+        _store_weights(weights_ptr, weights_stride, w, rows, cols, R, C)
+    if STATISTICS:
+        counts = (cols < C) & (col_bias > -float("inf"))
+        usual = usual & TERM.fair(row_sum, col_sum, rows < R, counts, ROW, COL)
+        if row_partials_ptr is not None:
+            _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
+        if col_partials_ptr is not None:
+            _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
+    tl.store(unusual_ptr + block, tl.where(usual, 0.0, 1.0))
+
+
+@triton.jit(do_not_specialize=_ARGUMENTS)
+def rest_kernel(
+    x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr,
+    row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
+    row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
+    R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PIECE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The tiles that score_kernel left, anew and in full generality, PIECE of their columns at a time.
+
+    Each program looks after TILES of the blocks; nearly all find none to do.
+    """
+    col_blocks = tl.cdiv(C, BLOCK_N)
+    blocks = tl.cdiv(R, BLOCK_M) * col_blocks
+    programs = tl.num_programs(0)
+    mine = tl.program_id(0) + tl.arange(0, TILES) * programs
+    unusual = tl.load(unusual_ptr + mine, mask=mine < blocks, other=0.0)
+    if tl.max(unusual, 0) > 0:
+        for block in range(tl.program_id(0), blocks, programs):
+            if tl.load(unusual_ptr + block) > 0:
+                _any_tile(
+                    x_ptr, y_ptr, params_ptr, (diagonal, columns_ptr, first_column, col_bias_ptr),
+                    row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
+                    row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
+                    R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
+                    TERM, ROW, COL, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST, PIECE,
+                )  # fmt: skip
+
+
+@triton.jit
+def _any_tile(
+    x_ptr, y_ptr, params_ptr, pairs, row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr,
+    weights_ptr, factor_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_block, col_block,
+    R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """One tile, with a shift for each row and each column."""
     WEIGHTS: tl.constexpr = weights_ptr is not None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
-    PARAMS: tl.constexpr = params_partials_ptr is not None
-    OUT: tl.constexpr = weights_ptr.dtype.element_ty if WEIGHTS else tl.float32
-    factor = tl.load(factor_ptr) if WEIGHTS else 1.0
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale, bias, center = _params(params_ptr)
     row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
-    col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, BLOCK_N)
-    z = logits(scores, scale, bias, pairs, rows, cols, R, C, COLUMNS, True)
-    common, shift = TERM.common_shift(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
-    complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
-    # Both branches end with what leaves the chip, so that neither keeps scores and weights in registers beyond its end.
-    if common & complete:
-        w, row_shift, row_sum, col_shift, col_sum = TERM.common_tile(z, shift, row, col, ROW, COL, WEIGHTS, STATISTICS)
-        w, dscale, dbias = _finish(w, scores, center, factor, WEIGHTS, PARAMS, OUT)
-    else:
-        z = logits(scores, scale, bias, pairs, rows, cols, R, C, COLUMNS, False)
+    shift = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    dscale = 0.0
+    dbias = 0.0
+    for piece in range(0, BLOCK_N, PIECE):
+        cols = col_block * BLOCK_N + piece + tl.arange(0, PIECE)
+        scores = _tile_product(
+            x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, 0.0, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
+        )
+        z = scores * scale + bias
+        z += col_biases(pairs, cols, C)[None, :]
+        z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
+        col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
         w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
-        w, dscale, dbias = _finish(w, scores, center, factor, WEIGHTS, PARAMS, OUT)
-    if WEIGHTS:
-        ptrs = weights_ptr + rows.to(tl.int64)[:, None] * weights_stride + cols[None, :]
-        tl.store(ptrs, w, mask=(rows < R)[:, None] & (cols < C)[None, :])
-    if PARAMS:
+        if WEIGHTS:
+            dscale += tl.sum(tl.sum(w * (scores - center), 1), 0)
+            dbias += tl.sum(tl.sum(w, 1), 0)
+            _store_weights(weights_ptr, weights_stride, w * tl.load(factor_ptr), rows, cols, R, C)
+        if row_partials_ptr is not None:
+            shift, total = TERM.merge(shift, total, row_shift, row_sum)
+        if col_partials_ptr is not None:
+            _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
+    if params_partials_ptr is not None:
         block = row_block * tl.cdiv(C, BLOCK_N) + col_block
         tl.store(params_partials_ptr + 2 * block, dscale)
         tl.store(params_partials_ptr + 2 * block + 1, dbias)
     if row_partials_ptr is not None:
-        _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
-    if col_partials_ptr is not None:
-        _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
-
-
-@triton.jit
-def _merge_side(
-    state_ptr, partials_ptr, block, n, blocks, state_stride,
-    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in, in their order."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    mask = index < n
-    shift = tl.zeros([BLOCK], tl.float32)
-    if STATE_ROWS == 2:
-        shift = tl.load(state_ptr + index, mask=mask, other=0.0)
-    sum_ptr = state_ptr + (STATE_ROWS - 1) * state_stride
-    total = tl.load(sum_ptr + index, mask=mask, other=0.0)
-    ptrs = partials_ptr + index
-    for _ in range(blocks):
-        other_shift = tl.load(ptrs, mask=mask, other=0.0)
-        other_total = tl.load(ptrs + n, mask=mask, other=0.0)
-        shift, total = TERM.merge(shift, total, other_shift, other_total)
-        ptrs += 2 * n
-    if STATE_ROWS == 2:
-        tl.store(state_ptr + index, shift, mask=mask)
-    tl.store(sum_ptr + index, total, mask=mask)
-
-
-@triton.jit
-def _add_params(dparams_ptr, partials_ptr, blocks, BLOCK: tl.constexpr):
-    """dparams [2] += the sums of the partials [blocks, 2], in dparams' own dtype."""
-    total_type = dparams_ptr.dtype.element_ty
-    index = tl.arange(0, BLOCK)
-    scale_sum = tl.zeros([BLOCK], total_type)
-    bias_sum = tl.zeros([BLOCK], total_type)
-    for first in range(0, blocks, BLOCK):
-        ptrs = partials_ptr + 2 * (first + index)
-        scale_sum += tl.load(ptrs, mask=first + index < blocks, other=0.0).to(total_type)
-        bias_sum += tl.load(ptrs + 1, mask=first + index < blocks, other=0.0).to(total_type)
-    tl.store(dparams_ptr, tl.load(dparams_ptr) + tl.sum(scale_sum, 0))
-    tl.store(dparams_ptr + 1, tl.load(dparams_ptr + 1) + tl.sum(bias_sum, 0))
-
-
-@triton.jit(do_not_specialize=["R", "C", "row_blocks", "col_blocks", "row_stride", "col_stride"])
-def merge_kernel(
-    row_state_ptr,  # [STATE_ROWS, R] or None
-    col_state_ptr,  # [STATE_ROWS, C] or None
-    row_partials_ptr,  # [col_blocks, 2, R]
-    col_partials_ptr,  # [row_blocks, 2, C]
-    dparams_ptr,  # [2] or None
-    params_partials_ptr,  # [row_blocks * col_blocks, 2]
-    R, C, row_blocks, col_blocks, row_stride, col_stride,
-    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Folds a panel's partial results into the running state: programs for rows, for columns, one for params."""
-    program = tl.program_id(0)
-    row_programs = 0
-    if row_state_ptr is not None:
-        row_programs = tl.cdiv(R, BLOCK)
-        if program < row_programs:
-            _merge_side(row_state_ptr, row_partials_ptr, program, R, col_blocks, row_stride, TERM, STATE_ROWS, BLOCK)
-    col_programs = 0
-    if col_state_ptr is not None:
-        col_programs = tl.cdiv(C, BLOCK)
-        if (program >= row_programs) & (program < row_programs + col_programs):
-            _merge_side(
-                col_state_ptr, col_partials_ptr, program - row_programs, C, row_blocks, col_stride,
-                TERM, STATE_ROWS, BLOCK,
-            )  # fmt: skip
-    if dparams_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike what follows)
-        if program == row_programs + col_programs:
-            _add_params(dparams_ptr, params_partials_ptr, row_blocks * col_blocks, BLOCK)
+        _store_statistics(row_partials_ptr, col_block, rows, R, shift, total)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import PairTerm
+from .pair_terms import LOG2_E, PairTerm, exp2, reciprocal
 
 __all__ = ["SIGMOID"]
+
+
+@triton.jit
+def _artanh_series(t):
+    """2 artanh(t) / t for t in [0, 1/3], to 2e-7."""
+    q = t * t
+    p = q * (2.0 / 11.0) + 2.0 / 9.0
+    p = p * q + 2.0 / 7.0
+    p = p * q + 2.0 / 5.0
+    p = p * q + 2.0 / 3.0
+    return p * q + 2.0
 
 
 @triton.jit
 def _log1p_unit(e):
     """log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)): relative error below 4e-7 also where e is tiny."""
     t = e / (2.0 + e)
-    q = t * t
-    p = q * (1.0 / 15.0) + 1.0 / 13.0
-    p = p * q + 1.0 / 11.0
-    p = p * q + 1.0 / 9.0
-    p = p * q + 1.0 / 7.0
-    p = p * q + 1.0 / 5.0
-    p = p * q + 1.0 / 3.0
-    p = p * q + 1.0
-    return 2.0 * t * p
+    return t * _artanh_series(t)
 
 
 @triton.jit
@@ -38,17 +41,43 @@ def _sigmoid_from(z, e):
 
 
 @triton.jit
-def _common_shift(
-    z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr
-):  # fmt: skip
-    return tl.full([], True, tl.int1), 0.0
+def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
+    return True, (0.0, 0.0, 0.0, 1.0, row[2] * factor, col[2])
 
 
 @triton.jit
-def _common_tile(
-    z, shift, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr
+def _usual(
+    scores, col_bias, referred, scale, bias, center,
+    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    return _tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
+    """In units of log 2; one reciprocal serves the sigmoid's quotient 1 / (1 + e) and the logarithm's e / (2 + e)."""
+    offset = (bias + scale * center) * LOG2_E
+    if BIASED:
+        z = scores * (scale * LOG2_E) + (col_bias * LOG2_E + offset)[None, :]
+    else:
+        z = scores * (scale * LOG2_E) + offset
+    e = exp2(-tl.abs(z))
+    one, two = 1.0 + e, 2.0 + e
+    rows = tl.zeros([scores.shape[0]], tl.float32)
+    cols = tl.zeros([scores.shape[1]], tl.float32)
+    row_sum = rows
+    w = e
+    if STATISTICS:
+        product = reciprocal(one * two)
+        t = e * (product * one)
+        quotient = product * two
+        soft = t * _artanh_series(t)
+        row_sum = tl.sum(tl.maximum(z, 0.0) * (1.0 / LOG2_E) + soft, 1)
+    else:
+        quotient = reciprocal(one)
+    if WEIGHTS:
+        w = tl.where(z >= 0, quotient, e * quotient) * referred[4][:, None]
+    return w, rows, row_sum, cols, cols
+
+
+@triton.jit
+def _fair(row_sum, col_sum, rows, cols, ROW: tl.constexpr, COL: tl.constexpr):
+    return True
 
 
 @triton.jit
@@ -70,4 +99,9 @@ def _merge(shift, total, other_shift, other_total):
     return shift, total + other_total
 
 
-SIGMOID = PairTerm(_common_shift, _common_tile, _tile, _merge)
+@triton.jit
+def _merge_all(shift, total):
+    return tl.max(shift, 0), tl.sum(total, 0)
+
+
+SIGMOID = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)

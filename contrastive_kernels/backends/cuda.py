@@ -22,18 +22,7 @@ from .native import DTYPES, MISSING, common_fields, score_fields, weight_fields
 if MISSING is None:
     from contrastive_kernels import _C
 
-__all__ = [
-    "PORTABLE",
-    "TENSOR_CORES",
-    "build",
-    "reduce_panel",
-    "route",
-    "scratch",
-    "weight_panel",
-    "weights_dtype",
-    "why_not",
-    "why_not_capability",
-]
+__all__ = ["PORTABLE", "TENSOR_CORES", "CudaBackend", "build"]
 
 #: Bytes of the blocks' partial results: a maximum and a sum per row and column of a tile of 128 x 128, and two doubles;
 #: those of the last, ragged tiles are counted by row and column.
@@ -47,32 +36,63 @@ PORTABLE = Route("cuBLAS + one pass", (3, 3), 4 + _PARTIALS_PER_SCORE, _PARTIALS
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why this backend cannot serve, or None."""
-    if (reason := _missing()) is not None:
-        return reason
-    if device.type != "cuda":
-        return f"it serves tensors on CUDA devices, not on {device.type}"
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm"
-    if not torch.cuda.is_available():
-        return "this torch sees no NVIDIA GPU"
-    index = _index(device)
-    major, minor = torch.cuda.get_device_capability(index)
-    reason = _dtype_reason(10 * major + minor, dtype)
-    if reason is None and _device_reason(index):
-        return f"it is built for {build()}: {_device_reason(index)}"
-    return reason
+class CudaBackend(Backend):
+    """Serves CUDA tensors of 16 and 32 bits."""
 
+    name = "cuda"
+    score_tile = False
+    native_operands = True
 
-def why_not_capability(capability: int, dtype: torch.dtype) -> str | None:
-    """The reason why this backend could not serve a GPU of this compute capability (90 for 9.0), or None."""
-    reason = _missing() or _dtype_reason(capability, dtype)
-    if reason is not None:
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if (reason := _missing()) is not None:
+            return reason
+        if device.type != "cuda":
+            return f"it serves tensors on CUDA devices, not on {device.type}"
+        if torch.version.hip is not None:
+            return "this torch is built for ROCm"
+        if not torch.cuda.is_available():
+            return "this torch sees no NVIDIA GPU"
+        index = _index(device)
+        major, minor = torch.cuda.get_device_capability(index)
+        reason = _dtype_reason(10 * major + minor, dtype)
+        if reason is None and _device_reason(index):
+            return f"it is built for {build()}: {_device_reason(index)}"
         return reason
-    if _built_for(capability):
-        return None
-    return f"it is built for {build()}, and this GPU has compute capability {capability / 10:.1f}"
+
+    def why_not_capability(self, capability: int, dtype: torch.dtype) -> str | None:
+        reason = _missing() or _dtype_reason(capability, dtype)
+        if reason is not None:
+            return reason
+        if _built_for(capability):
+            return None
+        return f"it is built for {build()}, and this GPU has compute capability {capability / 10:.1f}"
+
+    def route(self, size: Size) -> Route:
+        """The tensor cores for 16-bit operands that can be copied in pieces of 16 bytes, where there is the kernel."""
+        if size.dtype not in _SIXTEEN_BITS or not size.pieces:
+            return PORTABLE
+        if size.capability is None:
+            there = _has_tensor_cores(_index(size.device))
+        else:
+            there = max(_built_for(size.capability), default=0) >= 80
+        return TENSOR_CORES if there else PORTABLE
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """Weights are multiplied with the operands, in their dtype."""
+        return dtype
+
+    def scratch(self, rows: int, cols: int, size: Size) -> int:
+        """float32 that a panel wants: partial results and, on the portable route, the scores."""
+        return _partial_floats(rows, cols) + (rows * cols if self.route(size).scores_in_scratch else 0)
+
+    def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
+        memory = _memory(panel)
+        _C.cuda_reduce_panel(**_fields(term, panel, memory))
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        memory = _memory(panel)
+        factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
+        _C.cuda_weight_panel(**_fields(term, panel, memory), **weight_fields(panel), **factor)
 
 
 def _built_for(capability: int) -> list[int]:
@@ -130,40 +150,6 @@ def _device_reason(index: int) -> str:
 def _has_tensor_cores(index: int) -> bool:
     """Whether the kernel that multiplies is there for a device."""
     return _C.cuda_has_tensor_cores(index)
-
-
-def weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Weights are multiplied with the operands, in their dtype."""
-    return dtype
-
-
-def route(size: Size) -> Route:
-    """The tensor cores for 16-bit operands that can be copied in pieces of 16 bytes, where there is the kernel."""
-    if size.dtype not in _SIXTEEN_BITS or not size.pieces:
-        return PORTABLE
-    if size.capability is None:
-        there = _has_tensor_cores(_index(size.device))
-    else:
-        there = max(_built_for(size.capability), default=0) >= 80
-    return TENSOR_CORES if there else PORTABLE
-
-
-def scratch(rows: int, cols: int, size: Size) -> int:
-    """float32 that a panel wants: partial results and, on the portable route, the scores."""
-    return _partial_floats(rows, cols) + (rows * cols if route(size).scores_in_scratch else 0)
-
-
-def reduce_panel(term: PairTerm, panel: Panel) -> None:
-    """Folds the panel into row.state and col.state."""
-    memory = _memory(panel)
-    _C.cuda_reduce_panel(**_fields(term, panel, memory))
-
-
-def weight_panel(term: PairTerm, panel: Panel) -> None:
-    """Leaves factor * dL/dz in panel.weights and its partial sums in panel.dparams; folds into the states there are."""
-    memory = _memory(panel)
-    factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
-    _C.cuda_weight_panel(**_fields(term, panel, memory), **weight_fields(panel), **factor)
 
 
 def _partial_floats(rows: int, cols: int) -> int:
@@ -236,18 +222,3 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     if x.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8
         return torch.mm(x, y.T, out_dtype=torch.float32, out=out)
     return torch.mm(x.float(), y.T.float(), out=out)
-
-
-class CudaBackend(Backend):
-    """The module's functions as a backend."""
-
-    name = "cuda"
-    score_tile = False
-    native_operands = True
-    why_not = staticmethod(why_not)  # type: ignore[assignment]
-    why_not_capability = staticmethod(why_not_capability)  # type: ignore[assignment]
-    route = staticmethod(route)  # type: ignore[assignment]
-    weights_dtype = staticmethod(weights_dtype)  # type: ignore[assignment]
-    scratch = staticmethod(scratch)  # type: ignore[assignment]
-    reduce_panel = staticmethod(reduce_panel)  # type: ignore[assignment]
-    weight_panel = staticmethod(weight_panel)  # type: ignore[assignment]

@@ -19,13 +19,14 @@ from .base import Backend
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
-#: 8 per tile.
+#: 12 per tile.
 _SMALLEST_TILE = 64
-SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 8 / _SMALLEST_TILE**2
+SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 12 / _SMALLEST_TILE**2
 SCRATCH_PER_ROW = 16.0
 
-#: The score kernel and the one that merges, for a reduce panel and for a weight panel with sums for params.
-LAUNCHES = (2, 2)
+#: The kernels of usual tiles and of the rest, and the one that merges, for a reduce panel and for a weight panel with
+#: sums for params.
+LAUNCHES = (3, 3)
 
 #: How float32 operands are multiplied, or those of 16 bits.
 _ROUTES = {"16-bit": "tensor cores", "tf32": "tensor cores, in TF32", "ieee": "float32 without tensor cores"}

@@ -37,13 +37,14 @@ void check_panel(const Panel& p) {
     check(p.stride >= p.cols, "panel: stride must be at least cols");
   else
     check_operands(p);
-  check(p.exclude_count == 0 || p.exclude, "panel: exclude must not be null when exclude_count is not 0");
+  check(p.pairs.columns_count == 0 || p.pairs.columns, "pairs: columns must not be null when columns_count is not 0");
+  check(!p.pairs.row_ids && !p.pairs.col_ids, "panel: ids are for searches");
   check(tiles(p.rows) * tiles(p.cols) <= 0x7FFFFFFF, "panel: more tiles than a launch has blocks");
   check(p.scratch || p.scratch_bytes == 0, "panel: scratch must not be null");
   check(reinterpret_cast<uintptr_t>(p.scratch) % sizeof(double) == 0, "panel: scratch must be aligned to 8");
   check(p.scratch_bytes >= scratch_bytes(p.rows, p.cols), "panel: the scratch is too small");
   if (p.term == PairTerm::kExponential)
-    check(!p.row.sum == !p.row.reference && !p.col.sum == !p.col.reference, "panel: a sum needs its reference");
+    check(!p.row.sum == !p.row.shift && !p.col.sum == !p.col.shift, "panel: a sum needs its shift");
   else
     check(p.term == PairTerm::kSigmoid && !p.col.sum && !p.col.gain, "panel: the sigmoid term has no column side");
 }
@@ -52,9 +53,9 @@ void run(const Panel& p) {
   if (p.rows == 0 || p.cols == 0) return;
   const DeviceGuard guard(p.device);
   const bool sums = p.row.sum || p.col.sum;
-  const bool exponential = p.term == PairTerm::kExponential, weights = p.weights != nullptr;
+  const bool weights = p.weights != nullptr;
   const TileKernel tile =
-      p.scores ? panel_pass(exponential, sums, weights) : tensor_cores(p.operands, exponential, sums, weights);
+      p.scores ? panel_pass(p.term, sums, weights) : tensor_cores(p.term, p.operands, sums, weights);
   launch(p.scores ? "panel_pass_kernel" : "tensor_core_kernel", tile.kernel,
          static_cast<unsigned>(tiles(p.rows) * tiles(p.cols)), kThreads, tile.shared_bytes, p.stream, p);
   launch_merge(p);
@@ -82,8 +83,9 @@ void weight_panel(const Panel& panel) {
   check(panel.weights && panel.weights_stride >= panel.cols, "weight_panel: weights must not be null");
   check(panel.row.gain || panel.col.gain, "weight_panel: at least one side must have a gain");
   if (panel.term == PairTerm::kExponential)
-    check(!panel.row.gain == !panel.row.normalizer && !panel.col.gain == !panel.col.normalizer,
-          "weight_panel: a gain needs its normalizer");
+    for (const Side* side : {&panel.row, &panel.col})
+      check(!side->gain == !side->normalizer_shift && !side->gain == !side->normalizer_rest,
+            "weight_panel: a gain needs its normalizer");
   run(panel);
 }
 
@@ -98,7 +100,7 @@ const char* architectures() { return CK_TEXT(CK_CUDA_ARCHITECTURES); }
 
 std::string why_not(int device) {
   try {
-    attributes(panel_pass(true, true, false), device);
+    attributes(panel_pass(PairTerm::kExponential, true, false), device);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -106,7 +108,8 @@ std::string why_not(int device) {
 }
 
 bool has_tensor_cores(int device) {
-  const cudaFuncAttributes found = attributes(tensor_cores(Dtype::kBFloat16, true, true, false), device);
+  const cudaFuncAttributes found =
+      attributes(tensor_cores(PairTerm::kExponential, Dtype::kBFloat16, true, false), device);
   return found.ptxVersion >= 80 && found.binaryVersion >= 80;
 }
 

@@ -13,10 +13,10 @@ struct TileKernel {
 };
 
 // Over scores in memory.
-TileKernel panel_pass(bool exponential, bool sums, bool weights);
+TileKernel panel_pass(PairTerm term, bool sums, bool weights);
 
 // With the product of 16-bit operands; from sm_80 on, elsewhere it does nothing.
-TileKernel tensor_cores(Dtype operands, bool exponential, bool sums, bool weights);
+TileKernel tensor_cores(PairTerm term, Dtype operands, bool sums, bool weights);
 
 // Folds what the tiles' blocks left in the scratch into row and column states and dparams.
 void launch_merge(const Panel& panel);

@@ -23,6 +23,10 @@ __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// No instruction: from here on the compiler knows nothing of a value, and computes anew what depends on it.
+__device__ __forceinline__ void forget(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 // From sm_80 on:
 
 // Starts copying 16 bytes into shared memory; with `bytes` 0, writes zeros and reads nothing.

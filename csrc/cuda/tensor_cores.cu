@@ -105,35 +105,36 @@ __device__ __forceinline__ void multiply_tile(const Panel& p, const TilePlace& t
   __syncthreads();
 }
 
-template <Dtype OPERANDS, bool EXPONENTIAL, bool SUMS, bool WEIGHTS>
+template <class Term, Dtype OPERANDS, bool SUMS, bool WEIGHTS>
 __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_constant__ Panel p) {
   if constexpr (kServes) {
     const TilePlace tile(p, blockIdx.x);
     const ThreadPlace mine;
     Scores scores;
     multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
-    finish_tile<EXPONENTIAL, SUMS, WEIGHTS>(p, tile, mine, scores, *reinterpret_cast<EpilogueMemory*>(shared_memory));
+    finish_tile<Term, SUMS, WEIGHTS>(p, tile, mine, scores, *reinterpret_cast<EpilogueMemory*>(shared_memory));
   }
 }
 
-template <Dtype OPERANDS>
-TileKernel choose(bool exponential, bool sums, bool weights) {
+template <class Term, Dtype OPERANDS>
+TileKernel choose(bool sums, bool weights) {
   const unsigned bytes = kStages * sizeof(Stage);
-  if (exponential) {
-    if (!weights) return {tensor_core_kernel<OPERANDS, true, true, false>, bytes};
-    return {sums ? tensor_core_kernel<OPERANDS, true, true, true> : tensor_core_kernel<OPERANDS, true, false, true>,
-            bytes};
-  }
-  if (!weights) return {tensor_core_kernel<OPERANDS, false, true, false>, bytes};
-  return {sums ? tensor_core_kernel<OPERANDS, false, true, true> : tensor_core_kernel<OPERANDS, false, false, true>,
+  if (!weights) return {tensor_core_kernel<Term, OPERANDS, true, false>, bytes};
+  return {sums ? tensor_core_kernel<Term, OPERANDS, true, true> : tensor_core_kernel<Term, OPERANDS, false, true>,
           bytes};
+}
+
+template <class Term>
+TileKernel choose(Dtype operands, bool sums, bool weights) {
+  return operands == Dtype::kBFloat16 ? choose<Term, Dtype::kBFloat16>(sums, weights)
+                                      : choose<Term, Dtype::kFloat16>(sums, weights);
 }
 
 }  // namespace
 
-TileKernel tensor_cores(Dtype operands, bool exponential, bool sums, bool weights) {
-  return operands == Dtype::kBFloat16 ? choose<Dtype::kBFloat16>(exponential, sums, weights)
-                                      : choose<Dtype::kFloat16>(exponential, sums, weights);
+TileKernel tensor_cores(PairTerm term, Dtype operands, bool sums, bool weights) {
+  return term == PairTerm::kSigmoid ? choose<Sigmoid>(operands, sums, weights)
+                                    : choose<BothSides>(operands, sums, weights);
 }
 
 }  // namespace cuda

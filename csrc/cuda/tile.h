@@ -1,5 +1,5 @@
 // A block's tile of scores and how it lies in the registers of its threads: the layout in which mma.sync leaves its
-// products, with columns renamed so that each thread's are neighbours.
+// products, with columns renamed so that each thread's are neighbours. What is said of its pairs is in pairs.h.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,13 @@
 namespace ck {
 namespace cuda {
 
-#include "../include/pair_terms.h"
-
 constexpr int kTile = 128;           // rows and columns of a block's tile
 constexpr int kThreads = 256;        // its threads: warps lie 2 x 4
 constexpr int kWarpsDown = 2;        // ... with 64 rows each,
 constexpr int kWarpsAcross = 4;      // ... and 32 columns
 constexpr int kRows = 8, kCols = 8;  // a thread's rows and columns
 constexpr int kRowStep = 8;          // from one of a thread's rows to the next
+constexpr int kGroup = 8;            // rows of tiles that go through the columns together, and share them in L2
 constexpr unsigned kAllLanes = ~0u;
 
 // The tile of this block, and what of it lies within the panel.
@@ -27,9 +26,12 @@ struct TilePlace {
   int rows, cols;    // at most kTile
 
   __device__ __forceinline__ TilePlace(const Panel& p, unsigned block) {
+    const unsigned tiles_down = static_cast<unsigned>((p.rows + kTile - 1) / kTile);
     const unsigned tiles_across = static_cast<unsigned>((p.cols + kTile - 1) / kTile);
-    down = static_cast<int>(block / tiles_across);
-    across = static_cast<int>(block % tiles_across);
+    const unsigned first = block / (kGroup * tiles_across) * kGroup, within = block % (kGroup * tiles_across);
+    const unsigned group = tiles_down - first < kGroup ? tiles_down - first : kGroup;
+    down = static_cast<int>(first + within % group);
+    across = static_cast<int>(within / group);
     rows = static_cast<int>(p.rows - row0() < kTile ? p.rows - row0() : kTile);
     cols = static_cast<int>(p.cols - col0() < kTile ? p.cols - col0() : kTile);
   }
@@ -56,39 +58,7 @@ struct ThreadPlace {
 // What one thread holds of the tile.
 struct Scores {
   float score[kRows][kCols];
-  uint32_t excluded[2];  // a bit for each score that the stream leaves out or that lies outside of the panel
-
-  __device__ __forceinline__ bool leaves_out(int i, int j) const {
-    return (excluded[i / 4] >> (i % 4 * kCols + j)) & 1u;
-  }
-  __device__ __forceinline__ float logit(int i, int j, float scale, float bias) const {
-    return leaves_out(i, j) ? -__builtin_inff() : score[i][j] * scale + bias;
-  }
 };
-
-// Marks excluded pairs and what lies outside of the panel, where the score becomes 0.
-__device__ __forceinline__ void find_excluded(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                              Scores& s) {
-  s.excluded[0] = s.excluded[1] = 0;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = mine.row + i * kRowStep;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int j = 0; j < kCols; ++j) {
-      const bool outside = row >= tile.rows || mine.col + j >= tile.cols;
-      bits |= outside ? 1u << j : 0u;
-      s.score[i][j] = outside ? 0.0f : s.score[i][j];
-    }
-    if (row < tile.rows)
-      for (int64_t k = 0; k < p.exclude_count; ++k) {
-        const int64_t column = p.exclude[(tile.row0() + row) * p.exclude_count + k] - p.first_column - tile.col0();
-        const int64_t local = column - mine.col;
-        if (local >= 0 && local < kCols) bits |= 1u << static_cast<int>(local);
-      }
-    s.excluded[i / 4] |= bits << (i % 4 * kCols);
-  }
-}
 
 // Eight neighbouring floats; fewer (`valid`) at the panel's edge. `aligned`: the address is a multiple of 16.
 __device__ __forceinline__ void load_row(const float* from, int valid, bool aligned, float (&to)[kCols]) {

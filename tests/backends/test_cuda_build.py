@@ -20,6 +20,7 @@ from contrastive_kernels.backends import cuda
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 
+BACKEND = cuda.CudaBackend()
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = "90"
 #: Registers of a thread at two blocks of 256 threads on a multiprocessor.
@@ -113,16 +114,16 @@ def test_the_library_loads_and_tells_what_it_lacks(build, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(cuda, "_C", module)
     assert re.fullmatch(rf"CUDA \d+\.\d, sm_{ARCH}", cuda.build())
-    assert cuda.why_not(torch.device("cpu"), torch.float32) == "it serves tensors on CUDA devices, not on cpu"
+    assert BACKEND.why_not(torch.device("cpu"), torch.float32) == "it serves tensors on CUDA devices, not on cpu"
     for capability, served in ((75, False), (80, False), (90, True), (100, False)):
-        assert (cuda.why_not_capability(capability, torch.float16) is None) == served
-    assert "float64" in cuda.why_not_capability(90, torch.float64)
+        assert (BACKEND.why_not_capability(capability, torch.float16) is None) == served
+    assert "float64" in BACKEND.why_not_capability(90, torch.float64)
     if torch.cuda.is_available():
         return
     case = Case(5, 7)
     panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
     with pytest.raises(RuntimeError, match=r"contrastive_kernels: cuda.*(driver|device)"):
-        cuda.reduce_panel(EXPONENTIAL, panel)
+        BACKEND.reduce_panel(EXPONENTIAL, panel)
     assert re.search(r"cuda.*(driver|device)", module.cuda_why_not(0))
 
 
@@ -130,10 +131,12 @@ def test_a_gpu_is_served_by_its_generation_or_by_ptx(monkeypatch):
     built = types.SimpleNamespace(cuda_version=lambda: 13000, cuda_architectures=lambda: "75_86_90_90PTX")
     monkeypatch.setattr(cuda, "_C", built)
     assert cuda.build() == "CUDA 13.0, sm_75, sm_86, sm_90, PTX 90"
-    served = {arch: cuda.why_not_capability(arch, torch.float16) is None for arch in (70, 75, 80, 86, 89, 90, 100, 120)}
+    served = {
+        arch: BACKEND.why_not_capability(arch, torch.float16) is None for arch in (70, 75, 80, 86, 89, 90, 100, 120)
+    }
     assert served == {70: False, 75: True, 80: False, 86: True, 89: True, 90: True, 100: True, 120: True}
-    assert cuda.why_not_capability(75, torch.bfloat16) == "bfloat16 needs compute capability 8.0"
-    assert cuda.why_not_capability(80, torch.float16).endswith("PTX 90, and this GPU has compute capability 8.0")
+    assert BACKEND.why_not_capability(75, torch.bfloat16) == "bfloat16 needs compute capability 8.0"
+    assert BACKEND.why_not_capability(80, torch.float16).endswith("PTX 90, and this GPU has compute capability 8.0")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ The panels themselves are in test_panel_pass.py.
 
 from __future__ import annotations
 
-import dataclasses
-
 import emulated
 import pytest
 import torch
@@ -15,10 +13,12 @@ from problems import PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import cuda, registry
-from contrastive_kernels.engine.matrix import Stream
+from contrastive_kernels import backends
+from contrastive_kernels.backends import cuda
+from contrastive_kernels.engine.matrix import ScoreMatrix
 from contrastive_kernels.engine.positives import Positives
 from contrastive_kernels.engine.workspace import Workspace
+from contrastive_kernels.panels.pairs import Pairs
 from contrastive_kernels.panels.panel import Side, in_pieces
 from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
@@ -28,13 +28,12 @@ from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 def kernels(monkeypatch):
     """The emulated extension in the backend's hands, which serves the CPU's tensors; the emulator's controls."""
     monkeypatch.setattr(cuda, "_C", emulated.extension())
-    backend = dataclasses.replace(registry.get("cuda"), why_not=lambda device, dtype: None)
-    order = tuple(backend if other.name == "cuda" else other for other in registry.ORDER)
-    monkeypatch.setattr(registry, "ORDER", order)
+    monkeypatch.setattr(cuda.CudaBackend, "why_not", lambda self, device, dtype: None)
     yield emulated.controls()
     emulated.controls().emulator_set_order(0)
 
 
+BACKEND = backends.get("cuda")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PAIRS = [(problem, loss) for problem in PROBLEMS for loss in problem.losses]
 
@@ -66,10 +65,10 @@ def everything(case):
         for state, normalizer, gain, used in zip(neutral, case.normalizers, case.gains, case.use)
     ]
     reduced = [Side(None if side.state is None else side.state.clone()) for side in sides]
-    arguments = (case.params, case.exclude, case.first_column)
+    arguments = (case.params, case.pairs)
     weights, dparams = torch.empty_like(case.scores), torch.zeros(2, dtype=torch.float64)
-    cuda.reduce_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, row=reduced[0], col=reduced[1]))
-    cuda.weight_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, weights, *sides, dparams))
+    BACKEND.reduce_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, row=reduced[0], col=reduced[1]))
+    BACKEND.weight_panel(EXPONENTIAL, make_panel(case.scores.clone(), *arguments, weights, *sides, dparams))
     return [weights, dparams] + [side.state for side in (*sides, *reduced) if side.state is not None]
 
 
@@ -99,13 +98,13 @@ def test_launches(kernels):
         return kernels.emulator_launches() - before
 
     both = [Side(state) for state in start_states(case)[0]]
-    assert count(cuda.reduce_panel, EXPONENTIAL, make_panel(case.scores, case.params, row=both[0], col=both[1])) == 2
+    assert count(BACKEND.reduce_panel, EXPONENTIAL, make_panel(case.scores, case.params, row=both[0], col=both[1])) == 2
     weights_alone = make_panel(case.scores.clone(), case.params, row=sides_of(case, state=None))
-    assert count(cuda.weight_panel, EXPONENTIAL, weights_alone) == 1
+    assert count(BACKEND.weight_panel, EXPONENTIAL, weights_alone) == 1
     with_sums = make_panel(case.scores.clone(), case.params, row=sides_of(case))
-    assert count(cuda.weight_panel, EXPONENTIAL, with_sums) == 2
+    assert count(BACKEND.weight_panel, EXPONENTIAL, with_sums) == 2
     sums = make_panel(case.scores, case.params, row=Side(torch.zeros(1, 130)))
-    assert count(cuda.reduce_panel, SIGMOID, sums) == 2
+    assert count(BACKEND.reduce_panel, SIGMOID, sums) == 2
 
 
 def test_a_failed_launch_is_a_runtime_error(kernels):
@@ -114,9 +113,9 @@ def test_a_failed_launch_is_a_runtime_error(kernels):
     panel = make_panel(case.scores, case.params, row=Side(start_states(case)[0][0]))
     kernels.emulator_fail_next(98)
     with pytest.raises(RuntimeError, match="panel_pass_kernel: emulated failure"):
-        cuda.reduce_panel(EXPONENTIAL, panel)
+        BACKEND.reduce_panel(EXPONENTIAL, panel)
     assert kernels.emulator_device() == 0
-    cuda.reduce_panel(EXPONENTIAL, panel)
+    BACKEND.reduce_panel(EXPONENTIAL, panel)
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         memory = cuda._memory(panel)
         cuda._C.cuda_reduce_panel(**cuda._fields(EXPONENTIAL, panel, memory), device=7)
@@ -144,13 +143,14 @@ def test_why_not_asks_the_device(kernels):
     [
         ({"scratch_bytes": 8}, "the scratch is too small"),
         ({"scores": 0}, "scores, or x and y, must not be null"),
-        ({"row_reference": 0}, "a sum needs its reference"),
-        ({"row_sum": 0, "row_reference": 0}, "at least one side must be wanted"),
+        ({"row_shift": 0}, "a sum needs its shift"),
+        ({"row_sum": 0, "row_shift": 0}, "at least one side must be wanted"),
         ({"stride": 3}, "stride must be at least cols"),
         ({"params": 0}, "params must not be null"),
         ({"term": 7}, "the sigmoid term has no column side"),
         ({"weights": 64}, "weights and dparams must be null"),
-        ({"exclude_count": 1}, "exclude must not be null"),
+        ({"columns_count": 1}, "columns must not be null"),
+        ({"row_ids": 64}, "ids are for searches"),
     ],
 )
 def test_wrong_calls_are_refused(kernels, change, message):
@@ -206,17 +206,17 @@ def test_products_on_the_tensor_cores(kernels, name, dtype, order):
     kernels.emulator_set_order(order)
     product = PRODUCTS[name](dtype)
     rows, cols = product.scores.shape
-    exclude = (torch.arange(rows) * 3 % cols)[:, None]
+    pairs = Pairs(columns=(torch.arange(rows) * 3 % cols)[:, None])
     results = []
     for ready in (True, False):
         states = [torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]) for n in (rows, cols)]
-        normalizers = [torch.linspace(0, 2, n) for n in (rows, cols)]
+        normalizers = [torch.stack([torch.linspace(-1, 2, n), torch.linspace(1, 0, n)]) for n in (rows, cols)]
         gains = [torch.linspace(-1, 1, n) for n in (rows, cols)]
         weights, dparams = torch.empty(rows, cols), torch.zeros(2, dtype=torch.float64)
         sides = [Side(*vectors) for vectors in zip(states, normalizers, gains)]
-        panel = product.panel(ready, (0.1, 0.3), exclude, 0, weights, *sides, dparams)
+        panel = product.panel(ready, (0.1, 0.3, 2.0), pairs, weights, *sides, dparams)
         assert cuda._on_tensor_cores(panel) != ready
-        cuda.weight_panel(EXPONENTIAL, panel)
+        BACKEND.weight_panel(EXPONENTIAL, panel)
         results.append([weights, dparams, *(state[0].double() + state[1].double().log() for state in states)])
     # float32 sums in the order of the depth: a few roundings of the terms' size, which the exponential passes on
     allowed = 0.1 * product.size.max() * (product.depth + 8) * torch.finfo(torch.float32).eps
@@ -259,12 +259,12 @@ def test_other_operands_take_the_portable_route(kernels, depth, dtype, offset):
     x = x.contiguous() if not offset else x
     results = []
     size = Size(65, 70, depth, dtype, x.device, False, 0, 1, in_pieces(x) and in_pieces(y))
-    for room in (0, cuda.scratch(65, 70, size)):
+    for room in (0, BACKEND.scratch(65, 70, size)):
         row = Side(torch.stack([torch.full((65,), -torch.inf), torch.zeros(65)]))
-        panel = make_panel(torch.empty(0), (0.5, 0.0), torch.zeros(65, 0, dtype=torch.int64), row=row)
+        panel = make_panel(torch.empty(0), (0.5, 0.0), row=row)
         panel.x, panel.y, panel.scores_ready, panel.scratch = x, y, False, torch.empty(room)
         assert not cuda._on_tensor_cores(panel)
-        cuda.reduce_panel(EXPONENTIAL, panel)
+        BACKEND.reduce_panel(EXPONENTIAL, panel)
         results.append(row.state[0].double() + row.state[1].double().log())
     assert torch.equal(*results)
     exact = torch.logsumexp(0.5 * x.double() @ y.double().T, 1)
@@ -277,8 +277,8 @@ def test_a_factor_takes_the_scales_place(kernels):
         weights = torch.empty(33, 40)
         panel = make_panel(case.scores.clone(), case.params, weights=weights, row=sides_of(case, state=None))
         panel.factor = None if factor is None else torch.tensor([factor])
-        cuda.weight_panel(EXPONENTIAL, panel)
-        unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double()[:, None])
+        BACKEND.weight_panel(EXPONENTIAL, panel)
+        unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double().sum(0)[:, None])
         assert ((weights - wanted * unit).abs() <= 1e-5 * wanted * unit.abs() + 1e-30).all()
 
 
@@ -306,8 +306,8 @@ def test_panels_are_as_large_as_their_route_allows(kernels, d, dtype, offsets, r
     """Room for scores where they are in memory, and nowhere else; what a panel wants is in the workspace, all of it."""
     n, room = 5000, 2**22
     x, y = operands(n, d, dtype, offsets)
-    stream = Stream(EXPONENTIAL, x, y, torch.ones(2), Positives(0), registry.get("cuda"), room)
-    workspace = Workspace(stream, weighs, (torch.ones(n), None))
+    matrix = ScoreMatrix(EXPONENTIAL, x, y, torch.ones(3), Positives(0), BACKEND, room)
+    workspace = Workspace(matrix, weighs=weighs, gains=(torch.ones(n), None))
     i = next(workspace.row_blocks())
     panel = workspace.panel(i, next(workspace.col_blocks(i)))
     assert cuda._on_tensor_cores(panel) == (route is cuda.TENSOR_CORES)

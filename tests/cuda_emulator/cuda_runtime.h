@@ -121,6 +121,9 @@ namespace emulated {
 #undef CK_INLINE
 }  // namespace emulated
 
+template <typename T>
+void forget(T&) {}
+
 inline void copy_async(void* to, const void* from, int bytes) { emulator::copy_async(to, from, bytes); }
 inline void end_copies() { emulator::end_copies(); }
 template <int PENDING>

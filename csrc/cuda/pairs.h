@@ -1,0 +1,84 @@
+// All that the kernels know of pairs: which of a tile's count, and how a logit is made of a score. A further member is
+// a few lines here.
+#pragma once
+
+#include "tile.h"
+
+namespace ck {
+namespace cuda {
+
+// How a thread makes its logits.
+struct Logits {
+  float scale, bias;
+  uint32_t left_out[2];            // a bit for each score that does not count or lies outside of the panel
+  bool biased;                     // whether columns have biases:
+  const volatile float* col_bias;  // of the thread's columns, in shared memory, for registers are scarce
+
+  __device__ __forceinline__ float operator()(const Scores& s, int i, int j) const {
+    const float z = s.score[i][j] * scale + bias;
+    if ((left_out[i / 4] >> (i % 4 * kCols + j)) & 1u) return -__builtin_inff();
+    return biased ? z + col_bias[j] : z;
+  }
+  // The same, new to the compiler: it would keep an earlier sweep's logits in registers, and spill.
+  __device__ __forceinline__ Logits anew() const {
+    Logits copy = *this;
+    forget(copy.scale);
+    forget(copy.left_out[1]);
+    return copy;
+  }
+};
+
+// The column that the diagonal crosses in the tile's first row, counted from the tile's own; far off where it does not
+// cross the tile.
+__device__ __forceinline__ int diagonal_place(const Panel& p, const TilePlace& tile) {
+  constexpr int kFar = -2 * kTile;
+  if (p.pairs.diagonal == kNoDiagonal) return kFar;
+  const int64_t place = p.pairs.first_row + tile.row0() + p.pairs.diagonal - (p.pairs.first_column + tile.col0());
+  return place > -kTile && place < kTile ? static_cast<int>(place) : kFar;
+}
+
+// A bit for each of the eight columns of one row that is left out: outside of the panel, on the diagonal, or named.
+__device__ __forceinline__ uint32_t left_out_of_row(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
+                                                    int row, int diagonal) {
+  uint32_t bits = row < tile.rows ? 0u : (1u << kCols) - 1;
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) bits |= mine.col + j < tile.cols ? 0u : 1u << j;
+  const int local = diagonal + row - mine.col;
+  if (local >= 0 && local < kCols) bits |= 1u << local;
+  if (row < tile.rows)
+    for (int64_t k = 0; k < p.pairs.columns_count; ++k) {
+      const int64_t column = p.pairs.columns[(tile.row0() + row) * p.pairs.columns_count + k];
+      const int64_t place = column - p.pairs.first_column - tile.col0() - mine.col;
+      if (place >= 0 && place < kCols) bits |= 1u << static_cast<int>(place);
+    }
+  return bits;
+}
+
+// Marks what does not count. `col_bias`: shared memory for a tile's. Scores outside of the panel are 0 already; ZEROS
+// says so again, for without it ptxas 13.0 spills 300 bytes in the kernels of sums and weights, and with it some in all
+// others.
+template <bool ZEROS>
+__device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
+                                              float* col_bias) {
+  Logits logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, col_bias + mine.col};
+  if (logits.biased) {
+    const int col = static_cast<int>(threadIdx.x);
+    if (col < tile.cols) col_bias[col] = p.pairs.col_bias[tile.col0() + col];
+    __syncthreads();
+  }
+  const int diagonal = diagonal_place(p, tile);
+  const bool whole = tile.rows == kTile && tile.cols == kTile;
+  if (whole && diagonal < -kTile && p.pairs.columns_count == 0) return logits;  // the usual tile: all of it counts
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = mine.row + i * kRowStep;
+    logits.left_out[i / 4] |= left_out_of_row(p, tile, mine, row, diagonal) << (i % 4 * kCols);
+#pragma unroll
+    for (int j = 0; ZEROS && j < kCols; ++j)
+      if (row >= tile.rows || mine.col + j >= tile.cols) s.score[i][j] = 0.0f;
+  }
+  return logits;
+}
+
+}  // namespace cuda
+}  // namespace ck
