@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import reference, reference_structure
-from .em import DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
+from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .losses import (
     ClipLoss,
     DecomposableLoss,
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "DatasetContrastiveLoss",
     "DecomposableContrastiveLoss",
     "DecomposableLoss",
     "InfoNCELoss",

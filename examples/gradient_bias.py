@@ -124,8 +124,8 @@ def memories(features: Features, batch: int, count: int, generator: torch.Genera
             recent.update(index, found)
             if number in SWEEPS:
                 name = f"decomposable, {number} sweep{'s' * (number > 1)}"
-                stored[name] = features.log_z(averaged.log_mean[:, 0] + math.log(features.others))
-        yield {**stored, "SogCLR": recent.log_mean[:, 0] + math.log(features.others)}
+                stored[name] = features.log_z(averaged.log_mean[:, 0].to(features.x) + math.log(features.others))
+        yield {**stored, "SogCLR": recent.log_mean[:, 0].to(features.x) + math.log(features.others)}
 
 
 class _Moments:

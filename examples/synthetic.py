@@ -121,7 +121,7 @@ class _Runs:
         """u Z of every anchor from the normalisers stored before this step [R, A]; moves the memory."""
         index = (torch.arange(len(found))[:, None] * ANCHORS + rows).flatten()
         stored, visits = self.memory.read(index)
-        stored = torch.where(visits == 0, found.flatten()[:, None], stored)[:, 0]
+        stored = torch.where(visits == 0, found.flatten()[:, None], stored.to(found))[:, 0]
         log_weight = ck.reference.draw_log_weights(stored, shape, self.generator)
         self.memory.update(index, found.flatten()[:, None])
         return torch.exp(found.flatten() - stored + log_weight).view(found.shape)

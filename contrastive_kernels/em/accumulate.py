@@ -13,7 +13,8 @@ from torch import Tensor
 from ..arguments.checks import check_features
 from ..draws.gamma import expected_excess
 from ..losses import decomposable
-from .expectation import positive_scores
+from .expectation import wide
+from .normalizers import Batch, positive_term, row_normalizers
 
 __all__ = ["accumulate"]
 
@@ -54,7 +55,7 @@ class _Accumulator:
     def add(self, x: Tensor, y: Tensor, log_u: Tensor, weight: Tensor, k: float, across: bool) -> Tensor:
         """sum_i u_i k sum_j exp(h_ij) over the new pairs, mean over directions; 0-d."""
         new = _Rows(x, y, _dots(x, y, log_u.dtype), log_u, weight)
-        self.sums.append(torch.full_like(log_u, -torch.inf))
+        self.sums.append(torch.full_like(log_u, -torch.inf, dtype=wide(x.device)))
         self.negatives.append(0)
         here = len(self.sums) - 1
         value = torch.zeros((), dtype=log_u.dtype, device=x.device)
@@ -86,10 +87,11 @@ class _Accumulator:
             **self.engine,
         )  # fmt: skip
         value, log_z = result
-        raw = log_z - math.log(k) + z_pos.detach()
+        sums = self.sums[place][:, direction]
+        raw = log_z.to(sums) - math.log(k) + z_pos.detach().to(sums)
         if direction == 0:
             self.negatives[place] += len(columns.x) - (own is not None)
-        self.sums[place][:, direction] = torch.logaddexp(self.sums[place][:, direction], raw)
+        self.sums[place][:, direction] = torch.logaddexp(sums, raw)
         constant = (log_u + 1).masked_fill(weight == 0, 0.0) * weight
         return value + constant.sum()
 
@@ -103,7 +105,7 @@ def accumulate(
     across: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The body of ``DecomposableContrastiveLoss.accumulate``."""
+    """The body of ``DatasetContrastiveLoss.accumulate``."""
     expectations = [loss.e_step(i, generator=generator) for i in index]
     sizes = [len(i) for i in index]
     total = sum(sizes)
@@ -119,15 +121,16 @@ def accumulate(
         expectation = expectation.to(x.device)
         negatives = max((total if across else size) - 1, 1)
         notional = loss._notional(negatives)
-        z_pos = positive_scores(x, y, scale, None, None)
-        log_z, counted = loss._normalizers(x, y, scale, expectation, None, None, z_pos, math.log(notional))
+        both = Batch(x, y, scale, None, None, expectation.log_mean.shape[1] == 2)
+        z_pos = both.positive_scores()
+        log_z, counted = row_normalizers(loss, both, expectation, z_pos, notional)
         log_u = expectation.log_weight.to(log_z) - log_z
         weight = torch.ones_like(z_pos) if counted is None else counted
         part = pairs.add(x, y, log_u, weight, notional / negatives, across) / total
         if part.requires_grad:
             part.backward()
-        rest = loss._constant() * log_u.exp() - log_u - 1 - expected_excess(loss.shape)
-        value = value + part.detach() + (rest.mean(1) * weight).sum() / total
+        rest = positive_term(loss.include_positive, log_u) - log_u - 1 - expected_excess(loss.shape)
+        value = value + part.detach() + (rest.mean(1).masked_fill(weight == 0, 0.0) * weight).sum() / total
     if isinstance(logit_scale, Tensor) and scale.grad is not None:
         logit_scale.backward(scale.grad)
     for expectation, found, size in zip(expectations, pairs.found(), sizes):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments.checks import check_positives, check_vector, scale_tensor
 
-__all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing"]
+__all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing", "wide"]
 
 
 #: Numbers of a block of products of features, a megabyte of float32.
@@ -34,8 +34,14 @@ class Expectation:
 
     def to(self, device: torch.device) -> Expectation:
         """The same on the features' device; the index stays where it is."""
-        values = {name: getattr(self, name).to(device) for name in ("log_mean", "visits", "log_weight")}
+        numbers = {name: getattr(self, name).to(device, wide(device)) for name in ("log_mean", "log_weight")}
+        values = {"visits": self.visits.to(device), **numbers}
         return replace(self, **values)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """What logarithms of means are computed in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def recomputing() -> bool:

@@ -12,28 +12,24 @@ from torch import Tensor, nn
 
 from ..arguments.checks import (
     check_backend,
-    check_engine,
     check_features,
     check_number,
-    check_positives,
     check_reduction,
-    check_scale,
     check_workspace,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
-from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from ..engine.driver import log_sums
-from ..engine.problem import Problem
+from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
-from ..operators.logsumexp import normalizers
+from ..losses.module import require_one_process
 from .accumulate import accumulate
-from .expectation import Expectation, check_choice, check_negatives, positive_scores, recomputing
+from .expectation import Expectation, check_choice, check_negatives, recomputing, wide
 from .memory import NormalizerMemory
+from .normalizers import Batch, found_by_batch, positive_term, row_normalizers
 
-__all__ = ["DecomposableContrastiveLoss"]
+__all__ = ["DatasetContrastiveLoss", "DecomposableContrastiveLoss"]
 
 
-class DecomposableContrastiveLoss(nn.Module):
+class DatasetContrastiveLoss(nn.Module):
     """InfoNCE over a whole data set from small batches: the decomposable loss, its auxiliary variables, its memory.
 
     Called once a step, it reads the batch's normalisers from the memory, draws the auxiliary variables u (E-step),
@@ -60,7 +56,8 @@ class DecomposableContrastiveLoss(nn.Module):
         no part of a sum of positive terms exceeds the whole; it only tells that a stored Zbar cannot be right.
     first_visit : {"reduce", "skip"}
         A sample without a stored normaliser takes the batch's own, from a pass without gradients before the other one,
-        as long as there may be such samples; or it only enters the memory and has no weight in the loss.
+        as long as there may be such samples; or it only enters the memory and has no weight in the loss. Weights
+        that need no stored normaliser ("batch", a constant) treat all visits alike.
     safeguard : float, optional
         With negatives="dataset": the stored normaliser is never left below exp(-safeguard) times the part of the sum
         that the batch has seen.
@@ -96,7 +93,7 @@ class DecomposableContrastiveLoss(nn.Module):
     Examples
     --------
     >>> import torch, contrastive_kernels as ck
-    >>> loss = ck.DecomposableContrastiveLoss(num_samples=1000)
+    >>> loss = ck.DatasetContrastiveLoss(num_samples=1000)
     >>> index = torch.arange(4)
     >>> x = torch.eye(4).requires_grad_()
     >>> value = loss(x, torch.eye(4), index, 5.0)
@@ -127,7 +124,6 @@ class DecomposableContrastiveLoss(nn.Module):
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
-        self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
         self.shape = None if shape is None else check_number(shape, "shape", positive=True)
         self.negatives = check_negatives(negatives)
         self.include_positive = bool(include_positive)
@@ -152,6 +148,8 @@ class DecomposableContrastiveLoss(nn.Module):
             "workspace_bytes": check_workspace(workspace_bytes),
         }
         check_backend(backend)
+        # last: it makes files, and an option that does not fit shall leave none
+        self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
 
     def extra_repr(self) -> str:
         """The options, as they print."""
@@ -206,11 +204,14 @@ class DecomposableContrastiveLoss(nn.Module):
         TypeError, ValueError
             For arguments that do not fit.
         RuntimeError
-            Within the recomputation of activation checkpointing.
+            Within the recomputation of activation checkpointing, and in training with a memory that cannot be written.
+        NotImplementedError
+            Within a process group of more than one.
         """
+        require_one_process(type(self).__name__)
         if recomputing():
             raise RuntimeError(
-                "DecomposableContrastiveLoss: called again by activation checkpointing, which would draw u and move "
+                "DatasetContrastiveLoss: called again by activation checkpointing, which would draw u and move "
                 "the memory twice; call e_step, a checkpointed m_step and update instead"
             )
         expectation = self.e_step(index, direction=direction, generator=generator)
@@ -260,30 +261,31 @@ class DecomposableContrastiveLoss(nn.Module):
                 f"with {len(x)} and {len(y)} rows, positives {type(positives).__name__} and positive_logits "
                 f"{type(positive_logits).__name__}"
             )
-        negatives = len(y) - (positive_logits is None)
+        batch = Batch(x, y, logit_scale, positives, positive_logits, two)
+        negatives = batch.negatives
         weight = row_weights(weight, len(x), x)
         if negatives < 1:
             nothing = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            alone = reduce_losses(nothing, None, self.reduction) + 0.0 * (x.sum() + y.sum()).to(nothing.dtype)
+            alone = reduce_losses(nothing, None, self.reduction) + (x[:0].sum() + y[:0].sum()).to(nothing.dtype)
             return alone, torch.full_like(expectation.log_mean, -torch.inf)
-        log_k = math.log(self._notional(negatives))
-        z_pos = positive_scores(x, y, logit_scale, positives, positive_logits)
-        log_z, counted = self._normalizers(x, y, logit_scale, expectation, positives, positive_logits, z_pos, log_k)
+        z_pos, notional = batch.positive_scores(), self._notional(negatives)
+        log_z, counted = row_normalizers(self, batch, expectation, z_pos, notional)
         log_u = expectation.log_weight.to(log_z) - log_z
         if counted is not None:
             weight = counted if weight is None else weight * counted
         sides: Any = (-log_u[:, 0], -log_u[:, 1]) if two else -log_u[:, 0]
         streamed, own = decomposable(
-            x, y, logit_scale, sides, positive_constant=0.0, negative_scale=self._notional(negatives) / negatives,
+            x, y, logit_scale, sides, positive_constant=0.0, negative_scale=notional / negatives,
             positive_logits=positive_logits, positives=positives, weight=weight, return_log_normalizer=True,
             reduction=self.reduction, **self.engine,
         )  # fmt: skip
-        rest = self._constant() * log_u.exp() - expected_excess(self.shape)
+        rest = positive_term(self.include_positive, log_u) - expected_excess(self.shape)
         if weight is not None:
             rest = rest.masked_fill((weight == 0)[:, None], 0.0)
         loss = streamed + reduce_losses(rest.mean(1), weight, self.reduction)
         found = torch.stack(list(own) if isinstance(own, Sequence) else [own], 1)
-        return loss, found + (z_pos - log_k)[:, None]
+        dtype = wide(x.device)
+        return loss, found.to(dtype) + (z_pos.to(dtype) - math.log(notional))[:, None]
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -309,11 +311,12 @@ class DecomposableContrastiveLoss(nn.Module):
         positive_logits: Tensor | None = None,
     ) -> None:
         """Visits the samples of a batch without a loss: one product. Arguments as in :meth:`forward`."""
+        require_one_process(type(self).__name__)
         x, y = check_features(x, y, ("x", "y"), self.normalize)
         expectation = self.e_step(index, direction=direction)
         two = expectation.log_mean.shape[1] == 2
-        found = self._found(x, y, logit_scale, positives, positive_logits, two)
-        self.update(expectation, found, columns=len(y) - (positive_logits is None))
+        batch = Batch(x, y, logit_scale, positives, positive_logits, two)
+        self.update(expectation, found_by_batch(batch, self.engine), columns=batch.negatives)
 
     def accumulate(
         self,
@@ -362,6 +365,7 @@ class DecomposableContrastiveLoss(nn.Module):
 
         Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
         """
+        require_one_process(type(self).__name__)
         if not (self.weights == "stored" or isinstance(self.weights, float)) or self.max_ratio is not None:
             raise ValueError(
                 "accumulate: expected weights known before the batch ('stored' or a number) and no max_ratio; "
@@ -371,72 +375,12 @@ class DecomposableContrastiveLoss(nn.Module):
             raise ValueError(f"index: expected one tensor per micro-batch [{len(batches)}]; got {len(index)}")
         return accumulate(self, encode, batches, index, logit_scale, across, generator)
 
-    def _constant(self) -> float:
-        return 1.0 if self.include_positive else 0.0
-
     def _notional(self, negatives: int) -> float:
         """K, for a batch with so many negatives."""
         if self.negatives == "dataset":
             return float(max(self.memory.num_samples - 1, 1))
         return float(negatives if self.negatives == "batch" else self.negatives)
 
-    @torch.no_grad()
-    def _normalizers(
-        self,
-        x: Tensor,
-        y: Tensor,
-        logit_scale: float | Tensor,
-        expectation: Expectation,
-        positives: int | Tensor | None,
-        positive_logits: Tensor | None,
-        z_pos: Tensor,
-        log_k: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        """log Zbar [N, d] of the rows, and which of them count [N] (None: all)."""
-        log_c = log_or_minus_infinity(self._constant())
 
-        def log_z(log_mean: Tensor) -> Tensor:
-            streamed = log_mean.to(z_pos.dtype) + log_k - z_pos[:, None]
-            return torch.logaddexp(streamed, torch.full_like(streamed, log_c))
-
-        stored, new, counted = expectation.log_mean, expectation.visits == 0, None
-        if isinstance(self.weights, float):
-            chosen = torch.full_like(z_pos, self.weights)[:, None].expand(stored.shape)
-            if self.max_ratio is None:
-                return chosen, None
-        found = None
-        reduces = expectation.cold and self.first_visit == "reduce" and self.weights == "stored"
-        if reduces or self.weights in ("updated", "batch") or self.max_ratio is not None:
-            two = stored.shape[1] == 2
-            found = self._found(x, y, logit_scale, positives, positive_logits, two)
-            stored = stored.to(found.dtype)
-        if self.weights == "updated" and found is not None:
-            chosen = log_z(self.memory.average(stored, expectation.visits, found))
-        elif self.weights == "batch" and found is not None:
-            chosen = log_z(found)
-        elif self.weights == "stored":
-            chosen = log_z(stored if found is None else torch.where(new, found, stored))
-            if found is None and self.first_visit == "skip":  # a sample that was never met: nothing to weigh it by
-                counted = (~new.any(1)).to(z_pos.dtype)
-        if self.max_ratio is not None and found is not None:
-            negatives = len(y) - (positive_logits is None)
-            ratio = self._notional(negatives) / negatives if isinstance(self.max_ratio, str) else self.max_ratio
-            chosen = torch.maximum(chosen, log_z(found) - math.log(max(ratio, 1.0)))
-        return chosen, counted
-
-    @torch.no_grad()
-    def _found(
-        self,
-        x: Tensor,
-        y: Tensor,
-        logit_scale: float | Tensor,
-        positives: int | Tensor | None,
-        positive_logits: Tensor | None,
-        two: bool,
-    ) -> Tensor:
-        """Logarithms of the batch's own means of exp(z) over negatives [N, d]; one product."""
-        index, offset = (None, None) if positive_logits is not None else check_positives(positives, x, y)
-        engine = check_engine(self.engine["backend"], self.engine["workspace_bytes"])
-        problem = Problem(x, y, check_scale(x, logit_scale), offset=offset, index=index, engine=engine)
-        sums = torch.stack([log_sums(n) for n in normalizers(problem, cols=two) if n is not None], 1)
-        return sums - math.log(max(len(y) - (positive_logits is None), 1))
+#: Its former name.
+DecomposableContrastiveLoss = DatasetContrastiveLoss

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arguments.checks import check_number
+from ..losses.module import require_one_process
+from .expectation import wide
+from .manifest import TABLES, Manifest, check_rule, check_samples
+from .statistics import NormalizerStatistics, averages, observe
+from .storage import Folder, peek
+from .tables import Tables, survey
 
 __all__ = ["NormalizerMemory", "NormalizerStatistics"]
 
 
-#: Share of the running statistics that one update replaces.
-_STATISTICS_STEP = 0.1
-
-
-#: Samples that are counted at a time.
-_CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class NormalizerStatistics:
-    """How fresh a memory is; running averages over the samples that updates met again, a number per direction.
-
-    Parameters
-    ----------
-    samples, visited : int
-        Samples of the data set, and those that were met.
-    mean_visits : float
-        Visits a sample and direction.
-    log_ratio, log_ratio_std, largest : tuple of float
-        Of log r, r = (mean that the batch found) / (mean that was stored): mean, standard deviation, and the largest so
-        far.
-    effective : tuple of float
-        E[r]^2 / E[r^2], in 0 ... 1: the part of a batch's rows that its gradient effectively consists of.
-    """
-
-    samples: int
-    visited: int
-    mean_visits: float
-    log_ratio: tuple[float, ...]
-    log_ratio_std: tuple[float, ...]
-    largest: tuple[float, ...]
-    effective: tuple[float, ...]
-
-
-class NormalizerMemory(nn.Module):
+class NormalizerMemory(Tables):
     """The logarithm of every sample's mean of exp(z) over its negatives, per direction, averaged over visits.
 
     Visit v moves the stored mean by ``g = max(v ** -step, floor)`` of the way to the one that a batch found:
@@ -70,23 +39,37 @@ class NormalizerMemory(nn.Module):
         Where it is kept: the features' device, so that nothing waits for the host, or "cpu" for a data set that does
         not fit there.
     storage : str or Path, optional
-        A folder whose files hold the state, mapped into memory; on the CPU alone. Files that exist are taken up again.
+        A folder whose files hold the state, mapped into memory; on the CPU alone. A memory of these sizes that lies
+        there is taken up again. This process is its only writer until :meth:`close`, or until the memory is gone.
+    read_only : bool
+        Map the memory of another process, without the right to write. See :meth:`open`.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments that do not fit.
+        For arguments that do not fit, and for a folder whose files do not: they are damaged, or hold other sizes.
+    OSError
+        For a folder that another memory writes (BlockingIOError), files that are missing or links, and a full disk,
+        whose space is taken here and not by the first update. A constructor that fails leaves no new files.
+    RuntimeError
+        From methods that write: for a memory that is closed, read-only, or the copy of a forked process.
 
     Notes
     -----
-    8 bytes a sample and direction: float32 and a count of visits. 10^8 samples in both directions take 1.6 GB, of which
-    the logarithms are 800 MB. The raw scores' mean is stored, not the normaliser: a positive's own score is known
+    12 bytes a sample and direction: a float64 and a count of visits. 10^8 samples in both directions take 2.4 GB, of
+    which the logarithms are 1.6 GB. The raw scores' mean is stored, not the normaliser: a positive's own score is known
     exactly whenever its sample is met, so that neither its progress nor another view of the sample makes the state
-    stale, and neither c nor K is part of it.
+    stale, and neither c nor K is part of it. At logits of 1e4 a float32 would have lost the digits that weigh a row.
 
-    The updates run on the memory's device, in place, without synchronisation. Where a sample occurs more than once in a
-    batch, its last row counts, and it is one visit. A found mean that is not finite (no negatives, or a batch that
-    overflowed) leaves the sample as it was.
+    The updates run on the memory's device, in place, without synchronisation; threads take turns. Where a sample occurs
+    more than once in a batch, its last row counts, and it is one visit. A found mean that is not finite (no negatives,
+    or a batch that overflowed) leaves the sample as it was.
+
+    The state is no buffer: casts of a model leave it float64, ``to(device)`` moves it (one that is mapped stays and
+    says so), ``load_state_dict`` copies in place with ``assign=True`` as well, and a deepcopy or pickle of a mapped
+    memory lies in memory. Each of these, and :meth:`grow`, is done whole or changes nothing.
+
+    A folder holds ``log_mean.npy``, ``visits.npy`` and ``memory.json``: docs/decomposable.md.
 
     References
     ----------
@@ -101,14 +84,10 @@ class NormalizerMemory(nn.Module):
     >>> memory.update(index, torch.tensor([[0.0], [1.0]]))
     >>> memory.update(index, torch.tensor([[0.0], [2.0]]))
     >>> memory.read(index)[0].exp().mean(1)  # (1 + 1) / 2 and (e + e^2) / 2
-    tensor([1.0000, 5.0537])
+    tensor([1.0000, 5.0537], dtype=torch.float64)
     """
 
-    log_mean: Tensor
-    visits: Tensor
-    unvisited: Tensor
-    running: Tensor
-
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_samples: int,
@@ -118,29 +97,73 @@ class NormalizerMemory(nn.Module):
         floor: float = 0.0,
         device: torch.device | str | None = None,
         storage: str | Path | None = None,
+        read_only: bool = False,
     ) -> None:
         super().__init__()
-        self.step = check_number(step, "step", positive=True)
-        self.floor = check_number(floor, "floor", positive=False)
-        if self.step > 1 or self.floor > 1:
-            raise ValueError(f"step, floor: expected at most 1; got {step} and {floor}")
-        if directions not in (1, 2):
-            raise ValueError(f"directions: expected 1 or 2; got {directions!r}")
+        self.step, self.floor = check_rule(directions, step, floor)
+        check_samples(num_samples, 1)
         if storage is not None and torch.device(device or "cpu").type != "cpu":
             raise ValueError(f"storage: expected a memory on the CPU; got device {device}")
-        self.storage = None if storage is None else Path(storage)
-        shape = (_check_samples(num_samples, 1), directions)
-        taken_up = self.storage is not None and (self.storage / "visits.bin").exists()
-        self.register_buffer("log_mean", self._allocate("log_mean", shape, torch.float32, device))
-        self.register_buffer("visits", self._allocate("visits", shape, torch.int32, device))
-        # by direction: samples that were never met, on the device; the host's copy arrives when it arrives
-        self.register_buffer("unvisited", torch.full((directions,), num_samples, device=self.visits.device))
-        if taken_up:
-            self.unvisited.sub_(torch.stack([part.count_nonzero(0) for part in self.visits.split(_CHUNK)]).sum(0))
-        # by direction: E[log r], E[log r ^2], max log r, E[r], E[r^2], weight of the averages
-        self.register_buffer("running", torch.zeros(directions, 6, device=self.visits.device))
+        if read_only and storage is None:
+            raise ValueError("read_only: expected a storage to read; got None")
+        if storage is None:
+            shape = (num_samples, directions)
+            tables = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in TABLES.items()}
+            unvisited = torch.full((directions,), num_samples, device=tables["visits"].device)
+        else:
+            wanted = Manifest(num_samples, directions, self.step, self.floor)
+            self._folder = folder = Folder(Path(storage).absolute(), wanted, read_only)
+            tables, unvisited = folder.tables, _survey(folder)
+        self.log_mean, self.visits, self.unvisited = tables["log_mean"], tables["visits"], unvisited
+        self.running = torch.zeros(directions, 6, dtype=torch.float64, device=unvisited.device)
+        # the host's copy of unvisited arrives when it arrives
         self._cold = True
         self._arriving: tuple[Tensor, Any] | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path, *, read_only: bool = False) -> NormalizerMemory:
+        """The memory that a folder holds, with its own sizes, step and floor.
+
+        Parameters
+        ----------
+        folder : str or Path
+            A former ``storage``.
+        read_only : bool
+            Any number of processes may map the tables so while another one writes: they see what it writes to the
+            samples that there were, and cannot change it.
+
+        Raises
+        ------
+        ValueError, OSError
+            As the constructor, and where there is none.
+        """
+        held = peek(Path(folder).absolute())
+        return cls(
+            held.num_samples, held.directions, step=held.step, floor=held.floor, storage=folder, read_only=read_only
+        )
+
+    def close(self) -> None:
+        """Ends the use of a folder: its lock is free, the tables are gone from here. In memory it does nothing."""
+        with self._guard:
+            if self._folder is not None:
+                self._folder.close()
+                self.log_mean, self.visits = (v.to("meta") for v in (self.log_mean, self.visits))
+
+    def flush(self) -> None:
+        """Returns once a folder's tables are on the disk.
+
+        What is written survives the process in any case; only a machine that fails loses what was not flushed.
+        """
+        with self._guard:
+            self._require("flush")
+            if self._folder is not None:
+                self._folder.flush()
+
+    def __enter__(self) -> NormalizerMemory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def num_samples(self) -> int:
@@ -151,6 +174,11 @@ class NormalizerMemory(nn.Module):
     def directions(self) -> int:
         """1 or 2."""
         return self.log_mean.shape[1]
+
+    @property
+    def storage(self) -> Path | None:
+        """The folder, if there is one."""
+        return None if self._folder is None else self._folder.path
 
     @property
     def cold(self) -> bool:
@@ -174,8 +202,11 @@ class NormalizerMemory(nn.Module):
         TypeError, ValueError
             For an index that is no int64 vector, or outside the data set (on a GPU: a device-side assertion).
         """
-        rows = self._check_index(index)
-        return self.log_mean[rows].to(index.device), self.visits[rows].to(index.device)
+        with self._guard:
+            self._require("read")
+            rows = self._check_index(index)
+            log_mean, visits = self.log_mean[rows], self.visits[rows]
+        return log_mean.to(index.device, wide(index.device)), visits.to(index.device)
 
     def average(self, stored: Tensor, visits: Tensor, found: Tensor) -> Tensor:
         """What a visit makes of `stored` [N, d] after `visits` earlier ones; a pure function."""
@@ -206,41 +237,53 @@ class NormalizerMemory(nn.Module):
         ------
         TypeError, ValueError
             As :meth:`read`, and for a ``found`` of another shape.
+        RuntimeError
+            As the constructor says.
+        NotImplementedError
+            Within a process group of more than one.
         """
-        rows, columns = self._check_index(index), self._columns(direction)
-        found = self._check_found(found, "found", len(rows), columns)
-        if len(rows) == 0:
-            return
+        require_one_process("NormalizerMemory.update")
+        with self._guard:
+            self._require("update", write=True)
+            rows, columns = self._check_index(index), self._columns(direction)
+            found = self._check_found(found, "found", len(rows), columns)
+            bound = None if lower_bound is None else self._check_found(lower_bound, "lower_bound", len(rows), columns)
+            if len(rows):
+                self._visit(rows, columns, found, bound)
+
+    def _visit(self, rows: Tensor, columns: slice, found: Tensor, bound: Tensor | None) -> None:
+        """Moves samples [N] to what was found [N, d]; whatever may fail comes before the first write."""
         last, first = _last_of_each(rows)
-        stored, visits = self.log_mean[rows, columns], self.visits[rows, columns]
         found = found[last]
-        usable = found.isfinite()
-        moved = self.average(stored, visits, found)
-        if lower_bound is not None:
-            bound = self._check_found(lower_bound, "lower_bound", len(rows), columns)[last]
+        stored, visits = self.log_mean[rows, columns], self.visits[rows, columns]
+        usable, known = found.isfinite(), (visits > 0) & stored.isfinite()
+        # what is no number was written by others, and starts anew
+        before = torch.where(known, stored, 0.0)
+        moved = self.average(before, torch.where(known, visits, 0), found)
+        if bound is not None:
+            bound = bound[last]
             moved = torch.where(bound.isfinite(), torch.maximum(moved, bound), moved)
-        self._observe(columns, found - stored, usable & (visits > 0) & first[:, None])
-        self.unvisited[columns] -= (usable & (visits == 0) & first[:, None]).sum(0)
-        # duplicates write the same values, so that their order does not matter
-        self.log_mean[rows, columns] = torch.where(usable, moved, stored)
-        self.visits[rows, columns] = visits + usable.to(visits.dtype)
+        running = observe(self.running[columns], found - before, usable & known & first[:, None])
+        met = (usable & (visits == 0) & first[:, None]).sum(0)
+        visited = torch.where(known | ~usable, visits, 0) + usable.to(visits.dtype)
+        moved = torch.where(usable, moved, stored)
+        # duplicates write the same values, so that their order does not matter. A process that dies in between leaves
+        # a mean with one visit too few, never a visit without its mean
+        self.log_mean[rows, columns] = moved
+        self.visits[rows, columns] = visited
+        self.unvisited[columns] -= met
+        self.running[columns] = running
         self._tell_host()
 
     def statistics(self) -> NormalizerStatistics:
-        """How fresh the memory is; reads it from the device."""
-        mean, square, largest, ratio, ratio_square, weight = self.running.double().cpu().T
-        mean, square, ratio, ratio_square = (v / weight for v in (mean, square, ratio, ratio_square))
-        spread = (square - mean.square()).clamp_min(0).sqrt()
+        """How fresh the memory is; reads it from the device. The averages begin with this object."""
+        self._require("statistics")
         unvisited = int(self.unvisited.max())
-        largest = torch.where(weight > 0, largest, torch.nan)
         return NormalizerStatistics(
             samples=self.num_samples,
             visited=self.num_samples - unvisited,
             mean_visits=float(self.visits.sum(dtype=torch.int64)) / max(self.visits.numel(), 1),
-            log_ratio=tuple(mean.tolist()),
-            log_ratio_std=tuple(spread.tolist()),
-            largest=tuple(largest.tolist()),
-            effective=tuple((ratio.square() / ratio_square).tolist()),
+            **averages(self.running),
         )
 
     @torch.no_grad()
@@ -249,10 +292,25 @@ class NormalizerMemory(nn.Module):
 
         The logarithm of a mean of exp(scale * s) is convex in the scale and 0 at scale 0. So where it is positive, this
         ends nearer to the truth than leaving it alone does, on the same side: too low after a rise, too high after a
-        fall. In training it made no measurable difference: docs/decomposable.md. O(num_samples), in place.
-        """
-        self.log_mean.mul_(ratio)
+        fall. In training it made no measurable difference: docs/decomposable.md. O(num_samples), in place; a process
+        that dies in between leaves some samples as they were.
 
+        Raises
+        ------
+        ValueError
+            For a ratio that is no finite number above 0 (on a GPU: a device-side assertion).
+        """
+        with self._guard:
+            self._require("rescale", write=True)
+            factor = torch.as_tensor(ratio, dtype=torch.float64, device=self.log_mean.device)
+            fits = ((factor > 0) & factor.isfinite()).all()
+            if factor.device.type == "cuda":
+                torch._assert_async(fits, "ratio: expected a finite number above 0")
+            elif not bool(fits):
+                raise ValueError(f"ratio: expected a finite number above 0; got {ratio}")
+            self.log_mean.mul_(factor)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def grow(self, num_samples: int) -> None:
         """Makes room for samples that the data set gained; they have not been met. What is stored stays.
@@ -261,40 +319,27 @@ class NormalizerMemory(nn.Module):
         ------
         ValueError
             For fewer samples than there are.
+        OSError, RuntimeError
+            Where there is no room: the memory, and its folder, keep their size.
         """
-        before = self.num_samples
-        _check_samples(num_samples, before)
-        shape, device = (num_samples, self.directions), self.visits.device
-        for name in ("log_mean", "visits"):
-            old: Tensor = getattr(self, name)
-            new = self._allocate(name, shape, old.dtype, device)
-            if self.storage is None:
-                new[:before] = old
-            setattr(self, name, new)
-        self.unvisited += num_samples - before
-        self._cold = self._cold or num_samples > before
-        self._arriving = None
+        with self._guard:
+            self._require("grow", write=True)
+            before = self.num_samples
+            more = check_samples(num_samples, before) - before
+            if more == 0:
+                return
+            unvisited = self.unvisited + more
+            if self._folder is None:
+                old = {name: getattr(self, name) for name in TABLES}
+                tables = {name: torch.cat([v, v.new_zeros(more, self.directions)]) for name, v in old.items()}
+            else:
+                self._folder.grow(num_samples)
+                tables = self._folder.tables
+            self._replace({**tables, "unvisited": unvisited})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _settled(self) -> None:
         self._cold, self._arriving = True, None
         self._tell_host()
-
-    def _allocate(
-        self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str | None
-    ) -> Tensor:
-        """Zeros [samples, directions]; with a storage, what its file holds, extended by zeros."""
-        if self.storage is None:
-            return torch.zeros(shape, dtype=dtype, device=device)
-        self.storage.mkdir(parents=True, exist_ok=True)
-        path, size = self.storage / f"{name}.bin", shape[0] * shape[1]
-        held = path.stat().st_size // dtype.itemsize if path.exists() else 0
-        if held > size:
-            raise ValueError(f"storage: expected {name}.bin with at most {size} numbers; got {held} in {self.storage}")
-        path.touch()
-        # torch 2.13's from_file zeroes the first byte of a file that it extends
-        os.truncate(path, size * dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def _check_index(self, index: Any) -> Tensor:
         """The index on the memory's device, within the data set."""
@@ -327,22 +372,7 @@ class NormalizerMemory(nn.Module):
             raise TypeError(f"{name}: expected a tensor of shape {list(shape)}; got {type(found).__name__}")
         if found.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}; got {list(found.shape)}")
-        return found.detach().to(self.log_mean)
-
-    def _observe(self, columns: slice, log_ratio: Tensor, counted: Tensor) -> None:
-        """Folds the log ratios [N, d] of the rows that count into the running statistics."""
-        number = counted.sum(0)
-        values = torch.where(counted, log_ratio, 0.0)
-        ratio = torch.where(counted, log_ratio.clamp_max(40.0).exp(), 0.0)
-        sums = torch.stack([values, values.square(), ratio, ratio.square()]).sum(1)  # [4, d]
-        share = _STATISTICS_STEP * (number > 0)
-        means = torch.cat([sums / number.clamp_min(1), torch.ones_like(sums[:1])])
-        running = self.running[columns].T
-        largest = torch.where(counted, log_ratio, -torch.inf).amax(0)
-        largest = torch.where(running[5] > 0, torch.maximum(running[2], largest), largest)
-        averages = torch.lerp(running[[0, 1, 3, 4, 5]], means, share.to(means.dtype))
-        updated = torch.stack([*averages[:2], largest, *averages[2:]])
-        self.running[columns] = torch.where(number > 0, updated, running).T
+        return found.detach().to(self.log_mean.device).to(self.log_mean.dtype)
 
     def _tell_host(self) -> None:
         """Sends the number of samples that were never met on its way to the host, if it still wants to know."""
@@ -358,16 +388,20 @@ class NormalizerMemory(nn.Module):
             self._arriving = (self.unvisited.clone(), None)
 
 
-def _check_samples(num_samples: Any, least: int) -> int:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"num_samples: expected an int; got {type(num_samples).__name__}")
-    if num_samples < least:
-        raise ValueError(f"num_samples: expected at least {least}; got {num_samples}")
-    return num_samples
-
-
 def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
     """Where each row's sample occurs last [N], and whether the row is that one [N]; the same in every run."""
     ordered, order = torch.sort(index, stable=True)
     last = order[torch.searchsorted(ordered, index, right=True) - 1]
     return last, last == torch.arange(len(index), device=index.device)
+
+
+def _survey(folder: Folder) -> Tensor:
+    """Samples that a folder's tables have never met [d]; a folder with values that no update leaves is refused."""
+    log_mean, visits = folder.tables["log_mean"], folder.tables["visits"]
+    if folder.new:
+        return torch.full(visits.shape[1:], len(visits), device=visits.device)
+    try:
+        return survey(log_mean, visits)
+    except ValueError as error:
+        folder.close()
+        raise ValueError(f"storage: {error}; in {folder.path}") from None

@@ -230,7 +230,8 @@ def decomposable(
             exponents = exponents.masked_fill((weight == 0)[:, None], -torch.inf)
             log_u = log_u.masked_fill(weight == 0, 0.0)
         terms = torch.exp(exponents).sum(1)
-        losses.append(terms + positive_constant * log_u.exp() - log_u - 1 - expected_excess(shape))
+        own = torch.exp(log_u + log_or_minus_infinity(positive_constant))  # u c, and 0 for c = 0 however large u is
+        losses.append(terms + own - log_u - 1 - expected_excess(shape))
         log_z = _logsumexp(h) + log_k
         log_zs.append(torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(positive_constant))).detach())
     loss = _reduce(torch.stack(losses).mean(0), weight, reduction)

@@ -24,7 +24,7 @@ def micro_batches(n, d=4, seed=0):
     weights = [torch.randn(d, 3, generator=g, dtype=F64).requires_grad_() for _ in range(2)]
     log_scale = torch.tensor(1.0, dtype=F64, requires_grad=True)
     data = torch.randn(2, n, d, generator=g, dtype=F64)
-    loss = ck.DecomposableContrastiveLoss(20, shape=1.5)
+    loss = ck.DatasetContrastiveLoss(20, shape=1.5)
     loss.memory.update(torch.arange(20), torch.randn(20, 2, generator=g))
 
     def encode(rows):
@@ -88,10 +88,10 @@ def test_micro_batches_by_themselves():
 
 def test_accumulation_refuses_weights_that_need_the_batch():
     for options in ({"weights": "updated"}, {"weights": "batch"}, {"max_ratio": 5.0}):
-        loss = ck.DecomposableContrastiveLoss(20, **options)
+        loss = ck.DatasetContrastiveLoss(20, **options)
         with pytest.raises(ValueError, match="accumulate"):
             loss.accumulate(lambda b: b, [0], [torch.arange(2)], 1.0)
-    loss = ck.DecomposableContrastiveLoss(20)
+    loss = ck.DatasetContrastiveLoss(20)
     with pytest.raises(ValueError, match="index"):
         loss.accumulate(lambda b: b, [0, 1], [torch.arange(2)], 1.0)
     with pytest.raises(ValueError, match="encode"):

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import threading
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_averages_are_of_the_means_and_not_of_their_logarithms():
     memory = ck.NormalizerMemory(10, step=1.0)
     for values in found:
         memory.update(index, values)
-    torch.testing.assert_close(memory.read(index)[0], found.logsumexp(0) - math.log(20))
+    torch.testing.assert_close(memory.read(index)[0], found.double().logsumexp(0) - math.log(20))
     assert (memory.read(index)[1] == 20).all() and memory.visits.sum() == 160
 
 
@@ -111,36 +112,8 @@ def test_a_state_dict_restores_everything():
 
 def test_a_hundred_million_samples_take_what_the_documentation_says():
     memory = ck.NormalizerMemory(10**8, device="meta")
-    assert memory.log_mean.nbytes == memory.visits.nbytes == 800_000_000
-    assert sum(b.nbytes for b in memory.buffers()) < 1_600_001_000
-
-
-def test_a_hundred_million_samples_on_disk(tmp_path):
-    """Sparse files: only what is touched takes memory."""
-    memory = ck.NormalizerMemory(10**8, storage=tmp_path)
-    index = torch.tensor([0, 99_999_999, 31_415_926])
-    memory.update(index, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    assert memory.read(index)[0].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
-    assert memory.unvisited.tolist() == [10**8 - 3] * 2
-    for name in ("log_mean", "visits"):
-        file = (tmp_path / f"{name}.bin").stat()
-        assert file.st_size == 800_000_000 and file.st_blocks * 512 < 1_000_000
-
-
-def test_a_storage_is_taken_up_again_and_grows(tmp_path):
-    memory = ck.NormalizerMemory(1000, storage=tmp_path)
-    index = torch.tensor([0, 999, 314])
-    for visit in range(1, 300):  # every byte of a count is used
-        memory.update(index, torch.full((3, 2), float(visit)))
-    log_mean, visits = memory.log_mean.clone(), memory.visits.clone()  # the files are shared
-    again = ck.NormalizerMemory(1000, storage=tmp_path)
-    assert torch.equal(again.log_mean, log_mean) and torch.equal(again.visits, visits)
-    assert again.unvisited.tolist() == [997, 997] and again.cold
-    again.grow(1500)
-    assert torch.equal(again.log_mean[:1000], log_mean) and torch.equal(again.visits[:1000], visits)
-    assert again.visits[1000:].sum() == 0 and again.unvisited.tolist() == [1497, 1497]
-    with pytest.raises(ValueError, match="storage"):
-        ck.NormalizerMemory(10, storage=tmp_path)
+    assert memory.log_mean.nbytes == 1_600_000_000 and memory.visits.nbytes == 800_000_000
+    assert sum(v.nbytes for v in memory.state_dict().values()) < 2_400_001_000
 
 
 def test_statistics_tell_how_far_the_state_lags():
@@ -164,12 +137,11 @@ def test_no_step_waits_for_the_host():
     """On a meta tensor every synchronisation raises."""
     memory = ck.NormalizerMemory(100, device="meta")
     index = torch.arange(4, device="meta")
-    stored, visits = memory.log_mean[index], memory.visits[index]
-    memory._observe(slice(0, 2), stored, visits > 0)
-    memory.average(stored, visits, stored)
-    memory.unvisited[0:2] -= (visits == 0).sum(0)
-    memory._tell_host()
+    memory.update(index, torch.zeros(4, 2, device="meta"), lower_bound=torch.zeros(4, 2, device="meta"))
+    memory.read(index)
     assert memory.cold
+    with pytest.raises(RuntimeError):
+        bool(memory.unvisited.any())
 
 
 def test_rescaling_comes_nearer_to_a_moved_temperature():
@@ -185,10 +157,72 @@ def test_rescaling_comes_nearer_to_a_moved_temperature():
     assert (new - memory.log_mean).std() < (new - old).std()
 
 
+@pytest.mark.parametrize("ratio", [0.0, -1.0, math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_ratio_that_would_spoil_the_memory_is_refused(ratio):
+    memory = memory_of_one()
+    memory.update(torch.arange(10), torch.ones(10, 1))
+    with pytest.raises(ValueError, match="ratio"):
+        memory.rescale(ratio)
+    assert (memory.log_mean == 1).all()
+
+
 def test_the_batch_is_moved_to_the_memory_and_back():
-    memory = ck.NormalizerMemory(10).double()
+    memory = ck.NormalizerMemory(10)
     memory.update(torch.arange(2), torch.ones(2, 2, dtype=torch.float16))
     assert memory.read(torch.arange(2))[0].dtype == torch.float64
+
+
+def test_digits_of_large_logits_are_kept():
+    """A float32 of 1e4 is rounded to 1e-3; the weights of the rows are its exponentials."""
+    memory = memory_of_one()
+    for value in (1e4 + 0.3, 1e4 + 0.7001):
+        memory.update(torch.tensor([2]), column(torch.tensor(value, dtype=torch.float64)))
+    want = 1e4 + math.log((math.exp(0.3) + math.exp(0.7001)) / 2)
+    assert abs(memory.read(torch.tensor([2]))[0].item() - want) < 1e-10
+
+
+def test_what_was_spoilt_from_outside_starts_anew():
+    memory = memory_of_one()
+    memory.update(torch.arange(3), column(1.0, 1.0, 1.0))
+    memory.log_mean[1] = torch.nan
+    memory.update(torch.arange(3), column(3.0, 3.0, torch.nan))
+    assert memory.log_mean[1] == 3 and memory.visits[:3, 0].tolist() == [2, 1, 1]
+    assert memory.unvisited.tolist() == [7] and memory.running.isfinite().all()
+
+
+def test_threads_take_turns():
+    memory, index = memory_of_one(), torch.arange(10)
+
+    def visit():
+        for _ in range(100):
+            memory.update(index, torch.zeros(10, 1))
+            assert (memory.read(index)[1] > 0).all()
+
+    threads = [threading.Thread(target=visit) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    memory.grow(12)
+    for thread in threads:
+        thread.join()
+    assert (memory.visits[:10] == 600).all() and memory.unvisited.tolist() == [2]
+
+
+def test_a_group_of_processes_is_refused(monkeypatch):
+    x, y = torch.eye(4), torch.eye(4)
+    loss = ck.DatasetContrastiveLoss(4)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    encoded = []
+    for call in (
+        lambda: loss(x, y, torch.arange(4), 1.0),
+        lambda: loss.eval()(x, y, torch.arange(4), 1.0),
+        lambda: loss.warm_up(x, y, torch.arange(4), 1.0),
+        lambda: loss.accumulate(encoded.append, [0], [torch.arange(4)], 1.0),
+        lambda: loss.memory.update(torch.arange(4), torch.zeros(4, 2)),
+    ):
+        with pytest.raises(NotImplementedError, match="process group of 2"):
+            call()
+    assert loss.memory.visits.sum() == 0 and not encoded
 
 
 @pytest.mark.parametrize(
