@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -367,8 +368,11 @@ def test_settings_name_what_is_wrong():
 
 @pytest.fixture(scope="module")
 def few(data):
-    """Half of the letters: captions and pictures to draw, learn and ask about are what takes the time."""
-    return data.subset(characters=np.flatnonzero((data.codepoints < 0x180) | (data.codepoints > 0x1F00)))
+    """Half of the letters, few versions of their names, few questions a step: all of this only takes time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(views, "COPIES", 2)
+        patched.setattr(structures, "fine_tune", functools.partial(fusion_tasks.fine_tune, batch=32))
+        yield data.subset(characters=np.flatnonzero((data.codepoints < 0x180) | (data.codepoints > 0x1F00)))
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +416,7 @@ def test_quick_command(quick, few, monkeypatch, capsys):
     monkeypatch.setattr(structures, "load_glyphs", lambda folder, faces: few)
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(structures, "train", None)
+    monkeypatch.setattr(structures, "draw_report", lambda path, results: None)  # seen above
     structures.main()
     assert "10 of 10" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--out: expected cells of these settings"):
