@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from evaluate import encode_pictures, encode_texts, evaluate, ranks
+from files import write_figure, write_json
 from glyphs import GlyphData, load_glyphs
 from loss_cost import Cost, loss_costs
+from options import SIZE, Distinct, check_folder, run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -125,7 +126,7 @@ def draw_costs(path: Path, costs: list[Cost]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 # 3. The towers
@@ -173,7 +174,7 @@ def draw_retrieval(path: Path, images: np.ndarray[Any, Any], names: list[str], b
                 axes.spines[:].set(color="tab:green" if j == i else "lightgray", linewidth=3 if j == i else 0.5)
     grid[0][1].set_title("own", fontsize=8)
     grid[0][2].set_title("nearest", fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def main() -> None:
@@ -181,17 +182,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RUNS / "demo", help="where the pictures go")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--compare", type=int, default=25, help="steps that the dense loss is trained for as well")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192, 16384], help="batch sizes of part 2")
+    parser.add_argument("--batch", type=SIZE, default=4096)
+    parser.add_argument("--steps", type=SIZE, default=100)
+    parser.add_argument("--compare", type=SIZE, default=25, help="steps that the dense loss is trained for as well")
+    parser.add_argument(
+        "--sizes", type=SIZE, nargs="+", action=Distinct, default=[4096, 8192, 16384], help="batch sizes of part 2"
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
     console, out = Console(), arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
 
     data = load_glyphs(arguments.cache)
-    settings = Settings(batch=arguments.batch, steps=arguments.steps)
+    # no more than a batch of distinct characters can hold, so that what is said is what is done
+    batch = min(arguments.batch, len(data.characters("train")))
+    settings = Settings(batch=batch, steps=arguments.steps)
     compared = min(arguments.compare, arguments.steps)
     introduce(console, data, settings, compared)
 
@@ -206,10 +211,10 @@ def main() -> None:
 
     results = {"costs": [dataclasses.asdict(cost) for cost in costs], "scores": scores.as_dict()}
     curves = {"fused": fused.curve(), "dense": dense.curve()}
-    (out / "demo.json").write_text(json.dumps({**results, "curves": curves}, indent=1))
+    write_json(out / "demo.json", {**results, "curves": curves})
     console.print(f"\ncurves.png, cost.png, retrieval.png and demo.json are in {out}")
     console.print(f"{time.perf_counter() - started:.0f} seconds in all.", highlight=False)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

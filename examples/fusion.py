@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from glyphs import Batch, GlyphData
-from structured_towers import Momentum, statistics_kept
+from options import COUNT, FRACTION, SIZE, Number
+from structured_towers import STRUCTURE, Momentum, statistics_kept
 from tasks import question_words
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -48,6 +50,16 @@ class FusionSettings(Settings):
     separation: float = 0.0
     bridge: float = 0.0
     geometry: float = 0.0
+
+    numbers: ClassVar[Mapping[str, Number]] = {
+        **Settings.numbers, "width": SIZE, "text_layers": COUNT, "fusion_layers": COUNT, "queue": SIZE,
+        "masked": FRACTION, **STRUCTURE,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.queue < self.batch:
+            raise ValueError(f"queue: expected at least a batch of {self.batch} rows, got {self.queue}")
 
 
 class FusionModel(TwoTowers):

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
+import sys
 import tempfile
 import unicodedata
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from files import Mistake, read_sealed, reason, write_sealed
+from options import run
 from rich.console import Console
 from rich.progress import track
 from unicode_scripts import SCRIPTS, script_index
@@ -38,7 +41,7 @@ __all__ = ["FACES", "SPLITS", "Batch", "BatchSampler", "Face", "GlyphData", "def
 SIZE = 32  # pixels of a side
 SPLITS = ("train", "validation", "test")
 _SPLIT_ENDS = (0.75, 0.85, 1.0)  # train, validation and test: 75, 10 and 15 % of the characters
-_FORMAT = 1  # part of the cache's key: raise it whenever the drawing below changes
+_FORMAT = 2  # part of the cache's key: raise it whenever the drawing below, or the form of the file, changes
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,14 @@ class GlyphData:
     def split(self) -> npt.NDArray[np.int64]:
         """Index into ``SPLITS``, [C]."""
         return np.searchsorted(_SPLIT_ENDS, [_unit_hash(int(c)) for c in self.codepoints], side="right")
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of all four arrays: a run goes on with the data that it began with, or not at all."""
+        found = hashlib.blake2b(digest_size=16)
+        for table in (self.images, self.character, self.face, self.codepoints):
+            found.update(np.ascontiguousarray(table).data)
+        return found.hexdigest()
 
     @cached_property
     def first(self) -> npt.NDArray[np.int64]:
@@ -244,8 +255,12 @@ def _draw(fonts: Path, faces: Sequence[int], progress: bool) -> GlyphData:
 
 
 def default_folder() -> Path:
-    """``contrastive-kernels`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "contrastive-kernels"
+    """``contrastive-kernels`` in ``XDG_CACHE_HOME``, else in ``~/.cache``; without a home, in a temporary folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return cache.expanduser() / "contrastive-kernels"
+    except RuntimeError:  # a user without a home, as containers have them
+        return Path(tempfile.gettempdir()) / "contrastive-kernels"
 
 
 def _cache_name(fonts: Path, faces: Sequence[int]) -> str:
@@ -262,29 +277,32 @@ def _cache_name(fonts: Path, faces: Sequence[int]) -> str:
 
 
 def _read(path: Path) -> GlyphData | None:
-    """The data set kept at ``path``, or None when there is none or the file is damaged."""
+    """The data set kept at ``path``, or None when there is none or, said in a word, the file is of no use."""
     try:
-        with np.load(path) as kept:
-            data = GlyphData(kept["images"], kept["character"], kept["face"], kept["codepoints"])
-    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        with np.load(io.BytesIO(read_sealed(path))) as kept:
+            return GlyphData(kept["images"], kept["character"], kept["face"], kept["codepoints"])
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    whole = data.images.shape == (len(data.character), SIZE, SIZE) and len(data.face) == len(data.character)
-    return data if whole else None
+    except Mistake as damaged:
+        _say(f"{damaged}; the characters are drawn again")
+    except OSError as error:
+        _say(f"{path} cannot be read ({reason(error)}); the characters are drawn again")
+    return None
 
 
 def _write(path: Path, data: GlyphData) -> None:
-    """Write beside ``path`` and rename, so that nobody ever sees a half-written file under that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    """Keeps the data set; where it cannot be kept, the run has it all the same."""
+    content = io.BytesIO()
+    np.savez(content, images=data.images, character=data.character, face=data.face, codepoints=data.codepoints)
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, images=data.images, character=data.character, face=data.face, codepoints=data.codepoints)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write_sealed(path, content.getvalue())
+    except OSError as error:
+        _say(f"{path.parent} cannot keep the characters ({reason(error)}); the next run draws them again (--cache)")
+
+
+def _say(message: str) -> None:
+    """A line beside whatever the command prints."""
+    print(f"glyphs: {message}", file=sys.stderr)
 
 
 def load_glyphs(
@@ -402,9 +420,15 @@ def summary(data: GlyphData) -> str:
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Draw the data set, once, and print what is in it.")
     parser.add_argument("folder", type=Path, nargs="?", default=default_folder(), help="where it is kept")
     folder = parser.parse_args().folder
     print(summary(load_glyphs(folder)))
-    print(f"kept in {folder}")
+    if any(folder.glob("glyphs-*.npz")):
+        print(f"kept in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

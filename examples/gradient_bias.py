@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from files import Mistake, write_figure, write_json
 from glyphs import GlyphData, load_glyphs
 from half_batch import LOGIT_SCALE, train_towers
+from options import SEED, THREADS, Distinct, at_least, output_file, run
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -203,6 +204,8 @@ def measure(features: Features, batch: int, seed: int = 0) -> list[Measurement]:
 
 def frozen_features(data: GlyphData, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Unit features [samples, D] of pictures and of their captions, from towers trained for a moment."""
+    if samples > len(data):
+        raise Mistake(f"--samples: expected at most {len(data)}, one of each picture, got {samples}")
     towers, _ = train_towers(data, Captions(data.captions), **TRAINING)  # type: ignore[arg-type]
     rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:samples])
     with torch.no_grad():
@@ -267,22 +270,21 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("batch size")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     pyplot.close(figure)
 
 
 def main() -> None:
     """The command: both scales, all batch sizes, tables, JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="a multiple of every batch size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write a row per method, batch size and scale")
-    parser.add_argument("--png", type=Path, help="draw bias and standard deviation")
+    parser.add_argument("--batch", type=at_least(2), nargs="+", action=Distinct, default=BATCHES)
+    parser.add_argument("--samples", type=at_least(16), default=SAMPLES, help="a multiple of every batch size")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--threads", type=THREADS, default=torch.get_num_threads())
+    parser.add_argument("--json", type=output_file, help="write a row per method, batch size and scale")
+    parser.add_argument("--png", type=output_file, help="draw bias and standard deviation")
     arguments = parser.parse_args()
-    if any(batch < 2 or arguments.samples % batch for batch in arguments.batch):
+    if any(arguments.samples % batch for batch in arguments.batch):
         parser.error(f"--batch: expected divisors of {arguments.samples} of at least 2; got {arguments.batch}")
     torch.set_num_threads(arguments.threads)
     console, rows = Console(), list[Measurement]()
@@ -300,11 +302,10 @@ def main() -> None:
     for scale in sorted({r.scale for r in rows}):
         console.print(summary(rows, scale))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1) + "\n")
+        write_json(arguments.json, [dataclasses.asdict(r) for r in rows])
     if arguments.png:
         draw(rows, arguments.png)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

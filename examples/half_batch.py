@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -31,8 +30,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from evaluate import evaluate
+from files import Mistake, RowFile, write_figure
 from glyphs import BatchSampler, GlyphData, load_glyphs
 from objectives import dense_clip_loss
+from options import SEED, SIZE, Distinct, at_least, output_file
+from options import run as run_command
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -139,6 +141,8 @@ def train_towers(
     chosen = METHODS[method]
     loss_fn = None if chosen is None else ck.DecomposableContrastiveLoss(len(characters), **{**chosen, **options})
     sampler = BatchSampler(data, batch, seed=seed, max_shift=1)
+    if sampler.batch < batch:
+        raise Mistake(f"--batch: expected at most {sampler.batch}, each character once, got {batch}")
     steps = samples // batch
     parameters = [p for p in towers.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -284,8 +288,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     pyplot.close(figure)
 
 
@@ -303,20 +306,21 @@ def train_all(work: Callable[..., T], jobs: Sequence[tuple[Any, ...]], processes
 def main() -> None:
     """The command: all seeds, a table, JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=BATCH, help="B of the conventional loss")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures that every run sees")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write a row per run; runs that it holds are not repeated")
-    parser.add_argument("--png", type=Path, help="draw the scores")
+    parser.add_argument("--batch", type=at_least(8), default=BATCH, help="B of the conventional loss")
+    parser.add_argument("--seeds", type=SIZE, default=SEEDS)
+    parser.add_argument("--first-seed", type=SEED, default=0)
+    parser.add_argument("--samples", type=SIZE, default=SAMPLES, help="pictures that every run sees")
+    parser.add_argument("--methods", nargs="+", action=Distinct, choices=METHODS, default=list(METHODS))
+    parser.add_argument("--processes", type=SIZE, default=2)
+    parser.add_argument("--json", type=output_file, help="write a row per run; runs that it holds are not repeated")
+    parser.add_argument("--png", type=output_file, help="draw the scores")
     arguments = parser.parse_args()
     settings = [s for s in plan(arguments.batch) if s[0] in ("conventional", *arguments.methods)]
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    runs: list[Run] = []
-    if arguments.json and arguments.json.exists():
-        runs = [Run(**row) for row in json.loads(arguments.json.read_text())]
+    if arguments.samples < arguments.batch:
+        parser.error(f"--samples: expected at least a batch of {arguments.batch}, got {arguments.samples}")
+    kept = RowFile(arguments.json, {field.name for field in dataclasses.fields(Run)})
+    runs = [Run(**row) for row in kept.read()]
     wanted = [(*setting, seed, arguments.samples) for setting in settings for seed in seeds]
     held = {(r.method, r.batch, r.seed, r.samples) for r in runs}
     jobs = [job for job in wanted if job not in held]
@@ -327,14 +331,13 @@ def main() -> None:
         for new in train_all(run, jobs, arguments.processes):
             runs.append(new)
             progress.update(task, advance=1, description=f"{new.method}, B = {new.batch}: {new.recall:.1%}")
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in runs], indent=1) + "\n")
+            kept.add([dataclasses.asdict(new)])
     runs.sort(key=lambda r: (list(METHODS).index(r.method), -r.batch, r.seed))
     console.print(summary(runs))
     if arguments.png:
         draw(runs, arguments.png)
+    kept.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for the benchmark's memory gauge
 
 from objectives import dense_clip_loss  # noqa: E402
+from options import SIZE, THREADS, Distinct, run  # noqa: E402
 
 import contrastive_kernels as ck  # noqa: E402
 from bench.memory import peak_of, why_not  # noqa: E402
@@ -90,7 +91,7 @@ def measure(provider: str, rows: int, dim: int) -> Cost:
 
 
 def _measure_all(sizes: Sequence[int], dim: int) -> Iterator[Cost]:
-    """Both providers at every size; the dense one always at the first, then as long as it fits."""
+    """Both providers at every size, ascending; the dense one always at the first, then as long as it fits."""
     dense_seconds = 0.0  # expected at the next size
     for i, rows in enumerate(sizes):
         yield measure("fused", rows, dim)
@@ -122,15 +123,15 @@ def loss_costs(sizes: Sequence[int], dim: int) -> Iterator[Cost]:
 def main() -> None:
     """The command: a line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=int, nargs="+", help="batch sizes, ascending")
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("rows", type=SIZE, nargs="+", action=Distinct, help="batch sizes")
+    parser.add_argument("--dim", type=SIZE, default=256)
+    parser.add_argument("--threads", type=THREADS, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    for cost in _measure_all(arguments.rows, arguments.dim):
+    for cost in _measure_all(sorted(arguments.rows), arguments.dim):
         print(json.dumps(dataclasses.asdict(cost)) if arguments.json else cost, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from files import RowFile
 from half_batch import FIXED, Run, Temperature, interval, run, train_all
+from options import SIZE, at_least, output_file
+from options import run as run_command
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -133,16 +134,16 @@ def _mean(runs: Sequence[Run], name: str, form: str) -> str:
 def main() -> None:
     """The command: all settings and seeds, two tables, JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures that every run sees")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write a row per run; runs that it holds are not repeated")
+    parser.add_argument("--batch", type=at_least(2), default=BATCH)
+    parser.add_argument("--seeds", type=SIZE, default=SEEDS)
+    parser.add_argument("--samples", type=SIZE, default=SAMPLES, help="pictures that every run sees")
+    parser.add_argument("--processes", type=SIZE, default=2)
+    parser.add_argument("--json", type=output_file, help="write a row per run; runs that it holds are not repeated")
     arguments = parser.parse_args()
-    rows: list[Row] = []
-    if arguments.json and arguments.json.exists():
-        stored = json.loads(arguments.json.read_text())
-        rows = [Row(r["table"], r["setting"], Run(**r["run"])) for r in stored]
+    if arguments.samples < arguments.batch:
+        parser.error(f"--samples: expected at least a batch of {arguments.batch}, got {arguments.samples}")
+    kept = RowFile(arguments.json, {field.name for field in dataclasses.fields(Row)})
+    rows = [Row(r["table"], r["setting"], Run(**r["run"])) for r in kept.read()]
     held = {(r.table, r.setting, r.run.method, r.run.batch, r.run.seed, r.run.samples) for r in rows}
     distinct = [s for k, s in enumerate(SETTINGS) if not any(s.same_run(other) for other in SETTINGS[:k])]
     seeds = range(arguments.seeds)
@@ -155,14 +156,13 @@ def main() -> None:
         for new in train_all(measure, jobs, arguments.processes):
             rows += new
             progress.update(task, advance=1, description=f"{new[0].run.method}, {new[0].setting}")
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1) + "\n")
+            kept.add([dataclasses.asdict(r) for r in new])
     order = {(s.table, s.method, s.name): k for k, s in enumerate(SETTINGS)}
     rows.sort(key=lambda r: (order[r.table, r.run.method, r.setting], r.run.seed))
     for title in dict.fromkeys(s.table for s in SETTINGS):
         console.print(summary(rows, title))
+    kept.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from glyphs import Batch, GlyphData
+from options import NOT_NEGATIVE, SHARE, SIZE, Number
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from towers import Captions, CaptionSet, TwoTowers, prepare_images
@@ -59,10 +61,16 @@ def structure_of(variant: str) -> Structure:
     try:
         if not weights or not weights.keys() <= set(names):
             raise ValueError
-        return Structure(**{name: float(weight) for name, weight in weights.items()})
-    except ValueError:
-        expected = f"one of {list(VARIANTS)} or weights of {names} as in 'separation=0.1 bridge=2'"
+        return Structure(**{name: float(NOT_NEGATIVE(weight)) for name, weight in weights.items()})
+    except (ValueError, argparse.ArgumentTypeError):
+        expected = f"one of {list(VARIANTS)} or weights of {names}, at least 0, as in 'separation=0.1 bridge=2'"
         raise ValueError(f"variant: expected {expected}, got {variant!r}") from None
+
+
+#: What both models' settings have of it.
+STRUCTURE: Mapping[str, Number] = {
+    "momentum": SHARE, "separation": NOT_NEGATIVE, "bridge": NOT_NEGATIVE, "geometry": NOT_NEGATIVE
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +91,12 @@ class TowerSettings(Settings):
     bridge: float = 0.0
     geometry: float = 0.0
 
+    numbers: ClassVar[Mapping[str, Number]] = {**Settings.numbers, "hidden": SIZE, "drop": SHARE, **STRUCTURE}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text not in TEXTS:
             raise ValueError(f"text: expected one of {TEXTS}, got {self.text!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}")
 
 
 class StructuredTowers(TwoTowers):

@@ -17,25 +17,29 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from files import Mistake, read_json, write_json
 from fusion import FusionSettings, FusionTrainer
 from fusion_tasks import KINDS, TEST_QUESTIONS, evaluate_questions, fine_tune
 from glyphs import GlyphData, load_glyphs
+from options import SEED, SHARE, SIZE, Distinct, at_least, check_folder, output_file, run
 from probes import clouds, evaluate_towers, retrieval
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from structured_towers import VARIANTS, TowerSettings, TowerTrainer, structure_of
 from structures_report import draw_report, print_report
 from tasks import DEJAVU, STIX
-from train_clip import RUNS, Settings, train
+from train_clip import RUNS, Settings, read_checkpoint, restore, train
 
 __all__ = ["Cell", "Plan", "run_cell"]
 
@@ -104,16 +108,14 @@ def run_cell(cell: Cell, plan: Plan, data: GlyphData, out: Path, until: int | No
     asked = {"fine_tune_steps": plan.fine_tune_steps, "questions": plan.questions, "split": plan.split}
     expected = {**dataclasses.asdict(settings), **asked}
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        _same_settings(kept["settings"], expected, path)
-        return kept
+        return _kept_result(path, expected)
     trained_on = data.subset(faces=DEJAVU)
     trainer = _trainer(settings, trained_on)
     checkpoint = out / cell.name / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = read_checkpoint(checkpoint)
         _same_settings(state["settings"], dataclasses.asdict(settings), checkpoint)
-        trainer.load(state)
+        restore(trainer, state, checkpoint)
     train(trainer, out / cell.name, save_every=SAVE_EVERY, until=until, label=cell.name)
     if trainer.step < trainer.steps:
         return None
@@ -129,10 +131,18 @@ def run_cell(cell: Cell, plan: Plan, data: GlyphData, out: Path, until: int | No
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     result = json.loads(json.dumps(result))  # what is read back later, keys of dicts as strings
-    _write(path, result)
-    checkpoint.unlink()
-    checkpoint.parent.rmdir()
+    write_json(path, result)
+    shutil.rmtree(checkpoint.parent, ignore_errors=True)  # with what killed runs left
     return result
+
+
+def _kept_result(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """A finished cell's result, if it is one of these settings."""
+    kept = read_json(path)
+    if not isinstance(kept, dict) or "settings" not in kept:
+        raise Mistake(f"{path}: expected the result of a cell; move it away to begin anew")
+    _same_settings(kept["settings"], expected, path)
+    return kept
 
 
 def _trainer(settings: Settings, data: GlyphData) -> TowerTrainer | FusionTrainer:
@@ -159,15 +169,7 @@ def _answer(trainer: FusionTrainer, data: GlyphData, plan: Plan, cell: Cell) -> 
 def _same_settings(kept: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
     changed = {name: (kept.get(name), value) for name, value in expected.items() if kept.get(name) != value}
     if changed:
-        raise ValueError(f"--out: expected cells of these settings; {path} was made with others (kept, now): {changed}")
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Beside ``path``, then renamed: a kill never leaves half a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, path)
+        raise Mistake(f"--out: expected cells of these settings; {path} was made with others (kept, now): {changed}")
 
 
 def run_cells(cells: Sequence[Cell], plan: Plan, out: Path, cache: Path | None, jobs: int) -> Iterator[dict[str, Any]]:
@@ -204,8 +206,14 @@ def _start_worker(threads: int) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process: two bars on one line are none
 
 
-def _work(cell: Cell, plan: Plan, out: Path, cache: Path | None) -> dict[str, Any]:
-    result = run_cell(cell, plan, load_glyphs(cache, faces=plan.faces, progress=False), out)
+@cache
+def _data(folder: Path | None, faces: tuple[int, ...] | None) -> GlyphData:
+    """Of this process: where the drawn characters cannot be kept, each worker draws them once, not for every cell."""
+    return load_glyphs(folder, faces=faces, progress=False)
+
+
+def _work(cell: Cell, plan: Plan, out: Path, folder: Path | None) -> dict[str, Any]:
+    result = run_cell(cell, plan, _data(folder, plan.faces), out)
     if result is None:
         raise RuntimeError(f"{cell.name}: expected a result")
     return result
@@ -215,19 +223,21 @@ def parse_arguments() -> argparse.Namespace:
     """The options; defaults that depend on --quick are filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps, one seed")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="VARIANT",
+    parser.add_argument("--models", nargs="+", action=Distinct, choices=MODELS, default=list(MODELS))
+    parser.add_argument("--variants", nargs="+", action=Distinct, default=list(VARIANTS), metavar="VARIANT",
                         help=f"of {', '.join(map(repr, VARIANTS))} (default: all), "
                         "or weights, as 'separation=0.1 bridge=2'")  # fmt: skip
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="whose characters are asked")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; with --quick 0")
-    parser.add_argument("--jobs", type=int, help="cells at a time; default: one a core, at most 4; with --quick 1")
+    parser.add_argument("--seeds", nargs="+", action=Distinct, type=SEED, help="default 0 1 2; with --quick 0")
+    parser.add_argument("--jobs", type=SIZE, help="cells at a time; default: one a core, at most 4; with --quick 1")
     parser.add_argument("--out", type=Path, help="folder of results; default examples/runs/structures[-quick]")
-    parser.add_argument("--json", type=Path, help="write every cell's numbers here too, but the clouds' points")
+    parser.add_argument("--json", type=output_file, help="write every cell's numbers here too, but the clouds' points")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
-    parser.add_argument("--batch", type=int, help="characters a step of the towers; default 1024, with --quick 128")
+    parser.add_argument(
+        "--batch", type=at_least(2), help="characters a step of the towers; default 1024, with --quick 128"
+    )
     parser.add_argument("--text", choices=("ngrams", "transformer"), default="ngrams", help="the towers' text encoder")
-    parser.add_argument("--momentum", type=float, default=0.0, help="of the towers' encoders of views; 0: none")
+    parser.add_argument("--momentum", type=SHARE, default=0.0, help="of the towers' encoders of views; 0: none")
     arguments = parser.parse_args()
     quick = arguments.quick
     arguments.out = arguments.out or RUNS / ("structures-quick" if quick else "structures")
@@ -238,8 +248,7 @@ def parse_arguments() -> argparse.Namespace:
             structure_of(variant)
         except ValueError as wrong:
             parser.error(f"--variants: {wrong}")
-    if arguments.jobs < 1:
-        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
+    check_folder(arguments.out)
     return arguments
 
 
@@ -266,10 +275,12 @@ def main() -> None:
     print_report(console, results)
     draw_report(arguments.out / "structures.png", results)
     if arguments.json:
-        _write(arguments.json, {"cells": [{k: v for k, v in result.items() if k != "clouds"} for result in results]})
+        write_json(
+            arguments.json, {"cells": [{k: v for k, v in result.items() if k != "clouds"} for result in results]}
+        )
     seconds = time.perf_counter() - started
     console.print(f"\nstructures.png and the cells are in {arguments.out}; {seconds:.0f} seconds in all.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

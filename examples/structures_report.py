@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from files import write_figure
 from rich.console import Console
 from rich.table import Table
 
@@ -181,7 +182,6 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
 
     towers = [result for result in results if result["cell"]["model"] == "towers"]
     variants = variants_of(towers)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(3 * max(3, len(variants)), 6.4), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     upper, lower = parts
@@ -214,7 +214,7 @@ def draw_report(path: Path, results: Sequence[Result]) -> None:
         if labels:
             axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room above the bars
             axes.legend(fontsize=7, loc="upper left", ncols=len(labels), columnspacing=1, handlelength=1)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def _bars(

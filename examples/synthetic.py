@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from files import write_figure, write_json
+from options import NOT_NEGATIVE, SEED, SIZE, Distinct, at_least, output_file, run
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -198,22 +199,23 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=9)
     figure.supylabel(r"$\theta$")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     pyplot.close(figure)
 
 
 def main() -> None:
     """The command: settings one after the other, a table, JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, nargs="+", default=NOISES)
-    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: two, and all from noise 2 on")
-    parser.add_argument("--json", type=Path, help="write a row per run")
-    parser.add_argument("--png", type=Path, help="draw the trajectories")
+    parser.add_argument("--noise", type=NOT_NEGATIVE, nargs="+", action=Distinct, default=NOISES)
+    parser.add_argument("--batch", type=SIZE, nargs="+", action=Distinct, default=BATCHES)
+    parser.add_argument("--runs", type=SIZE, default=10)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--steps", type=at_least(4), default=STEPS)
+    parser.add_argument(
+        "--methods", nargs="+", action=Distinct, choices=METHODS, help="default: two, and all from noise 2 on"
+    )
+    parser.add_argument("--json", type=output_file, help="write a row per run")
+    parser.add_argument("--png", type=output_file, help="draw the trajectories")
     arguments = parser.parse_args()
     settings = [(noise, batch) for noise in arguments.noise for batch in arguments.batch]
     console, results = Console(width=None if sys.stdout.isatty() else 120), list[Result]()
@@ -230,11 +232,10 @@ def main() -> None:
                     results += news
     console.print(summary(results))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([r.as_row() for r in results], indent=1) + "\n")
+        write_json(arguments.json, [r.as_row() for r in results])
     if arguments.png:
         draw(results, arguments.png)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -38,6 +39,12 @@ def n_grams(caption: str) -> list[str]:
     return marked + adjacent + distant + letters
 
 
+@lru_cache(maxsize=8192)
+def _buckets(caption: str) -> tuple[int, ...]:
+    """Rows of the n-gram table; the names of classes are asked for again and again."""
+    return tuple(zlib.crc32(gram.encode()) % BUCKETS for gram in n_grams(caption))
+
+
 class CaptionSet(Protocol):
     """Texts made ready for a text encoder: two tensors, whatever they mean to it."""
 
@@ -60,7 +67,7 @@ class Captions:
     """
 
     def __init__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> None:
-        rows = [[zlib.crc32(gram.encode()) % BUCKETS for gram in n_grams(caption)] for caption in captions]
+        rows = [_buckets(caption) for caption in captions]
         self.grams = torch.tensor([gram for row in rows for gram in row], device=device)  # [G]
         self.count = torch.tensor([len(row) for row in rows], device=device)  # [C]
         self.start = self.count.cumsum(0) - self.count

@@ -4,26 +4,41 @@
     python examples/train_clip.py --loss sigmoid --batch 1024 --epochs 200
     python examples/train_clip.py --out runs/a --resume                  goes on where a killed run stopped
 
-Writes to ``--out``: ``checkpoint.pt`` (replaced atomically; a run that resumes from it ends as if it had never been
-stopped), ``metrics.json`` and ``curves.png``.
+Writes to ``--out``: ``checkpoint.pt`` (replaced atomically and sealed with a checksum; a run that resumes from it ends
+as if it had never been stopped), ``metrics.json`` and ``curves.png``. One run writes to a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
+import io
 import math
-import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from evaluate import RECALL_AT, Scores, evaluate
+from files import Mistake, read_sealed, reason, write_figure, write_json, write_sealed
 from glyphs import BatchSampler, GlyphData, load_glyphs
 from objectives import LOSSES, Objective, initial_logits, make_objective
+from options import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIZE,
+    Number,
+    at_least,
+    check_folder,
+    device_name,
+    run,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,7 +47,7 @@ from towers import TwoTowers
 
 import contrastive_kernels as ck
 
-__all__ = ["Settings", "Trainer", "scores_table", "train"]
+__all__ = ["Settings", "Trainer", "read_checkpoint", "scores_table", "train"]
 
 RUNS = Path(__file__).resolve().parent / "runs"
 
@@ -55,12 +70,16 @@ class Settings:
     warmup: float = 0.1  # part of the steps
     shift: int = 1  # pixels that a picture moves at most
 
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "batch": SIZE, "steps": COUNT, "epochs": SIZE, "seed": SEED, "dim": SIZE, "lr": POSITIVE,
+        "weight_decay": NOT_NEGATIVE, "warmup": FRACTION, "shift": at_least(0, 31),
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, got {self.loss!r}")
-        for name in ("batch", "epochs", "dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, number in self.numbers.items():
+            number.check(name, getattr(self, name))
 
 
 class Trainer:
@@ -140,9 +159,10 @@ class Trainer:
         return {"loss": _floats(self.losses), "logit_scale": _floats(self.scales)}
 
     def save(self, path: Path) -> None:
-        """Writes beside ``path`` and renames: a kill at any moment leaves a whole checkpoint, the new or the old."""
+        """Writes a sealed checkpoint: a kill or a full disk at any moment leaves a whole one, the new or the old."""
         state = {
             "settings": dataclasses.asdict(self.settings),
+            "data": self.data.checksum,
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
@@ -152,16 +172,17 @@ class Trainer:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_sealed(path, content.getvalue())
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of runs that were killed
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes back what ``save`` wrote."""
+        if state["data"] != self.data.checksum:
+            raise ValueError("data: expected the pictures that the checkpoint's run began with")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
@@ -173,6 +194,24 @@ class Trainer:
             torch.cuda.set_rng_state_all([s.cpu() for s in state["random_cuda"]])
 
 
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What ``Trainer.save`` wrote; a Mistake if any byte of it is another."""
+    try:
+        content = read_sealed(path)
+    except Mistake as damaged:
+        raise Mistake(f"--resume: {damaged}; move it away to begin anew") from None
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """``trainer.load``; a checkpoint of another version of the models, or of other data, is a Mistake."""
+    try:
+        trainer.load(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise Mistake(f"--resume: {path} does not fit this run ({what}); move it away to begin anew") from error
+
+
 def _floats(values: list[Tensor]) -> list[float]:
     return torch.stack([v.cpu() for v in values]).tolist() if values else []
 
@@ -180,7 +219,10 @@ def _floats(values: list[Tensor]) -> list[float]:
 def train(
     trainer: Trainer, out: Path | None = None, *, save_every: int = 25, until: int | None = None, label: str = ""
 ) -> None:
-    """Runs a trainer to its last step (or to step ``until``), with a progress bar; saves to ``out`` now and then."""
+    """Runs a trainer to its last step (or to step ``until``), with a progress bar; saves to ``out`` now and then.
+
+    A checkpoint that cannot be written is said and tried again later: the training is worth more than its checkpoint.
+    """
     last = trainer.steps if until is None else min(until, trainer.steps)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
@@ -193,7 +235,17 @@ def train(
                 text = f"{label or trainer.settings.loss}: loss {float(trainer.losses[-1]):.3f}"
                 progress.update(task, description=text)
             if out and (trainer.step % save_every == 0 or trainer.step == last):
-                trainer.save(out / "checkpoint.pt")
+                _save(trainer, out / "checkpoint.pt", console)
+
+
+def _save(trainer: Trainer, path: Path, console: Console) -> None:
+    """Saves, or says why not."""
+    try:
+        trainer.save(path)
+    except OSError as error:
+        left = "the older checkpoint stays" if path.exists() else "there is no checkpoint"
+        line = f"step {trainer.step}: {path} cannot be written ({reason(error)}); {left}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def scores_table(scores: Scores, title: str) -> Table:
@@ -223,9 +275,7 @@ def write_metrics(path: Path, trainer: Trainer, scores: dict[str, Scores]) -> No
         "scores": {split: value.as_dict() for split, value in scores.items()},
         "curve": trainer.curve(),
     }
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(metrics, indent=1))
-    os.replace(part, path)
+    write_json(path, metrics)
 
 
 def draw_curves(path: Path, curves: dict[str, dict[str, list[float]]]) -> None:
@@ -244,21 +294,20 @@ def draw_curves(path: Path, curves: dict[str, dict[str, list[float]]]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     """Options that are no settings, and those settings that were given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Settings):
-        options: dict[str, Any] = {"choices": LOSSES} if field.name == "loss" else {}
+        kind: dict[str, Any] = {"choices": LOSSES} if field.name == "loss" else {"type": Settings.numbers[field.name]}
         name = "--" + field.name.replace("_", "-")
-        kind = type(field.default)
-        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, help=f"default {field.default}", **options)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument(name, default=argparse.SUPPRESS, help=f"default {field.default}", **kind)
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder of the run; default examples/runs/<loss>")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    parser.add_argument("--save-every", type=int, default=25, metavar="STEPS")
+    parser.add_argument("--save-every", type=SIZE, default=25, metavar="STEPS")
     parser.add_argument("--cache", type=Path, help="where the drawn characters are kept; default: the user's cache")
     arguments = parser.parse_args()
     names = {field.name for field in dataclasses.fields(Settings)}
@@ -269,12 +318,15 @@ def start(data: GlyphData, given: dict[str, Any], checkpoint: Path, resume: bool
     """A new trainer, or the one of the checkpoint; options that contradict the checkpoint are an error."""
     if not (resume and checkpoint.exists()):
         return Trainer(Settings(**given), data, device)
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
-    changed = {name: value for name, value in given.items() if state["settings"][name] != value}
+    state = read_checkpoint(checkpoint, device)
+    kept = state["settings"]
+    if kept.keys() != dataclasses.asdict(Settings()).keys():
+        raise Mistake(f"--resume: {checkpoint} is not of this command; its settings are {kept}")
+    changed = {name: value for name, value in given.items() if kept[name] != value}
     if changed:
-        raise ValueError(f"--resume: expected the settings of {checkpoint}, {state['settings']}, got {changed}")
-    trainer = Trainer(Settings(**state["settings"]), data, device)
-    trainer.load(state)
+        raise Mistake(f"--resume: expected the settings of {checkpoint}, {kept}, got {changed}")
+    trainer = Trainer(Settings(**kept), data, device)
+    restore(trainer, state, checkpoint)
     return trainer
 
 
@@ -283,6 +335,7 @@ def main() -> None:
     arguments, given = parse_arguments()
     console = Console()
     out: Path = arguments.out or RUNS / given.get("loss", Settings.loss)
+    check_folder(out)
     data = load_glyphs(arguments.cache)
     trainer = start(data, given, out / "checkpoint.pt", arguments.resume, arguments.device)
     console.print(
@@ -294,11 +347,10 @@ def main() -> None:
     scores = {split: evaluate(trainer.model, data, split) for split in ("validation", "test")}
     title = f"{scores['test'].candidates:,} held-out characters, after {trainer.seconds:.0f} s of training"
     console.print(scores_table(scores["test"], title))
-    out.mkdir(parents=True, exist_ok=True)
     write_metrics(out / "metrics.json", trainer, scores)
     draw_curves(out / "curves.png", {trainer.settings.loss: trainer.curve()})
     console.print(f"checkpoint.pt, metrics.json, curves.png in {out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

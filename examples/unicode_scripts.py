@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 __all__ = ["OTHER", "SCRIPTS", "Script", "script_index"]
 
@@ -107,6 +108,7 @@ SCRIPTS: tuple[Script, ...] = (
 )  # fmt: skip
 
 
+@cache
 def script_index(codepoint: int) -> int:
     """Index into ``SCRIPTS`` of a character's class, or ``OTHER``.
 

@@ -14,9 +14,10 @@ def autotune(
 ) -> dict[str, str]:
     """Measures which tiles of the Triton kernels are fastest on this GPU, and keeps them for this user.
 
-    Nothing is ever tuned unless this is called. What it finds is written to ``~/.cache/contrastive_kernels/tiles.json``
-    under the GPU's name, Triton's version, the precision and the number of features rounded up to a power of two; this
-    process and later ones use it from then on. Removing the file undoes it.
+    Nothing is ever tuned unless this is called. What it finds is written to ``contrastive_kernels/tiles.json`` in
+    torch's cache folder (``torch.hub.get_dir()``) under the GPU's name, Triton's version, the precision and the number
+    of features rounded up to a power of two; this process and later ones use it from then on. Removing the file undoes
+    it. Where it cannot be written, a RuntimeWarning says so, and this process alone uses what was found.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     whole = glyphs.load_glyphs(tmp_path_factory.mktemp("cache"), faces=(0,), progress=False)
-    return whole.subset(characters=np.flatnonzero(whole.codepoints < 0x300))
+    return whole.subset(characters=np.flatnonzero(whole.codepoints < 0x200))
 
 
 def command(module, monkeypatch, *arguments):
@@ -119,9 +119,9 @@ def test_gradient_bias_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradient_bias, "load_glyphs", lambda progress: data)
     monkeypatch.setitem(gradient_bias.TRAINING, "samples", 640)
     out, png = tmp_path / "rows.json", tmp_path / "p.png"
-    command(gradient_bias, monkeypatch, "--samples", 128, "--batch", 64, 128, "--json", out, "--png", png)
+    command(gradient_bias, monkeypatch, "--samples", 256, "--batch", 128, 256, "--json", out, "--png", png)
     rows = json.loads(out.read_text())
-    assert {(r["method"], r["batch"]) for r in rows} == {(m, b) for m in gradient_bias.STYLES for b in (64, 128)}
+    assert {(r["method"], r["batch"]) for r in rows} == {(m, b) for m in gradient_bias.STYLES for b in (128, 256)}
     assert len({r["scale"] for r in rows}) == 2 and png.read_bytes().startswith(PNG)
     assert "B * bias" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -191,7 +191,7 @@ def test_memory_defaults_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(half_batch, "load_glyphs", lambda progress: data)
     half_batch._data.cache_clear()
     out = tmp_path / "rows.json"
-    options = ["--batch", 16, "--seeds", 2, "--samples", 32, "--processes", 1, "--json", out]
+    options = ["--batch", 16, "--seeds", 2, "--samples", 16, "--processes", 1, "--json", out]
     command(memory_defaults, monkeypatch, *options)
     rows = json.loads(out.read_text())
     names = {(s.table, s.method, s.name) for s in memory_defaults.SETTINGS}

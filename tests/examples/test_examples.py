@@ -263,8 +263,11 @@ def test_decomposable_remembers_every_character():
 def test_settings_name_what_is_wrong():
     with pytest.raises(ValueError, match="loss: expected one of"):
         train_clip.Settings(loss="hinge")
-    with pytest.raises(ValueError, match="batch: expected at least 1"):
+    with pytest.raises(ValueError, match="batch: expected a whole number of at least 1, got 0"):
         train_clip.Settings(batch=0)
+    for wrong in ({"steps": -5}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 2.0}, {"seed": -1}, {"shift": 40}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            train_clip.Settings(**wrong)
 
 
 # The commands
@@ -291,6 +294,8 @@ def test_train_command(data, tmp_path, monkeypatch, capsys):
 
 def test_demo(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "load_glyphs", lambda folder: data)
+    monkeypatch.setattr(demo, "CAPTIONS_SHOWN", 3)  # drawing is half of the time
+    monkeypatch.setattr(demo, "HITS_SHOWN", 3)
     options = ["--batch", "128", "--steps", "6", "--compare", "4", "--sizes", "128", "256", "--out"]
     monkeypatch.setattr(sys, "argv", ["demo.py", *options, str(tmp_path)])
     demo.main()

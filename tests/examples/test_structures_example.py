@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import sys
 from pathlib import Path
@@ -336,7 +339,7 @@ def test_separation_leaves_temperature_and_running_means_to_the_base(data, train
 def test_variants_by_name_and_by_weight():
     assert structured_towers.structure_of("+ all") == structured_towers.VARIANTS["+ all"]
     assert structured_towers.structure_of("geometry=0.5") == structured_towers.Structure(geometry=0.5)
-    for wrong in ("+ none", "geometry=much", "colour=1", ""):
+    for wrong in ("+ none", "geometry=much", "colour=1", "", "bridge=-1", "bridge=nan", "bridge=inf"):
         with pytest.raises(ValueError, match="variant: expected one of"):
             structured_towers.structure_of(wrong)
 
@@ -354,17 +357,39 @@ def test_settings_name_what_is_wrong():
         structured_towers.TowerSettings(text="lstm")
     with pytest.raises(ValueError, match=r"momentum: expected a number in \[0, 1\)"):
         structured_towers.TowerSettings(momentum=1.0)
+    with pytest.raises(ValueError, match="geometry: expected a number of at least 0, got -1"):
+        structured_towers.TowerSettings(geometry=-1)
+    with pytest.raises(ValueError, match="queue: expected at least a batch of 32 rows, got 31"):
+        fusion.FusionSettings(batch=32, queue=31)
 
 
 # The command
 
 
-def test_quick_command(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(structures, "load_glyphs", lambda folder, faces: data)
-    command = ["structures.py", "--quick", "--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
-    monkeypatch.setattr(sys, "argv", command)
-    structures.main()
-    printed = " ".join(capsys.readouterr().out.split())
+@pytest.fixture(scope="module")
+def few(data):
+    """Half of the letters, few versions of their names, few questions a step: all of this only takes time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(views, "COPIES", 2)
+        patched.setattr(structures, "fine_tune", functools.partial(fusion_tasks.fine_tune, batch=32))
+        yield data.subset(characters=np.flatnonzero((data.codepoints < 0x180) | (data.codepoints > 0x1F00)))
+
+
+@pytest.fixture(scope="module")
+def quick(few, tmp_path_factory):
+    """Runs the command; --quick gives it one job. Its folder and what it printed."""
+    out = tmp_path_factory.mktemp("quick")
+    command = ["structures.py", "--quick", "--out", str(out), "--json", str(out / "all.json")]
+    with pytest.MonkeyPatch.context() as patched, io.StringIO() as printed:
+        patched.setattr(structures, "load_glyphs", lambda folder, faces: few)
+        patched.setattr(sys, "argv", command)
+        with contextlib.redirect_stdout(printed):
+            structures.main()
+        return out, command, " ".join(printed.getvalue().split())
+
+
+def test_quick_command(quick, few, monkeypatch, capsys):
+    tmp_path, command, printed = quick
     for words in (
         "script top-1",
         "face, shared",
@@ -388,26 +413,29 @@ def test_quick_command(data, tmp_path, monkeypatch, capsys):
             assert ("independent" in cell["face"]) == bool(cell["settings"]["separation"])
 
     # Again: every cell is there, so nothing is trained.
+    monkeypatch.setattr(structures, "load_glyphs", lambda folder, faces: few)
+    monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(structures, "train", None)
+    monkeypatch.setattr(structures, "draw_report", lambda path, results: None)  # seen above
     structures.main()
     assert "10 of 10" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--out: expected cells of these settings"):
         structures.run_cell(
-            structures.Cell("towers", "base", 0), dataclasses.replace(structures.QUICK, split="validation"), data,
+            structures.Cell("towers", "base", 0), dataclasses.replace(structures.QUICK, split="validation"), few,
             tmp_path / "cells",
         )  # fmt: skip
     with pytest.raises(ValueError, match="--out: expected cells of these settings"):
-        structures.run_cell(structures.Cell("towers", "base", 0), structures.Plan(), data, tmp_path / "cells")
+        structures.run_cell(structures.Cell("towers", "base", 0), structures.Plan(), few, tmp_path / "cells")
 
 
 @pytest.mark.parametrize("model", structures.MODELS)
-def test_killed_cell_ends_as_if_it_had_not_been(data, tmp_path, model):
+def test_killed_cell_ends_as_if_it_had_not_been(quick, few, tmp_path, model):
     cell = structures.Cell(model, "+ all", 0)
-    whole = structures.run_cell(cell, structures.QUICK, data, tmp_path / "whole")
-    assert structures.run_cell(cell, structures.QUICK, data, tmp_path / "killed", until=1) is None
+    whole = json.loads((quick[0] / "cells" / f"{cell.name}.json").read_text())
+    assert structures.run_cell(cell, structures.QUICK, few, tmp_path / "killed", until=1) is None
     assert (tmp_path / "killed" / cell.name / "checkpoint.pt").exists()
     torch.manual_seed(999)  # another process
-    resumed = structures.run_cell(cell, structures.QUICK, data, tmp_path / "killed")
+    resumed = structures.run_cell(cell, structures.QUICK, few, tmp_path / "killed")
     for name in ("training_seconds", "measuring_seconds"):
         assert resumed.pop(name) > 0 < whole.pop(name)
     assert resumed == whole
