@@ -55,7 +55,7 @@ __device__ __forceinline__ uint32_t left_out_of_row(const Panel& p, const TilePl
 }
 
 // Marks what does not count. `col_bias`: shared memory for a tile's. Scores outside of the panel are 0 already; ZEROS
-// says so again, for without it ptxas 13.0 spills 300 bytes in the kernels of sums and weights, and with it some in all
+// says so again, for without it ptxas 13.0 spills 180 bytes in the kernels of sums and weights, and with it some in all
 // others.
 template <bool ZEROS>
 __device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
