@@ -12,8 +12,9 @@ from ..engine.problem import Problem
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
+from .registration import register
 from .second import dense_logits
-from .shared import Call, Outputs, Primitive, gradients_of, register
+from .shared import Call, Outputs, Primitive, gradients_of
 from .softmax_loss import dense_normalizer
 
 __all__ = ["logsumexp", "normalizers"]

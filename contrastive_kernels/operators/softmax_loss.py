@@ -26,6 +26,7 @@ from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
+from .registration import register
 from .second import dense_logits
 from .shared import (
     Call,
@@ -33,7 +34,6 @@ from .shared import (
     Primitive,
     gradients_of,
     params_of,
-    register,
     saved_dtype,
     whole_gradients,
     whole_scores,

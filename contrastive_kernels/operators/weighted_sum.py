@@ -21,8 +21,9 @@ from ..engine.problem import Problem
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL, SIGMOID
+from .registration import register
 from .second import dense_logits
-from .shared import Call, Outputs, Primitive, like, params_of, register, saved_dtype, whole_gradients, whole_scores
+from .shared import Call, Outputs, Primitive, like, params_of, saved_dtype, whole_gradients, whole_scores
 from .softmax_loss import add_positive_params, dense_normalizer
 
 __all__ = ["ExponentialSums", "exponential_sums", "sigmoid_sums", "two_sum"]
