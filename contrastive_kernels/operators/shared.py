@@ -326,9 +326,15 @@ class _SecondGradients(torch.autograd.Function):
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
         count = (len(tensors) - primitive.results) // 2  # as many cotangents as tensors
         call = Call.of(tensors[:count], offset, statics)
-        upstream, cotangents = tensors[count : count + primitive.results], tensors[count + primitive.results :]
-        of_tensors, of_upstream = second_gradients(primitive, call, list(upstream), cotangents)
-        return (*of_tensors, *of_upstream)
+        upstream, directions = tensors[count : count + primitive.results], tensors[count + primitive.results :]
+
+        def dense(leaves: Sequence[Any], rows: slice, turned: bool) -> Outputs:
+            return primitive.dense(Call.of(leaves, offset, statics), rows, turned)
+
+        found = second_gradients(
+            dense, call.problem, call.tensors, upstream, directions, two_sided=primitive.two_sided(call)
+        )
+        return tuple(found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
