@@ -20,7 +20,7 @@ from ..panels.size import score_dtype
 if TYPE_CHECKING:
     from .shared import Call, Primitive
 
-__all__ = ["dense_logits", "second_gradients"]
+__all__ = ["dense_logits", "dense_normalizer", "second_gradients"]
 
 #: Matrices of the size of a block's scores that two differentiations hold at a time, at most.
 _TEMPORARIES = 24
@@ -49,7 +49,8 @@ def second_gradients(
                     if g is not None and result is not None
                 ]
                 first = torch.autograd.grad(sum(weighted), wanted, create_graph=True, allow_unused=True)
-                parts = [(g * v.reshape(g.shape)).sum() for g, v in zip(first, directions) if g is not None]
+                pairs = zip(first, directions)
+                parts = [(g * v.reshape(g.shape)).sum() for g, v in pairs if g is not None and v is not None]
                 total = sum(parts)
             if not isinstance(total, Tensor) or not total.requires_grad:
                 continue
@@ -104,3 +105,12 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     for mask in masks:
         z = z.masked_fill(mask, -torch.inf)
     return z, z_pos
+
+
+def dense_normalizer(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' log-sum-exp as (shift, rest), differentiable; (0, -inf), with gradient 0, for a row of nothing."""
+    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    total = torch.exp(z - shift[:, None]).sum(1)
+    nothing = total == 0
+    return shift, total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)

@@ -23,24 +23,11 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from ..engine.gradients import Gradients
 from ..engine.problem import Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
 
-__all__ = [
-    "Call",
-    "Outputs",
-    "Primitive",
-    "empty_like_scores",
-    "gradients_of",
-    "like",
-    "params_of",
-    "register",
-    "saved_dtype",
-    "whole_gradients",
-    "whole_scores",
-]
+__all__ = ["Call", "Outputs", "Primitive", "empty_like_scores", "like", "register"]
 
 #: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
 PROBLEM_TENSORS = 6
@@ -207,20 +194,18 @@ class _Eager(torch.autograd.Function):
         primitive, offset, statics, count = ctx.constants
         saved, numbers, asked = ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad
         if ctx.made is not None and upstream[0] is not None and not torch.is_grad_enabled():
-            gradients = [None, None]
-            as_they_are = _may_give_away(upstream[0])
+            factor, away = upstream[0], _may_give_away(upstream[0])
+            gradients: list[Any] = [None, None]
             for made, place in ctx.made:
+                gradient = None
                 if asked[len(gradients)]:  # perhaps fewer than requires_grad told
-                    gradients.append(
-                        _scaled(saved[made], numbers.get(made), upstream[0], as_they_are, saved[count + place])
-                    )
-                else:
-                    gradients.append(None)
+                    gradient = _scaled(saved[made], numbers.get(made), factor, away, saved[count + place])
+                gradients.append(gradient)
             return tuple(gradients)
         values = [numbers.get(i, v) for i, v in enumerate(saved)]
         left = iter(asked[2:])
         needs = tuple([need and next(left) for need in statics[2]])
-        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], values[:count], upstream)
+        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], tuple(values[:count]), upstream)
         return (None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
@@ -231,9 +216,9 @@ def _places(made: tuple[int, ...], needs: tuple[bool, ...]) -> tuple[tuple[int, 
     return tuple([(made.index(i), i) for i in wanted]) if set(wanted) <= set(made) else ()
 
 
-def _scaled(made: Tensor | None, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
+def _scaled(made: Tensor, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
     """A made gradient, perhaps a number, times what comes from upstream; out of place where the graph is retained."""
-    if number is not None or made is None:
+    if number is not None:
         made = upstream * number
     elif not as_it_is:
         made = upstream * made
@@ -445,44 +430,8 @@ def empty_like_scores(like: Tensor) -> Tensor:
 # ---- gradients ----
 
 
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def gradients_of(call: Call, made: Gradients) -> Outputs:
-    """What a gradient pass made, as gradients of the call's tensors."""
-    dscale, dbias = (None, None) if made.dparams is None else made.dparams
-    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
-    wanted = zip(found, call.tensors, call.needs)
-    return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
-
-
 def like(gradient: Tensor, tensor: Tensor) -> Tensor:
     """A gradient in the dtype and shape of its tensor."""
     if gradient.dtype != tensor.dtype:
         gradient = gradient.to(tensor.dtype)
     return gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)
-
-
-def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dscale and dL/dbias, as far as they are wanted, of their sums [2]."""
-    if dparams is None:
-        return None, None
-    dscale, dbias = dparams.unbind()
-    return dscale if call.needs[2] else None, dbias if call.needs[3] else None
-
-
-def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Both operands in the dtype of the scores, and all scores [N, M]."""
-    x, y = problem.x, problem.y
-    if x.dtype.itemsize == 2:
-        x = x.float()
-        y = x if problem.symmetric else y.float()
-    return x, y, x.mm(y.t())
-
-
-def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy from the weights [N, M] of all pairs, positives included."""
-    want_x, want_y, _ = call.wants
-    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
