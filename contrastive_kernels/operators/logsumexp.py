@@ -12,8 +12,9 @@ from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import backend_of, gradients_of
+from .registration import register
 from .second import dense_logits, dense_normalizer
-from .shared import Call, Outputs, Primitive, register
+from .shared import Call, Outputs, Primitive
 
 __all__ = ["logsumexp", "normalizers"]
 

@@ -13,7 +13,6 @@ Under torch.compile and torch.export the operator stands for it, opaque, with th
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import define
 from ..engine.problem import Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
 
-__all__ = ["Call", "Outputs", "Primitive", "empty_like_scores", "like", "register"]
+__all__ = ["OPERATORS", "Call", "Outputs", "Primitive", "as_tensor", "empty_like_scores", "like", "pack"]
 
 #: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
 PROBLEM_TENSORS = 6
@@ -111,9 +109,7 @@ class Primitive:
         return (*outputs[: self.results], *outputs[len(outputs) - self.found :])
 
     def _by_operator(self, call: Call) -> Outputs:
-        call = replace(call, problem=call.problem.with_numbers_as_tensors())
-        present, mask = _pack(call.tensors)
-        return tuple(_OPERATORS[self.name][0](present, call.problem.offset, repr((call.statics, mask))))
+        return tuple(OPERATORS[self.name][0](*operator_arguments(call)))
 
     def comes_with_value(self, kept: Outputs, needs: Sequence[bool]) -> bool:
         """Whether the forward pass has made the gradients: of the first tensor that wants one, and so of all."""
@@ -245,7 +241,7 @@ class _Transformable(torch.autograd.Function):
     @staticmethod
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
         outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
-        return tuple([_tensor(v, tensors[0]) for v in outputs])
+        return tuple([as_tensor(v, tensors[0]) for v in outputs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -341,85 +337,25 @@ def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) ->
 # ---- torch.library ----
 # Lists of tensors hold those that are there; which ones, a mask says: autograd does not look into lists with gaps.
 
-
-def register(primitive: Primitive) -> Primitive:
-    """Defines the operators that stand for a primitive under a compiler: its forward pass and its gradients."""
-    returns = ", ".join(["Tensor"] * primitive.outputs)
-    forward = define(
-        f"{primitive.name}(Tensor[] tensors, SymInt? offset, str statics) -> ({returns})",
-        lambda *a: _all_tensors(primitive.fake(_unpacked_call(*a)), a[0][0]),
-        lambda *a: _all_tensors(primitive.forward(_unpacked_call(*a)), a[0][0]),
-    )
-    gradients = define(
-        f"{primitive.name}_gradients(Tensor[] tensors, SymInt? offset, str statics, Tensor[] kept, "
-        "Tensor[] upstream, int[] came) -> Tensor[]",
-        lambda *a: _gradient_shapes(_unpacked_call(*a[:3])),
-        lambda *a: _all_tensors(
-            primitive.backward(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
-        ),
-    )
-
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.present, ctx.offset, ctx.statics = len(inputs[0]), inputs[1], inputs[2]
-        kept = output[primitive.results :]
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[0], *kept)
-
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        present, kept = list(ctx.saved_tensors[: ctx.present]), list(ctx.saved_tensors[ctx.present :])
-        results, came = _pack(upstream[: primitive.results])
-        if not results:
-            return None, None, None
-        needs = _unpacked_call(present, ctx.offset, ctx.statics).needs
-        made = gradients(present, ctx.offset, ctx.statics, kept, results, list(came))
-        _, mask = _parse(ctx.statics)
-        return [g if need else None for g, need, there in zip(made, needs, mask) if there], None, None
-
-    torch.library.register_autograd(f"contrastive_kernels::{primitive.name}", backward, setup_context=setup)
-    _OPERATORS[primitive.name] = forward, gradients
-    return primitive
+#: A primitive's operators by its name, as :mod:`.registration` defines them: it, and its gradients.
+OPERATORS: dict[str, tuple[Any, Any]] = {}
 
 
-_OPERATORS: dict[str, tuple[Any, Any]] = {}
+def operator_arguments(call: Call) -> tuple[list[Tensor], int | None, str]:
+    """The call as its operator's arguments."""
+    call = replace(call, problem=call.problem.with_numbers_as_tensors())
+    present, mask = pack(call.tensors)
+    return present, call.problem.offset, repr((call.statics, mask))
 
-_parse = lru_cache(maxsize=1024)(ast.literal_eval)
 
-
-def _pack(values: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
+def pack(values: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors that are there, and which they are."""
     return [v for v in values if v is not None], tuple([int(v is not None) for v in values])
 
 
-def _unpack(present: Sequence[Tensor], mask: Sequence[int]) -> Outputs:
-    """... and back."""
-    found = iter(present)
-    return tuple([next(found) if there else None for there in mask])
-
-
-def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) -> Call:
-    of_call, mask = _parse(statics)
-    return Call.of(_unpack(present, mask), offset, of_call)
-
-
-def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors: an empty one stands for what is not wanted."""
-    return tuple([empty_like_scores(like) if t is None else _tensor(t, like) for t in outputs])
-
-
-def _tensor(value: Any, like: Tensor) -> Any:
+def as_tensor(value: Any, like: Tensor) -> Any:
     """A number as a tensor beside the others."""
     return torch.full((), value, dtype=torch.float64, device=like.device) if isinstance(value, float) else value
-
-
-def _absent(outputs: Sequence[Tensor]) -> Outputs:
-    """... and back."""
-    return tuple([None if t.dim() == 1 and t.shape[0] == 0 else t for t in outputs])
-
-
-def _gradient_shapes(call: Call) -> tuple[Tensor, ...]:
-    wanted = zip(call.tensors, call.needs)
-    return tuple([torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in wanted])
 
 
 def empty_like_scores(like: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, backend_of, gradients_of, params_of, saved_dtype, whole_gradients, whole_scores
+from .registration import register
 from .second import dense_logits, dense_normalizer
-from .shared import Call, Outputs, Primitive, register
+from .shared import Call, Outputs, Primitive
 
 __all__ = ["softmax_loss", "softmax_losses"]
 

@@ -1,0 +1,84 @@
+"""A primitive's operators in torch.library, which stand for it under a compiler: opaque, with the same gradients."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import define
+from .shared import OPERATORS, Call, Outputs, Primitive, as_tensor, empty_like_scores, pack
+
+__all__ = ["register"]
+
+
+def register(primitive: Primitive) -> Primitive:
+    """Defines the operators that stand for a primitive under a compiler: its forward pass and its gradients."""
+    returns = ", ".join(["Tensor"] * primitive.outputs)
+    forward = define(
+        f"{primitive.name}(Tensor[] tensors, SymInt? offset, str statics) -> ({returns})",
+        lambda *a: _all_tensors(primitive.fake(_unpacked_call(*a)), a[0][0]),
+        lambda *a: _all_tensors(primitive.forward(_unpacked_call(*a)), a[0][0]),
+    )
+    gradients = define(
+        f"{primitive.name}_gradients(Tensor[] tensors, SymInt? offset, str statics, Tensor[] kept, "
+        "Tensor[] upstream, int[] came) -> Tensor[]",
+        lambda *a: _gradient_shapes(_unpacked_call(*a[:3])),
+        lambda *a: _all_tensors(
+            primitive.backward(_unpacked_call(*a[:3]), _absent(a[3]), _unpack(a[4], a[5])), a[0][0]
+        ),
+    )
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.present, ctx.offset, ctx.statics = len(inputs[0]), inputs[1], inputs[2]
+        kept = output[primitive.results :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[0], *kept)
+
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        present, kept = list(ctx.saved_tensors[: ctx.present]), list(ctx.saved_tensors[ctx.present :])
+        results, came = pack(upstream[: primitive.results])
+        if not results:
+            return None, None, None
+        needs = _unpacked_call(present, ctx.offset, ctx.statics).needs
+        made = gradients(present, ctx.offset, ctx.statics, kept, results, list(came))
+        _, mask = _parse(ctx.statics)
+        return [g if need else None for g, need, there in zip(made, needs, mask) if there], None, None
+
+    torch.library.register_autograd(f"contrastive_kernels::{primitive.name}", backward, setup_context=setup)
+    OPERATORS[primitive.name] = forward, gradients
+    return primitive
+
+
+_parse = lru_cache(maxsize=1024)(ast.literal_eval)
+
+
+def _unpack(present: Sequence[Tensor], mask: Sequence[int]) -> Outputs:
+    """... and back."""
+    found = iter(present)
+    return tuple([next(found) if there else None for there in mask])
+
+
+def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) -> Call:
+    of_call, mask = _parse(statics)
+    return Call.of(_unpack(present, mask), offset, of_call)
+
+
+def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: an empty one stands for what is not wanted."""
+    return tuple([empty_like_scores(like) if t is None else as_tensor(t, like) for t in outputs])
+
+
+def _absent(outputs: Sequence[Tensor]) -> Outputs:
+    """... and back."""
+    return tuple([None if t.dim() == 1 and t.shape[0] == 0 else t for t in outputs])
+
+
+def _gradient_shapes(call: Call) -> tuple[Tensor, ...]:
+    wanted = zip(call.tensors, call.needs)
+    return tuple([torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in wanted])
