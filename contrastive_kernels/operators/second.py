@@ -8,7 +8,8 @@ blocks of the workspace's size, never of the whole matrix.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,7 @@ from torch import Tensor
 from ..engine.problem import Problem
 from ..engine.shapes import blocks
 from ..panels.size import score_dtype
-
-if TYPE_CHECKING:
-    from .shared import Call, Primitive
+from .call import Call, Outputs
 
 __all__ = ["dense_logits", "dense_normalizer", "second_gradients"]
 
@@ -27,22 +26,29 @@ _TEMPORARIES = 24
 
 
 def second_gradients(
-    primitive: Primitive, call: Call, upstream: list[Any], cotangents: tuple[Any, ...]
+    dense: Callable[[Call, slice, bool], Outputs],
+    two_sided: bool,
+    call: Call,
+    upstream: list[Any],
+    cotangents: tuple[Any, ...],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The gradients of sum <cotangent, gradient>: of the call's tensors, and of what came from upstream."""
+    """The gradients of sum <cotangent, gradient>: of the call's tensors, and of what came from upstream.
+
+    `dense` gives the results of some rows, `two_sided` says that columns have results of their own.
+    """
     dtype = score_dtype(call.problem.x.dtype)
     leaves = [_leaf(t, dtype) for t in call.tensors]
     above = [_leaf(g, dtype) for g in upstream]
     directions = [None if v is None else v.detach().to(dtype) for v in cotangents]
     wanted = [t for t, v in zip(leaves, directions) if v is not None and isinstance(t, Tensor)]
     directions = [v for t, v in zip(leaves, directions) if v is not None and isinstance(t, Tensor)]
-    inside = type(call).of(leaves, call.problem.offset, call.statics)
+    inside = Call.of(leaves, call.problem.offset, call.statics)
     into = [t for t in (*leaves, *above) if isinstance(t, Tensor) and t.requires_grad]
     totals = [torch.zeros_like(t) for t in into]
-    for turned in (False, True) if primitive.two_sided(call) else (False,):
+    for turned in (False, True) if two_sided else (False,):
         for rows in _row_blocks(call.problem, turned):
             with torch.enable_grad():
-                results = primitive.dense(inside, rows, turned)
+                results = dense(inside, rows, turned)
                 weighted = [
                     ((g[rows] if g.dim() else g) * result).sum()
                     for g, result in zip(above, results)
