@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from .shared import OPERATORS, Call, Outputs, Primitive, as_tensor, empty_like_scores, pack
+from .shared import ABSENT_DIMS, OPERATORS, Call, Outputs, Primitive, as_tensor, empty_like_scores, pack
 
 __all__ = ["register"]
 
@@ -35,8 +35,8 @@ def register(primitive: Primitive) -> Primitive:
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.present, ctx.offset, ctx.statics = len(inputs[0]), inputs[1], inputs[2]
-        kept = output[primitive.results :]
-        ctx.mark_non_differentiable(*kept)
+        results, kept = output[: primitive.results], output[primitive.results :]
+        ctx.mark_non_differentiable(*kept, *[t for t in results if _is_absent(t)])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[0], *kept)
 
@@ -70,15 +70,20 @@ def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) 
 
 
 def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors: an empty one stands for what is not wanted."""
-    return tuple([empty_like_scores(like) if t is None else as_tensor(t, like) for t in outputs])
+    """Operators return tensors that share no memory: an empty one stands for what is not wanted."""
+    found = [empty_like_scores(like) if t is None else as_tensor(t, like) for t in outputs]
+    return tuple([t if t.dim() else t.clone() for t in found])
 
 
 def _absent(outputs: Sequence[Tensor]) -> Outputs:
     """... and back."""
-    return tuple([None if t.dim() == 1 and t.shape[0] == 0 else t for t in outputs])
+    return tuple([None if _is_absent(t) else t for t in outputs])
+
+
+def _is_absent(output: Tensor) -> bool:
+    return output.dim() == ABSENT_DIMS
 
 
 def _gradient_shapes(call: Call) -> tuple[Tensor, ...]:
     wanted = zip(call.tensors, call.needs)
-    return tuple([torch.empty_like(t) if need else empty_like_scores(call.problem.x) for t, need in wanted])
+    return tuple([t.new_empty(t.shape) if need else empty_like_scores(call.problem.x) for t, need in wanted])

@@ -26,7 +26,18 @@ from ..panels.size import score_dtype
 from .call import Call, Outputs
 from .second import second_gradients
 
-__all__ = ["OPERATORS", "Call", "Outputs", "Primitive", "as_tensor", "empty_like_scores", "like", "pack"]
+__all__ = [
+    "ABSENT_DIMS",
+    "OPERATORS",
+    "Call",
+    "Outputs",
+    "Primitive",
+    "as_tensor",
+    "empty_like_scores",
+    "like",
+    "operator_arguments",
+    "pack",
+]
 
 
 @dataclass(frozen=True)
@@ -305,6 +316,9 @@ def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) ->
 #: A primitive's operators by its name, as :mod:`.registration` defines them: it, and its gradients.
 OPERATORS: dict[str, tuple[Any, Any]] = {}
 
+#: Dimensions of the empty tensor that stands for an output that is not wanted.
+ABSENT_DIMS = 3
+
 
 def operator_arguments(call: Call) -> tuple[list[Tensor], int | None, str]:
     """The call as its operator's arguments."""
@@ -324,8 +338,8 @@ def as_tensor(value: Any, like: Tensor) -> Any:
 
 
 def empty_like_scores(like: Tensor) -> Tensor:
-    """The empty tensor that stands for an output that is not wanted."""
-    return torch.empty(0, dtype=score_dtype(like.dtype), device=like.device)
+    """The empty tensor that stands for an output that is not wanted: no other has so many dimensions."""
+    return torch.empty((0,) * ABSENT_DIMS, dtype=score_dtype(like.dtype), device=like.device)
 
 
 # ---- gradients ----

@@ -186,18 +186,19 @@ def _fake(call: Call) -> Outputs:
     problem, (reduction, both) = call.problem, call.settings
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
-    if True not in call.needs:
-        return value, *(None,) * 8
+    want_x, want_y, _ = call.wants
     if how.gradients_come_with_the_value:
-        want_x, want_y, _ = call.wants
-        saved = dtype if how.place is Place.WHOLE else saved
+        whole = how.place is Place.WHOLE  # whose gradients of scale and bias cost nothing
+        saved = dtype if whole else saved
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
-            *(x.new_empty((), dtype=torch.float64) if need else None for need in call.needs[2:4]),
+            *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
             None, None, None, None,
         )  # fmt: skip
+    if True not in call.needs:
+        return value, *(None,) * 8
     kept = how.place is Place.KEPT
     return (
         value, None, None, None, None,

@@ -231,13 +231,14 @@ def _fake(call: Call) -> Outputs:
     if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
-    saved, (want_x, want_y, _) = dtype if _in_one_call(call) else saved_dtype(x.dtype), call.wants
+    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
+    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
     return (
         x.new_empty((), dtype=dtype),
         None,
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        *(x.new_empty((), dtype=torch.float64) if need else None for need in call.needs[2:4]),
+        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
         x.new_empty(n, dtype=dtype) if call.needs[-2] else None,
         x.new_empty(m, dtype=dtype) if call.needs[-1] else None,
         *found,

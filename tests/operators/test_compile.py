@@ -7,6 +7,12 @@ import torch
 from problems import ALL, call
 
 import contrastive_kernels as ck
+from contrastive_kernels.arguments.options import Engine
+from contrastive_kernels.engine.problem import Problem
+from contrastive_kernels.operators.logsumexp import log_sum_exps
+from contrastive_kernels.operators.shared import Call, operator_arguments, pack
+from contrastive_kernels.operators.softmax_loss import softmax_losses
+from contrastive_kernels.operators.weighted_sum import weighted_sum
 
 # opcheck's own
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -139,79 +145,99 @@ def test_no_grad_compiles_without_gradient_work():
 # ---- the operators themselves ----
 
 OPERATORS = torch.ops.contrastive_kernels
-BYTES = 2**20
+#: WHOLE where the backend has it, and BAND; panels, with scores that are kept
+ENGINES = (Engine("cpu"), Engine("torch"), Engine("torch", 100_000))
 
 
 def vectors(n, seed=0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
-def operands(layout, dtype=torch.float32, n=7, m=9, d=5):
+def problem_of(layout="contiguous", dtype=torch.float32, n=7, m=9, d=5, **members):
+    """A problem whose tensors of floats are leaves."""
     g = torch.Generator().manual_seed(1)
     x, y = (torch.randn(k, d, generator=g).to(dtype) for k in (n, m))
     if layout == "permuted":
         x, y = (v.T.contiguous().T for v in (x, y))
-    return x, y, torch.tensor([1.5, 0.0])
+    if members.get("symmetric"):
+        y = x
+    scale, bias = torch.tensor(1.5), torch.tensor(-0.5)
+    return Problem(*(v.requires_grad_() for v in (x, y, scale, bias)), **members)
+
+
+def check(primitive, problem, extras, settings, needs=(True, True, True, True)):
+    """opcheck of a primitive's operator and, where anything is differentiated, of its gradients'."""
+    *_, index, col_bias = tensors = problem.tensors()
+    wanted = (*needs, *(v is not None and v.requires_grad for v in (index, col_bias, *extras)))
+    if problem.symmetric:
+        wanted = (needs[0], False, *wanted[2:])
+    freed = [v.detach() if v is not None and not want else v for v, want in zip(tensors, wanted)]
+    problem = Problem.of(tuple(freed), problem.offset, problem.statics())
+    call = Call(problem, extras, settings, wanted)
+    arguments = operator_arguments(call)
+    operator = getattr(OPERATORS, primitive.name).default
+    torch.library.opcheck(operator, arguments)
+    if True not in wanted:
+        return
+    outputs = operator(*arguments)
+    kept = [v.detach() for v in outputs[primitive.results :]]
+    upstream = [torch.randn_like(v) if v.requires_grad else None for v in outputs[: primitive.results]]
+    present, mask = pack(upstream)
+    detached = [v.detach() for v in arguments[0]]
+    gradients = getattr(OPERATORS, f"{primitive.name}_gradients").default
+    torch.library.opcheck(gradients, (detached, *arguments[1:], kept, present, list(mask)))
 
 
 OPERANDS = pytest.mark.parametrize(
     "layout, dtype", [("contiguous", torch.float32), ("permuted", torch.bfloat16)], ids=["contiguous", "permuted"]
 )
+INDEX = torch.tensor([0, 8, 3, 3, 7, 2, 1])
+SOME = torch.tensor([0, 8, 3, 3, -1, 2, 1])
+X_ALONE, Y_ALONE, ALL_BUT_Y = (True, False, False, False), (False, True, False, False), (True, False, True, True)
 
 
 @OPERANDS
-def test_opcheck_of_log_sum(layout, dtype):
-    x, y, params = operands(layout, dtype)
-    index = torch.tensor([0, 8, 3, 3, -1, 2, 1])
-    for positives, rows, cols, keep in (
-        ((None, 1), True, True, True), ((index, None), True, False, False), ((None, None), False, True, False)
+def test_opcheck_of_logsumexp(layout, dtype):
+    for members, cols, needs in (
+        ({"offset": 1}, True, (True,) * 4), ({"index": SOME}, False, X_ALONE), ({}, True, Y_ALONE),
     ):  # fmt: skip
-        arguments = (x, y, params, *positives, rows, cols, False, keep, "", BYTES)
-        torch.library.opcheck(OPERATORS.log_sum.default, arguments)
-    views = torch.cat([x, y])[:12]
-    symmetric = (views, views, params, torch.arange(12).roll(6), None, True, False, True, True, "", BYTES)
-    torch.library.opcheck(OPERATORS.log_sum.default, symmetric)
+        check(log_sum_exps, problem_of(layout, dtype, **members), (), (cols,), needs)
+    views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6))
+    check(log_sum_exps, views, (), (False,))
 
 
 @OPERANDS
-def test_opcheck_of_log_sum_backward(layout, dtype):
-    x, y, params = operands(layout, dtype)
-    row, col, _, scores = OPERATORS.log_sum(x, y, params, None, 1, True, True, False, True, "", BYTES)
-    upstream = vectors(7), vectors(9), vectors(7, 1)
-    for needs, gradients in (
-        ((True, True, True), upstream),
-        ((True, False, False), (upstream[0], None, None)),
-        ((False, True, True), (None, upstream[1], None)),
-    ):
-        arguments = (x, y, params, None, 1, False, row, col, scores, *gradients, *needs, "", BYTES)
-        torch.library.opcheck(OPERATORS.log_sum_backward.default, arguments)
-
-
-@OPERANDS
-def test_opcheck_of_loss_sum(layout, dtype):
-    x, y, params = operands(layout, dtype)
-    index, gain = torch.tensor([0, 8, 3, 3, 7, 2, 1]), vectors(7)
-    for positives, columns, cols, needs in (
-        ((index, None), 9, False, (True, True, True)), ((None, 1), 9, False, (False, True, False)),
-        ((None, 0), 7, True, (True, False, True)), ((None, 0), 7, True, (False,) * 3),
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_opcheck_of_softmax_loss(layout, dtype, engine):
+    for members, gain, both, reduction, needs in (
+        ({"index": INDEX}, None, False, "mean", (True,) * 4), ({"offset": 1}, vectors(7), False, "none", Y_ALONE),
+        ({"offset": 0, "m": 7}, vectors(7), True, "sum", ALL_BUT_Y),
+        ({"offset": 0, "m": 7}, None, True, "none", (True,) * 4),
+        ({"offset": 0, "m": 7}, None, True, "mean", (False,) * 4),
     ):  # fmt: skip
-        arguments = (x, y[:columns], params, *positives, gain, cols, False, *needs, "", BYTES)
-        torch.library.opcheck(OPERATORS.loss_sum.default, arguments)
-    views = torch.cat([x, y])[:12]
-    symmetric = (views, views, params, torch.arange(12).roll(6), None, vectors(12), False, True, True, False, True)
-    torch.library.opcheck(OPERATORS.loss_sum.default, (*symmetric, "", BYTES))
+        problem = problem_of(layout, dtype, **members, engine=engine)
+        check(softmax_losses, problem, (gain,), (reduction, both), needs)
+    views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6), engine=engine)
+    check(softmax_losses, views, (vectors(12),), ("sum", False))
 
 
 @OPERANDS
-def test_opcheck_of_pair_sum(layout, dtype):
-    x, y, params = operands(layout, dtype)
-    rows, cols = (vectors(7), vectors(7, 1)), (vectors(7, 2), vectors(7, 3))
-    for needs in ((True, True, True), (True, False, False), (False,) * 3):
-        for sides, columns, offset in (((*rows, *cols), 7, 0), ((*rows, None, None), 9, 1)):
-            arguments = (x, y[:columns], params, None, offset, "exponential", *sides, True, *needs, "", BYTES)
-            torch.library.opcheck(OPERATORS.pair_sum.default, arguments)
-        arguments = (x, y[:7], params, None, 0, "sigmoid", None, rows[1], None, None, False, *needs, "", BYTES)
-        torch.library.opcheck(OPERATORS.pair_sum.default, arguments)
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_opcheck_of_weighted_sum(layout, dtype, engine):
+    a, b, row, col = (vectors(7, seed) for seed in range(4))
+    z, w = (vectors(7, seed).requires_grad_() for seed in (4, 5))
+    for needs in ((True,) * 4, X_ALONE, (False,) * 4):
+        for extras, relative, reduction in (
+            ((a, b, row, col, None, None), True, "sum"), ((a, b, None, None, z, w), False, "mean"),
+            ((a, b, None, None, z, w), False, "none"),
+        ):  # fmt: skip
+            problem = problem_of(layout, dtype, m=7, offset=0, engine=engine)
+            check(weighted_sum, problem, extras, ("exponential", relative, reduction), needs)
+        given = problem_of(layout, dtype, index=SOME, engine=engine)
+        check(weighted_sum, given, (a, None, None, None, z, None), ("exponential", False, "mean"), needs)
+        for reduction in ("mean", "none"):
+            problem = problem_of(layout, dtype, m=7, offset=0, engine=engine)
+            check(weighted_sum, problem, (None,) * 6, ("sigmoid", False, reduction), needs)
 
 
 def test_opcheck_of_checked_index():
@@ -221,19 +247,12 @@ def test_opcheck_of_checked_index():
 
 
 def test_rows_without_a_positive():
-    """An index of -1: every column is a negative, the dot product is 0, and its gradient goes nowhere."""
-    x, y, params = operands("contiguous")
-    index = torch.tensor([0, 8, 3, 3, -1, 2, 1])
-    x, y = x.requires_grad_(), y.requires_grad_()
-    scores = x @ y.T
-    held = torch.arange(9) == index[:, None]
-    z = (1.5 * scores).masked_fill(held, -torch.inf)
-    want = z.logsumexp(1), z.logsumexp(0), (scores * held).sum(1)
-    upstream = vectors(7), vectors(9), vectors(7, 1)
-    gradients = torch.autograd.grad(sum((a * g).sum() for a, g in zip(want, upstream)), (x, y))
-    with torch.no_grad():
-        row, col, dots, kept = OPERATORS.log_sum(x, y, params, index, None, True, True, False, True, "", BYTES)
-        arguments = (x, y, params, index, None, False, row, col, kept, *upstream, True, True, True, "", BYTES)
-        dx, dy, _ = OPERATORS.log_sum_backward(*arguments)
-    for a, b in zip((row, col, dots, dx, dy), (*want, *gradients)):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+    """An index of -1: every column is a negative."""
+    problem = problem_of(index=SOME)
+    x, y = problem.x, problem.y
+    z = (1.5 * x @ y.T - 0.5).masked_fill(torch.arange(9) == SOME[:, None], -torch.inf)
+    want, upstream = (z.logsumexp(1), z.logsumexp(0)), (vectors(7), vectors(9))
+    row, col, *found = log_sum_exps(problem, (), (True,))
+    gradients = [torch.autograd.grad(pair, (x, y), upstream) for pair in ((row, col), want)]
+    torch.testing.assert_close([row, col, *(pair.sum(0) for pair in found)], [*want, *want], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
