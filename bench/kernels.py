@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import get
-from contrastive_kernels.engine.driver import gradient_pass, softmax_side, statistics_pass
+from contrastive_kernels.engine.driver import gradient_pass, statistics_pass
 from contrastive_kernels.engine.gradients import Wanted
 from contrastive_kernels.engine.matrix import ScoreMatrix
 from contrastive_kernels.engine.positives import Positives
@@ -305,21 +305,18 @@ def overlap(args: argparse.Namespace, log: Log) -> None:
     for d in args.d:
         x, y = (normalize(torch.randn(args.n, d, device=log.device)).to(dtype) for _ in range(2))
         params = torch.tensor([SOFTMAX_SCALE, 0.0, 0.0], device=log.device)
-        normalizer = torch.tensor([9.0, 0.0], device=log.device)[:, None].repeat(1, args.n)  # (shift, rest) [2, N]
-        side = softmax_side(normalizer, torch.full_like(normalizer[0], 1 / args.n))
+        normalizer = torch.tensor([[9.0], [0.0]], device=log.device).repeat(1, args.n)
+        side = Side(None, normalizer, torch.full_like(normalizer[0], 1 / args.n))
+        matrix = ScoreMatrix(EXPONENTIAL, x, y, params, Positives(0), get(args.backend), 64 * MIB)
 
-        def matrix(
-            workspace: int, overlaps: bool, x: Tensor = x, y: Tensor = y, params: Tensor = params
-        ) -> ScoreMatrix:
-            return ScoreMatrix(
-                EXPONENTIAL, x, y, params, Positives(0), get(args.backend), workspace * MIB, overlap=overlaps
-            )
-
-        def weighing(workspace: int, overlaps: bool, side: Side = side) -> Callable[[], object]:
-            return lambda: gradient_pass(matrix(workspace, overlaps), side, side, Wanted(True, True, True))
+        def weighing(
+            workspace: int, overlaps: bool, matrix: ScoreMatrix = matrix, side: Side = side
+        ) -> Callable[[], object]:
+            walked = replace(matrix, workspace_bytes=workspace * MIB, overlap=overlaps)
+            return lambda: gradient_pass(walked, side, side, Wanted(True, True, True))
 
         works: dict[str, Callable[[], object]] = {
-            "reduce": lambda matrix=matrix: statistics_pass(matrix(64, False), cols=True),  # type: ignore[misc]
+            "reduce": lambda matrix=matrix: statistics_pass(matrix, cols=True),  # type: ignore[misc]
             "weigh": weighing(64, False),
         }
         if cuda:

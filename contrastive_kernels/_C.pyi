@@ -8,52 +8,14 @@ def weight_panel(**panel: int) -> None: ...
 def search_panel(**panel: int) -> None: ...
 def gumbel_array(seed: int, row: int, first_column: int, out: int, n: int, /) -> None: ...
 def exp_array(x: int, out: int, n: int, /) -> None: ...
-def softmax_matrix(
-    scores: int,
-    weights: int,
-    rows: int,
-    cols: int,
-    diagonal: int | None,
-    columns: int,
-    columns_count: int,
-    col_bias: int,
-    positives: int,
-    offset: int | None,
-    scale: float,
-    bias: float,
-    gain: int,
-    share: float,
-    both: bool,
-    symmetric: bool,
-    threads: int,
-    /,
-) -> tuple[float, float, float]: ...
-def weighted_matrix(
-    term: int,
-    scores: int,
-    weights: int,
-    rows: int,
-    cols: int,
-    diagonal: int | None,
-    columns: int,
-    columns_count: int,
-    col_bias: int,
-    positives: int,
-    offset: int | None,
-    scale: float,
-    bias: float,
-    row_normalizer: int,
-    row_gain: int,
-    col_normalizer: int,
-    col_gain: int,
-    share: float,
-    relative: bool,
-    row_state: int,
-    col_state: int,
-    dots: int,
-    threads: int,
-    /,
-) -> tuple[float, float, float]: ...
+
+# scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset, scale, bias, gain,
+# share, both, symmetric, threads
+def softmax_matrix(*arguments: float | None) -> tuple[float, float, float]: ...
+
+# term, scores, weights, rows, cols, diagonal, columns, columns_count, col_bias, positives, offset, scale, bias,
+# row_normalizer, row_gain, col_normalizer, col_gain, share, relative, row_state, col_state, dots, threads
+def weighted_matrix(*arguments: float | None) -> tuple[float, float, float]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str, /) -> None: ...
 def cuda_reduce_panel(**panel: int) -> None: ...

@@ -200,7 +200,7 @@ def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | fl
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
     largest = torch.finfo(score_dtype(x.dtype)).max
-    if not -largest <= value <= largest:
+    if not -largest <= float(value) <= largest:
         raise ValueError(f"{name}: expected a finite number of at most {largest:.3g}; got {value}")
     return float(value)
 

@@ -94,11 +94,17 @@ class Backend:
         """
         raise NotImplementedError
 
+    def sigmoid_matrix(
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float
+    ) -> tuple[Tensor, float, float]:
+        """sum_i gain_i (sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))), and the rest as above."""
+        raise NotImplementedError
+
     def weighted_matrix(
-        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
-    ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
-        """sum_i gain_i sum_j term(z_ij) with given normalisers, and its dL/dscale and dL/dbias; the normalisers found
-        in rows and columns [2, n] and the positives' dot products [N] (None for sigmoid). Scores and share as above.
+        self, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
+    ) -> tuple[Tensor, float, float, list[Tensor], Tensor]:
+        """sum_i gain_i sum_j exp(z_ij - a_i) over negatives with given normalisers, perhaps of columns too; its
+        dL/dscale and dL/dbias, the normalisers found in rows (and columns) [2, n], and the positives' dot products [N].
 
         Relative normalisers are what is added to the positive's logit [n]; +inf says that a row has no negatives.
         """

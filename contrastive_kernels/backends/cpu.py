@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,26 +57,30 @@ class CpuBackend(Backend):
         )
         return scores.new_full((), value), dscale, dbias
 
-    def weighted_matrix(
-        self, term: PairTerm, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
-    ) -> tuple[Tensor, float, float, Tensor | None, Tensor | None, Tensor | None]:
-        rows, cols = scores.shape
-        row_found = col_found = dots = None
-        if term.has_shift:
-            row_found = torch.empty(2, rows, dtype=torch.float32, device="cpu")
-            if col.normalizer is not None:
-                col_found = torch.empty(2, cols, dtype=torch.float32, device="cpu")
-            if problem.index is not None or problem.offset is not None:
-                dots = torch.empty(rows, dtype=torch.float32, device="cpu")
+    def sigmoid_matrix(
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float
+    ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.weighted_matrix(
-            term.code, *_matrix_fields(scores, problem), _address(row.normalizer), _address(row.gain),
-            _address(col.normalizer), _address(col.gain), share, relative, _address(row_found), _address(col_found),
-            _address(dots), torch.get_num_threads(),
+            SIGMOID.code, *_matrix_fields(scores, problem), 0, _address(gain), 0, 0, share, False, 0, 0, 0,
+            torch.get_num_threads(),
         )  # fmt: skip
-        return scores.new_full((), value), dscale, dbias, row_found, col_found, dots
+        return scores.new_full((), value), dscale, dbias
+
+    def weighted_matrix(
+        self, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
+    ) -> tuple[Tensor, float, float, list[Tensor], Tensor]:
+        sides = [row] if col.normalizer is None else [row, col]
+        found = [scores.new_empty(2, n) for n, _ in zip(scores.shape, sides)]
+        dots = scores.new_empty(len(scores))
+        value, dscale, dbias = _C.weighted_matrix(
+            EXPONENTIAL.code, *_matrix_fields(scores, problem), _address(row.normalizer), _address(row.gain),
+            _address(col.normalizer), _address(col.gain), share, relative, found[0].data_ptr(),
+            found[1].data_ptr() if len(found) == 2 else 0, dots.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return scores.new_full((), value), dscale, dbias, found, dots
 
 
-def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> tuple[int | float | None, ...]:
+def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:
     """A whole matrix, whose weights take the place of the scores, and what is left out of it."""
     rows, cols = scores.shape
     address = scores.data_ptr()

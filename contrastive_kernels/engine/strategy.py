@@ -77,8 +77,8 @@ def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients
 
 
 def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) -> bool:
-    """Whether all scores, in float32, are few enough for one call of the backend."""
-    return backend.whole_matrix and rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
+    """Whether there are scores, and all of them, in float32, are few enough for one call of the backend."""
+    return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
 
 
 def _score_bytes(size: Size) -> int:

@@ -59,7 +59,8 @@ class Workspace:
         self.scratch = self._room(backend.scratch(rows, cols, size) if rows and cols else 0, torch.float32)
         self.pairs = matrix.pairs()
         self.x_block = x[:0]
-        self.factor, self.rescale = matrix.params[:1], None
+        self.factor = matrix.params[:1]
+        self.rescale: Tensor | None = None
         if weighs and self.weights_dtype == torch.float16:
             self._scale_float16_weights(gains, _FLOAT16_SCALE if bounded else _FLOAT16_SCALE_OF_STALE)
 

@@ -142,18 +142,18 @@ def decomposable(
         idle = weights == 0
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
-    logits = None if positive_logits is None else [logit for _, logit in sides]
+    logits = [logit for _, logit in sides if logit is not None] or None
     gain = row_gains(weight, x.shape[0], x, reduction)
     sums = exponential_sums(problem, rests, logits, gain, reduction)
     if reduction == "none":
-        rows = sums.rows if len(sides) == 1 else (sums.rows + sums.cols) / 2
+        rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2
         loss = rows + constant - excess
         loss = loss if gain is None else gain * loss
     else:
-        loss = sums.total + _weighted(constant, excess, gain, reduction)
+        loss = sums.values + _weighted(constant, excess, gain, reduction)
     if not return_log_normalizer:
         return loss
-    found = zip((sums.row_normalizer, sums.col_normalizer), sides)
+    found = zip(sums.normalizers, sides)
     own = [_own_log_normalizer(normalizer, problem, sums.dots, given, log_k, c) for normalizer, (_, given) in found]
     return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
 
@@ -174,7 +174,7 @@ def _constant(log_u: Tensor, c: float) -> Tensor:
 
 
 def _own_log_normalizer(
-    normalizer: Tensor, problem: Problem, dots: Tensor | None, given: Tensor | None, log_k: float, c: float
+    normalizer: Tensor, problem: Problem, dots: Tensor, given: Tensor | None, log_k: float, c: float
 ) -> Tensor:
     """log(c + k sum_j exp(h_ij)) [N] of the batch itself, from the log-sum-exp that it found."""
     shift, rest = normalizer.detach()

@@ -8,7 +8,7 @@ from ..arguments.checks import check_engine, check_features, check_reduction, ch
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
 from ..engine.problem import Problem
-from ..operators.weighted_sum import sigmoid_sums
+from ..operators.sigmoid_loss import sigmoid_loss
 from .module import PAIR_NAMES, Loss, require_one_process
 
 __all__ = ["SigmoidLoss", "sigmoid"]
@@ -69,7 +69,7 @@ def sigmoid(
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
     scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
     problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
-    return sigmoid_sums(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
+    return sigmoid_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
 class SigmoidLoss(Loss):

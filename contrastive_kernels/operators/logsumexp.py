@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import backends
 from ..engine.driver import gradient_pass, log_sums, normalizer_of, softmax_side, statistics_pass
 from ..engine.gradients import Wanted
 from ..engine.matrix import ScoreMatrix
@@ -12,17 +11,18 @@ from ..engine.problem import Problem
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
+from .parts import backend_of, gradients_of
 from .registration import register
-from .second import dense_logits
-from .shared import Call, Outputs, Primitive, gradients_of
-from .softmax_loss import dense_normalizer
+from .second import dense_logits, dense_normalizer
+from .shared import Call, Outputs, Primitive
 
 __all__ = ["logsumexp", "normalizers"]
 
 
 def logsumexp(problem: Problem) -> Tensor:
     """log sum_j exp(z_ij) over the pairs of row i that count [N]; -inf where there are none."""
-    return log_sum_exps(problem, (), (False,))[0]
+    rows: Tensor = log_sum_exps(problem, (), (False,))[0]
+    return rows
 
 
 def normalizers(problem: Problem, *, cols: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -33,13 +33,13 @@ def normalizers(problem: Problem, *, cols: bool = False) -> tuple[Tensor, Tensor
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    backend = backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
-    return ScoreMatrix.of(problem, EXPONENTIAL, backend)
+    return ScoreMatrix.of(problem, EXPONENTIAL, backend_of(problem))
 
 
 def _forward(call: Call) -> Outputs:
     """Log-sum-exps of rows, and of columns; the same as two numbers each."""
-    row, col = (None if s is None else normalizer_of(s) for s in statistics_pass(_matrix(call), cols=call.settings[0]))
+    row_state, col_state = statistics_pass(_matrix(call), cols=call.settings[0])
+    row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
     return log_sums(row), None if col is None else log_sums(col), row, col
 
 

@@ -8,7 +8,7 @@ blocks of the workspace's size, never of the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,68 +17,59 @@ from torch import Tensor
 from ..engine.problem import Problem
 from ..engine.shapes import blocks
 from ..panels.size import score_dtype
+from .call import Call, Outputs
 
-__all__ = ["dense_logits", "second_gradients"]
+__all__ = ["dense_logits", "dense_normalizer", "second_gradients"]
 
 #: Matrices of the size of a block's scores that two differentiations hold at a time, at most.
 _TEMPORARIES = 24
 
-Maybe = Sequence[Any]  # tensors, numbers, None
-
 
 def second_gradients(
-    dense: Callable[[Maybe, slice, bool], Maybe],
-    problem: Problem,
-    tensors: Maybe,
-    upstream: Maybe,
-    directions: Maybe,
-    *,
+    dense: Callable[[Call, slice, bool], Outputs],
     two_sided: bool,
-) -> list[Tensor | None]:
-    """The gradients of sum <direction, gradient>: of the tensors, and of what came from upstream.
+    call: Call,
+    upstream: list[Any],
+    cotangents: tuple[Any, ...],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradients of sum <cotangent, gradient>: of the call's tensors, and of what came from upstream.
 
-    Parameters
-    ----------
-    dense : callable
-        (tensors, rows, turned) -> the results of these rows, differentiable; `turned`: of these columns.
-    problem : Problem
-        Whose sizes decide the blocks.
-    tensors, upstream, directions : sequence
-        What the results depend on, the gradients of the results, and the directions, as many as tensors.
-    two_sided : bool
-        Whether columns have results of their own.
+    `dense` gives the results of some rows, `two_sided` says that columns have results of their own.
     """
-    dtype = score_dtype(problem.x.dtype)
-    inside, above = ([_leaf(t, dtype) for t in given] for given in (tensors, upstream))
-    pairs = [(t, v.detach().to(dtype)) for t, v in zip(inside, directions) if v is not None and isinstance(t, Tensor)]
-    into = [t for t in (*inside, *above) if isinstance(t, Tensor) and t.requires_grad]
+    dtype = score_dtype(call.problem.x.dtype)
+    leaves = [_leaf(t, dtype) for t in call.tensors]
+    above = [_leaf(g, dtype) for g in upstream]
+    directions = [None if v is None else v.detach().to(dtype) for v in cotangents]
+    wanted = [t for t, v in zip(leaves, directions) if v is not None and isinstance(t, Tensor)]
+    directions = [v for t, v in zip(leaves, directions) if v is not None and isinstance(t, Tensor)]
+    inside = Call.of(leaves, call.problem.offset, call.statics)
+    into = [t for t in (*leaves, *above) if isinstance(t, Tensor) and t.requires_grad]
     totals = [torch.zeros_like(t) for t in into]
     for turned in (False, True) if two_sided else (False,):
-        for rows in _row_blocks(problem, turned):
+        for rows in _row_blocks(call.problem, turned):
             with torch.enable_grad():
-                total = _along(dense(inside, rows, turned), above, rows, pairs)
-            if total is None or not total.requires_grad:
+                results = dense(inside, rows, turned)
+                weighted = [
+                    ((g[rows] if g.dim() else g) * result).sum()
+                    for g, result in zip(above, results)
+                    if g is not None and result is not None
+                ]
+                first = torch.autograd.grad(sum(weighted), wanted, create_graph=True, allow_unused=True)
+                pairs = zip(first, directions)
+                parts = [(g * v.reshape(g.shape)).sum() for g, v in pairs if g is not None and v is not None]
+                total = sum(parts)
+            if not isinstance(total, Tensor) or not total.requires_grad:
                 continue
             for sums, part in zip(totals, torch.autograd.grad(total, into, allow_unused=True)):
                 if part is not None:
                     sums += part
-    found = {id(leaf): sums for leaf, sums in zip(into, totals)}
-    both = zip((*tensors, *upstream), (*inside, *above))
-    return [found[id(leaf)].to(t.dtype).reshape(t.shape) if id(leaf) in found else None for t, leaf in both]
+    found = {id(t): sums for t, sums in zip(into, totals)}
 
+    def given(tensors: Any, leaves: Any) -> list[Tensor | None]:
+        pairs = zip(tensors, leaves)
+        return [found[id(leaf)].to(t.dtype).reshape(t.shape) if id(leaf) in found else None for t, leaf in pairs]
 
-def _along(results: Maybe, above: Maybe, rows: slice, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """sum <direction, gradient> of a block of rows, differentiable; None where nothing depends on anything."""
-    weighted = [
-        ((g[rows] if g.dim() else g) * result).sum()
-        for g, result in zip(above, results)
-        if g is not None and result is not None
-    ]
-    if not weighted:
-        return None
-    first = torch.autograd.grad(sum(weighted), [t for t, _ in pairs], create_graph=True, allow_unused=True)
-    parts = [(g * v.reshape(g.shape)).sum() for g, (_, v) in zip(first, pairs) if g is not None]
-    return torch.stack(parts).sum() if parts else None
+    return given(call.tensors, leaves), given(upstream, above)
 
 
 def _leaf(value: Any, dtype: torch.dtype) -> Any:
@@ -120,3 +111,12 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     for mask in masks:
         z = z.masked_fill(mask, -torch.inf)
     return z, z_pos
+
+
+def dense_normalizer(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' log-sum-exp as (shift, rest), differentiable; (0, -inf), with gradient 0, for a row of nothing."""
+    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    total = torch.exp(z - shift[:, None]).sum(1)
+    nothing = total == 0
+    return shift, total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.gradients import Gradients
 from ..engine.problem import Problem
 from ..panels.size import score_dtype
+from .call import Call, Outputs
 from .second import second_gradients
 
 __all__ = [
@@ -34,53 +34,10 @@ __all__ = [
     "Primitive",
     "as_tensor",
     "empty_like_scores",
-    "gradients_of",
     "like",
     "operator_arguments",
     "pack",
-    "params_of",
-    "saved_dtype",
-    "whole_gradients",
-    "whole_scores",
 ]
-
-#: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
-PROBLEM_TENSORS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a primitive: the problem, the tensors beside it, its settings, and which tensors want gradients."""
-
-    problem: Problem
-    extras: tuple[Tensor | None, ...]
-    settings: tuple[Any, ...]
-    needs: tuple[bool, ...]
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        """All of them, the problem's first."""
-        return (*self.problem.tensors(), *self.extras)
-
-    @property
-    def statics(self) -> tuple[Any, ...]:
-        """All that is no tensor, but for the offset."""
-        return self.problem.statics(), self.settings, self.needs
-
-    @classmethod
-    def of(cls, tensors: Sequence[Any], offset: int | None, statics: tuple[Any, ...]) -> Call:
-        """The call of these tensors and statics."""
-        of_problem, settings, needs = statics
-        problem = Problem.of(tuple(tensors[:PROBLEM_TENSORS]), offset, of_problem)
-        return cls(problem, tuple(tensors[PROBLEM_TENSORS:]), settings, needs)
-
-    @property
-    def wants(self) -> tuple[bool, bool, bool]:
-        """Whether gradients of x, of y, and of scale or bias are wanted."""
-        return self.needs[0], self.needs[1], self.needs[2] or self.needs[3]
-
-
-Outputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -207,20 +164,18 @@ class _Eager(torch.autograd.Function):
         primitive, offset, statics, count = ctx.constants
         saved, numbers, asked = ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad
         if ctx.made is not None and upstream[0] is not None and not torch.is_grad_enabled():
-            gradients = [None, None]
-            as_they_are = _may_give_away(upstream[0])
+            factor, away = upstream[0], _may_give_away(upstream[0])
+            gradients: list[Any] = [None, None]
             for made, place in ctx.made:
+                gradient = None
                 if asked[len(gradients)]:  # perhaps fewer than requires_grad told
-                    gradients.append(
-                        _scaled(saved[made], numbers.get(made), upstream[0], as_they_are, saved[count + place])
-                    )
-                else:
-                    gradients.append(None)
+                    gradient = _scaled(saved[made], numbers.get(made), factor, away, saved[count + place])
+                gradients.append(gradient)
             return tuple(gradients)
         values = [numbers.get(i, v) for i, v in enumerate(saved)]
         left = iter(asked[2:])
         needs = tuple([need and next(left) for need in statics[2]])
-        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], values[:count], upstream)
+        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], tuple(values[:count]), upstream)
         return (None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
@@ -231,9 +186,9 @@ def _places(made: tuple[int, ...], needs: tuple[bool, ...]) -> tuple[tuple[int, 
     return tuple([(made.index(i), i) for i in wanted]) if set(wanted) <= set(made) else ()
 
 
-def _scaled(made: Tensor | None, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
+def _scaled(made: Tensor, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
     """A made gradient, perhaps a number, times what comes from upstream; out of place where the graph is retained."""
-    if number is not None or made is None:
+    if number is not None:
         made = upstream * number
     elif not as_it_is:
         made = upstream * made
@@ -326,15 +281,11 @@ class _SecondGradients(torch.autograd.Function):
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
         count = (len(tensors) - primitive.results) // 2  # as many cotangents as tensors
         call = Call.of(tensors[:count], offset, statics)
-        upstream, directions = tensors[count : count + primitive.results], tensors[count + primitive.results :]
-
-        def dense(leaves: Sequence[Any], rows: slice, turned: bool) -> Outputs:
-            return primitive.dense(Call.of(leaves, offset, statics), rows, turned)
-
-        found = second_gradients(
-            dense, call.problem, call.tensors, upstream, directions, two_sided=primitive.two_sided(call)
+        upstream, cotangents = tensors[count : count + primitive.results], tensors[count + primitive.results :]
+        of_tensors, of_upstream = second_gradients(
+            primitive.dense, primitive.two_sided(call), call, list(upstream), cotangents
         )
-        return tuple(found)
+        return (*of_tensors, *of_upstream)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -394,44 +345,8 @@ def empty_like_scores(like: Tensor) -> Tensor:
 # ---- gradients ----
 
 
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def gradients_of(call: Call, made: Gradients) -> Outputs:
-    """What a gradient pass made, as gradients of the call's tensors."""
-    dscale, dbias = (None, None) if made.dparams is None else made.dparams
-    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
-    wanted = zip(found, call.tensors, call.needs)
-    return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
-
-
 def like(gradient: Tensor, tensor: Tensor) -> Tensor:
     """A gradient in the dtype and shape of its tensor."""
     if gradient.dtype != tensor.dtype:
         gradient = gradient.to(tensor.dtype)
     return gradient if gradient.shape == tensor.shape else gradient.reshape(tensor.shape)
-
-
-def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dscale and dL/dbias, as far as they are wanted, of their sums [2]."""
-    if dparams is None:
-        return None, None
-    dscale, dbias = dparams.unbind()
-    return dscale if call.needs[2] else None, dbias if call.needs[3] else None
-
-
-def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Both operands in the dtype of the scores, and all scores [N, M]."""
-    x, y = problem.x, problem.y
-    if x.dtype.itemsize == 2:
-        x = x.float()
-        y = x if problem.symmetric else y.float()
-    return x, y, x.mm(y.t())
-
-
-def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy from the weights [N, M] of all pairs, positives included."""
-    want_x, want_y, _ = call.wants
-    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None

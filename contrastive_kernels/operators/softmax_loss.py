@@ -5,11 +5,13 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .. import backends
+from ..backends import Backend
 from ..engine import strategy
 from ..engine.driver import (
     band_passes,
@@ -26,18 +28,10 @@ from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
+from .parts import add_positive_params, backend_of, gradients_of, params_of, saved_dtype, whole_gradients, whole_scores
 from .registration import register
-from .second import dense_logits
-from .shared import (
-    Call,
-    Outputs,
-    Primitive,
-    gradients_of,
-    params_of,
-    saved_dtype,
-    whole_gradients,
-    whole_scores,
-)
+from .second import dense_logits, dense_normalizer
+from .shared import Call, Outputs, Primitive
 
 __all__ = ["softmax_loss", "softmax_losses"]
 
@@ -56,7 +50,8 @@ def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both:
     both : bool
         The columns' losses count too, in a square whose positives lie on the diagonal: the mean of both directions.
     """
-    return softmax_losses(problem, (gain,), (reduction, both))[0]
+    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both))[0]
+    return loss
 
 
 # ---- what is computed ----
@@ -64,15 +59,15 @@ def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both:
 _WHOLE = Strategy(Place.WHOLE)
 
 
-def _strategy(call: Call, find: object = strategy.remembered) -> tuple[backends.Backend, Strategy]:
+def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -> tuple[Backend, Strategy]:
     """Who computes it, and how."""
     problem, (reduction, both) = call.problem, call.settings
     x, engine = problem.x, problem.engine
-    backend = backends.choose(engine.backend or None, x.device, x.dtype)
+    backend = backend_of(problem)
     summed = reduction != "none"
     if summed and strategy.fits_one_call(backend, x.shape[0], problem.y.shape[0], engine.workspace_bytes):
         return backend, _WHOLE
-    found = find(  # type: ignore[operator]
+    found = find(
         backend,
         problem.size(),
         whole=both or problem.symmetric,
@@ -118,17 +113,18 @@ def _forward(call: Call) -> Outputs:
         found.add_positive_params(made)
         value = found.losses if reduction == "none" else (gain * found.losses).sum()
         return value, made.dx, made.dy, *params_of(call, made.dparams), None, None, None, None
-    row, col = (None if s is None else normalizer_of(s) for s in statistics_pass(matrix, cols=both))
+    row_state, col_state = statistics_pass(matrix, cols=both)
+    row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
     losses = _losses(row, z_pos)
     if col is not None:
         losses = losses + _losses(col, z_pos)
     losses = gain * losses
     if True not in call.needs:
-        row = col = dots = scores = None
+        return losses if reduction == "none" else losses.sum(), *(None,) * 8
     return losses if reduction == "none" else losses.sum(), None, None, None, None, row, col, dots, scores
 
 
-def _in_one_call(call: Call, backend: backends.Backend) -> Outputs:
+def _in_one_call(call: Call, backend: Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, (_, both), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
@@ -182,13 +178,6 @@ class _Found:
     def add_positive_params(self, made: Gradients) -> None:
         """The positives' part of the gradient of the scale."""
         add_positive_params(self.matrix, made, self.dz_pos, self.dots)
-
-
-def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
-    """The positive pairs' part of the gradients of scale and bias."""
-    if made.dparams is not None:
-        made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
-        made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
 
 
 def _fake(call: Call) -> Outputs:
@@ -255,15 +244,6 @@ def dense_softmax_losses(z: Tensor, z_pos: Tensor) -> Tensor:
     """softplus(n - z_pos) [R] from logits with -inf where a pair does not count [R, M]."""
     shift, rest = dense_normalizer(z)
     return -logsigmoid((z_pos - shift) - rest)
-
-
-def dense_normalizer(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' log-sum-exp as (shift, rest), differentiable; (0, -inf), with gradient 0, for a row of nothing."""
-    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
-    shift = highest.masked_fill(highest == -torch.inf, 0.0)
-    total = torch.exp(z - shift[:, None]).sum(1)
-    nothing = total == 0
-    return shift, total.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
 
 
 softmax_losses = register(

@@ -1,7 +1,6 @@
-"""Sums over pairs whose weights are known beforehand: value and gradients of a sum in one pass.
+"""Sums of exponentials whose normalisers are known beforehand: value and gradients of a sum in one pass.
 
-exponential    value_i = sum_j exp(z_ij - a_i) over negatives, of rows, and of columns with b_j
-sigmoid        value_i = sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i)), of rows
+value_i = sum_j exp(z_ij - a_i) over negatives, of rows, and of columns with b_j.
 """
 
 from __future__ import annotations
@@ -10,37 +9,35 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from .. import backends
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, statistics_pass
-from ..engine.gradients import Gradients, Wanted
+from ..engine.gradients import Wanted
 from ..engine.matrix import ScoreMatrix
 from ..engine.problem import Problem
 from ..panels.panel import Side
 from ..panels.size import score_dtype
-from ..panels.terms import EXPONENTIAL, SIGMOID
+from ..panels.terms import EXPONENTIAL
+from .parts import add_positive_params, backend_of, params_of, saved_dtype, whole_gradients, whole_scores
 from .registration import register
-from .second import dense_logits
-from .shared import Call, Outputs, Primitive, like, params_of, saved_dtype, whole_gradients, whole_scores
-from .softmax_loss import add_positive_params, dense_normalizer
+from .second import dense_logits, dense_normalizer
+from .shared import Call, Outputs, Primitive, like
 
-__all__ = ["ExponentialSums", "exponential_sums", "sigmoid_sums", "two_sum"]
+__all__ = ["ExponentialSums", "exponential_sums", "two_sum"]
 
 
 @dataclass(frozen=True)
 class ExponentialSums:
-    """What :func:`exponential_sums` gives: the rows' and columns' sums, or their weighted sum; and the matrix's own."""
+    """What :func:`exponential_sums` gives."""
 
-    #: sum_i r_i value_i + sum_j c_j value_j; or the rows' and the columns' values [N], [M], unweighted
-    total: Tensor | None
-    rows: Tensor | None
-    cols: Tensor | None
-    #: the log-sum-exps found, (shift, rest) [2, N] and [2, M], and the positives' dot products [N]; not differentiable
-    row_normalizer: Tensor
-    col_normalizer: Tensor | None
-    dots: Tensor | None
+    #: a mean or a sum over rows, with two directions the mean of both; or the rows' values [N], unweighted
+    values: Tensor
+    #: the columns' values [M], if every one is wanted
+    col_values: Tensor | None
+    #: the log-sum-exps that were found, (shift, rest) [2, N] and [2, M]; not differentiable
+    normalizers: list[Tensor]
+    #: the positives' dot products [N]; not differentiable
+    dots: Tensor
 
 
 def exponential_sums(
@@ -65,12 +62,11 @@ def exponential_sums(
     two = len(rests) == 2
     if two and gain is not None:
         gain = gain / 2
-    extras = (*_padded(rests), gain, gain.clone() if two and gain is not None else None, *_padded(logits))
-    settings = ("exponential", logits is None, reduction)
-    values, col_values, row_found, col_found, dots = weighted_sum(problem, extras, settings)
-    if reduction != "none":
-        return ExponentialSums(values, None, None, row_found, col_found, dots)
-    return ExponentialSums(None, values, col_values if two else None, row_found, col_found, dots)
+    col_gain = gain.clone() if two and gain is not None else None
+    extras = (*_padded(rests), gain, col_gain, *_padded(logits))
+    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction))
+    each = col_values if two and reduction == "none" else None
+    return ExponentialSums(values, each, [row, col] if two else [row], dots)
 
 
 def _padded(vectors: list[Tensor] | None) -> list[Tensor | None]:
@@ -78,90 +74,81 @@ def _padded(vectors: list[Tensor] | None) -> list[Tensor | None]:
     return [*(vectors or []), None, None][:2]
 
 
-def sigmoid_sums(problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
-    """The sigmoid loss of every row [N], or their mean or sum; gains as in :func:`.softmax_loss.softmax_loss`."""
-    if reduction == "none":
-        rows = weighted_sum(problem, (None,) * 6, ("sigmoid", False, reduction))[0]
-        return rows if gain is None else gain * rows
-    return weighted_sum(problem, (None, None, gain, None, None, None), ("sigmoid", False, reduction))[0]
-
-
 # ---- what is computed ----
+
+
+def _two(call: Call) -> bool:
+    """Whether columns have normalisers too."""
+    return call.extras[1] is not None
 
 
 def _share(call: Call) -> float:
     """What every row is multiplied by where rows have no weights of their own."""
-    share = 1.0 / max(call.problem.x.shape[0], 1) if call.settings[2] == "mean" else 1.0
-    return share if call.extras[1] is None else share / 2
+    share = 1.0 / max(call.problem.x.shape[0], 1) if call.settings[1] == "mean" else 1.0
+    return share / 2 if _two(call) else share
 
 
-def _gains(call: Call) -> list[Tensor | None]:
-    """The weights of rows [N] and of columns [M] of a sum."""
+def _gains(call: Call) -> list[Tensor]:
+    """The weights of rows [N], and of columns [M], of a sum."""
     x, y = call.problem.x, call.problem.y
-    row, col = call.extras[2:4]
-    if row is None:
-        dtype, share = score_dtype(x.dtype), _share(call)
-        row = torch.full((x.shape[0],), share, dtype=dtype, device=x.device)
-        if call.extras[1] is not None:
-            col = torch.full((y.shape[0],), share, dtype=dtype, device=x.device)
-    return [row, col]
+    lengths = (x.shape[0], y.shape[0]) if _two(call) else (x.shape[0],)
+    return [
+        torch.full((n,), _share(call), dtype=score_dtype(x.dtype), device=x.device) if gain is None else gain
+        for n, gain in zip(lengths, call.extras[2:4])
+    ]
+
+
+def _in_one_call(call: Call) -> bool:
+    x, y, engine = call.problem.x, call.problem.y, call.problem.engine
+    backend = backend_of(call.problem)
+    return call.settings[1] != "none" and strategy.fits_one_call(
+        backend, x.shape[0], y.shape[0], engine.workspace_bytes
+    )
+
+
+def _forward(call: Call) -> Outputs:
+    """Values; dx, dy, dscale, dbias, and dL/dlogits, of a sum; found normalisers of rows, of columns, and dots."""
+    if _in_one_call(call):
+        return _whole(call)
+    matrix = _matrix(call)
+    dots = _dots(call, matrix)
+    if call.settings[1] != "none" and True in call.needs:
+        return _pass(call, matrix, dots, _gains(call))
+    found = [normalizer_of(state) for state in statistics_pass(matrix, cols=_two(call)) if state is not None]
+    values = [_ratio(own, given) for own, given in zip(found, _given(call, matrix, dots))]
+    if call.settings[1] != "none":
+        total = torch.stack([(gain * each).sum() for gain, each in zip(_gains(call), values)]).sum()
+        return total, None, *(None,) * 6, *_both(found), dots
+    return *_both(values), *(None,) * 6, *_both(found), dots
+
+
+def _both(vectors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Those of rows, and of columns if there are any."""
+    return vectors[0], vectors[1] if len(vectors) == 2 else None
 
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    backend = _backend(call)
-    term = SIGMOID if call.settings[0] == "sigmoid" else EXPONENTIAL
-    return ScoreMatrix.of(problem, term, backend, saved_dtype(problem.x.dtype))
+    return ScoreMatrix.of(problem, EXPONENTIAL, backend_of(problem), saved_dtype(problem.x.dtype))
 
 
-def _fits_one_call(call: Call) -> bool:
-    x, y, engine = call.problem.x, call.problem.y, call.problem.engine
-    return strategy.fits_one_call(_backend(call), x.shape[0], y.shape[0], engine.workspace_bytes)
+def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
+    """The positives' dot products [N], 0 where there is none.
 
-
-def _backend(call: Call) -> backends.Backend:
-    problem = call.problem
-    return backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)
-
-
-def _forward(call: Call) -> Outputs:
-    """Values; dx, dy, dparams, da, db where they come with the value; found normalisers of rows, of columns, dots."""
-    _, relative, reduction = call.settings
-    if reduction != "none" and _fits_one_call(call):
-        return _in_one_call(call)
-    matrix = _matrix(call)
-    dots = _dots(matrix, relative)
-    if reduction != "none":
-        return _pass(call, matrix, dots, *_gains(call))
-    row, col = statistics_pass(matrix, cols=call.extras[1] is not None)
-    if matrix.term is SIGMOID:
-        return row[0] - logsigmoid(_z_pos(matrix, dots)), *(None,) * 10
-    row, col = normalizer_of(row), None if col is None else normalizer_of(col)
-    a, *b = _given(call, matrix, dots)
-    values, col_values = _ratio(row, a), _ratio(col, b[0]) if b else None
-    return values, col_values, *(None,) * 6, row, col, dots
-
-
-def _dots(matrix: ScoreMatrix, relative: bool) -> Tensor | None:
-    """The positives' dot products [N]; where a row's weights sum to 0 with its positive's, their mean is the center."""
+    Where a row's weights sum to 0 with its positive's, the dots' mean becomes the center of the scores.
+    """
     if not matrix.positives.exist:
-        return None
+        return matrix.params.new_zeros(len(matrix.x))
     dots = positive_dots(matrix)
-    if relative:
+    if call.settings[0]:
         matrix.params[2] = dots.sum() / max(len(dots), 1)
     return dots
 
 
-def _z_pos(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
-    return matrix.params[0] * dots + matrix.params[1]
-
-
-def _given(call: Call, matrix: ScoreMatrix, dots: Tensor | None) -> list[Tensor]:
+def _given(call: Call, matrix: ScoreMatrix, dots: Tensor) -> list[Tensor]:
     """The given normalisers of rows, and of columns, as two numbers (shift, rest) [2, n]: nothing is rounded away."""
-    rests, logits = call.extras[:2], call.extras[4:]
-    if call.settings[1]:
-        logits = (_z_pos(matrix, dots),) * 2
-    return [_two_numbers(rest, logit) for rest, logit in zip(rests, logits) if rest is not None]
+    logits = (matrix.params[0] * dots + matrix.params[1],) * 2 if call.settings[0] else call.extras[4:]
+    return [_two_numbers(rest, logit) for rest, logit in zip(call.extras[:2], logits) if rest is not None]
 
 
 def _two_numbers(rest: Tensor, logit: Tensor | None) -> Tensor:
@@ -186,93 +173,66 @@ def _ratio(found: Tensor, given: Tensor) -> Tensor:
     return torch.exp((found[0] - given[0]) + (found[1] - given[1]))
 
 
-def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor | None, row_gain: Tensor, col_gain: Tensor | None) -> Outputs:
+def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gains: list[Tensor]) -> Outputs:
     """Values and gradients in one pass, for gains known beforehand."""
-    if matrix.term is SIGMOID:
-        return _sigmoid_pass(call, matrix, dots, row_gain)
-    relative, given = call.settings[1], _given(call, matrix, dots)
-    gains = [row_gain, col_gain][: len(given)]
-    wanted = Wanted(*call.wants)
-    if True not in call.needs:
-        states = [s for s in statistics_pass(matrix, cols=len(given) == 2) if s is not None]
-        made, found = Gradients(), [normalizer_of(state) for state in states]
-    else:
-        states = [neutral_state(matrix, n.shape[1]) for n in given]
-        sides = [Side(state, n, gain) for state, n, gain in zip(states, given, gains)] + [Side()] * (2 - len(given))
+    given, relative = _given(call, matrix, dots), call.settings[0]
+    states = [neutral_state(matrix, n.shape[1]) for n in given]
+    sides = [Side(state, n, gain) for state, n, gain in zip(states, given, gains)]
 
-        def dz_pos() -> Tensor:
-            """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
-            return -sum(gain * _ratio(normalizer_of(s), n) for s, n, gain in zip(states, given, gains))
+    def sums() -> list[Tensor]:
+        """gain * value, of rows and of columns."""
+        return [gain * _ratio(normalizer_of(s), n) for s, n, gain in zip(states, given, gains)]
 
-        late = (lambda: dz_pos() * matrix.params[0]) if relative else None
-        made = gradient_pass(matrix, *sides, wanted, late_positive=late)
-        if relative:
-            add_positive_params(matrix, made, dz_pos(), dots)
-        found = [normalizer_of(state) for state in states]
-    sums = [gain * _ratio(f, n) for f, n, gain in zip(found, given, gains)]
-    total = sum(s.sum() for s in sums)
-    da = -sums[0] if call.needs[-2] else None
-    db = -sums[1] if call.needs[-1] else None
-    row, col = found + [None] * (2 - len(found))
-    return total, None, made.dx, made.dy, *params_of(call, made.dparams), da, db, row, col, dots
+    def dz_pos() -> Tensor:
+        """dL/dz_pos [N] = -(the weights' sums over the row, and over the column)."""
+        return -torch.stack(sums()).sum(0)
+
+    late = (lambda: dz_pos() * matrix.params[0]) if relative else None
+    col = sides[1] if len(sides) == 2 else Side()
+    made = gradient_pass(matrix, sides[0], col, Wanted(*call.wants), late_positive=late)
+    if relative:
+        add_positive_params(matrix, made, dz_pos(), dots)
+    weighted = sums()
+    total = torch.stack([each.sum() for each in weighted]).sum()
+    of_logits = [-each if need else None for each, need in zip([*weighted, *weighted], call.needs[-2:])]
+    params = params_of(call, made.dparams)
+    return total, None, made.dx, made.dy, *params, *of_logits, *_both([normalizer_of(s) for s in states]), dots
 
 
-def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
-    """The sigmoid loss's weighted sum, and its gradients."""
-    z_pos = _z_pos(matrix, dots)
-    positive_loss = -logsigmoid(z_pos)
-    if True not in call.needs:
-        rows, made = statistics_pass(matrix, cols=False)[0][0], Gradients()
-    else:
-        state = neutral_state(matrix, len(dots))
-        dz_pos = -torch.sigmoid(-z_pos) * gain
-        made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
-        add_positive_params(matrix, made, dz_pos, dots)
-        rows = state[0]
-    total = (gain * (rows + positive_loss)).sum()
-    return total, None, made.dx, made.dy, *params_of(call, made.dparams), *(None,) * 5
-
-
-def _in_one_call(call: Call) -> Outputs:
+def _whole(call: Call) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
-    problem, (term, relative, _) = call.problem, call.settings
-    *rests, row_gain, col_gain, row_logit, col_logit = call.extras
+    problem, relative = call.problem, call.settings[0]
+    rests, row_gain, col_gain, logits = call.extras[:2], *call.extras[2:4], call.extras[4:]
     x, y, scores = whole_scores(problem)
-    given = rests
+    given = list(rests)
     if not relative:
-        logits = (row_logit, col_logit)
         given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
-    value, dscale, dbias, row, col, dots = _backend(call).weighted_matrix(
-        SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem, Side(None, given[0], row_gain),
-        Side(None, given[1], col_gain), _share(call), relative,
-    )  # fmt: skip
-    da = db = None
-    if call.needs[-2] or call.needs[-1]:
-        gains = _gains(call)
-        da = -gains[0] * _ratio(row, given[0]) if call.needs[-2] else None
-        db = -gains[1] * _ratio(col, given[1]) if call.needs[-1] else None
-    return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, da, db, row, col, dots
+    value, dscale, dbias, found, dots = backend_of(problem).weighted_matrix(
+        scores, problem, Side(None, given[0], row_gain), Side(None, given[1], col_gain), _share(call), relative
+    )
+    of_logits: list[Tensor | None] = [None, None]
+    if True in call.needs[-2:]:
+        sides = zip(_gains(call), found, given, call.needs[-2:])
+        of_logits = [-gain * _ratio(own, n) if need and n is not None else None for gain, own, n, need in sides]
+    padded = [*of_logits, None, None][:2]
+    return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, *padded, *_both(found), dots
 
 
 def _fake(call: Call) -> Outputs:
     """The shapes of what `_forward` returns."""
-    problem, (term, _, reduction) = call.problem, call.settings
-    x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
+    problem, reduction, two = call.problem, call.settings[1], _two(call)
+    x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
     n, m = x.shape[0], y.shape[0]
-    two = call.extras[1] is not None
-    exponential = term == "exponential"
     found = (
-        x.new_empty((2, n), dtype=dtype) if exponential else None,
-        x.new_empty((2, m), dtype=dtype) if exponential and two else None,
-        x.new_empty(n, dtype=dtype) if exponential and problem.positives.exist else None,
+        x.new_empty((2, n), dtype=dtype),
+        x.new_empty((2, m), dtype=dtype) if two else None,
+        x.new_empty(n, dtype=dtype),
     )
     if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
-    want_x, want_y, _ = call.wants
-    whole = _fits_one_call(call)  # gradients of scale and bias cost nothing then
-    if whole:
-        saved = dtype
+    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
+    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
     return (
         x.new_empty((), dtype=dtype),
         None,
@@ -290,38 +250,35 @@ def _fake(call: Call) -> Outputs:
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The pass with upstream's gains: every row has a factor of its own."""
-    dots, matrix, relative = kept[-1], _matrix(call), call.settings[1]
-    if dots is None:
-        dots = _dots(matrix, relative)
-    elif relative:
-        matrix.params[2] = dots.sum() / max(len(dots), 1)
-    n, m = (v.shape[0] for v in (call.problem.x, call.problem.y))
-    factors = zip(upstream, (n, m) if call.extras[1] is not None else (n,))
+    matrix = _matrix(call)
+    dots = _dots(call, matrix)
+    n, m = call.problem.x.shape[0], call.problem.y.shape[0]
+    factors = zip(upstream, (n, m) if _two(call) else (n,))
     gains = [matrix.params.new_zeros(length) if g is None else g.contiguous() for g, length in factors]
-    _, _, dx, dy, dscale, dbias, da, db, *_ = _pass(call, matrix, dots, *[*gains, None][:2])
-    made = (dx, dy, dscale, dbias, None, None, None, None, None, None, da, db)
-    found = zip(made, call.tensors, call.needs)
-    return tuple([like(g, t) if need and g is not None else None for g, t, need in found])
+    made = _pass(call, matrix, dots, gains)
+    by_place = dict(zip(_MADE, made[2:]))
+    wanted = enumerate(zip(call.tensors, call.needs))
+    return tuple([like(by_place[i], t) if need else None for i, (t, need) in wanted])
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The values of some rows (turned: columns), or their weighted sum, in operations of torch."""
-    (term, relative, reduction), (a, b, row_gain, col_gain, *logits) = call.settings, call.extras
+    relative, reduction = call.settings
+    rests, gain, logit = call.extras[:2], call.extras[2 + turned], call.extras[4 + turned]
     z, z_pos = dense_logits(call.problem, rows, turned)
-    if term == "sigmoid":
-        values = torch.nn.functional.softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
-        gain = row_gain
-    else:
-        normalizer, gain = (b, col_gain) if turned else (a, row_gain)
-        shift, rest = dense_normalizer(z)
-        logit = logits[turned]
-        start = z_pos if relative else 0.0 if logit is None else logit[rows]
-        values = torch.exp((shift - start) + (rest - normalizer[rows]))
+    shift, found = dense_normalizer(z)
+    start = z_pos if relative else torch.zeros_like(z_pos) if logit is None else logit[rows]
+    rest = rests[turned]
+    assert rest is not None
+    values = torch.exp((shift - start) + (found - rest[rows]))
     if reduction != "none":
         weighted = _share(call) * values if gain is None else gain[rows] * values
         return weighted.sum(), None
     return (None, values) if turned else (values, None)
 
+
+#: x, y, scale, bias, and the logits of the rows' and the columns' positives.
+_MADE = (0, 1, 2, 3, 10, 11)
 
 weighted_sum = register(
     Primitive(
@@ -332,8 +289,8 @@ weighted_sum = register(
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
-        two_sided=lambda call: call.extras[1] is not None,
-        made=(0, 1, 2, 3, 10, 11),
+        two_sided=_two,
+        made=_MADE,
         found=3,
     )
 )

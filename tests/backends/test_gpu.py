@@ -15,8 +15,9 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import get
-from contrastive_kernels.engine.driver import weigh
-from contrastive_kernels.engine.matrix import Stream
+from contrastive_kernels.engine.driver import gradient_pass
+from contrastive_kernels.engine.gradients import Wanted
+from contrastive_kernels.engine.matrix import ScoreMatrix
 from contrastive_kernels.engine.positives import Positives
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
@@ -363,16 +364,15 @@ def test_overlap_changes_nothing(backend):
     """Panels in turn on two streams: the same sums, and in two runs bitwise so."""
     require(backend, torch.bfloat16)
     x, y = (v.detach() for v in features(6000, 256, torch.bfloat16))
-    params = torch.tensor([10.0, 0.0], device=DEVICE)
-    normalizer = torch.full((6000,), 9.0, device=DEVICE)
-    side = Side(None, normalizer, torch.ones_like(normalizer))
+    params = torch.tensor([10.0, 0.0, 0.0], device=DEVICE)
+    normalizer = torch.tensor([[9.0], [0.0]], device=DEVICE).repeat(1, 6000)
+    side = Side(None, normalizer, torch.ones(6000, device=DEVICE))
     results = []
     for overlap in (False, True, True):
         # twice the room for two buffers; the shapes of panels may still differ
-        stream = Stream(
-            EXPONENTIAL, x, y, params, Positives(0), get(backend), (2 if overlap else 1) * 8 * MIB, overlap=overlap
-        )
-        results.append(weigh(stream, side, side, (True, True, True)))
+        workspace = (2 if overlap else 1) * 8 * MIB
+        matrix = ScoreMatrix(EXPONENTIAL, x, y, params, Positives(0), get(backend), workspace, overlap=overlap)
+        results.append(gradient_pass(matrix, side, side, Wanted(True, True, True)))
     for name in ("dx", "dy", "dparams"):
         for other in results[1:]:
             torch.testing.assert_close(getattr(other, name), getattr(results[0], name), rtol=1e-2, atol=1e-3)

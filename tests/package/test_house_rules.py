@@ -4,40 +4,12 @@ import ast
 import inspect
 import re
 import subprocess
-from pathlib import Path
 
+import house
 import pytest
+from house import GROUND, MODULES, PACKAGE, ROOMS, ROOT, TOPS, UNBUILT, imported_modules, room_of
 
 import contrastive_kernels as ck
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "contrastive_kernels"
-
-# The rooms, from the roof down: a module imports from its own room and from rooms below.
-ROOMS = [
-    "integrations",
-    "distributed",
-    "structure",
-    "em",
-    "losses",
-    "search",
-    "planning",
-    "operators",
-    "engine",
-    "arguments",
-    "backends",
-    "reference",
-    "panels",
-    "draws",
-]
-#: Rooms that the house's plan has and that are still to be built.
-UNBUILT = {"integrations", "distributed"}
-#: Public names of former places; they and the package itself stand above all rooms.
-FORMER_PLACES = {"functional", "reference_structure", "retrieval", "sampling", "specs", "structure_losses"}
-TOPS = {"", "__main__"} | FORMER_PLACES
-#: Below all rooms; the first two are not Python modules of the package.
-GROUND = {"_C", "_triton", "_library"}
-OUTSIDE = {"_C", "_triton"}
 
 CODE = {".py", ".cpp", ".cu", ".cuh", ".h", ".sh"}
 TEXT = CODE | {".in", ".json", ".jsonl", ".md", ".pyi", ".toml", ".txt", ".yml", ""}
@@ -57,54 +29,13 @@ def project_files(suffixes):
     return sorted(path for path in files if path.suffix in suffixes and path.is_file())
 
 
-def package_modules():
-    """{dotted name below contrastive_kernels ("" for the package itself): path}, without the Triton kernels."""
-    modules = {}
-    for path in PACKAGE.rglob("*.py"):
-        if "_triton" in path.relative_to(PACKAGE).parts:
-            continue
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return modules
-
-
-MODULES = package_modules()
-
-
-def imported_modules(name, path):
-    """Names (as in MODULES, or OUTSIDE) of the package's own modules that a module imports, anywhere in its text."""
-    folder = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            absolute = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = folder.split(".") if folder else []
-                kept = parents[: len(parents) - (node.level - 1)]
-                base = ".".join(["contrastive_kernels", *kept, *([base] if base else [])])
-            absolute = [f"{base}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for full in absolute:
-            if full.split(".")[0] != "contrastive_kernels" or full.endswith(".__version__"):
-                continue
-            inner = full.partition(".")[2]
-            while inner and inner not in MODULES and inner not in OUTSIDE:  # `import log_sum`: a name
-                inner = inner.rpartition(".")[0]
-            found.add(inner)
-    return found
-
-
-def room_of(module):
-    """The folder that a module lies in."""
-    return module.split(".")[0]
-
-
 def test_every_module_has_its_room():
     rooms = {room_of(name) for name in set(MODULES) - TOPS - GROUND}
     assert rooms == set(ROOMS) - UNBUILT, "a new room needs its place in ROOMS, and in CONTRIBUTING.md"
+
+
+def test_the_picture_of_the_house_is_todays():
+    assert house.picture() in (ROOT / "CONTRIBUTING.md").read_text(), "python tests/house.py draws it anew"
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - TOPS))

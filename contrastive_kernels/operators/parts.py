@@ -1,0 +1,71 @@
+"""What the operators' passes have in common: small matrices whole, gradients in their tensors' dtypes and shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import Backend
+from ..engine.gradients import Gradients
+from ..engine.matrix import ScoreMatrix
+from ..engine.problem import Problem
+from .shared import Call, Outputs, like
+
+__all__ = [
+    "add_positive_params",
+    "backend_of",
+    "gradients_of",
+    "params_of",
+    "saved_dtype",
+    "whole_gradients",
+    "whole_scores",
+]
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def gradients_of(call: Call, made: Gradients) -> Outputs:
+    """What a gradient pass made, as gradients of the call's tensors."""
+    dscale, dbias = (None, None) if made.dparams is None else made.dparams
+    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
+    wanted = zip(found, call.tensors, call.needs)
+    return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
+
+
+def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dscale and dL/dbias, as far as they are wanted, of their sums [2]."""
+    if dparams is None:
+        return None, None
+    dscale, dbias = dparams.unbind()
+    return dscale if call.needs[2] else None, dbias if call.needs[3] else None
+
+
+def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Both operands in the dtype of the scores, and all scores [N, M]."""
+    x, y = problem.x, problem.y
+    if x.dtype.itemsize == 2:
+        x = x.float()
+        y = x if problem.symmetric else y.float()
+    return x, y, x.mm(y.t())
+
+
+def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dy from the weights [N, M] of all pairs, positives included."""
+    want_x, want_y, _ = call.wants
+    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
+
+
+def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
+    """The positive pairs' part of the gradients of scale and bias."""
+    if made.dparams is not None:
+        made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
+        made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
+
+
+def backend_of(problem: Problem) -> Backend:
+    """Who computes it."""
+    return backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)

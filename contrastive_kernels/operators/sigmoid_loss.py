@@ -1,0 +1,155 @@
+"""The sigmoid loss: sum_j softplus(z_ij) over a row's negatives + softplus(-z_i,p(i)).
+
+Its weights depend on nothing but the pair's own score, so one pass gives value and gradients of a sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from ..engine import strategy
+from ..engine.driver import gradient_pass, neutral_state, positive_dots, statistics_pass
+from ..engine.gradients import Wanted
+from ..engine.matrix import ScoreMatrix
+from ..engine.problem import Problem
+from ..panels.panel import Side
+from ..panels.size import score_dtype
+from ..panels.terms import SIGMOID
+from .parts import add_positive_params, backend_of, gradients_of, params_of, saved_dtype, whole_gradients, whole_scores
+from .registration import register
+from .second import dense_logits
+from .shared import Call, Outputs, Primitive
+
+__all__ = ["sigmoid_loss"]
+
+
+def sigmoid_loss(problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
+    """The sigmoid loss of every row, or their mean or sum.
+
+    Parameters
+    ----------
+    problem : Problem
+        Every row has a positive.
+    gain : Tensor, optional
+        Weights of the rows [N] in the dtype of the scores; with a mean, as shares of 1.
+    reduction : {"mean", "sum", "none"}
+        "none" gives [N].
+    """
+    loss: Tensor = sigmoid_losses(problem, (gain,), (reduction,))[0]
+    return loss
+
+
+# ---- what is computed ----
+
+
+def _share(call: Call) -> float:
+    """What every row's loss is multiplied by where rows have no weights of their own."""
+    (gain,), (reduction,) = call.extras, call.settings
+    return 1.0 / max(call.problem.x.shape[0], 1) if reduction == "mean" and gain is None else 1.0
+
+
+def _gains(call: Call) -> Tensor:
+    """What every row's loss is multiplied by [N]."""
+    (gain,), x = call.extras, call.problem.x
+    if gain is not None:
+        return gain
+    return torch.full((x.shape[0],), _share(call), dtype=score_dtype(x.dtype), device=x.device)
+
+
+def _in_one_call(call: Call) -> bool:
+    (reduction,), x, y = call.settings, call.problem.x, call.problem.y
+    workspace_bytes = call.problem.engine.workspace_bytes
+    return reduction != "none" and strategy.fits_one_call(
+        backend_of(call.problem), x.shape[0], y.shape[0], workspace_bytes
+    )
+
+
+def _forward(call: Call) -> Outputs:
+    """The loss; dx, dy, dscale, dbias of a sum."""
+    problem, (reduction,), backend = call.problem, call.settings, backend_of(call.problem)
+    if _in_one_call(call):
+        x, y, scores = whole_scores(problem)
+        value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
+        return value, *whole_gradients(call, scores, x, y), *params
+    matrix, gain = _matrix(call), _gains(call)
+    dots = positive_dots(matrix)
+    if reduction != "none" and True in call.needs:
+        return _pass(call, matrix, dots, gain)
+    rows, _ = statistics_pass(matrix, cols=False)
+    losses = gain * (rows[0] - logsigmoid(_z_pos(matrix, dots)))
+    return losses if reduction == "none" else losses.sum(), None, None, None, None
+
+
+def _matrix(call: Call) -> ScoreMatrix:
+    problem = call.problem
+    return ScoreMatrix.of(problem, SIGMOID, backend_of(problem), saved_dtype(problem.x.dtype))
+
+
+def _z_pos(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
+    return matrix.params[0] * dots + matrix.params[1]
+
+
+def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
+    """The losses' weighted sum, and its gradients."""
+    z_pos, state = _z_pos(matrix, dots), neutral_state(matrix, len(dots))
+    dz_pos = -torch.sigmoid(-z_pos) * gain
+    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
+    add_positive_params(matrix, made, dz_pos, dots)
+    value = (gain * (state[0] - logsigmoid(z_pos))).sum()
+    return value, made.dx, made.dy, *params_of(call, made.dparams)
+
+
+def _fake(call: Call) -> Outputs:
+    """The shapes of what `_forward` returns."""
+    problem, (reduction,) = call.problem, call.settings
+    x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
+    if reduction == "none":
+        return x.new_empty(x.shape[0], dtype=dtype), None, None, None, None
+    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
+    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
+    return (
+        x.new_empty((), dtype=dtype),
+        x.new_empty(x.shape, dtype=saved) if want_x else None,
+        y.new_empty(y.shape, dtype=saved) if want_y else None,
+        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+    )
+
+
+# ---- autograd ----
+
+
+def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
+    """The pass with upstream's gains: every row has a factor of its own."""
+    matrix, gain = _matrix(call), _gains(call) * upstream[0]
+    dots = positive_dots(matrix)
+    dz_pos = -torch.sigmoid(-_z_pos(matrix, dots)) * gain
+    state = neutral_state(matrix, len(dots))
+    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
+    add_positive_params(matrix, made, dz_pos, dots)
+    return gradients_of(call, made)
+
+
+def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
+    """The losses of some rows, or their sum, in operations of torch."""
+    z, z_pos = dense_logits(call.problem, rows, turned)
+    losses = softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
+    (gain,), (reduction,) = call.extras, call.settings
+    losses = _share(call) * losses if gain is None else gain[rows] * losses
+    return (losses if reduction == "none" else losses.sum(),)
+
+
+sigmoid_losses = register(
+    Primitive(
+        "sigmoid_loss",
+        results=1,
+        outputs=5,
+        forward=_forward,
+        fake=_fake,
+        gradients=_gradients,
+        dense=_dense,
+        two_sided=lambda call: False,
+        made=(0, 1, 2, 3),
+    )
+)
