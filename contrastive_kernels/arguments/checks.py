@@ -293,7 +293,7 @@ def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | fl
     if not is_number(value):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
     largest = torch.finfo(score_dtype(x.dtype)).max
-    if not -largest <= value <= largest:  # type: ignore[operator] # (compared exactly: a float might overflow)
+    if not -largest <= value <= largest:  # (exactly: a float might overflow)
         raise ValueError(f"{name}: expected a finite number of at most {largest:.3g}; got {shown(value)}")
     return float(value)
 
