@@ -19,7 +19,8 @@ def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., 
     def run(*args: Any) -> Any:
         device = (args[0][0] if isinstance(args[0], (list, tuple)) else args[0]).device.type
         with torch.no_grad():
-            if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
+            # (entering it takes as long as a small operation)
+            if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
                 return implementation(*args)
             with torch.autocast(device, enabled=False):
                 return implementation(*args)

@@ -17,6 +17,7 @@ from .index import checked_index
 from .options import Engine
 
 __all__ = [
+    "autocasts",
     "check_backend",
     "check_count",
     "check_dense",
@@ -114,9 +115,14 @@ def normalized(x: Tensor) -> Tensor:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of autocast where it is on."""
+    return torch.get_autocast_dtype(device) if autocasts(device) else None
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of devices; some, like "meta", have none."""
     # Before torch 2.7 the compiler cannot trace the question whether a device has autocast; what it compiles for has.
     known = device in ("cpu", "cuda") or torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+    return known and torch.is_autocast_enabled(device)
 
 
 def require_equal_lengths(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments.checks import autocasts
 from ..engine.problem import Problem
 from ..panels.size import score_dtype
 from .call import Call, Outputs
@@ -127,7 +128,7 @@ def _is_plain(x: Tensor) -> bool:
 def _without_autocast(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
     """Calls what runs the engine: autocast would round the results of out=."""
     device = call.problem.x.device.type
-    if not torch.is_autocast_enabled(device):  # entering it takes as long as a small operation
+    if not autocasts(device):  # entering it takes as long as a small operation
         return function(call, *rest)
     with torch.autocast(device, enabled=False):
         return function(call, *rest)

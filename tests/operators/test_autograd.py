@@ -93,17 +93,6 @@ def test_x_may_be_y():
         assert torch.autograd.gradcheck(lambda v, loss=loss: loss(v, v, 1.3), x)
 
 
-@pytest.mark.parametrize("loss", ALL)
-def test_second_derivatives_are_refused(loss):
-    """Rather than silently wrong."""
-    leaves, rest = make(loss)
-    for reduction in ("mean", "none"):
-        value = call(loss, *leaves, *rest, reduction=reduction).sum()
-        with pytest.raises(RuntimeError):
-            (dx,) = torch.autograd.grad(value, leaves[:1], create_graph=True)
-            (value + dx.square().sum()).backward()  # a gradient penalty
-
-
 # ---- only what is wanted ----
 
 
@@ -311,21 +300,21 @@ def test_autocast_serves_towers_of_mixed_dtypes():
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_the_host_reads_no_tensor(loss, backend, monkeypatch):
-    """A tensor's value read by Python is a synchronisation on a GPU."""
+def test_the_host_reads_no_tensor(loss):
+    """A tensor's value read by Python is a synchronisation on a GPU: on the meta device nothing can be read.
+
+    (On the CPU, where reading waits for nobody, the scale is read.)
+    """
     leaves, rest = make(loss, 130, d=16, dtype=torch.float32)
+    place = torch.device("meta")
 
-    def refuse(read):
-        def wrapper(tensor, *arguments):  # indices are checked where they lie: the CPU reads its own
-            assert not tensor.is_floating_point(), "the host reads a tensor"
-            return read(tensor, *arguments)
+    def move(v):
+        return tuple(map(move, v)) if isinstance(v, tuple) else v.detach().to(place).requires_grad_(v.requires_grad)
 
-        return wrapper
-
-    for name in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, refuse(getattr(torch.Tensor, name)))
-    weight = torch.linspace(0, 1, 130)
-    for reduction in ("mean", "none"):
-        call(loss, *leaves, *rest, weight=weight, reduction=reduction, backend=backend).sum().backward()
+    leaves, rest, weight = [move(leaf) for leaf in leaves], move(rest), torch.ones(130, device=place)
+    for workspace_bytes in (2**26, 200_000):
+        for reduction in ("mean", "none"):
+            options = {"weight": weight, "reduction": reduction, "workspace_bytes": workspace_bytes}
+            call(loss, *leaves, *rest, **options).sum().backward()
     if loss == "decomposable":
-        call(loss, *leaves, *rest, shape=0.5, return_log_normalizer=True, backend=backend)[0].backward()
+        call(loss, *leaves, *rest, shape=0.5, return_log_normalizer=True)[0].backward()
