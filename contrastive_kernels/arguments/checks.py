@@ -35,13 +35,13 @@ def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
-    _check_matrix(x, names[0])
-    _check_matrix(y, names[1])
-    if x.shape[1] != y.shape[1]:
+    _, features = _matrix_shape(x, names[0])
+    _, others = _matrix_shape(y, names[1])
+    if features != others:
         raise ValueError(
-            f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
+            f"{names[0]} and {names[1]}: expected the same number of features D; got {features} and {others}"
         )
-    if x.shape[1] == 0:
+    if features == 0:
         raise ValueError(f"{names[0]}: expected at least one feature; got shape {list(x.shape)}")
     if x.device != y.device:
         raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
@@ -59,16 +59,18 @@ def check_features(
     return x, y
 
 
-def _check_matrix(value: Any, name: str) -> None:
-    """A dense matrix [N, D] of a floating dtype."""
+def _matrix_shape(value: Any, name: str) -> torch.Size:
+    """The shape of a dense matrix [N, D] of a floating dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
-    if value.dim() != 2:
-        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
+    shape = value.shape
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(shape)}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
+    return shape
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
