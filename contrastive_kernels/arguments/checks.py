@@ -50,18 +50,17 @@ def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
-    check_matrix(x, names[0])
-    check_matrix(y, names[1])
-    if x.shape[1] != y.shape[1]:
+    _, features = check_matrix(x, names[0])
+    _, others = check_matrix(y, names[1])
+    if features != others:
         raise ValueError(
-            f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
+            f"{names[0]} and {names[1]}: expected the same number of features D; got {features} and {others}"
         )
-    if x.shape[1] == 0:
+    if features == 0:
         raise ValueError(f"{names[0]}: expected at least one feature; got shape {list(x.shape)}")
     if x.device != y.device:
         raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
-    if x.is_meta:
-        raise ValueError(f"{names[0]}: expected a tensor that holds values; got one on the meta device")
+    require_values(x, names[0])
     if check_flag(normalize, "normalize"):
         x, y = normalized(x), normalized(y)
     dtype = _autocast_dtype(x.device.type)
@@ -74,15 +73,17 @@ def check_features(
     return x, y
 
 
-def check_matrix(value: Any, name: str) -> None:
-    """A dense matrix [N, D] of a floating dtype that the losses take."""
+def check_matrix(value: Any, name: str) -> torch.Size:
+    """The shape of a dense matrix [N, D] of a floating dtype that the losses take."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
     check_dense(value, name)
-    if value.dim() != 2:
-        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
+    shape = value.shape
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(shape)}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
+    return shape
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,6 +112,12 @@ def normalized(x: Tensor) -> Tensor:
     v = v / largest.masked_fill(zero, 1.0)
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).masked_fill(zero, 1.0)
     return (v / norm).masked_fill(zero, 0.0).to(x.dtype)
+
+
+def require_values(x: Tensor, name: str) -> None:
+    """A tensor that holds values."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a tensor that holds values; got one on the meta device")
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
