@@ -32,8 +32,7 @@ import contrastive_kernels as ck
 from contrastive_kernels.backends import get
 from contrastive_kernels.engine.driver import gradient_pass, statistics_pass
 from contrastive_kernels.engine.gradients import Wanted
-from contrastive_kernels.engine.matrix import ScoreMatrix
-from contrastive_kernels.engine.positives import Positives
+from contrastive_kernels.engine.matrix import Positives, ScoreMatrix
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 

@@ -38,6 +38,7 @@ __all__ = [
     "is_number",
     "normalized",
     "require_equal_lengths",
+    "require_one_process",
     "scale_tensor",
     "shown",
 ]
@@ -322,3 +323,14 @@ def scale_tensor(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor:
 def check_engine(backend: Any, workspace_bytes: Any) -> Engine:
     """The engine's two arguments."""
     return Engine(check_backend(backend), check_workspace(workspace_bytes))
+
+
+def require_one_process(name: str) -> None:
+    """Negatives of other processes cannot be had yet, and leaving them out silently would train another loss."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the rows of "
+            "the other processes would be left out. Gather the features with their gradients and call the function, "
+            "contrastive_kernels.info_nce with positives=rank * N."
+        )

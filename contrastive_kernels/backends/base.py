@@ -10,13 +10,12 @@ from torch import Tensor
 from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
-from .products import default_weights_dtype
 
 __all__ = ["Backend", "WholeMatrix"]
 
 
 class WholeMatrix(Protocol):
-    """What is said of a small matrix beside its scores; see :class:`contrastive_kernels.engine.problem.Problem`."""
+    """What is said of a small matrix beside its scores; see :class:`contrastive_kernels.engine.matrix.Problem`."""
 
     @property
     def scale(self) -> Tensor | float: ...
@@ -49,6 +48,8 @@ class Backend:
     temporaries: ClassVar[int] = 0
     search_temporaries: ClassVar[int] = 0
 
+    #: it wants memory beside: `scratch` says how much
+    wants_scratch: ClassVar[bool] = False
     #: it computes a small matrix, whose scores are there, in one call
     whole_matrix: ClassVar[bool] = False
 
@@ -66,7 +67,7 @@ class Backend:
 
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
-        return default_weights_dtype(device, dtype)
+        raise NotImplementedError
 
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that it wants beside for a panel of R rows and C columns; its route has a bound."""

@@ -13,7 +13,7 @@ from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from .base import Backend, WholeMatrix
 from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
-from .products import score_product
+from .products import default_weights_dtype, score_product
 
 if MISSING is None:
     from contrastive_kernels import _C
@@ -36,6 +36,9 @@ class CpuBackend(Backend):
         if dtype == torch.float64:
             return "its scores are float32; float64 is the torch backend's"
         return None
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        return default_weights_dtype(device, dtype)
 
     def route(self, size: Size) -> Route:
         return _route(instruction_set())

@@ -42,6 +42,7 @@ class CudaBackend(Backend):
     name = "cuda"
     score_tile = False
     native_operands = True
+    wants_scratch = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if (reason := _missing()) is not None:

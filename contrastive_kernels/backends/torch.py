@@ -12,7 +12,7 @@ from ..panels.panel import Panel, Route, SearchPanel, Side, present
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, RANK, SEARCHES, SIGMOID, PairTerm
 from .base import Backend
-from .products import score_product
+from .products import default_weights_dtype, score_product
 
 __all__ = ["TorchBackend"]
 
@@ -27,6 +27,9 @@ class TorchBackend(Backend):
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
+
+    def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        return default_weights_dtype(device, dtype)
 
     def route(self, size: Size) -> Route:
         return Route("operations of torch")

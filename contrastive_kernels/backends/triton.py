@@ -38,6 +38,7 @@ class TritonBackend(Backend):
     name = "triton"
     score_tile = False
     native_operands = True
+    wants_scratch = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):

@@ -20,12 +20,12 @@ from ..arguments.checks import (
     check_reduction,
     check_vector,
     check_workspace,
+    require_one_process,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
-from ..losses.module import require_one_process
 from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_expectation, check_negatives, recomputing, wide
 from .memory import NormalizerMemory

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_device, check_flag, check_folder, check_number, shown
-from ..losses.module import require_one_process
+from ..arguments.checks import (
+    check_dense,
+    check_device,
+    check_flag,
+    check_folder,
+    check_number,
+    require_one_process,
+    shown,
+)
 from .expectation import wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
 from .statistics import NormalizerStatistics, averages, observe

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments.checks import check_engine, check_positives, check_scale
 from ..draws.gamma import log_or_minus_infinity
-from ..engine.problem import Problem
+from ..engine.matrix import Problem
 from ..operators.logsumexp import normalizers
 from .expectation import Expectation, positive_scores, wide
 from .memory import NormalizerMemory

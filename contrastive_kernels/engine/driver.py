@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..panels.panel import Side
-from ..panels.size import score_dtype
+from ..panels.size import LARGEST_SQUARE, SMALLEST_PANEL, blocks, score_dtype
 from .gradients import Gradients, GradientSums, Sums, Wanted
 from .matrix import ScoreMatrix
 from .overlap import Overlap
-from .shapes import LARGEST_SQUARE, SMALLEST_PANEL, blocks
 from .workspace import Workspace
 
 __all__ = [

@@ -1,22 +1,147 @@
-"""What is walked: one score matrix, never stored whole, what it leaves out, and in which dtypes."""
+"""One score matrix z = scale * x yT + bias: as a problem, as a call of a primitive, and as the driver walks it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..arguments.options import DEFAULT_ENGINE, Engine
 from ..backends import Backend
 from ..panels.pairs import Pairs
 from ..panels.panel import in_pieces
-from ..panels.size import Size
+from ..panels.size import Size, multiprocessors, score_dtype
 from ..panels.terms import PairTerm
-from .positives import Positives
-from .problem import Problem
-from .shapes import multiprocessors
 
-__all__ = ["ScoreMatrix"]
+__all__ = ["Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
+
+
+@dataclass(frozen=True, slots=True)
+class Positives:
+    """Where the positive of each row lies: at ``row + offset``, at ``index[row]`` (-1: in no column), or nowhere."""
+
+    offset: int | None = None
+    #: int64 [N]
+    index: Tensor | None = None
+
+    @property
+    def exist(self) -> bool:
+        """Whether any row has a positive."""
+        return self.offset is not None or self.index is not None
+
+    def select(self, y: Tensor, rows: slice) -> Tensor:
+        """The positives of these rows, [rows, D]; any row of y where there is none."""
+        if self.index is None:
+            return y[self._shifted(rows)]
+        return y[self.index[rows].clamp(min=0)]
+
+    def band(self, rows: slice) -> Positives:
+        """Those of some rows, which count from 0."""
+        if self.index is not None:
+            return Positives(index=self.index[rows])
+        return Positives(None if self.offset is None else self.offset + rows.start)
+
+    def coefficients(self, values: Tensor) -> Tensor:
+        """values [N], with 0 where a row has no positive."""
+        return values if self.index is None else values.masked_fill(self.index < 0, 0.0)
+
+    def add_to(self, sums: Tensor, rows: slice, block: Tensor, values: Tensor) -> None:
+        """sums[p(i)] += values_i * block_i for these rows; the same order of additions in every run."""
+        if self.index is None:
+            sums[self._shifted(rows)].addcmul_(block, values[:, None])
+            return
+        index, product = self.index[rows].clamp(min=0), block * values[:, None]
+        if sums.device.type == "cpu":
+            sums.index_add_(0, index, product)
+        else:  # index_add_ on a GPU adds in no fixed order
+            sums.index_put_((index,), product, accumulate=True)
+
+    def _shifted(self, rows: slice) -> slice:
+        offset = self.offset or 0
+        return slice(rows.start + offset, rows.stop + offset)
+
+
+@dataclass(slots=True)
+class Problem:
+    """One score matrix z = scale * x yT + bias, which of its pairs count, and who computes it.
+
+    A new member that is a tensor joins `tensors`; operators, autograd and the driver take it from there. Nobody writes
+    to one, but it is not frozen: that would triple the time of making it.
+    """
+
+    #: [N, D], [M, D] of one dtype and device
+    x: Tensor
+    y: Tensor
+    #: numbers, or tensors of one element on the same device
+    scale: Tensor | float
+    bias: Tensor | float = 0.0
+    #: the positive of row i is column i + offset, or index[i] (int64 [N], -1: no column), or there is none
+    offset: int | None = None
+    index: Tensor | None = None
+    #: y is x, and no row is its own negative
+    symmetric: bool = False
+    #: [M] added to the logits of a column, in the dtype of the scores
+    col_bias: Tensor | None = None
+    engine: Engine = DEFAULT_ENGINE
+
+    def tensors(self) -> tuple[Any, ...]:
+        """What autograd sees. (A number in a tensor's place stays one.)"""
+        return self.x, self.y, self.scale, self.bias, self.index, self.col_bias
+
+    def statics(self) -> tuple[Any, ...]:
+        """The rest, but for the offset, which may be symbolic; printable."""
+        return self.symmetric, self.engine.backend, self.engine.workspace_bytes
+
+    @classmethod
+    def of(cls, tensors: tuple[Any, ...], offset: int | None, statics: tuple[Any, ...]) -> Problem:
+        """The problem of these tensors and statics."""
+        x, y, scale, bias, index, col_bias = tensors
+        symmetric, backend, workspace_bytes = statics
+        return cls(x, y, scale, bias, offset, index, symmetric, col_bias, Engine(backend, workspace_bytes))
+
+    def with_numbers_as_tensors(self) -> Problem:
+        """The same with scale and bias as 0-d tensors, which operators want."""
+        scale, bias = (
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=score_dtype(self.x.dtype), device=self.x.device)
+            for v in (self.scale, self.bias)
+        )
+        return replace(self, scale=scale, bias=bias)
+
+    def backend(self) -> Backend:
+        """Who computes it."""
+        return backends.choose(self.engine.backend or None, self.x.device, self.x.dtype)
+
+    @property
+    def positives(self) -> Positives:
+        """Where they lie."""
+        return Positives(self.offset, self.index)
+
+    def params(self) -> Tensor:
+        """(scale, bias, 0) [3] on the device, in the dtype of the scores: the last is the center of the scores."""
+        dtype, device = score_dtype(self.x.dtype), self.x.device
+        values = (self.scale, self.bias, 0.0)
+        if device.type == "cpu":  # where reading a tensor waits for nobody
+            return torch.tensor([v.item() if isinstance(v, Tensor) else v for v in values], dtype=dtype, device=device)
+        return torch.stack(
+            [
+                v.detach().reshape(()).to(dtype)
+                if isinstance(v, Tensor)
+                else torch.full((), v, dtype=dtype, device=device)
+                for v in values
+            ]
+        )
+
+    def size(self) -> Size:
+        """What a strategy depends on."""
+        x, y = self.x, self.y
+        return Size(
+            x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.engine.workspace_bytes,
+            multiprocessors(x.device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,3 +212,42 @@ class ScoreMatrix:
             multiprocessors(x.device), self.backend.native_operands and in_pieces(x) and in_pieces(y),
             2 if self.overlap else 1, self.is_band,
         )  # fmt: skip
+
+
+Outputs = tuple[Any, ...]
+
+
+#: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
+PROBLEM_TENSORS = 6
+
+
+@dataclass(slots=True)  # frozen ones take three times as long to make
+class Call:
+    """One call of a primitive: the problem, the tensors beside it, its settings, and which tensors want gradients."""
+
+    problem: Problem
+    extras: tuple[Tensor | None, ...]
+    settings: tuple[Any, ...]
+    needs: tuple[bool, ...]
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, the problem's first."""
+        return (*self.problem.tensors(), *self.extras)
+
+    @property
+    def statics(self) -> tuple[Any, ...]:
+        """All that is no tensor, but for the offset."""
+        return self.problem.statics(), self.settings, self.needs
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], offset: int | None, statics: tuple[Any, ...]) -> Call:
+        """The call of these tensors and statics."""
+        of_problem, settings, needs = statics
+        problem = Problem.of(tuple(tensors[:PROBLEM_TENSORS]), offset, of_problem)
+        return cls(problem, tuple(tensors[PROBLEM_TENSORS:]), settings, needs)
+
+    @property
+    def wants(self) -> tuple[bool, bool, bool]:
+        """Whether gradients of x, of y, and of scale or bias are wanted."""
+        return self.needs[0], self.needs[1], self.needs[2] or self.needs[3]

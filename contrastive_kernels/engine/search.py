@@ -15,9 +15,8 @@ from torch import Tensor
 from ..backends import Backend
 from ..panels.pairs import Pairs
 from ..panels.panel import SearchPanel
-from ..panels.size import PanelBytes, score_dtype
+from ..panels.size import SMALLEST_PANEL, PanelBytes, blocks, score_dtype, square_side
 from ..panels.terms import PairTerm
-from .shapes import SMALLEST_PANEL, blocks, square_side
 
 __all__ = ["Search", "count", "find", "panel_side"]
 

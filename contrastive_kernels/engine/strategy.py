@@ -7,8 +7,18 @@ from enum import Enum
 from functools import lru_cache
 
 from ..backends import Backend
-from ..panels.size import PanelBytes, Size, score_dtype
-from .shapes import BAND, BAND_SHARE, SMALLEST_PANEL, largest_side, nearly_equal, square_side, wave_shape
+from ..panels.size import (
+    BAND,
+    BAND_SHARE,
+    SMALLEST_PANEL,
+    PanelBytes,
+    Size,
+    largest_side,
+    nearly_equal,
+    score_dtype,
+    square_side,
+    wave_shape,
+)
 
 __all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape"]
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..panels.panel import Panel
-from ..panels.size import score_dtype
+from ..panels.size import blocks, score_dtype
 from .matrix import ScoreMatrix
-from .shapes import blocks
 from .strategy import panel_shape
 
 __all__ = ["Workspace"]
@@ -56,7 +55,8 @@ class Workspace:
         self.separate = weighs and self._weights_need_room()
         buffers = 2 if matrix.overlap else 1
         self.weights = self._room(buffers * rows * (self.stride or cols) if self.separate else 0, self.weights_dtype)
-        self.scratch = self._room(backend.scratch(rows, cols, size) if rows and cols else 0, torch.float32)
+        scratch = backend.scratch(rows, cols, size) if backend.wants_scratch and rows and cols else 0
+        self.scratch = self._room(scratch, torch.float32)
         self.pairs = matrix.pairs()
         self.x_block = x[:0]
         self.factor = matrix.params[:1]

@@ -20,13 +20,14 @@ from ..arguments.checks import (
     check_scale,
     check_vector,
     require_equal_lengths,
+    require_one_process,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
-from ..engine.problem import Problem
+from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
-from .module import Loss, require_one_process
+from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -148,7 +149,7 @@ def decomposable(
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
     logits = [logit for _, logit in sides if logit is not None] or None
-    gain = row_gains(weight, x.shape[0], x, reduction)
+    gain = None if weight is None else row_gains(weight, x.shape[0], x, reduction)
     sums = exponential_sums(problem, rests, logits, gain, reduction)
     if reduction == "none":
         rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..arguments.checks import check_backend, check_flag, check_reduction, check_workspace
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 
-__all__ = ["PAIR_NAMES", "Loss", "require_one_process"]
+__all__ = ["PAIR_NAMES", "Loss"]
 
 
 PAIR_NAMES = ("image_features", "text_features")
@@ -38,14 +37,3 @@ class Loss(nn.Module):
     def extra_repr(self) -> str:
         """The options, as they print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def require_one_process(name: str) -> None:
-    """Negatives of other processes cannot be had yet, and leaving them out silently would train another loss."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the rows of "
-            "the other processes would be left out. Gather the features with their gradients and call the function, "
-            "contrastive_kernels.info_nce with positives=rank * N."
-        )

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_flag, check_reduction, check_scale
+from ..arguments.checks import (
+    check_engine,
+    check_features,
+    check_flag,
+    check_reduction,
+    check_scale,
+    require_one_process,
+)
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
-from ..engine.problem import Problem
+from ..engine.matrix import Problem
 from ..operators.sigmoid_loss import sigmoid_loss
-from .module import PAIR_NAMES, Loss, require_one_process
+from .module import PAIR_NAMES, Loss
 
 __all__ = ["SigmoidLoss", "sigmoid"]
 
@@ -71,7 +78,7 @@ def sigmoid(
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
     scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
     problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
-    return sigmoid_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
+    return sigmoid_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
 class SigmoidLoss(Loss):

@@ -13,12 +13,13 @@ from ..arguments.checks import (
     check_reduction,
     check_scale,
     check_vector,
+    require_one_process,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
-from ..engine.problem import Problem
+from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
-from .module import PAIR_NAMES, Loss, require_one_process
+from .module import PAIR_NAMES, Loss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
 
@@ -94,7 +95,7 @@ def info_nce(
     index, offset = check_positives(positives, x, y)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
-    return softmax_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction)
+    return softmax_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
 def clip_loss(
@@ -157,7 +158,9 @@ def clip_loss(
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     problem = Problem(x, y, scale, offset=0, engine=engine)
-    return softmax_loss(problem, row_gains(weight, x.shape[0], x, reduction), reduction, both=True)
+    return softmax_loss(
+        problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction, both=True
+    )
 
 
 def nt_xent(

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from ..engine.driver import gradient_pass, log_sums, normalizer_of, softmax_side, statistics_pass
 from ..engine.gradients import Wanted
-from ..engine.matrix import ScoreMatrix
-from ..engine.problem import Problem
+from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import backend_of, gradients_of
+from .parts import gradients_of
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -33,7 +32,7 @@ def normalizers(problem: Problem, *, cols: bool = False) -> tuple[Tensor, Tensor
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    return ScoreMatrix.of(problem, EXPONENTIAL, backend_of(problem))
+    return ScoreMatrix.of(problem, EXPONENTIAL, problem.backend())
 
 
 def _forward(call: Call) -> Outputs:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends import Backend
 from ..engine.gradients import Gradients
-from ..engine.matrix import ScoreMatrix
-from ..engine.problem import Problem
+from ..engine.matrix import Problem, ScoreMatrix
 from .shared import Call, Outputs, like
 
 __all__ = [
     "add_positive_params",
-    "backend_of",
     "gradients_of",
     "params_of",
-    "saved_dtype",
     "whole_gradients",
     "whole_scores",
 ]
-
-
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def gradients_of(call: Call, made: Gradients) -> Outputs:
@@ -64,8 +53,3 @@ def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, do
     if made.dparams is not None:
         made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
-
-
-def backend_of(problem: Problem) -> Backend:
-    """Who computes it."""
-    return backends.choose(problem.engine.backend or None, problem.x.device, problem.x.dtype)

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.problem import Problem
-from ..engine.shapes import blocks
-from ..panels.size import score_dtype
-from .call import Call, Outputs
+from ..engine.matrix import Call, Outputs, Problem
+from ..panels.size import blocks, score_dtype
 
 __all__ = ["dense_logits", "dense_normalizer", "second_gradients"]
 

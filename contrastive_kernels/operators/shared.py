@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import autocasts
-from ..engine.problem import Problem
+from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
-from .call import Call, Outputs
 from .second import second_gradients
 
 __all__ = [

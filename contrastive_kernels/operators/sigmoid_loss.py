@@ -12,12 +12,11 @@ from torch.nn.functional import logsigmoid, softplus
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, positive_dots, statistics_pass
 from ..engine.gradients import Wanted
-from ..engine.matrix import ScoreMatrix
-from ..engine.problem import Problem
+from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
-from ..panels.size import score_dtype
+from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import SIGMOID
-from .parts import add_positive_params, backend_of, gradients_of, params_of, saved_dtype, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
 from .registration import register
 from .second import dense_logits
 from .shared import Call, Outputs, Primitive
@@ -62,13 +61,13 @@ def _in_one_call(call: Call) -> bool:
     (reduction,), x, y = call.settings, call.problem.x, call.problem.y
     workspace_bytes = call.problem.engine.workspace_bytes
     return reduction != "none" and strategy.fits_one_call(
-        backend_of(call.problem), x.shape[0], y.shape[0], workspace_bytes
+        call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes
     )
 
 
 def _forward(call: Call) -> Outputs:
     """The loss; dx, dy, dscale, dbias of a sum."""
-    problem, (reduction,), backend = call.problem, call.settings, backend_of(call.problem)
+    problem, (reduction,), backend = call.problem, call.settings, call.problem.backend()
     if _in_one_call(call):
         x, y, scores = whole_scores(problem)
         value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
@@ -84,7 +83,7 @@ def _forward(call: Call) -> Outputs:
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    return ScoreMatrix.of(problem, SIGMOID, backend_of(problem), saved_dtype(problem.x.dtype))
+    return ScoreMatrix.of(problem, SIGMOID, problem.backend(), saved_dtype(problem.x.dtype))
 
 
 def _z_pos(matrix: ScoreMatrix, dots: Tensor) -> Tensor:

@@ -22,13 +22,12 @@ from ..engine.driver import (
     statistics_pass,
 )
 from ..engine.gradients import Gradients, Wanted
-from ..engine.matrix import ScoreMatrix
-from ..engine.problem import Problem
+from ..engine.matrix import Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
-from ..panels.size import score_dtype
+from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, backend_of, gradients_of, params_of, saved_dtype, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -63,7 +62,7 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
     """Who computes it, and how."""
     problem, (reduction, both) = call.problem, call.settings
     x, engine = problem.x, problem.engine
-    backend = backend_of(problem)
+    backend = problem.backend()
     summed = reduction != "none"
     if summed and strategy.fits_one_call(backend, x.shape[0], problem.y.shape[0], engine.workspace_bytes):
         return backend, _WHOLE

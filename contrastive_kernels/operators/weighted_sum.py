@@ -13,12 +13,11 @@ from torch import Tensor
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, statistics_pass
 from ..engine.gradients import Wanted
-from ..engine.matrix import ScoreMatrix
-from ..engine.problem import Problem
+from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
-from ..panels.size import score_dtype
+from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, backend_of, params_of, saved_dtype, whole_gradients, whole_scores
+from .parts import add_positive_params, params_of, whole_gradients, whole_scores
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive, like
@@ -100,7 +99,7 @@ def _gains(call: Call) -> list[Tensor]:
 
 def _in_one_call(call: Call) -> bool:
     x, y, engine = call.problem.x, call.problem.y, call.problem.engine
-    backend = backend_of(call.problem)
+    backend = call.problem.backend()
     return call.settings[1] != "none" and strategy.fits_one_call(
         backend, x.shape[0], y.shape[0], engine.workspace_bytes
     )
@@ -129,7 +128,7 @@ def _both(vectors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    return ScoreMatrix.of(problem, EXPONENTIAL, backend_of(problem), saved_dtype(problem.x.dtype))
+    return ScoreMatrix.of(problem, EXPONENTIAL, problem.backend(), saved_dtype(problem.x.dtype))
 
 
 def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
@@ -207,7 +206,7 @@ def _whole(call: Call) -> Outputs:
     given = list(rests)
     if not relative:
         given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
-    value, dscale, dbias, found, dots = backend_of(problem).weighted_matrix(
+    value, dscale, dbias, found, dots = problem.backend().weighted_matrix(
         scores, problem, Side(None, given[0], row_gain), Side(None, given[1], col_gain), _share(call), relative
     )
     of_logits: list[Tensor | None] = [None, None]

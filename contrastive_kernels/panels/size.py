@@ -1,12 +1,29 @@
-"""What the shape of panels depends on, and what a panel takes; arithmetic on sizes, without tensors."""
+"""Sizes: what the shape of panels depends on, what a panel takes, how a matrix is cut; without tensors' values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-__all__ = ["PanelBytes", "Size", "score_dtype"]
+__all__ = [
+    "BAND",
+    "BAND_SHARE",
+    "LARGEST_SQUARE",
+    "SMALLEST_PANEL",
+    "STEP",
+    "PanelBytes",
+    "Size",
+    "blocks_of",
+    "largest_side",
+    "nearly_equal",
+    "saved_dtype",
+    "score_dtype",
+    "square_side",
+    "wave_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -48,3 +65,156 @@ class PanelBytes:
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, statistics and values for operands of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients that wait for the upstream factor: float16 would lose small ones to underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+#: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
+#: products are large enough for the vendor's GEMM to run at its rate.
+LARGEST_SQUARE = 1024
+
+
+#: No side is smaller: a workspace that cannot hold such a square is refused.
+SMALLEST_PANEL = 64
+
+
+#: Sides are multiples of this.
+STEP = 64
+
+
+#: Rows of a band, whose scores are made once: every band reads and writes the columns' sums, which takes more than the
+#: product that it saves with fewer, and with more the scores leave the caches. Twice as many where weights are rounded,
+#: for their products are made before they are added.
+BAND = 512
+
+
+#: What a band's panels take beside its scores is at most this part of the workspace, 1 / 4.
+BAND_SHARE = 4
+
+
+#: Multiprocessors by compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where
+#: there is no GPU to ask: for plans and the interpreter.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+#: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
+_GEMM_TILE = (128, 256)
+
+
+#: 16-bit products a GPU finishes while it moves a byte: 700 TFLOP/s sustained and 3.35 TB/s on an H100 (NVIDIA's data
+#: sheet). An A100 and a B200 lie within a factor of 1.5.
+_FLOP_PER_BYTE = 200
+
+
+#: ... and while it starts a kernel: 5 us of 700 TFLOP/s.
+_FLOP_PER_LAUNCH = 3.5e9
+
+
+#: Kernels that one panel starts.
+_LAUNCHES = 4
+
+
+def blocks_of(n: int, size: int) -> int:
+    """Number of blocks of this size."""
+    return -(-n // size)
+
+
+def _round_up(n: int) -> int:
+    return blocks_of(n, STEP) * STEP
+
+
+def square_side(n: int, m: int, size: PanelBytes, workspace_bytes: int) -> int | None:
+    """The side of square panels for a CPU, as large as the workspace allows; None: it is too small."""
+    side = largest_side(size, workspace_bytes)
+    return None if side is None else nearly_equal(max(n, m), side)
+
+
+def largest_side(size: PanelBytes, workspace_bytes: int) -> int | None:
+    """The side of the largest square panel for a CPU; None: the workspace is too small."""
+    side = LARGEST_SQUARE
+    while side > SMALLEST_PANEL and size.of(side, side) > workspace_bytes:
+        side -= STEP
+    return None if size.of(side, side) > workspace_bytes else side
+
+
+def nearly_equal(n: int, side: int) -> int:
+    """The size of as few blocks of n as sides up to this one, a multiple of STEP, allow."""
+    longest = max(n, 1)
+    return _round_up(blocks_of(longest, blocks_of(longest, side)))
+
+
+@lru_cache(maxsize=256)
+def wave_shape(
+    n: int, m: int, d: int, size: PanelBytes, workspace_bytes: int, multiprocessors: int, products: int, square: bool
+) -> tuple[int, int] | None:
+    """Rows and columns of panels for a GPU, by the time they would take; None: the workspace is too small.
+
+    A panel costs its products, in whole waves of output tiles; a read and a write of the float32 sums it adds to; and
+    its launches. Blocks are nearly equal in size.
+
+    Parameters
+    ----------
+    n, m, d : int
+        The score matrix and the number of features.
+    size : PanelBytes
+        What a panel takes.
+    workspace_bytes : int
+        What there is.
+    multiprocessors : int
+        Of the GPU.
+    products : int
+        Gradient products that follow: 0 to 2.
+    square : bool
+        Rows and columns are cut alike (a symmetric score matrix, of which half the panels are walked).
+    """
+    best: tuple[float, tuple[int, int]] | None = None
+    for rows in _sides(n):
+        fitting = [c for c in ([rows] if square else _sides(m)) if size.of(rows, c) <= workspace_bytes]
+        for cols in fitting[:8]:  # sides come in falling order, and far smaller ones are never better
+            cost = _cost(n, m, d, rows, cols, multiprocessors, products, square)
+            if best is None or cost < best[0]:
+                best = cost, (rows, cols)
+    if best is not None:
+        return best[1]
+    smallest = SMALLEST_PANEL, SMALLEST_PANEL
+    return smallest if size.of(*smallest) <= workspace_bytes else None
+
+
+def _sides(n: int) -> list[int]:
+    """Sides that cut n into nearly equal blocks, the largest first."""
+    sides, count = [], 1
+    while True:
+        side = _round_up(blocks_of(max(n, 1), count))
+        sides.append(side)
+        if side == SMALLEST_PANEL:
+            return sides
+        count = blocks_of(max(n, 1), side - STEP)  # the fewest blocks that are smaller
+
+
+def _cost(n: int, m: int, d: int, rows: int, cols: int, multiprocessors: int, products: int, square: bool) -> float:
+    """Time of all panels, counted in flop."""
+    row_blocks, col_blocks = blocks_of(n, rows), blocks_of(m, cols)
+    panels = row_blocks * (row_blocks + 1) / 2 if square else row_blocks * col_blocks
+    tile_rows, tile_cols = _GEMM_TILE
+    tile_flop = 2 * tile_rows * tile_cols
+    wave = tile_flop * multiprocessors
+    cost = d * wave * blocks_of(blocks_of(rows, tile_rows) * blocks_of(cols, tile_cols), multiprocessors)
+    for length, depth in [(rows, cols), (cols, rows)][:products]:
+        cost += depth * wave * blocks_of(blocks_of(length, tile_rows) * blocks_of(d, tile_cols), multiprocessors)
+        cost += 8 * d * length * _FLOP_PER_BYTE
+    return panels * (cost + _LAUNCHES * _FLOP_PER_LAUNCH)
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Consecutive blocks of at most `size`."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU, or an H100's where there is none to ask."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return MULTIPROCESSORS[90]

@@ -19,22 +19,20 @@ class PairTerm:
         Its number in ``csrc/include/api.h``.
     state_rows : int
         Vectors of running state per side: (shift, sum) for sums of exponentials, (sum) for plain sums.
+    has_shift : bool
+        Whether sums count from a running maximum.
     """
 
     name: str
     code: int
     state_rows: int
-
-    @property
-    def has_shift(self) -> bool:
-        """Whether sums count from a running maximum."""
-        return self.state_rows == 2
+    has_shift: bool = True
 
 
 #: w_ij = r_i exp(z_ij - a_i) + c_j exp(z_ij - b_j); state: the log-sum-exp of rows and columns as (shift, sum).
 EXPONENTIAL = PairTerm("exponential", 0, 2)
 #: w_ij = r_i sigmoid(z_ij); state: the row's sum of softplus(z_ij).
-SIGMOID = PairTerm("sigmoid", 1, 1)
+SIGMOID = PairTerm("sigmoid", 1, 1, has_shift=False)
 #: No weights; state: the row's largest z_ij and its column, the first of equal ones.
 MAXIMUM = PairTerm("maximum", 2, 2)
 #: No weights; state: the row's largest z_ij + Gumbel noise and its column: a draw in proportion to exp(z_ij).

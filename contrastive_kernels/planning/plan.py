@@ -10,9 +10,8 @@ import torch
 from ..arguments.checks import check_backend, check_count, check_device, check_workspace, shown
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
-from ..engine.shapes import MULTIPROCESSORS, blocks_of, multiprocessors
 from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
-from ..panels.size import Size, score_dtype
+from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype
 from .costs import LOSSES, LossSpec
 
 __all__ = ["Pass", "Plan", "plan"]

@@ -16,10 +16,10 @@ from ..arguments.checks import (
     check_number,
     check_scale,
     check_workspace,
+    require_one_process,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from ..losses.module import require_one_process
 from .bridge import brownian_bridge
 from .geometry import geometric_consistency
 from .multimodal import multimodal_contrastive

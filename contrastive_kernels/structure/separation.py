@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..engine.problem import Problem
+from ..engine.matrix import Problem
 from ..losses import info_nce
 from ..operators.logsumexp import logsumexp
 from ..panels.size import score_dtype

@@ -15,8 +15,7 @@ from tolerance import assert_outcome
 import contrastive_kernels as ck
 from contrastive_kernels import backends
 from contrastive_kernels.backends import cuda
-from contrastive_kernels.engine.matrix import ScoreMatrix
-from contrastive_kernels.engine.positives import Positives
+from contrastive_kernels.engine.matrix import Positives, ScoreMatrix
 from contrastive_kernels.engine.workspace import Workspace
 from contrastive_kernels.panels.pairs import Pairs
 from contrastive_kernels.panels.panel import Side, in_pieces

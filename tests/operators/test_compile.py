@@ -9,8 +9,7 @@ from problems import ALL, call
 
 import contrastive_kernels as ck
 from contrastive_kernels.arguments.options import Engine
-from contrastive_kernels.engine.problem import Problem
-from contrastive_kernels.operators.call import Call
+from contrastive_kernels.engine.matrix import Call, Problem
 from contrastive_kernels.operators.logsumexp import log_sum_exps
 from contrastive_kernels.operators.shared import operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses

@@ -17,8 +17,7 @@ import torch
 import contrastive_kernels as ck
 from contrastive_kernels.backends import cpu, cuda, registry
 from contrastive_kernels.engine.overlap import Overlap
-from contrastive_kernels.engine.shapes import blocks_of, square_side, wave_shape
-from contrastive_kernels.panels.size import PanelBytes
+from contrastive_kernels.panels.size import PanelBytes, blocks_of, square_side, wave_shape
 from contrastive_kernels.planning.costs import LOSSES
 
 MIB = 2**20
