@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +19,15 @@ from .options import Engine
 __all__ = [
     "autocasts",
     "check_backend",
+    "check_count",
+    "check_dense",
+    "check_device",
     "check_engine",
     "check_features",
+    "check_flag",
+    "check_folder",
+    "check_generator",
+    "check_matrix",
     "check_number",
     "check_pair",
     "check_positives",
@@ -26,29 +35,33 @@ __all__ = [
     "check_scale",
     "check_vector",
     "check_workspace",
+    "is_number",
     "normalized",
     "require_equal_lengths",
     "scale_tensor",
+    "shown",
 ]
+
+#: The largest integer that torch takes.
+_LARGEST_INT = 2**63 - 1
 
 
 def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
-    _check_matrix(x, names[0])
-    _check_matrix(y, names[1])
-    if x.shape[1] != y.shape[1]:
+    _, features = check_matrix(x, names[0])
+    _, others = check_matrix(y, names[1])
+    if features != others:
         raise ValueError(
-            f"{names[0]} and {names[1]}: expected the same number of features D; got {x.shape[1]} and {y.shape[1]}"
+            f"{names[0]} and {names[1]}: expected the same number of features D; got {features} and {others}"
         )
-    if x.shape[1] == 0:
+    if features == 0:
         raise ValueError(f"{names[0]}: expected at least one feature; got shape {list(x.shape)}")
     if x.device != y.device:
         raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize: expected a bool; got {type(normalize).__name__}")
-    if normalize:
+    require_values(x, names[0])
+    if check_flag(normalize, "normalize"):
         x, y = normalized(x), normalized(y)
     dtype = _autocast_dtype(x.device.type)
     if dtype is not None:  # (autocast leaves float64 alone, and so do we)
@@ -60,19 +73,35 @@ def check_features(
     return x, y
 
 
-def _check_matrix(value: Any, name: str) -> None:
-    """A dense matrix [N, D] of a floating dtype."""
+def check_matrix(value: Any, name: str) -> torch.Size:
+    """The shape of a dense matrix [N, D] of a floating dtype that the losses take."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape [N, D]; got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
-    if value.dim() != 2:
-        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(value.shape)}")
+    check_dense(value, name)
+    shape = value.shape
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected 2 dimensions [N, D]; got shape {list(shape)}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64; got {value.dtype}")
+    return shape
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dense(value: Tensor, name: str) -> None:
+    """A tensor that is a block of numbers: not sparse, nested, masked or spread over processes."""
+    kind = type(value)
+    if kind is not Tensor and kind is not torch.nn.Parameter and kind.__module__.startswith(_NOT_DENSE):
+        raise TypeError(f"{name}: expected a dense tensor of this process; got {kind.__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor; got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
+
+
+#: Modules whose tensors say that they are strided and are not.
+_NOT_DENSE = ("torch.masked", "torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -83,6 +112,12 @@ def normalized(x: Tensor) -> Tensor:
     v = v / largest.masked_fill(zero, 1.0)
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).masked_fill(zero, 1.0)
     return (v / norm).masked_fill(zero, 0.0).to(x.dtype)
+
+
+def require_values(x: Tensor, name: str) -> None:
+    """A tensor that holds values."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a tensor that holds values; got one on the meta device")
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
@@ -111,6 +146,7 @@ def check_positives(
     """The positives as (indices [N], None) or (None, offset); an index of -1 for none if that is allowed."""
     rows, columns = x.shape[0], y.shape[0]
     if isinstance(positives, Tensor):
+        check_dense(positives, "positives")
         if positives.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
         if positives.shape != (rows,):
@@ -126,7 +162,7 @@ def check_positives(
     if offset < 0 or offset + rows > columns:
         raise ValueError(
             f"positives: expected 0 <= offset <= M - N, so that row i's positive is row i + offset of y; "
-            f"got offset {offset} with N = {rows} and M = {columns}"
+            f"got offset {shown(offset)} with N = {rows} and M = {columns}"
         )
     return None, cast(int, offset)
 
@@ -135,6 +171,7 @@ def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: 
     """A vector [length] on x's device, in the dtype of the scores."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape [{length}]; got {type(value).__name__}")
+    check_dense(value, name)
     if value.shape != (length,):
         raise ValueError(f"{name}: expected shape [{length}]; got {list(value.shape)}")
     if not value.is_floating_point() and not (name == "weight" and value.dtype == torch.bool):
@@ -148,18 +185,76 @@ def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: 
 
 def check_reduction(reduction: Any) -> str:
     """One of the three reductions."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none'; got {reduction!r}")
-    return str(reduction)
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none'; got {shown(reduction)}")
+    return reduction
 
 
 def check_workspace(workspace_bytes: Any) -> int:
     """A positive number of bytes."""
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes: expected an int; got {type(workspace_bytes).__name__}")
-    if workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes: expected a positive number of bytes; got {workspace_bytes}")
-    return workspace_bytes
+    if type(workspace_bytes) is int and 0 < workspace_bytes <= _LARGEST_INT:
+        return workspace_bytes
+    return check_count(workspace_bytes, "workspace_bytes", what="a positive number of bytes")
+
+
+def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
+    """An int of at least so much that torch takes."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {what or f'at least {least}'}; got {shown(value)}")
+    if value > _LARGEST_INT:
+        raise ValueError(f"{name}: expected less than 2**63; got {shown(value)}")
+    return value
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """A bool: the string "False" would count as true."""
+    if value is True or value is False:
+        return bool(value)
+    raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
+
+
+def check_generator(generator: Any, device: torch.device | None = None) -> torch.Generator | None:
+    """None or a generator, on this device where it draws there."""
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
+    if device is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one of device {device}; got one of {generator.device}")
+    return generator
+
+
+def check_device(device: Any, *, here: bool = False) -> torch.device:
+    """A device that torch knows; `here`: on which a tensor can be made."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name; got {type(device).__name__}")
+    try:
+        found = torch.device(device)
+        if here:
+            torch.empty(0, dtype=torch.float32, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:  # every device has its own
+        expected = "one that is here" if here else "one that torch knows"
+        raise ValueError(f"device: expected {expected}; got {str(device)!r} ({str(error).splitlines()[0]})") from None
+    return found
+
+
+def check_folder(path: Any, name: str) -> Path:
+    """The path of a folder; the empty one would be wherever the process happens to be."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{name}: expected a path; got {type(path).__name__}")
+    if not str(path).strip() or "\0" in str(path):
+        raise ValueError(f"{name}: expected the path of a folder; got {shown(str(path))}")
+    return Path(path)
+
+
+def shown(value: Any) -> str:
+    """A wrong value as messages show it, whatever its length."""
+    if isinstance(value, int) and not -(10**40) < value < 10**40:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_backend(backend: Any) -> str:
@@ -171,13 +266,19 @@ def check_backend(backend: Any) -> str:
     return registry.get(backend).name
 
 
+def is_number(value: Any) -> bool:
+    """A real number of Python, or one that passes for it."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_number(value: Any, name: str, positive: bool) -> float:
     """A Python number: above 0, or at least 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    number = float(value)
+    number = float("inf") if abs(value) > sys.float_info.max else float(value)
     if not (number > 0 if positive else number >= 0) or number == float("inf"):
-        raise ValueError(f"{name}: expected a finite number {'above 0' if positive else 'of at least 0'}; got {value}")
+        expected = f"a finite number {'above 0' if positive else 'of at least 0'}"
+        raise ValueError(f"{name}: expected {expected}; got {shown(value)}")
     return number
 
 
@@ -192,22 +293,21 @@ def check_pair(value: Any, name: str) -> tuple[Any, Any]:
 def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | float:
     """A number that fits the dtype of the scores, or a tensor of one element on x's device, as it is."""
     if isinstance(value, Tensor):
+        check_dense(value, name)
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a float or a tensor of one element; got shape {list(value.shape)}")
         if not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor; got layout {value.layout}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
     largest = torch.finfo(score_dtype(x.dtype)).max
-    if not -largest <= float(value) <= largest:
-        raise ValueError(f"{name}: expected a finite number of at most {largest:.3g}; got {value}")
+    if not -largest <= value <= largest:  # (exactly: a float might overflow)
+        raise ValueError(f"{name}: expected a finite number of at most {largest:.3g}; got {shown(value)}")
     return float(value)
 
 

@@ -115,7 +115,7 @@ def accumulate(
     pairs = _Accumulator(scale, loss.engine)
     value: Any = 0.0
     for batch, expectation, size in zip(batches, expectations, sizes):
-        x, y = check_features(*encode(batch), ("x", "y"), loss.normalize)
+        x, y = check_features(*_encoded(encode, batch), ("x", "y"), loss.normalize)
         if len(x) != size or len(y) != size:
             raise ValueError(f"encode: expected {size} rows, as its index has; got {len(x)} and {len(y)}")
         expectation = expectation.to(x.device)
@@ -136,6 +136,15 @@ def accumulate(
     for expectation, found, size in zip(expectations, pairs.found(), sizes):
         loss.update(expectation, found, columns=(total if across else size) - 1)
     return value
+
+
+def _encoded(encode: Callable[[Any], Any], batch: Any) -> tuple[Any, Any]:
+    """What an encoder makes of a micro-batch."""
+    pair = encode(batch)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        count = f" of length {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        raise TypeError(f"encode: expected it to return a pair (x, y); got {type(pair).__name__}{count}")
+    return pair[0], pair[1]
 
 
 def _dots(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

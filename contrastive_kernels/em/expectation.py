@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_positives, check_vector, scale_tensor
+from ..arguments.checks import check_count, check_positives, check_vector, is_number, scale_tensor, shown
 
-__all__ = ["Expectation", "check_choice", "check_negatives", "positive_scores", "recomputing", "wide"]
+__all__ = [
+    "Expectation",
+    "check_choice",
+    "check_expectation",
+    "check_negatives",
+    "positive_scores",
+    "recomputing",
+    "wide",
+]
 
 
 #: Numbers of a block of products of features, a megabyte of float32.
@@ -39,6 +47,13 @@ class Expectation:
         return replace(self, **values)
 
 
+def check_expectation(expectation: Any) -> Expectation:
+    """What `e_step` gave."""
+    if not isinstance(expectation, Expectation):
+        raise TypeError(f"expectation: expected what e_step returns; got {type(expectation).__name__}")
+    return expectation
+
+
 def wide(device: torch.device) -> torch.dtype:
     """What logarithms of means are computed in: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -57,9 +72,7 @@ def check_negatives(negatives: Any) -> str | int:
         return negatives
     if isinstance(negatives, bool) or not isinstance(negatives, int):
         raise TypeError(f"negatives: expected 'dataset', 'batch' or an int; got {type(negatives).__name__}")
-    if negatives < 1:
-        raise ValueError(f"negatives: expected at least 1; got {negatives}")
-    return negatives
+    return check_count(negatives, "negatives")
 
 
 def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str | float:
@@ -67,9 +80,9 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str | float
     if isinstance(value, str):
         if value in choices:
             return value
-    elif not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+    elif is_number(value) and abs(value) <= sys.float_info.max:
         return float(value)
-    raise ValueError(f"{name}: expected {', '.join(map(repr, choices))} or a finite number; got {value!r}")
+    raise ValueError(f"{name}: expected {', '.join(map(repr, choices))} or a finite number; got {shown(value)}")
 
 
 @torch.no_grad()

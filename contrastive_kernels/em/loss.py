@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from ..arguments.checks import (
     check_backend,
+    check_count,
     check_features,
+    check_flag,
+    check_generator,
     check_number,
     check_reduction,
+    check_vector,
     check_workspace,
+    shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
 from ..losses.module import require_one_process
 from .accumulate import accumulate
-from .expectation import Expectation, check_choice, check_negatives, recomputing, wide
+from .expectation import Expectation, check_choice, check_expectation, check_negatives, recomputing, wide
 from .memory import NormalizerMemory
 from .normalizers import Batch, found_by_batch, positive_term, row_normalizers
 
@@ -126,11 +131,11 @@ class DatasetContrastiveLoss(nn.Module):
         super().__init__()
         self.shape = None if shape is None else check_number(shape, "shape", positive=True)
         self.negatives = check_negatives(negatives)
-        self.include_positive = bool(include_positive)
+        self.include_positive = check_flag(include_positive, "include_positive")
         self.weights = check_choice(weights, "weights", ("stored", "updated", "batch"))
         self.max_ratio = None if max_ratio is None else check_choice(max_ratio, "max_ratio", ("partial sum",))
-        if first_visit not in ("reduce", "skip"):
-            raise ValueError(f"first_visit: expected 'reduce' or 'skip'; got {first_visit!r}")
+        if not isinstance(first_visit, str) or first_visit not in ("reduce", "skip"):
+            raise ValueError(f"first_visit: expected 'reduce' or 'skip'; got {shown(first_visit)}")
         self.first_visit = first_visit
         self.safeguard = None if safeguard is None else check_number(safeguard, "safeguard", positive=False)
         for value, name in ((self.safeguard, "safeguard"), (isinstance(self.max_ratio, str) or None, "max_ratio")):
@@ -142,12 +147,11 @@ class DatasetContrastiveLoss(nn.Module):
         if isinstance(self.max_ratio, float) and self.max_ratio < 1:
             raise ValueError(f"max_ratio: expected at least 1, the ratio of a right normaliser; got {max_ratio}")
         self.reduction = check_reduction(reduction)
-        self.normalize = normalize
+        self.normalize = check_flag(normalize, "normalize")
         self.engine: dict[str, Any] = {
-            "backend": backend or None,
+            "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
         }
-        check_backend(backend)
         # last: it makes files, and an option that does not fit shall leave none
         self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
 
@@ -219,7 +223,7 @@ class DatasetContrastiveLoss(nn.Module):
             x, y, logit_scale, expectation, positives=positives, positive_logits=positive_logits, weight=weight
         )
         if self.training:
-            columns = len(y) - (positive_logits is None)
+            columns = max(len(y) - (positive_logits is None), 0)
             self.update(expectation, found, columns=columns)
         return loss
 
@@ -231,6 +235,7 @@ class DatasetContrastiveLoss(nn.Module):
         """Reads the memory and draws u for the samples [N] of a batch, without having seen it."""
         columns = self.memory._columns(direction)
         log_mean, visits = self.memory.read(index)
+        check_generator(generator, log_mean.device)
         log_mean, visits = log_mean[:, columns], visits[:, columns]
         draws = [draw_log_weights(column, self.shape, generator) for column in log_mean.T]
         return Expectation(index, log_mean, visits, torch.stack(draws, 1), direction, self.memory.cold)
@@ -251,7 +256,7 @@ class DatasetContrastiveLoss(nn.Module):
         A pure function, which may be computed again. Arguments as in :meth:`forward`.
         """
         x, y = check_features(x, y, ("x", "y"), self.normalize)
-        expectation = expectation.to(x.device)
+        expectation = check_expectation(expectation).to(x.device)
         two = expectation.log_mean.shape[1] == 2
         if len(expectation.index) != len(x):
             raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
@@ -292,6 +297,9 @@ class DatasetContrastiveLoss(nn.Module):
     def update(self, expectation: Expectation, found: Tensor, *, columns: int | None = None) -> None:
         """Moves the memory to what the M-step found, from ``columns`` negatives (needed by the safeguard alone)."""
         bound = None
+        check_expectation(expectation)
+        if columns is not None:
+            check_count(columns, "columns", least=0)
         if self.safeguard is not None:
             if columns is None:
                 raise ValueError("columns: expected the number of negatives that the safeguard counts on; got None")
@@ -316,7 +324,11 @@ class DatasetContrastiveLoss(nn.Module):
         expectation = self.e_step(index, direction=direction)
         two = expectation.log_mean.shape[1] == 2
         batch = Batch(x, y, logit_scale, positives, positive_logits, two)
-        self.update(expectation, found_by_batch(batch, self.engine), columns=batch.negatives)
+        if positive_logits is not None:
+            check_vector(positive_logits, "positive_logits", len(x), x, differentiable=True)
+        if len(expectation.index) != len(x):
+            raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
+        self.update(expectation, found_by_batch(batch, self.engine), columns=max(batch.negatives, 0))
 
     def accumulate(
         self,
@@ -371,8 +383,15 @@ class DatasetContrastiveLoss(nn.Module):
                 "accumulate: expected weights known before the batch ('stored' or a number) and no max_ratio; "
                 f"got weights={self.weights!r}, max_ratio={self.max_ratio!r}"
             )
+        if not callable(encode):
+            raise TypeError(f"encode: expected a callable; got {type(encode).__name__}")
+        check_flag(across, "across")
+        for name, value in (("batches", batches), ("index", index)):
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise TypeError(f"{name}: expected a sequence; got {type(value).__name__}")
         if len(batches) != len(index) or not len(index):
-            raise ValueError(f"index: expected one tensor per micro-batch [{len(batches)}]; got {len(index)}")
+            got = f"{len(batches)} and {len(index)}"
+            raise ValueError(f"batches and index: expected as many of both, and at least one; got {got}")
         return accumulate(self, encode, batches, index, logit_scale, across, generator)
 
     def _notional(self, negatives: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..arguments.checks import check_number
+from ..arguments.checks import check_count, check_number, shown
 
 __all__ = ["MANIFEST", "TABLES", "Manifest", "check_rule", "check_samples"]
 
@@ -71,10 +71,9 @@ class Manifest:
 
 
 def check_samples(num_samples: Any, least: int, name: str = "num_samples") -> int:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"{name}: expected an int; got {type(num_samples).__name__}")
-    if num_samples < least:
-        raise ValueError(f"{name}: expected at least {least}; got {num_samples}")
+    """A number of samples whose tables have an address."""
+    if check_count(num_samples, name, least) >= 2**58:
+        raise ValueError(f"{name}: expected less than 2**58; got {num_samples}")
     return num_samples
 
 
@@ -84,5 +83,5 @@ def check_rule(directions: Any, step: Any, floor: Any) -> tuple[float, float]:
     if step > 1 or floor > 1:
         raise ValueError(f"step, floor: expected at most 1; got {step} and {floor}")
     if type(directions) is not int or directions not in (1, 2):
-        raise ValueError(f"directions: expected 1 or 2; got {directions!r}")
+        raise ValueError(f"directions: expected 1 or 2; got {shown(directions)}")
     return step, floor

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments.checks import check_dense, check_device, check_flag, check_folder, check_number, shown
 from ..losses.module import require_one_process
 from .expectation import wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
@@ -102,9 +103,12 @@ class NormalizerMemory(Tables):
         super().__init__()
         self.step, self.floor = check_rule(directions, step, floor)
         check_samples(num_samples, 1)
-        if storage is not None and torch.device(device or "cpu").type != "cpu":
-            raise ValueError(f"storage: expected a memory on the CPU; got device {device}")
-        if read_only and storage is None:
+        device = None if device is None else check_device(device, here=storage is None)
+        if storage is not None:
+            storage = check_folder(storage, "storage")
+            if device is not None and device.type != "cpu":
+                raise ValueError(f"storage: expected a memory on the CPU; got device {device}")
+        if check_flag(read_only, "read_only") and storage is None:
             raise ValueError("read_only: expected a storage to read; got None")
         if storage is None:
             shape = (num_samples, directions)
@@ -112,7 +116,7 @@ class NormalizerMemory(Tables):
             unvisited = torch.full((directions,), num_samples, device=tables["visits"].device)
         else:
             wanted = Manifest(num_samples, directions, self.step, self.floor)
-            self._folder = folder = Folder(Path(storage).absolute(), wanted, read_only)
+            self._folder = folder = Folder(storage.absolute(), wanted, read_only)
             tables, unvisited = folder.tables, _survey(folder)
         self.log_mean, self.visits, self.unvisited = tables["log_mean"], tables["visits"], unvisited
         self.running = torch.zeros(directions, 6, dtype=torch.float64, device=unvisited.device)
@@ -137,7 +141,9 @@ class NormalizerMemory(Tables):
         ValueError, OSError
             As the constructor, and where there is none.
         """
-        held = peek(Path(folder).absolute())
+        check_flag(read_only, "read_only")
+        folder = check_folder(folder, "folder")
+        held = peek(folder.absolute())
         return cls(
             held.num_samples, held.directions, step=held.step, floor=held.floor, storage=folder, read_only=read_only
         )
@@ -210,6 +216,15 @@ class NormalizerMemory(Tables):
 
     def average(self, stored: Tensor, visits: Tensor, found: Tensor) -> Tensor:
         """What a visit makes of `stored` [N, d] after `visits` earlier ones; a pure function."""
+        for name, value in (("stored", stored), ("visits", visits), ("found", found)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor [N, d]; got {type(value).__name__}")
+            check_dense(value, name)
+            if value.shape != stored.shape or value.device != stored.device:
+                got = " and ".join(f"{list(v.shape)} on {v.device}" for v in (stored, value))
+                raise ValueError(f"stored and {name}: expected one shape and device; got {got}")
+            if value.is_floating_point() != (name != "visits") or value.is_complex():
+                raise TypeError(f"{name}: expected {'int32' if name == 'visits' else 'float64'}; got {value.dtype}")
         gain = (visits + 1).to(stored.dtype).pow(-self.step).clamp_min(self.floor)
         # the first visit: gain 1, and log(1 - 1) = -inf leaves nothing of what was stored
         return torch.logaddexp(stored + torch.log1p(-gain), found + gain.log())
@@ -302,7 +317,7 @@ class NormalizerMemory(Tables):
         """
         with self._guard:
             self._require("rescale", write=True)
-            factor = torch.as_tensor(ratio, dtype=torch.float64, device=self.log_mean.device)
+            factor = _factor(ratio).to(self.log_mean.device, torch.float64)
             fits = ((factor > 0) & factor.isfinite()).all()
             if factor.device.type == "cuda":
                 torch._assert_async(fits, "ratio: expected a finite number above 0")
@@ -345,10 +360,13 @@ class NormalizerMemory(Tables):
         """The index on the memory's device, within the data set."""
         if not isinstance(index, Tensor):
             raise TypeError(f"index: expected an int64 tensor [N]; got {type(index).__name__}")
+        check_dense(index, "index")
         if index.dtype != torch.int64:
             raise TypeError(f"index: expected int64; got {index.dtype}")
         if index.dim() != 1:
             raise ValueError(f"index: expected shape [N]; got {list(index.shape)}")
+        if index.is_meta and not self.visits.is_meta:
+            raise ValueError("index: expected a tensor that holds values; got one on the meta device")
         outside = ((index < 0) | (index >= self.num_samples)).any()
         if index.device.type != "cpu":
             torch._assert_async(~outside, "index: a sample lies outside the memory")
@@ -362,14 +380,21 @@ class NormalizerMemory(Tables):
     def _columns(self, direction: int | None) -> slice:
         if direction is None:
             return slice(0, self.directions)
-        if direction not in range(self.directions):
-            raise ValueError(f"direction: expected None or one of 0 ... {self.directions - 1}; got {direction!r}")
+        if type(direction) is not int or direction not in range(self.directions):
+            raise ValueError(f"direction: expected None or one of 0 ... {self.directions - 1}; got {shown(direction)}")
         return slice(direction, direction + 1)
 
     def _check_found(self, found: Any, name: str, rows: int, columns: slice) -> Tensor:
         shape = (rows, columns.stop - columns.start)
         if not isinstance(found, Tensor):
             raise TypeError(f"{name}: expected a tensor of shape {list(shape)}; got {type(found).__name__}")
+        check_dense(found, name)
+        if not found.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor; got {found.dtype}")
+        if found.is_meta and not self.visits.is_meta:
+            raise ValueError(f"{name}: expected a tensor that holds values; got one on the meta device")
+        if found.dim() == 2 and found.shape[1] == shape[1] and found.shape[0] != rows:
+            raise ValueError(f"{name} and index: expected as many rows; got {found.shape[0]} and {rows}")
         if found.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}; got {list(found.shape)}")
         return found.detach().to(self.log_mean.device).to(self.log_mean.dtype)
@@ -386,6 +411,21 @@ class NormalizerMemory(Tables):
             self._arriving = (value, event)
         else:
             self._arriving = (self.unvisited.clone(), None)
+
+
+def _factor(ratio: Any) -> Tensor:
+    """A number above 0, or a tensor of one element."""
+    if not isinstance(ratio, Tensor):
+        return torch.tensor(check_number(ratio, "ratio", positive=True), dtype=torch.float64, device="cpu")
+    check_dense(ratio, "ratio")
+    if ratio.numel() != 1 or not ratio.is_floating_point():
+        raise TypeError(
+            f"ratio: expected a number or a floating-point tensor of one element; got {ratio.dtype} of shape "
+            f"{list(ratio.shape)}"
+        )
+    if ratio.is_meta:
+        raise ValueError("ratio: expected a tensor that holds a value; got one on the meta device")
+    return ratio.detach().reshape(())
 
 
 def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:

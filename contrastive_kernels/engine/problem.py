@@ -16,11 +16,12 @@ from .shapes import multiprocessors
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Problem:
     """One score matrix z = scale * x yT + bias, which of its pairs count, and who computes it.
 
-    A new member that is a tensor joins `tensors`; operators, autograd and the driver take it from there.
+    A new member that is a tensor joins `tensors`; operators, autograd and the driver take it from there. Nobody writes
+    to one, but it is not frozen: that would triple the time of making it.
     """
 
     #: [N, D], [M, D] of one dtype and device

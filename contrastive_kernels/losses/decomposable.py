@@ -11,6 +11,8 @@ from torch import Tensor
 from ..arguments.checks import (
     check_engine,
     check_features,
+    check_flag,
+    check_generator,
     check_number,
     check_pair,
     check_positives,
@@ -24,7 +26,7 @@ from ..arguments.reduction import row_gains, row_weights
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.problem import Problem
 from ..operators.weighted_sum import exponential_sums
-from .module import Loss
+from .module import Loss, require_one_process
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -105,6 +107,8 @@ def decomposable(
     One pass gives value and gradients: 3 products (``reduction="none"``: 4). The weights exp(log Z_i - log Zbar_i) of a
     stale normaliser are unbounded: from some 88 nats on, value and gradients of that row overflow.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     After C. Chen et al., "Why do we need large batch sizes in contrastive learning? A gradient-bias perspective",
@@ -124,12 +128,13 @@ def decomposable(
     index, offset = (None, None)
     if positive_logits is None or positives is not None:
         index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
-    shape = None if shape is None else check_number(shape, "shape", positive=True)
-    c = check_number(positive_constant, "positive_constant", positive=False)
-    log_k = log_or_minus_infinity(check_number(negative_scale, "negative_scale", positive=False))
+    shape, c, k = _check_rule(shape, positive_constant, negative_scale)
+    log_k = log_or_minus_infinity(k)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
     weights = row_weights(weight, x.shape[0], x)
+    check_generator(generator, x.device)
+    check_flag(return_log_normalizer, "return_log_normalizer")
 
     log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
     # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
@@ -156,6 +161,15 @@ def decomposable(
     found = zip(sums.normalizers, sides)
     own = [_own_log_normalizer(normalizer, problem, sums.dots, given, log_k, c) for normalizer, (_, given) in found]
     return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
+
+
+def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tuple[float | None, float, float]:
+    """Gamma's shape, c and k."""
+    return (
+        None if shape is None else check_number(shape, "shape", positive=True),
+        check_number(positive_constant, "positive_constant", positive=False),
+        check_number(negative_scale, "negative_scale", positive=False),
+    )
 
 
 def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: str) -> Tensor:
@@ -247,11 +261,12 @@ class DecomposableLoss(Loss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        shape, positive_constant, negative_scale = _check_rule(shape, positive_constant, negative_scale)
         self.options.update(
             shape=shape,
             positive_constant=positive_constant,
             negative_scale=negative_scale,
-            return_log_normalizer=return_log_normalizer,
+            return_log_normalizer=check_flag(return_log_normalizer, "return_log_normalizer"),
         )
 
     def forward(
@@ -265,7 +280,14 @@ class DecomposableLoss(Loss):
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
+        """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M]).
+
+        Raises
+        ------
+        NotImplementedError
+            In a process group of more than one: the negatives of the other processes would be left out.
+        """
+        require_one_process("DecomposableLoss")
         return decomposable(
             x,
             y,

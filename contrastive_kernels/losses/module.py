@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments.checks import check_backend, check_reduction, check_workspace
+from ..arguments.checks import check_backend, check_flag, check_reduction, check_workspace
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 
 __all__ = ["PAIR_NAMES", "Loss", "require_one_process"]
@@ -30,7 +30,7 @@ class Loss(nn.Module):
         super().__init__()
         self.options: dict[str, Any] = {
             "reduction": check_reduction(reduction),
-            "normalize": normalize,
+            "normalize": check_flag(normalize, "normalize"),
             "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
         }
@@ -45,7 +45,7 @@ def require_one_process(name: str) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise NotImplementedError(
-            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the negatives "
-            "of the other processes would be left out. Gather the features with their gradients and call "
-            "contrastive_kernels.info_nce with positives=rank * N, or clip_loss on the gathered features."
+            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the rows of "
+            "the other processes would be left out. Gather the features with their gradients and call the function, "
+            "contrastive_kernels.info_nce with positives=rank * N."
         )

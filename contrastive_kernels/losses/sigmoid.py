@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_reduction, check_scale
+from ..arguments.checks import check_engine, check_features, check_flag, check_reduction, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
 from ..engine.problem import Problem
@@ -54,6 +54,8 @@ def sigmoid(
     Notes
     -----
     One pass gives value and gradients: 3 products ("none": 4, for its gradients depend on what comes from upstream).
+
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
 
     References
     ----------
@@ -112,6 +114,7 @@ class SigmoidLoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("SigmoidLoss")
+        check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
         loss = sigmoid(image_features, text_features, logit_scale, bias, weight=weight, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss

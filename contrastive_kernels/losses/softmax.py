@@ -8,6 +8,7 @@ from torch import Tensor
 from ..arguments.checks import (
     check_engine,
     check_features,
+    check_flag,
     check_positives,
     check_reduction,
     check_scale,
@@ -75,6 +76,8 @@ def info_nce(
     a mean or a sum where the workspace holds the scores of 512 rows: gradients then come with the value, and are kept.
     The positive is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     A. van den Oord, Y. Li, O. Vinyals, "Representation learning with contrastive predictive coding", 2018.
@@ -134,6 +137,8 @@ def clip_loss(
     -----
     One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory. Where all
     scores fit a quarter of the workspace they are made once for a mean or a sum: 3 products.
+
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
 
     References
     ----------
@@ -197,6 +202,8 @@ def nt_xent(
     products of InfoNCE on the same 2N rows. Where all scores fit a quarter of the workspace they are made once for a
     mean or a sum.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual
@@ -251,7 +258,14 @@ class InfoNCELoss(Loss):
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Anchors [N, D], candidates [M, D]."""
+        """Anchors [N, D], candidates [M, D].
+
+        Raises
+        ------
+        NotImplementedError
+            In a process group of more than one: the negatives of the other processes would be left out.
+        """
+        require_one_process("InfoNCELoss")
         return info_nce(x, y, logit_scale, positives=positives, weight=weight, **self.options)
 
 
@@ -295,10 +309,12 @@ class ClipLoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("ClipLoss")
+        check_flag(output_dict, "output_dict")
         loss = clip_loss(image_features, text_features, logit_scale, weight=weight, **self.options)
-        if isinstance(logit_bias, Tensor):
-            # a gradient of zero: data parallelism wants every parameter used
-            loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
+        if logit_bias is not None:
+            bias = check_scale(image_features, logit_bias, "logit_bias")
+            if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
+                loss = loss + 0.0 * bias.reshape(()).to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -324,5 +340,12 @@ class NTXentLoss(Loss):
     """
 
     def forward(self, z1: Tensor, z2: Tensor, logit_scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
-        """Two views of the same samples [N, D]."""
+        """Two views of the same samples [N, D].
+
+        Raises
+        ------
+        NotImplementedError
+            In a process group of more than one: the negatives of the other processes would be left out.
+        """
+        require_one_process("NTXentLoss")
         return nt_xent(z1, z2, logit_scale, weight=weight, **self.options)

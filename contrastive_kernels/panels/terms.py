@@ -7,7 +7,7 @@ from dataclasses import dataclass
 __all__ = ["EXPONENTIAL", "GUMBEL_MAX", "MAXIMUM", "RANK", "SEARCHES", "SIGMOID", "PairTerm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairTerm:
     """What happens to one score.
 

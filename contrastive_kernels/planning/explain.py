@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backends as _registry
+from ..arguments.checks import check_matrix, shown
 from .costs import LOSSES, SEARCH_SPECS, LossSpec
 from .plan import plan
 
@@ -48,8 +51,8 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None, loss: str = "clip_los
 
     Raises
     ------
-    ValueError
-        For a name that is not a backend's, or not a function's.
+    TypeError, ValueError
+        For a name that is not a backend's, or not a function's, and for features that are no tensors.
 
     Examples
     --------
@@ -57,6 +60,11 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None, loss: str = "clip_los
     >>> ck.why_not("cpu", torch.zeros(2, 3, dtype=torch.float64)) is None
     False
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a backend's name; got {type(name).__name__}")
+    if name not in list_backends():
+        raise ValueError(f"name: expected one of {', '.join(list_backends())}; got {shown(name)}")
+    _check_features(x, y)
     return _registry.get(name).refusal(x.device, x.dtype, _spec(loss).term)
 
 
@@ -72,8 +80,8 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
 
     Raises
     ------
-    ValueError
-        For a name that is not a function's.
+    TypeError, ValueError
+        For a name that is not a function's, and for features that are no matrices.
 
     Examples
     --------
@@ -85,6 +93,7 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
       ...
       torch  yes, chosen: operations of torch
     """
+    _check_features(x, y)
     spec, columns = _spec(loss), len(x if y is None else y)
     if loss in LOSSES:
         print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss))
@@ -100,12 +109,26 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
         print(f"  {name:<6} {verdict}")
 
 
-def _spec(loss: str) -> LossSpec:
+def _spec(loss: Any) -> LossSpec:
     """What a function asks of the stream, or a ValueError that lists the names."""
     specs = {**LOSSES, **SEARCH_SPECS}
-    if loss not in specs:
-        raise ValueError(f"loss: expected one of {', '.join(specs)}; got {loss!r}")
+    if not isinstance(loss, str) or loss not in specs:
+        raise ValueError(f"loss: expected one of {', '.join(specs)}; got {shown(loss)}")
     return specs[loss]
+
+
+def _check_features(x: Any, y: Any) -> None:
+    """Dense matrices, of which shape, dtype and device are all that is asked: they may hold no values."""
+    for name, value in (("x", x), ("y", y)):
+        if value is not None or name == "x":
+            check_matrix(value, name)
+            if value.shape[1] == 0:
+                raise ValueError(f"{name}: expected at least one feature; got shape {list(value.shape)}")
+    if y is not None and (x.shape[1], x.dtype, x.device) != (y.shape[1], y.dtype, y.device):
+        raise ValueError(
+            f"x and y: expected the same number of features, dtype and device; got {x.shape[1]}, {x.dtype}, {x.device} "
+            f"and {y.shape[1]}, {y.dtype}, {y.device}"
+        )
 
 
 def report() -> str:

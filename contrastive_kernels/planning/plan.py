@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..arguments.checks import check_backend, check_count, check_device, check_workspace, shown
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
 from ..engine.shapes import MULTIPROCESSORS, blocks_of, multiprocessors
 from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
@@ -179,14 +181,17 @@ def plan(
     >>> [each.name for each in p.passes], float(p.products)
     (['reduce', 'weigh'], 4.0)
     """
-    device = torch.device(device)
+    device = check_device(device)
     rows, cols = _checked(n, m, d, dtype, loss, workspace_bytes)
+    backend = check_backend(backend) or None
     spec = LOSSES[loss]
     symmetric = loss == "nt_xent"
     if symmetric:
         rows, cols = 2 * rows, 2 * cols
-    if capability is not None and device.type != "cuda":
-        raise ValueError(f"capability: expected None for a device that is not CUDA's; got {capability} on {device}")
+    if capability is not None:
+        check_count(capability, "capability", least=10, what="a compute capability times 10, such as 90 for 9.0")
+        if device.type != "cuda":
+            raise ValueError(f"capability: expected None for a device that is not CUDA's; got {capability} on {device}")
     reasons = {each.name: _reason(each, device, dtype, capability, spec) for each in registry.ORDER}
     name = next(name for name, reason in reasons.items() if reason is None) if backend is None else backend
     chosen = registry.get(name)
@@ -200,21 +205,19 @@ def plan(
     return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
 
 
-def _checked(n: object, m: object, d: object, dtype: object, loss: str, workspace_bytes: object) -> tuple[int, int]:
+def _checked(n: Any, m: Any, d: Any, dtype: Any, loss: Any, workspace_bytes: Any) -> tuple[int, int]:
     """N and M."""
-    m = n if m is None else m
-    for name, value in (("n", n), ("m", m), ("d", d), ("workspace_bytes", workspace_bytes)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-        if value < (0 if name in ("n", "m") else 1):
-            raise ValueError(f"{name}: expected a positive number; got {value}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype: expected one of {', '.join(_DTYPES.values())}; got {dtype!r}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}; got {loss!r}")
-    if n != m and loss in ("clip_loss", "nt_xent", "sigmoid"):
-        raise ValueError(f"m: expected as many as n for {loss}, whose rows match; got n = {n}, m = {m}")
-    return int(n), int(m)  # type: ignore[call-overload]
+    rows = check_count(n, "n", least=0)
+    cols = rows if m is None else check_count(m, "m", least=0)
+    check_count(d, "d")
+    check_workspace(workspace_bytes)
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(_DTYPES.values())}; got {shown(dtype)}")
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}; got {shown(loss)}")
+    if rows != cols and loss in ("clip_loss", "nt_xent", "sigmoid"):
+        raise ValueError(f"m: expected as many as n for {loss}, whose rows match; got n = {rows}, m = {cols}")
+    return rows, cols
 
 
 def _reason(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments.checks import check_count, check_device, shown
 from ..backends import get
 
 __all__ = ["autotune"]
@@ -52,12 +53,11 @@ def autotune(
     ...
     ValueError: device: the triton backend cannot serve torch.bfloat16 on cpu: it serves CUDA tensors, not those on cpu
     """
-    for name, value in (("features", features), ("side", side)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected a positive number; got {value}")
-    device = torch.device(device)
+    check_count(features, "features")
+    check_count(side, "side")
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32; got {shown(dtype)}")
+    device = check_device(device)
     reason = get("triton").why_not(device, dtype)
     if reason is not None:
         raise ValueError(f"device: the triton backend cannot serve {dtype} on {device}: {reason}")

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_backend, check_features, check_positives, check_workspace, scale_tensor
+from ..arguments.checks import (
+    check_backend,
+    check_dense,
+    check_features,
+    check_generator,
+    check_positives,
+    check_workspace,
+    scale_tensor,
+)
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..operators.search import best_column
 
@@ -70,6 +78,8 @@ def sample_negatives(
     and j alone (Philox4x32-10, see docs/structures.md), so that it depends neither on the panels nor on the backend:
     two backends differ only where rounding decides between two candidates. No gradient.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     J. Li et al., "Align before fuse: Vision and language representation learning with momentum distillation", NeurIPS
@@ -83,12 +93,11 @@ def sample_negatives(
     >>> bool((index != torch.arange(4)).all()), index.shape
     (True, torch.Size([4]))
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
+    check_generator(generator)
     x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
     params = _params(scale_tensor(x, logit_scale))
     device = x.device if generator is None else generator.device
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device).to(x.device)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device).to(x.device)
     return best_column(x, y, params, excluded, *ids, seed, check_backend(backend), check_workspace(workspace_bytes))
 
 
@@ -133,6 +142,8 @@ def hardest_negatives(
     -----
     One product of 2 N M D flop, memory O(N) beside the inputs and the workspace. No gradient.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     F. Faghri, D. J. Fleet, J. R. Kiros, S. Fidler, "VSE++: Improving visual-semantic embeddings with hard negatives",
@@ -159,7 +170,7 @@ def _checked(
     x, y = check_features(x, y, ("x", "y"), normalize)
     index, offset = check_positives(positives, x, y, allow_missing=True)
     if index is None:
-        index = torch.arange(x.shape[0], device=x.device) + (offset or 0)
+        index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
     return x.detach(), y.detach(), index[:, None], _ids(exclude, x, y)
 
 
@@ -173,6 +184,7 @@ def _ids(exclude: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | No
             f"exclude: expected None, a tensor of ids [N], or a pair of them [N], [M]; got {type(exclude).__name__}"
         )
     for ids, length in zip(pair, (x.shape[0], y.shape[0])):
+        check_dense(ids, "exclude")
         if ids.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
             raise TypeError(f"exclude: expected integer ids; got {ids.dtype}")
         if ids.shape != (length,):

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_backend, check_features, check_positives, check_workspace
+from ..arguments.checks import (
+    check_backend,
+    check_count,
+    check_dense,
+    check_features,
+    check_positives,
+    check_workspace,
+)
 from ..arguments.index import checked_index
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
@@ -104,6 +111,8 @@ def retrieval_metrics(
     the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
     inputs and the workspace, and a copy of the queries that are counted again.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     Examples
     --------
     >>> import torch, contrastive_kernels as ck
@@ -185,6 +194,8 @@ def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
 
 def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:
     """The positives' columns [N, P] int64, -1 for none."""
+    if isinstance(positives, Tensor):
+        check_dense(positives, "positives")
     if isinstance(positives, Tensor) and positives.dim() == 2:
         if positives.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
@@ -195,7 +206,7 @@ def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:
         return checked_index(positives, y.shape[0], True)
     index, offset = check_positives(positives, x, y, allow_missing=True)
     if index is None:
-        index = torch.arange(x.shape[0], device=x.device) + (offset or 0)
+        index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
     return index[:, None]
 
 
@@ -206,6 +217,5 @@ def _cut_offs(k: Any) -> tuple[int, ...]:
     for cut in k:
         if isinstance(cut, bool) or not isinstance(cut, int):
             raise TypeError(f"k: expected a sequence of ints; got {type(cut).__name__} in it")
-        if cut < 1:
-            raise ValueError(f"k: expected cut-offs of at least 1; got {cut}")
+        check_count(cut, "k", what="cut-offs of at least 1")
     return tuple(k)

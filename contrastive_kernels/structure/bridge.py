@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments.checks import (
-    check_number,
-)
+from ..arguments.checks import check_generator, check_number, shown
 from .matching import matching
 
 __all__ = ["brownian_bridge"]
@@ -81,12 +79,13 @@ def brownian_bridge(
     """
     if image_aug is None and text_aug is None:
         raise ValueError("image_aug, text_aug: expected at least one augmented view; got None for both")
-    at = None if t == "sampled" else check_number(t, "t", positive=False)
+    at = None if isinstance(t, str) and t == "sampled" else check_number(t, "t", positive=False)
     if at is not None and at > 1:
-        raise ValueError(f"t: expected a number in [0, 1] or 'sampled'; got {t}")
+        raise ValueError(f"t: expected a number in [0, 1] or 'sampled'; got {shown(t)}")
     (v, u), (va, ua) = matching(
         {"image": image, "text": text}, {"image_aug": image_aug, "text_aug": text_aug}, normalize
     )
+    check_generator(generator, v.device)
     sides = [(own, other, view) for own, other, view in ((v, u, va), (u, v, ua)) if view is not None]
     total = v.new_zeros(())
     for own, other, view in sides:

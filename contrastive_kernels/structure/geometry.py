@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import (
-    check_number,
-)
+from ..arguments.checks import check_number
 from .matching import matching
 
 __all__ = ["difference_sum", "geometric_consistency"]
@@ -68,6 +66,8 @@ def geometric_consistency(
     double sums follow from the D x D matrices AT A, BT B and BT A (docs/structures.md). With ``cross == intra`` the
     third one is not needed, and the value keeps its digits however close V and T are. One sum alone is the difference
     of two: its error is relative to <AT A, BT B>, and a true 0 may come out as 1e-6 of that. It is never below 0.
+
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
 
     References
     ----------

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..arguments.checks import check_backend, check_number, check_workspace
+from ..arguments.checks import (
+    check_backend,
+    check_count,
+    check_dense,
+    check_flag,
+    check_number,
+    check_scale,
+    check_workspace,
+    shown,
+)
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..losses.module import require_one_process
 from .bridge import brownian_bridge
 from .geometry import geometric_consistency
 from .multimodal import multimodal_contrastive
@@ -46,7 +57,7 @@ class MultimodalContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
-            "normalize": normalize,
+            "normalize": check_flag(normalize, "normalize"),
             "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
         }
@@ -63,7 +74,14 @@ class MultimodalContrastiveLoss(nn.Module):
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
     ) -> Tensor:
-        """Matching rows [N, D]; without views, what is left is CLIP's loss."""
+        """Matching rows [N, D]; without views, what is left is CLIP's loss.
+
+        Raises
+        ------
+        NotImplementedError
+            In a process group of more than one: the negatives of the other processes would be left out.
+        """
+        require_one_process("MultimodalContrastiveLoss")
         return multimodal_contrastive(image, text, image_aug, text_aug, logit_scale, **self.options)
 
 
@@ -89,6 +107,10 @@ class SeparationHead(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, hidden_features: int | None = None) -> None:
         super().__init__()
+        check_count(in_features, "in_features")
+        check_count(out_features, "out_features")
+        if hidden_features is not None:
+            check_count(hidden_features, "hidden_features")
         if hidden_features is None:
             self.layers = nn.Sequential(nn.Linear(in_features, out_features))
         else:
@@ -98,7 +120,29 @@ class SeparationHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., in_features] to unit-norm [..., out_features]."""
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features: expected a tensor [..., in_features]; got {type(features).__name__}")
+        check_dense(features, "features")
+        first: Any = self.layers[0].weight
+        if not features.is_floating_point():
+            raise TypeError(f"features: expected a floating-point tensor; got {features.dtype}")
+        if features.dim() == 0 or features.shape[-1] != first.shape[1]:
+            raise ValueError(f"features: expected shape [..., {first.shape[1]}]; got {list(features.shape)}")
+        if features.device != first.device:
+            raise ValueError(f"features: expected device {first.device}; got {features.device}")
         return nn.functional.normalize(self.layers(features), dim=-1)
+
+
+def _options(given: Any, name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword arguments that a function has beside its features; their values it checks itself."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"{name}: expected a dict or None; got {type(given).__name__}")
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_terms"]
+    unknown = [key for key in given or {} if key not in known]
+    if unknown:
+        raise ValueError(f"{name}: expected some of {', '.join(known)}; got {shown(unknown[0])}")
+    return dict(given or {})
 
 
 class LatentStructureLoss(nn.Module):
@@ -157,9 +201,9 @@ class LatentStructureLoss(nn.Module):
         self.base = MultimodalContrastiveLoss() if base is None else base
         weights = {"separation": separation, "bridge": bridge, "geometry": geometry}
         self.weights = {name: check_number(weight, name, positive=False) for name, weight in weights.items()}
-        self.separation_options = dict(separation_options or {})
-        self.bridge_options = dict(bridge_options or {})
-        self.geometry_options = dict(geometry_options or {})
+        self.separation_options = _options(separation_options, "separation_options", feature_separation)
+        self.bridge_options = _options(bridge_options, "bridge_options", brownian_bridge)
+        self.geometry_options = _options(geometry_options, "geometry_options", geometric_consistency)
 
     def extra_repr(self) -> str:
         """The weights, as they print."""
@@ -208,7 +252,10 @@ class LatentStructureLoss(nn.Module):
         ------
         TypeError, ValueError
             For arguments that do not fit, and for features that a regulariser needs and that are not given.
+        NotImplementedError
+            In a process group of more than one: the other processes' samples would be left out.
         """
+        require_one_process("LatentStructureLoss")
         if isinstance(self.base, MultimodalContrastiveLoss):
             base = self.base(image, text, logit_scale, image_aug, text_aug)
         else:
@@ -222,6 +269,7 @@ class LatentStructureLoss(nn.Module):
                 raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
             if independent_logit_scale is None:
                 independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+            check_scale(image, independent_logit_scale, "independent_logit_scale")
             result = feature_separation(
                 image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
                 independent_logit_scale, return_terms=True, **self.separation_options,

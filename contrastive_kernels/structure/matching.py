@@ -28,7 +28,7 @@ def matching(
         require_equal_lengths(x, y, (first_name, name))
         return y.to(score_dtype(y.dtype))
 
-    device = first.device.type if isinstance(first, Tensor) else "cpu"
+    device = first.device.type if isinstance(first, Tensor) and not first.is_meta else "cpu"
     with torch.autocast(device, enabled=False):
         return (
             [checked(name, feature) for name, feature in features.items()],

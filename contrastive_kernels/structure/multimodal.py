@@ -55,6 +55,8 @@ def multimodal_contrastive(
     -----
     Three streams: the two cross-modal terms share one. O(N D) memory.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     Q. Jiang et al., "Understanding and constructing latent modality structures in multi-modal representation
@@ -68,6 +70,7 @@ def multimodal_contrastive(
     0.02001
     """
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
+    check_features(image, text, ("image", "text"), normalize, matching=True)
     total, terms = 2 * clip_loss(image, text, logit_scale, **options), 2
     for feature, view, name in ((image, image_aug, "image_aug"), (text, text_aug, "text_aug")):
         if view is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_number
+from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..engine.problem import Problem
 from ..losses import info_nce
@@ -77,6 +77,8 @@ def feature_separation(
     its symmetric tables only one half is computed; the pairs of a sample with itself count, and are added outside.
     A term of weight 0 is not computed.
 
+    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+
     References
     ----------
     Q. Jiang et al., "Understanding and constructing latent modality structures in multi-modal representation
@@ -103,6 +105,10 @@ def feature_separation(
     }
     views = {"image_independent_aug": image_independent_aug, "text_independent_aug": text_independent_aug}
     (v, t, vi, ti), _ = matching(features, views, normalize)
+    # (terms that would check them may have weight 0)
+    check_engine(backend, workspace_bytes)
+    check_scale(v, logit_scale)
+    check_flag(return_terms, "return_terms")
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
     terms: dict[str, Tensor] = {}
     if weights["orthogonality"]:

@@ -21,8 +21,8 @@ struct RowSource {
 // One thread's buffers.
 struct alignas(64) Scratch {
   float z[kStripe * kChunk];  // rows with excluded pairs
-  float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe];
-  float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk];
+  float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe], row_moment[kStripe];
+  float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk], col_moment[kChunk];
   RowSource rows[kStripe];
 };
 
@@ -35,6 +35,10 @@ struct Buffers {
   Scratch* scratch;            // [threads]
   ParamSums* params;           // [stripes]
   float *col_shift, *col_sum;  // [stripes, cols], or null
+  // What the first visit to a whole matrix keeps for the second.
+  float *row_shift = nullptr, *row_sum = nullptr, *row_moment = nullptr;  // [rows]
+  float* col_moment = nullptr;                                            // [stripes, cols]
+  bool* kept = nullptr;                                                   // [stripes]
 };
 
 // One thread's buffers of a search: a chunk of one row.
@@ -50,6 +54,7 @@ struct IsaTable {
   void (*run_search)(const SearchPanel&, SearchScratch* scratch);  // scratch [threads]
   void (*gumbel_run)(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
   void (*gather_run)(const Matrix& m, const int64_t* positives, float* dots, float* z_pos);
+  void (*visit_matrix)(const Panel&, bool first, bool columns, const Buffers&);
 };
 
 // The one that the machine runs with.

@@ -40,6 +40,7 @@ struct Memory {
   Kept<Scratch> scratch;
   Kept<ParamSums> params;
   Kept<float> partials, vectors;
+  Kept<bool> kept;
   Kept<double> weights;
   Kept<int64_t> columns, positives;
 };
@@ -59,12 +60,16 @@ struct SideVectors {
   }
 };
 
-double softplus(double z) { return (z > 0.0 ? z : z <= 0.0 ? 0.0 : z) + std::log1p(std::exp(-std::fabs(z))); }
+// log(1 + e^z) and its derivative, from one exponential.
+struct Softplus {
+  double value, sigmoid;
 
-double sigmoid(double z) {
-  const double e = std::exp(-std::fabs(z));
-  return (z >= 0.0 ? 1.0 : e) / (1.0 + e);
-}
+  explicit Softplus(double z) {
+    const double e = std::exp(-std::fabs(z));
+    value = (z > 0.0 ? z : z <= 0.0 ? 0.0 : z) + std::log1p(e);
+    sigmoid = (z >= 0.0 ? 1.0 : e) / (1.0 + e);
+  }
+};
 
 double gain_of(const float* gain, double share, int64_t i) { return gain ? gain[i] : share; }
 
@@ -74,12 +79,13 @@ struct Work {
   float params[3];                          // scale, bias, center
   const int64_t* positives = nullptr;       // [rows] their columns, -1 for none; null: no row has one
   float *dots = nullptr, *z_pos = nullptr;  // [rows] the positives' scores and logits, 0 where there is none
+  float* moment = nullptr;                  // [rows] sums of exponentials times scores, which two visits share
   double* dz_pos = nullptr;                 // [rows] the positives' weights
   SideVectors row, col;
   Pairs pairs;
 
   explicit Work(const Matrix& matrix, bool centered) : m(matrix), params{m.scale, m.bias, 0.0f}, pairs(m.pairs) {
-    float* next = memory.vectors.get(7 * m.rows + 5 * m.cols);
+    float* next = memory.vectors.get(8 * m.rows + 5 * m.cols);
     for (SideVectors* side : {&row, &col}) {
       side->n = side == &row ? m.rows : m.cols;
       for (float** vector : {&side->shift, &side->sum, &side->normalizer_shift, &side->normalizer_rest, &side->gain}) {
@@ -87,7 +93,7 @@ struct Work {
         next += side->n;
       }
     }
-    dots = next, z_pos = next + m.rows;
+    dots = next, z_pos = next + m.rows, moment = next + 2 * m.rows;
     dz_pos = memory.weights.get(m.rows);
     for (int64_t i = 0; i < m.rows; ++i) dots[i] = z_pos[i] = 0.0f, dz_pos[i] = 0.0;
     find_positives();
@@ -143,13 +149,27 @@ struct Work {
     return p;
   }
 
-  void run(Panel& p) const {
-    const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
-    const int64_t most = p.rows * p.cols < kTeamScores ? 1 : stripes < m.threads ? stripes : m.threads;
+  void run(Panel& p) const { chosen_isa().run_panel(p, buffers(p, p.col.sum ? 2 : 0)); }
+
+  // One of the two visits that share their exponentials; `columns`: they take part.
+  void visit(Panel& p, bool first, bool columns) const {
+    Buffers b = buffers(p, columns ? 3 : 0);
+    b.row_shift = row.shift, b.row_sum = row.sum, b.row_moment = moment;
+    b.col_moment = columns ? b.col_sum + stripes() * p.cols : nullptr;
+    b.kept = memory.kept.get(stripes());
+    p.weights = m.weights;
+    chosen_isa().visit_matrix(p, first, columns, b);
+  }
+
+  int64_t stripes() const { return (m.rows + kStripe - 1) / kStripe; }
+
+  // The panel's team, and memory with so many vectors of every stripe's columns.
+  Buffers buffers(Panel& p, int64_t of_columns) const {
+    const int64_t most = p.rows * p.cols < kTeamScores ? 1 : stripes() < m.threads ? stripes() : m.threads;
     p.threads = static_cast<int>(most > 1 ? most : 1);
-    float* const partials = p.col.sum ? memory.partials.get(2 * stripes * p.cols) : nullptr;
-    chosen_isa().run_panel(p, {memory.scratch.get(p.threads), memory.params.get(stripes), partials,
-                               partials ? partials + stripes * p.cols : nullptr});
+    float* const partials = of_columns ? memory.partials.get(of_columns * stripes() * p.cols) : nullptr;
+    return {memory.scratch.get(p.threads), memory.params.get(stripes()), partials,
+            partials ? partials + stripes() * p.cols : nullptr};
   }
 
   // Puts the positives' weights in their places, and adds their part of the gradients of scale and bias.
@@ -195,8 +215,9 @@ double softmax_losses(const Work& w, SideVectors& v) {
     const bool none = v.sum[i] == 0.0f && z_pos == z_pos;
     const double rest = std::log(static_cast<double>(v.sum[i]));
     const double margin = none ? -kInfinity : (v.shift[i] - z_pos) + rest;
-    const double gain = gain_of(w.m.gain, w.m.share, i), weight = gain * sigmoid(margin);
-    value += gain * softplus(margin);
+    const Softplus loss(margin);
+    const double gain = gain_of(w.m.gain, w.m.share, i), weight = gain * loss.sigmoid;
+    value += gain * loss.value;
     w.dz_pos[i] -= weight;
     v.gain[i] = static_cast<float>(weight);
     v.normalizer_shift[i] = none ? w.z_pos[i] : v.shift[i];
@@ -260,8 +281,9 @@ void sum_sigmoids(Work& w, const GivenSide& row) {
     double sum = w.row.sum[i];
     const double gain = w.row.gain[i];
     if (w.positives && w.positives[i] >= 0) {
-      sum += softplus(-static_cast<double>(w.z_pos[i]));
-      w.dz_pos[i] = -gain * sigmoid(-static_cast<double>(w.z_pos[i]));
+      const Softplus loss(-static_cast<double>(w.z_pos[i]));
+      sum += loss.value;
+      w.dz_pos[i] = -gain * loss.sigmoid;
     }
     m.out[0] += gain * sum;
     if (row.state) row.state[i] = static_cast<float>(sum);
@@ -295,19 +317,20 @@ void softmax_matrix(const Matrix& m, bool both, bool symmetric) {
   check(!both || (!symmetric && !m.positives && m.offset == 0), "softmax_matrix: columns have their rows' positives");
   m.out[0] = m.out[1] = m.out[2] = 0.0;
   Work w(m, true);
+  const bool columns = both || symmetric, visited = m.cols <= kChunk;
   Panel statistics = w.panel(PairTerm::kExponential);
   use_state(statistics.row, w.row);
   if (both) use_state(statistics.col, w.col);
-  w.run(statistics);
+  visited ? w.visit(statistics, true, columns) : w.run(statistics);
   m.out[0] = softmax_losses(w, w.row);
   if (both) m.out[0] += softmax_losses(w, w.col);
   if (!m.weights) return;
   Panel p = w.panel(PairTerm::kExponential);
   use_weights(p.row, w.row);
-  if (both || symmetric) use_weights(p.col, both ? w.col : w.row);
+  if (columns) use_weights(p.col, both ? w.col : w.row);
   p.weights = m.weights;
   p.dparams = m.out + 1;
-  w.run(p);
+  visited ? w.visit(p, false, columns) : w.run(p);
   if (symmetric) m.out[1] *= 0.5, m.out[2] *= 0.5;  // each pair was counted from both of its ends
   w.place_positives(symmetric);
 }

@@ -21,10 +21,11 @@ namespace avx512 {
 #include "pairs.h"
 #include "panel_loops.h"
 #include "search_loops.h"
+#include "visit_loops.h"
 
 }  // namespace avx512
 
-const IsaTable kAvx512 = {"avx512",           avx512::run_panel,  avx512::exp_run,
-                          avx512::run_search, avx512::gumbel_run, avx512::gather_run};
+const IsaTable kAvx512 = {"avx512",           avx512::run_panel,  avx512::exp_run,     avx512::run_search,
+                          avx512::gumbel_run, avx512::gather_run, avx512::visit_matrix};
 
 }  // namespace ck

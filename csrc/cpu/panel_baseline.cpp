@@ -21,10 +21,11 @@ namespace baseline {
 #include "pairs.h"
 #include "panel_loops.h"
 #include "search_loops.h"
+#include "visit_loops.h"
 
 }  // namespace baseline
 
-const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,
-                            baseline::run_search, baseline::gumbel_run, baseline::gather_run};
+const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,     baseline::run_search,
+                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix};
 
 }  // namespace ck

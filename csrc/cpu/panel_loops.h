@@ -8,16 +8,22 @@
 // Stripes do not depend on the number of threads, and their partial results are merged in order: results are
 // bitwise reproducible.
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The part of a panel that one call of the sweeps works on.
 struct Chunk {
   int64_t row0, rows, col0, cols;
 };
 
+// From one row's copy to the next one's: not a power of two, whose rows would share the lines of a cache.
+static int64_t copy_stride(int64_t cols) { return smaller((cols + 15) / 16 * 16 + 16, kChunk); }
+
 // Rows are read where they lie; those of whose pairs something is said are copied.
 static void find_sources(const Panel& p, const Chunk& c, Scratch& s) {
+  const int64_t stride = copy_stride(c.cols);
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource lies = {p.scores + (c.row0 + i) * p.stride + c.col0, p.params[0], p.params[1]};
-    s.rows[i] = find_source(p.pairs, lies, c.row0 + i, c.col0, c.cols, -__builtin_inff(), s.z + i * kChunk);
+    s.rows[i] = find_source(p.pairs, lies, c.row0 + i, c.col0, c.cols, -__builtin_inff(), s.z + i * stride);
   }
 }
 
@@ -52,8 +58,6 @@ static void extend(Range& range, const float* v, int64_t n) {
   }
   range = {low, high};
 }
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void copy(const float* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
@@ -198,33 +202,38 @@ static void merge_columns(const Panel& p, int64_t col0, int64_t stripes, const B
                        buffers.col_sum + stripe * p.cols + col0, smaller(kChunk, p.cols - col0));
 }
 
-// The stripes of a panel, and then its columns' states; for each term, and for what is wanted of it.
-template <class Term, bool SUMS, typename Out>
-static void run_stripes(const Panel& p, const Buffers& buffers) {
+// The stripes of a panel, and then its columns' states. `run`: what a stripe gives to the parameters' gradients.
+template <class Term, typename Run>
+static void for_stripes(const Panel& p, const Buffers& buffers, const Run& run) {
   const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
-  const int64_t merged_cols = buffers.col_sum ? p.cols : 0;
+  const int64_t merged_cols = p.col.sum ? p.cols : 0;
 #ifdef _OPENMP
   if (p.threads > 1) {
 #pragma omp parallel num_threads(p.threads)
     {
       Scratch& scratch = buffers.scratch[omp_get_thread_num()];
 #pragma omp for schedule(static)
-      for (int64_t stripe = 0; stripe < stripes; ++stripe)
-        buffers.params[stripe] = run_stripe<Term, SUMS, Out>(p, stripe, scratch, buffers);
+      for (int64_t stripe = 0; stripe < stripes; ++stripe) buffers.params[stripe] = run(stripe, scratch);
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < merged_cols; j += kChunk) merge_columns<Term>(p, j, stripes, buffers);
     }
   } else  // a team of one takes as long as a small matrix
 #endif
   {
-    for (int64_t stripe = 0; stripe < stripes; ++stripe)
-      buffers.params[stripe] = run_stripe<Term, SUMS, Out>(p, stripe, buffers.scratch[0], buffers);
+    for (int64_t stripe = 0; stripe < stripes; ++stripe) buffers.params[stripe] = run(stripe, buffers.scratch[0]);
     for (int64_t j = 0; j < merged_cols; j += kChunk) merge_columns<Term>(p, j, stripes, buffers);
   }
   for (int64_t stripe = 0; p.dparams && stripe < stripes; ++stripe) {
     p.dparams[0] += buffers.params[stripe].dscale;
     p.dparams[1] += buffers.params[stripe].dbias;
   }
+}
+
+template <class Term, bool SUMS, typename Out>
+static void run_stripes(const Panel& p, const Buffers& buffers) {
+  for_stripes<Term>(p, buffers, [&](int64_t stripe, Scratch& scratch) {
+    return run_stripe<Term, SUMS, Out>(p, stripe, scratch, buffers);
+  });
 }
 
 template <class Term, typename Out>

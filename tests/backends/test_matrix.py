@@ -134,8 +134,11 @@ MATRICES = {
     "diagonal": lambda: Matrix(40, 70, diagonal=3, offset=7, excluded=1),
     "biases-of-columns": lambda: Matrix(33, 33, biased=True, params=(0.7, -2.0)),
     "two-stripes": lambda: Matrix(65, 65, spread=60.0),
+    "beyond-a-chunk": lambda: Matrix(3, 2100, offset=2090),
     "high": lambda: Matrix(24, 24, level=1e4, params=(1.0, 0.0)),
     "higher": lambda: Matrix(24, 24, level=1e6, params=(1.0, 0.0)),
+    # stripes of rows with and without a shift that serves their columns too
+    "symmetric-far": lambda: Matrix(100, 100, symmetric=True, diagonal=0, positives=half(100), spread=50.0),
     "symmetric": lambda: Matrix(12, 12, symmetric=True, diagonal=0, positives=half(12)),
     "symmetric-high": lambda: Matrix(
         40, 40, symmetric=True, diagonal=0, positives=half(40), level=1e4, params=(1.0, 0.0)

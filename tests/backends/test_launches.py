@@ -1,0 +1,28 @@
+"""Launches and the host's time of a step on a GPU that is not there: what small batches consist of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TESTS = Path(__file__).resolve().parents[1]
+#: Launches of value and all gradients at N = 256, the upstream gradient's included.
+MOST_LAUNCHES = {"clip_loss": 91, "info_nce": 71}
+
+
+def test_a_small_step_is_few_launches():
+    """In a process of its own: Triton's driver is one that starts nothing."""
+    command = [sys.executable, str(TESTS / "mock_driver.py"), "--json", *MOST_LAUNCHES]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    for loss, most in MOST_LAUNCHES.items():
+        print(f"{loss}: {found[loss]['launches']} launches, {found[loss]['host_us']:.0f} us of the host")
+        assert 5 < found[loss]["launches"] <= most, found[loss]
+        assert found[loss]["ours"]["score_kernel"] == 2
