@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import contrastive_kernels
 from contrastive_kernels import reference
+from contrastive_kernels.backends import registry
+from contrastive_kernels.engine import strategy
 
 SOFTMAX = ("info_nce", "clip_loss", "nt_xent")
 #: Losses of rectangular score matrices with positives anywhere.
@@ -44,8 +47,11 @@ class Problem:
     temperature: float = 0.07
     #: a negative or zero scale is given here instead of by temperature
     scale: float | None = None
-    bias: float = -3.0
+    #: None: it takes away the logits' common part
+    bias: float | None = -3.0
     features: str = "random"
+    #: the norm of what all features have in common
+    length: float = 0.0
     layout: str = "contiguous"
     #: None, an offset, or "index": drawn with repeats
     positives: int | str | None = None
@@ -68,6 +74,11 @@ class Problem:
     def seed(self) -> int:
         """Of the problem's own random numbers."""
         return zlib.crc32(self.name.encode())
+
+    @property
+    def logit_bias(self) -> float:
+        """What is added to the logits of the sigmoid loss."""
+        return -(self.length**2) if self.bias is None else self.bias
 
     @property
     def logit_scale(self) -> float:
@@ -117,6 +128,8 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+COMMON: dict[str, Any] = {"scale": 1.0, "bias": None}
+
 PROBLEMS = (
     Problem("base", "one row more than a vector register, a stripe or the smallest panel holds"),
     # numbers of rows
@@ -130,7 +143,11 @@ PROBLEMS = (
             n=257, small_panels=True),
     Problem("kept-panels", "panels of scores that are few enough to be kept",
             n=257, d=1000, workspace_bytes=16 * 257**2),
+    Problem("n550", "more scores than one call takes: a band, of all rows where columns have normalisers too",
+            n=550, d=16),
     # rectangles
+    Problem("kept-wide", "three panels of kept scores on a CPU", m=2600, d=24, workspace_bytes=16 * 65 * 2600,
+            losses=ONE_WAY),
     Problem("wide-panels", "panels of a rectangle", n=130, m=257, small_panels=True, losses=ONE_WAY),
     Problem("many-panels", "sums over 40 panels: 16-bit ones would have lost their digits",
             m=2600, d=24, temperature=1.0, features="common", small_panels=True, losses=ONE_WAY),
@@ -166,6 +183,17 @@ PROBLEMS = (
     Problem("outliers", "rows and columns with normalisers far apart: no common reference serves",
             n=130, scale=1.0, features="outliers"),
     Problem("siglip-start", "SigLIP's initial scale and bias", scale=10.0, bias=-10.0, losses=("sigmoid",)),
+    # a large common part: log-sum-exps of one rounded number lose what matters
+    Problem("equal-1e4", "eight equal logits: log 8", n=8, features="equal", length=100.0, **COMMON),
+    Problem("equal-1e6", "the same", n=8, features="equal", length=1000.0, **COMMON),
+    Problem("equal-1e8", "the same, where float32 counts by eights", n=8, features="equal", length=10240.0, **COMMON),
+    Problem("common-100", "logits of 1e4 that differ by one: dscale is a small difference",
+            features="shifted", length=100.0, **COMMON),
+    Problem("common-256", "logits of 65,536 that differ by one", features="shifted", length=256.0, **COMMON),
+    Problem("common-100-panels", "the same in panels", n=130, features="shifted", length=100.0, small_panels=True,
+            **COMMON),
+    Problem("common-block", "given positive logits of that size",
+            features="shifted", length=100.0, block="all", scale=1.0, losses=DECOMPOSABLE),
     # memory layouts
     Problem("transposed", "features by columns", layout="transposed"),
     Problem("misaligned", "columns of a wider matrix from an odd offset", layout="misaligned"),
@@ -218,6 +246,12 @@ def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
             return x, y
         case "huge":
             return 3000 * _unit(x), 3000 * _unit(y)
+        case "equal":  # every score is the same number exactly, in whatever order its products are added
+            return tuple(torch.full((k, d), problem.length / 8, dtype=torch.float64) for k in (n, m))
+        case "shifted":
+            common = _unit(common)
+            x, y = (_unit(v - v @ common.T * common) for v in (x, y))
+            return problem.length * common + 2 * x, problem.length * common + 2 * y
         case "outliers":
             lengths = torch.linspace(-2, 2, n)[:, None]
             return 4 * 10**lengths * _unit(x), 4 * 10 ** lengths.flip(0) * _unit(y)
@@ -271,13 +305,15 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
         x,
         y,
         scale=torch.tensor(problem.logit_scale, dtype=score),
-        bias=torch.tensor(problem.bias, dtype=score),
+        bias=torch.tensor(problem.logit_bias, dtype=score),
         positives=positives,
         weight=_weights(problem, g),
         decomposable=dict(problem.decomposable),
     )
     if problem.block is not None:
-        inputs.positive_logits = tuple(torch.randn(k, generator=g).mul(0.1).add(0.5).mul(inputs.scale) for k in (n, m))
+        inputs.positive_logits = tuple(
+            torch.randn(k, generator=g).mul(0.1).add(0.5 + problem.length**2).mul(inputs.scale) for k in (n, m)
+        )
         if problem.block == "some":
             index = torch.arange(n)
             inputs.positives = torch.where(index < m, index, -1)
@@ -352,14 +388,50 @@ def run(
 def engine_options(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
     """backend and workspace_bytes for a run of the package."""
     options: dict[str, Any] = {"backend": backend}
-    problem, dtype = inputs.problem, inputs.x.dtype
+    problem = inputs.problem
     if problem.small_panels:
-        options["workspace_bytes"] = smallest_workspace(
-            lambda size: run(contrastive_kernels, inputs, loss, dtype, backend=backend, workspace_bytes=size)
-        )
+        options |= smallest_panels(inputs, loss, backend)
     elif problem.workspace_bytes is not None:
         options["workspace_bytes"] = problem.workspace_bytes
     return options
+
+
+#: How a problem is walked: as it comes, which is one call of the backend where it has one for small matrices; by a band,
+#: or by panels as large as the workspace allows; by panels as small as the engine takes them.
+PATHS = ("own", "large", "small")
+
+
+@contextlib.contextmanager
+def walked(path: str) -> Iterator[None]:
+    """Within it, no matrix is small enough for one call of the backend, unless the path is "own"."""
+    before = strategy.WHOLE_SCORES
+    strategy.WHOLE_SCORES = before if path == "own" else -1
+    strategy.remembered.cache_clear()
+    try:
+        yield
+    finally:
+        strategy.WHOLE_SCORES = before
+        strategy.remembered.cache_clear()
+
+
+def path_options(inputs: Inputs, loss: str, backend: str, path: str) -> dict[str, Any] | None:
+    """backend and workspace_bytes for a run on a path; None: it has been run on the problem's own."""
+    own = engine_options(inputs, loss, backend)
+    if path == "own":
+        return own
+    if path == "large":
+        return {"backend": backend} if registry.get(backend).whole_matrix and own.keys() == {"backend"} else None
+    return None if inputs.problem.small_panels else own | smallest_panels(inputs, loss, backend)
+
+
+def smallest_panels(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
+    """The smallest workspace_bytes."""
+    dtype = inputs.x.dtype
+    return {
+        "workspace_bytes": smallest_workspace(
+            lambda size: run(contrastive_kernels, inputs, loss, dtype, backend=backend, workspace_bytes=size)
+        )
+    }
 
 
 def smallest_workspace(call: Callable[[int], Any]) -> int:

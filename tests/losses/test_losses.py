@@ -10,12 +10,15 @@ from problems import (
     BY_NAME,
     CPU_BACKENDS,
     DECOMPOSABLE,
+    PATHS,
     PROBLEMS,
     Inputs,
     differentiable,
     engine_options,
     make_inputs,
+    path_options,
     run,
+    walked,
 )
 from tolerance import UNITS, assert_accurate, assert_outcome, expected, rms
 
@@ -53,12 +56,17 @@ CASES = [
 
 @pytest.mark.parametrize("problem, loss, dtype, backend", CASES)
 def test_value_and_gradients(problem, loss, dtype, backend):
+    """On every path: one call of the backend, a band or one panel, the smallest panels."""
     inputs = make_inputs(problem, dtype)
     require(backend, inputs)
-    options = engine_options(inputs, loss, backend)
-    for reduction in ("mean", "none"):
-        outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
-        assert_outcome(inputs, loss, reduction, outcome)
+    for path in PATHS:
+        with walked(path):
+            options = path_options(inputs, loss, backend, path)
+            if options is None:
+                continue
+            for reduction in ("mean", "none") if path == "own" else ("mean",):
+                outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
+                assert_outcome(inputs, loss, reduction, outcome)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
