@@ -3,9 +3,9 @@
     python tests/mock_driver.py [--n N] [--d D] [--json] [LOSS ...]     launches and host time of a step of each loss
 
 Launches are counted on torch's meta device, whose tensors have shapes and no memory: the package takes the ways that it
-takes on a GPU. The host's time is that of small tensors on the CPU, where torch's operations take hardly more than their
-dispatch (on the meta device they are written in Python). A kernel of ours ends where the driver would start it: the few
-microseconds that each launch takes in the driver are not in the host's time.
+takes on a GPU. The host's time is that of small tensors on the CPU, where torch's operations take little more than
+their dispatch; on the meta device they are written in Python. A kernel of ours ends where the driver would start it: the
+few microseconds that each launch takes in the driver are not in the host's time.
 """
 
 from __future__ import annotations

@@ -396,8 +396,8 @@ def engine_options(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
     return options
 
 
-#: How a problem is walked: as it comes, which is one call of the backend where it has one for small matrices; by a band,
-#: or by panels as large as the workspace allows; by panels as small as the engine takes them.
+#: How a problem is walked: as it comes, which is one call of the backend where it has one for small matrices; by a
+#: band, or by panels as large as the workspace allows; by panels as small as the engine takes them.
 PATHS = ("own", "large", "small")
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "normalized",
     "require_equal_lengths",
     "require_one_process",
+    "require_vector",
     "scale_tensor",
     "shown",
 ]
@@ -170,6 +171,12 @@ def check_positives(
 
 def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> Tensor:
     """A vector [length] on x's device, in the dtype of the scores."""
+    require_vector(value, name, length, x, differentiable)
+    return cast(Tensor, value).to(score_dtype(x.dtype)).contiguous()
+
+
+def require_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> None:
+    """A vector [length] on x's device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape [{length}]; got {type(value).__name__}")
     check_dense(value, name)
@@ -181,7 +188,6 @@ def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: 
         raise ValueError(f"{name}: expected device {x.device}; got {value.device}")
     if not differentiable and value.requires_grad:
         raise ValueError(f"{name}: it is not differentiated, so it must not require a gradient; got requires_grad=True")
-    return value.to(score_dtype(x.dtype)).contiguous()
 
 
 def check_reduction(reduction: Any) -> str:

@@ -7,34 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_vector
+from ..panels.size import score_dtype
+from .checks import require_vector
 from .options import DEFAULT_WORKSPACE_BYTES
 
 __all__ = ["DEFAULT_WORKSPACE_BYTES", "reduce_losses", "row_gains", "row_weights"]
 
 
 def row_weights(weight: Any, length: int, x: Tensor) -> Tensor | None:
-    """The weights [N] in the dtype of the scores."""
-    return None if weight is None else check_vector(weight, "weight", length, x)
-
-
-def row_gains(weight: Any, length: int, x: Tensor, reduction: str) -> Tensor | None:
-    """dL/d(loss of row i) [N] where rows have weights: a weighted mean divides by their sum; None without weights."""
+    """The weights [N], at least as wide as scores: float64 ones may be smaller than float32 holds, and count."""
     if weight is None:
         return None
-    checked = check_vector(weight, "weight", length, x)
-    return _shares(weight, checked.dtype) if reduction == "mean" else checked
+    require_vector(weight, "weight", length, x)
+    return weight if weight.dtype == torch.float64 else weight.to(score_dtype(x.dtype)).contiguous()
+
+
+def row_gains(weight: Any, length: int, x: Tensor, reduction: str, repeats: int = 1) -> Tensor | None:
+    """dL/d(loss of row i) [repeats * N] where rows have weights: a weighted mean divides by their sum; None without."""
+    weights = row_weights(weight, length, x)
+    if weights is None:
+        return None
+    gains = _gains(weights, reduction, score_dtype(x.dtype))
+    if repeats == 1:
+        return gains
+    return gains.repeat(repeats) / (repeats if reduction == "mean" else 1)
 
 
 def reduce_losses(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """The weighted mean (by the sum of weights; 0 of nothing), the weighted sum, or the weighted rows."""
-    if reduction == "mean":
-        if weight is None:
-            return losses.sum() / max(losses.shape[0], 1)
-        return (losses * _shares(weight, losses.dtype)).sum()
-    if weight is not None:
-        losses = losses * weight
+    """The weighted mean (by the sum of weights; 0 of nothing), the weighted sum, or the weighted rows.
+
+    A row that does not count may have overflowed.
+    """
+    if weight is None:
+        total = losses.shape[0] if reduction == "mean" else 1
+        return losses if reduction == "none" else losses.sum() / max(total, 1)
+    gains = _gains(weight, reduction, losses.dtype)
+    losses = losses.masked_fill(gains == 0, 0.0) * gains
     return losses if reduction == "none" else losses.sum()
+
+
+def _gains(weights: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    return _shares(weights, dtype) if reduction == "mean" else weights.to(dtype)
 
 
 def _shares(weight: Tensor, dtype: torch.dtype) -> Tensor:

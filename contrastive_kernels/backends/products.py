@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
+from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..panels.panel import Panel
 
@@ -24,38 +25,78 @@ def default_weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dty
 def _multiplies_bfloat16_exactly() -> bool:
     """Whether float32 products can run on AMX units, and torch (2.9 or later) has the switch for it."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported()) and hasattr(torch.backends.mkldnn, "matmul")
+    return supported is not None and bool(supported()) and hasattr(torch._C, "_set_fp32_precision_setter")
 
 
 class _AmxProducts:
-    """Within it, float32 products on the CPU run in bfloat16 on the AMX units.
+    """float32 products on the CPU, in bfloat16 on the AMX units.
 
-    The switch is the process's: the first thread in sets it, the last one out restores it. Another thread's own float32
-    products meanwhile run in bfloat16 too, which is why it is held for one product at a time.
+    The switch is the process's: the first product in sets it, the last one out restores it. Another thread's own
+    float32 products meanwhile run in bfloat16 too, which is why it is held for one product at a time.
+
+    Ctrl-C raises KeyboardInterrupt between any two bytecodes, also those of a ``with`` or ``finally``, and would leave
+    the whole process at 8 bits. So setting, product and restoring are one call of functions written in C, where it
+    waits; under the interpreter's lock nothing but the product itself lets another thread in between.
     """
 
     available = _multiplies_bfloat16_exactly()
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = "none"
+        #: a token for each product that runs now
+        self._running: set[object] = set()
+        #: the process's own setting, and the one while products run
+        self._settings = ["none", "bf16"]
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                mkldnn: Any = torch.backends.mkldnn
-                before = mkldnn.matmul.fp32_precision
-                # What inherits its setting reads as what it inherits; written back, it would inherit no more.
-                self._before = "none" if before == mkldnn.fp32_precision else before
-                mkldnn.matmul.fp32_precision = "bf16"
-            self._inside += 1
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """out = x y."""
+        token = object()
+        leave = (partial(self._running.discard, token), self._switching())
+        steps = (
+            partial(self._settings.__setitem__, 0, self._own_setting()),
+            partial(self._running.add, token),
+            self._switching(),
+            partial(torch.mm, x, y, out=out),
+            *leave,
+        )
+        try:
+            _run(steps)
+        except BaseException:
+            if token in self._running:  # the product failed, or a mode of torch's runs Python within it
+                _run(leave)
+            raise
 
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
+    def _switching(self) -> partial[Any]:
+        """A step that sets the switch by whether products run when the step is done."""
+        found = map(self._settings.__getitem__, map(bool, (self._running,)))
+        return partial(_exhaust, map(_precision("set"), ("mkldnn",), ("matmul",), found))
+
+    def _own_setting(self) -> str:
+        """The process's own setting, read at one moment."""
+        questions = (
+            partial(_precision("get"), "mkldnn", "matmul"),
+            partial(_precision("get"), "mkldnn", "all"),
+            partial(len, self._running),
+            partial(self._settings.__getitem__, 0),
+        )
+        setting, inherited, running, known = list(map(partial.__call__, questions))
+        if running:
+            return str(known)
+        # What inherits its setting reads as what it inherits; written back, it would inherit no more.
+        return "none" if setting == inherited else str(setting)
+
+
+def _precision(what: str) -> Any:
+    """torch's function in C that gets or sets a precision."""
+    return getattr(torch._C, f"_{what}_fp32_precision_{what}ter")
+
+
+#: Takes all of an iterator, in C.
+_exhaust: partial[deque[Any]] = partial(deque, maxlen=0)
+
+
+def _run(steps: tuple[partial[Any], ...]) -> None:
+    """Calls one after the other without a bytecode in between."""
+    _exhaust(map(partial.__call__, steps))
 
 
 _amx_products = _AmxProducts()
@@ -69,6 +110,7 @@ def score_product(panel: Panel) -> None:
     """
     if panel.scores_ready:
         return
-    exact = panel.bfloat16_values and panel.scores.device.type == "cpu" and _AmxProducts.available
-    with _amx_products if exact else contextlib.nullcontext():
+    if _AmxProducts.available and panel.bfloat16_values and panel.scores.device.type == "cpu":
+        _amx_products.multiply(panel.x, panel.y.T, panel.scores)
+    else:
         torch.mm(panel.x, panel.y.T, out=panel.scores)

@@ -23,7 +23,7 @@ from ..arguments.checks import (
     require_one_process,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.reduction import row_gains, row_weights
+from ..arguments.reduction import row_gains
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
@@ -133,7 +133,7 @@ def decomposable(
     log_k = log_or_minus_infinity(k)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
-    weights = row_weights(weight, x.shape[0], x)
+    gain = row_gains(weight, x.shape[0], x, reduction)
     check_generator(generator, x.device)
     check_flag(return_log_normalizer, "return_log_normalizer")
 
@@ -144,12 +144,11 @@ def decomposable(
     constants = [_constant(log_u, c) for log_u in log_us]
     constant = constants[0] if len(sides) == 1 else (constants[0] + constants[1]) / 2
     excess = 1 + float(expected_excess(shape))
-    if weights is not None:  # a row that does not count must not overflow, however stale its normaliser
-        idle = weights == 0
+    if gain is not None:  # a row that does not count must not overflow, however stale its normaliser
+        idle = gain == 0
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
     logits = [logit for _, logit in sides if logit is not None] or None
-    gain = None if weight is None else row_gains(weight, x.shape[0], x, reduction)
     sums = exponential_sums(problem, rests, logits, gain, reduction)
     if reduction == "none":
         rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2

@@ -12,7 +12,6 @@ from ..arguments.checks import (
     check_positives,
     check_reduction,
     check_scale,
-    check_vector,
     require_one_process,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
@@ -224,11 +223,9 @@ def nt_xent(
     n = z1.shape[0]
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
-    both = None
-    if weight is not None:
-        both = row_gains(check_vector(weight, "weight", n, views).repeat(2), 2 * n, views, reduction)
+    gains = row_gains(weight, n, views, reduction, repeats=2)
     problem = Problem(views, views, scale, index=index, symmetric=True, engine=engine)
-    return softmax_loss(problem, both, reduction)
+    return softmax_loss(problem, gains, reduction)
 
 
 class InfoNCELoss(Loss):

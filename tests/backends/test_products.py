@@ -2,40 +2,225 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
 import pytest
 import torch
 
+from contrastive_kernels.backends import products
 from contrastive_kernels.backends.products import _AmxProducts, default_weights_dtype, score_product
 from contrastive_kernels.panels.panel import Panel
 
 EPS = torch.finfo(torch.float32).eps
+has_switch = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no setting of the products"
+)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no setting of the products")
-def test_the_precision_of_other_products_is_left_as_it_was():
+def setting() -> str:
+    """Of float32 products, as the process has it."""
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def bfloat16_panel(rows: int = 8, cols: int = 5, d: int = 16) -> Panel:
+    g = torch.Generator().manual_seed(d)
+    x, y = (torch.randn(n, d, generator=g).bfloat16().float() for n in (rows, cols))
+    scores = torch.empty(rows, cols)
+    return Panel(x, y, scores, scores, torch.tensor([1.0, 0.0, 0.0]), bfloat16_values=True)
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch as on a machine with AMX; where there is none, torch multiplies as it always does."""
+    monkeypatch.setattr(_AmxProducts, "available", True)
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The settings that products have seen; products are Python functions here, as under a mode of torch's."""
+    seen, mm = [], torch.mm
+
+    def seeing(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append(setting())
+        return mm(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", seeing)
+    return seen
+
+
+@has_switch
+def test_the_precision_of_other_products_is_left_as_it_was(amx, within):
     """A setting that is inherited stays inherited: the loss within `flags` must not outlast them."""
     mkldnn = torch.backends.mkldnn
-    switch = _AmxProducts()
 
-    def run():
-        with switch, switch:
-            assert mkldnn.matmul.fp32_precision == "bf16"
+    def run() -> None:
+        score_product(bfloat16_panel())
+        assert within.pop() == "bf16"
 
-    assert mkldnn.matmul.fp32_precision == "none"
+    assert setting() == "none"
     run()
-    assert mkldnn.matmul.fp32_precision == "none"
+    assert setting() == "none"
     before = mkldnn.fp32_precision
     try:
         mkldnn.fp32_precision = "bf16"
         run()
-        assert mkldnn.matmul.fp32_precision == "bf16"
+        assert setting() == "bf16"
         mkldnn.fp32_precision = "ieee"
-        assert mkldnn.matmul.fp32_precision == "ieee", "no longer inherited"
+        assert setting() == "ieee", "no longer inherited"
         mkldnn.matmul.fp32_precision = "bf16"
         run()
-        assert mkldnn.matmul.fp32_precision == "bf16"
+        assert setting() == "bf16"
     finally:
         mkldnn.fp32_precision, mkldnn.matmul.fp32_precision = before, "none"
+
+
+@has_switch
+def test_the_last_thread_out_restores(amx, monkeypatch):
+    mm, both, first_is_out, seen = torch.mm, threading.Barrier(2), threading.Event(), []
+
+    def meeting(*args: Any, **options: Any) -> torch.Tensor:
+        both.wait(60)
+        if threading.current_thread() is second:
+            first_is_out.wait(60)
+            seen.append(setting())
+        return mm(*args, **options)
+
+    second = threading.Thread(target=score_product, args=(bfloat16_panel(),))
+    monkeypatch.setattr(torch, "mm", meeting)
+    second.start()
+    score_product(bfloat16_panel())
+    first_is_out.set()
+    second.join(60)
+    assert seen == ["bf16"], "the first thread out took the switch from the other one"
+    assert setting() == "none"
+
+
+class Interrupt:
+    """Ctrl-C at the n-th bytecode within products.py, by a trace function."""
+
+    def __init__(self, at: int) -> None:
+        self.left, self.fired = at, False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != products.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event in ("opcode", "line", "call"):
+            if self.left == 0:
+                self.fired = True
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self
+
+
+def interrupted_everywhere(after: Any = None) -> int:
+    """Interrupts a product at each of its bytecodes in turn; how many there are."""
+    at = 0
+    before, traced = setting(), sys.gettrace()
+    while True:
+        interrupt, panel = Interrupt(at), bfloat16_panel()
+        try:
+            sys.settrace(interrupt)
+            score_product(panel)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(traced)
+        if after is not None:
+            after(at)
+        assert setting() == before, f"interrupted at bytecode {at}"
+        if not interrupt.fired:
+            return at
+        at += 1
+
+
+@has_switch
+@pytest.mark.parametrize("own", ["none", "ieee", "bf16"])
+def test_an_interrupt_at_any_bytecode_leaves_the_setting(amx, own):
+    torch.backends.mkldnn.matmul.fp32_precision = own
+    assert interrupted_everywhere() > 100
+    assert _amx_is_idle()
+
+
+@has_switch
+def test_an_interrupt_beside_another_threads_product_leaves_the_setting(amx, monkeypatch):
+    """The other thread is within its product all the while, and restores in the end."""
+    mm, inside, done = torch.mm, threading.Event(), threading.Event()
+
+    def waiting(*args: Any, **options: Any) -> torch.Tensor:
+        if threading.current_thread() is other:
+            inside.set()
+            done.wait(600)
+        return mm(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", waiting)
+    other = threading.Thread(target=score_product, args=(bfloat16_panel(),))
+    other.start()
+    assert inside.wait(60)
+    try:
+        assert setting() == "bf16"
+        assert interrupted_everywhere() > 100
+    finally:
+        done.set()
+        other.join(60)
+    assert setting() == "none"
+    assert _amx_is_idle()
+
+
+@has_switch
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_a_product_that_fails_leaves_the_setting(amx, monkeypatch, error):
+    def failing(*args: Any, **options: Any) -> torch.Tensor:
+        assert setting() == "bf16"
+        raise error
+
+    monkeypatch.setattr(torch, "mm", failing)
+    with pytest.raises(error):
+        score_product(bfloat16_panel())
+    assert setting() == "none"
+    assert _amx_is_idle()
+
+
+@has_switch
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_signals_leave_the_setting(amx):
+    """The real thing: a signal's handler raises, at whatever bytecode the timer finds."""
+
+    class Alarm(KeyboardInterrupt):
+        pass
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Alarm
+
+    panel = bfloat16_panel()
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for i in range(1000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 40))
+                score_product(panel)
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:  # the alarm is on its way
+                    pass
+                pytest.fail("an alarm was swallowed")
+            except Alarm:
+                pass
+            assert setting() == "none", f"alarm {i}"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert _amx_is_idle()
+
+
+def _amx_is_idle() -> bool:
+    return not products._amx_products._running
 
 
 def test_bfloat16_products_are_exact(set_threads):
