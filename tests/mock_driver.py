@@ -2,10 +2,10 @@
 
     python tests/mock_driver.py [--n N] [--d D] [--json] [LOSS ...]     launches and host time of a step of each loss
 
-Launches are counted on torch's meta device, whose tensors have shapes and no memory: the package takes the ways that it
-takes on a GPU. The host's time is that of small tensors on the CPU, where torch's operations take little more than
-their dispatch; on the meta device they are written in Python. A kernel of ours ends where the driver would start it: the
-few microseconds that each launch takes in the driver are not in the host's time.
+Launches are counted on torch's meta device, whose tensors have shapes and no memory: the package takes the ways that
+it takes on a GPU. The host's time is that of small tensors on the CPU, where torch's operations take little more than
+their dispatch (on the meta device they are written in Python). A kernel of ours ends where the driver would start it:
+the few microseconds that each launch takes in the driver are not in the host's time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ DEVICE = torch.device("meta")
 #: What torch's operations of these names start no kernel for: views, and tensors that nobody fills.
 _FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
-    "empty_strided", "expand", "new_empty", "new_empty_strided", "permute",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
-    "unbind", "unsqueeze", "view",
+    "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 
 

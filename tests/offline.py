@@ -140,6 +140,7 @@ def compile_merge(capability: int, term: str) -> Compiled:
         pointers["col_state_ptr"] = pointers["col_partials_ptr"] = None
     constants = {
         "TERM": launch.TERMS[term], "STATE_ROWS": 2 if term == "exponential" else 1,
+        "ROW_FRESH": False, "COL_FRESH": False,
         "BLOCK": launch.MERGE_BLOCK, "PARTS": launch.MERGE_PARTS,
     }  # fmt: skip
     return _compile(merge.merge_kernel, capability, pointers, constants, set(), Tile(32, 32, 32, 4, 1))
@@ -173,6 +174,12 @@ def _compile(
     return Compiled(
         usage["REG"], stack, compiled.metadata.shared, threads, compiled.asm["ptx"], _after_product(instructions) / held
     )
+
+
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """32-bit registers of a thread of a compiled kernel, and bytes that it keeps in memory instead."""
+    usage, _ = _read_cubin(compiled.asm["cubin"])
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def _read_cubin(cubin: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from .exponential import EXPONENTIAL
 from .merge import merge_kernel
 from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
+from .start import INTERPRETED, Arguments, start
 
 __all__ = [
     "INTERPRETED",
@@ -36,8 +37,6 @@ __all__ = [
     "tile_of",
 ]
 
-#: The kernels run in Triton's interpreter, on CPU tensors.
-INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 #: (major, minor)
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes, and how many of their partial results at a time.
@@ -60,6 +59,8 @@ class Vectors(NamedTuple):
     normalizer: Tensor | None = None
     #: [n]
     gain: Tensor | None = None
+    #: the state is memory that nobody has written
+    fresh: bool = False
 
 
 class Pairs(NamedTuple):
@@ -84,6 +85,7 @@ class Scratch(NamedTuple):
     unusual: int
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
         """Sizes for a panel of this shape, in whole 16 bytes: each part begins as aligned as the first."""
         row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
@@ -128,7 +130,11 @@ def tile_of(device: torch.device, precision: str, work: str, features: int) -> T
 
 def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int) -> int:
     """float32 that the partial results of a panel take at most."""
-    precision = precision_of(dtype)
+    return _scratch_floats(rows, cols, device, precision_of(dtype), features)
+
+
+@lru_cache(maxsize=256)
+def _scratch_floats(rows: int, cols: int, device: torch.device, precision: str, features: int) -> int:
     tiles = {tile_of(device, precision, work, features) for work in WORKS}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
@@ -152,7 +158,7 @@ def run_panel(
     x [R, D], y [C, D] with dense rows; params [3]; scratch: at least scratch_floats of float32. The tile is chosen
     unless it is given.
     """
-    (n, d), m = x.shape, len(y)
+    (n, d), m = x.shape, y.shape[0]
     has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
     precision = precision_of(x.dtype)
     statistics = row.state is not None or col.state is not None
@@ -160,9 +166,9 @@ def run_panel(
     tile = tile_of(x.device, precision, work, d) if tile is None else tile
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     sizes = Scratch.of(tile, n, m)
-    row_partials, col_partials, params_partials, unusual = scratch[: sum(sizes)].split(sizes)
+    row_partials, col_partials, params_partials, unusual = scratch[: sum(sizes)].split_with_sizes(sizes)
     columns, diagonal = 0 if pairs.columns is None else pairs.columns.shape[1], pairs.diagonal
-    arguments = (
+    arguments = Arguments(
         x, y, params,
         None if diagonal is None else min(max(diagonal, -n), m),  # past the panel's ends there are no pairs
         pairs.columns if columns else None, pairs.first_column, pairs.col_bias,
@@ -183,13 +189,13 @@ def run_panel(
     }  # fmt: skip
     blocks = row_blocks * col_blocks
     _launch(
-        score_kernel, blocks, *arguments, **constants,
+        score_kernel, blocks, arguments, **constants,
         BLOCK_K=tile.block_k, EVEN_K=d % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     rest = rest_of(tile)
     _launch(
         rest_kernel, -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS),
-        *arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
+        arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
     programs = sum(-(-size // MERGE_BLOCK) for size, v in ((n, row), (m, col)) if v.state is not None)
@@ -198,17 +204,20 @@ def run_panel(
         states = [v.state for v in (row, col) if v.state is not None]
         _launch(
             merge_kernel, programs,
-            row.state, col.state, row_partials, col_partials, dparams, params_partials,
-            n, m, row_blocks, col_blocks,
-            *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
-            TERM=TERMS[term], STATE_ROWS=len(states[0]) if states else 1, BLOCK=MERGE_BLOCK,
-            PARTS=MERGE_PARTS, num_warps=4, num_stages=1,
+            Arguments(
+                row.state, col.state, row_partials, col_partials, dparams, params_partials,
+                n, m, row_blocks, col_blocks,
+                *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
+            ),
+            TERM=TERMS[term], STATE_ROWS=states[0].shape[0] if states else 1,
+            ROW_FRESH=row.fresh and row.state is not None, COL_FRESH=col.fresh and col.state is not None,
+            BLOCK=MERGE_BLOCK, PARTS=MERGE_PARTS, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """The one place where kernels start. Triton 3.10 will switch fused multiply-add off unless it is asked for."""
-    kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
+def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> None:
+    """The one place where kernels start."""
+    start(kernel, programs, arguments, constants)
 
 
 def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, side: int) -> Callable[[Tile], None]:

@@ -11,9 +11,9 @@ __all__ = ["merge_kernel"]
 @triton.jit
 def _merge_side(
     state_ptr, partials_ptr, block, n, blocks, state_stride,
-    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in.
+    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in; FRESH: they are it.
 
     PARTS of them are on their way at a time, each followed by the one PARTS further; then these are merged.
     """
@@ -29,12 +29,13 @@ def _merge_side(
         other_total = tl.load(ptrs + n, mask=mask, other=0.0)
         shift, total = TERM.merge(shift, total, other_shift, other_total)
     shift, total = TERM.merge_all(shift, total)
-    own_shift = tl.zeros([BLOCK], tl.float32)
-    if STATE_ROWS == 2:
-        own_shift = tl.load(state_ptr + index, mask=inside, other=0.0)
     sum_ptr = state_ptr + (STATE_ROWS - 1) * state_stride
-    own_total = tl.load(sum_ptr + index, mask=inside, other=0.0)
-    shift, total = TERM.merge(own_shift, own_total, shift, total)
+    if not FRESH:
+        own_shift = tl.zeros([BLOCK], tl.float32)
+        if STATE_ROWS == 2:
+            own_shift = tl.load(state_ptr + index, mask=inside, other=0.0)
+        own_total = tl.load(sum_ptr + index, mask=inside, other=0.0)
+        shift, total = TERM.merge(own_shift, own_total, shift, total)
     if STATE_ROWS == 2:
         tl.store(state_ptr + index, shift, mask=inside)
     tl.store(sum_ptr + index, total, mask=inside)
@@ -64,7 +65,8 @@ def merge_kernel(
     dparams_ptr,  # [2] or None
     params_partials_ptr,  # [row_blocks * col_blocks, 2]
     R, C, row_blocks, col_blocks, row_stride, col_stride,
-    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, ROW_FRESH: tl.constexpr, COL_FRESH: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Folds a panel's partial results into the running state: programs for rows, for columns, one for params."""
     program = tl.program_id(0)
@@ -73,15 +75,16 @@ def merge_kernel(
         row_programs = tl.cdiv(R, BLOCK)
         if program < row_programs:
             _merge_side(
-                row_state_ptr, row_partials_ptr, program, R, col_blocks, row_stride, TERM, STATE_ROWS, BLOCK, PARTS
-            )
+                row_state_ptr, row_partials_ptr, program, R, col_blocks, row_stride,
+                TERM, STATE_ROWS, ROW_FRESH, BLOCK, PARTS,
+            )  # fmt: skip
     col_programs = 0
     if col_state_ptr is not None:
         col_programs = tl.cdiv(C, BLOCK)
         if (program >= row_programs) & (program < row_programs + col_programs):
             _merge_side(
                 col_state_ptr, col_partials_ptr, program - row_programs, C, row_blocks, col_stride,
-                TERM, STATE_ROWS, BLOCK, PARTS,
+                TERM, STATE_ROWS, COL_FRESH, BLOCK, PARTS,
             )  # fmt: skip
     if dparams_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike what follows)
         if program == row_programs + col_programs:

@@ -46,6 +46,10 @@ class PairTerm(NamedTuple):
         """What a compiled kernel depends on; without it Triton's disk cache outlives an edit of a member."""
         return "-".join(member.cache_key for member in self)
 
+    def __hash__(self) -> int:
+        """Every launch hashes it, and a kernel's own hash is its source's."""
+        return id(self.tile)
+
 
 @triton.jit
 def exp(x):

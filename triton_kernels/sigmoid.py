@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .pair_terms import LOG2_E, PairTerm, exp2, reciprocal
 
-__all__ = ["SIGMOID"]
+__all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
 
 
 @triton.jit
@@ -29,13 +29,13 @@ def _log1p_unit(e):
 
 
 @triton.jit
-def _softplus_from(z, e):
+def softplus_from(z, e):
     """log(1 + e^z) from e = exp(-|z|)."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p_unit(e)
 
 
 @triton.jit
-def _sigmoid_from(z, e):
+def sigmoid_from(z, e):
     """1 / (1 + e^-z) from e = exp(-|z|)."""
     return tl.where(z >= 0, 1.0, e) / (1.0 + e)
 
@@ -88,9 +88,9 @@ def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constex
     cols = tl.zeros([z.shape[1]], tl.float32)
     row_sum = rows
     if WEIGHTS:
-        w = _sigmoid_from(z, e) * row[2][:, None]
+        w = sigmoid_from(z, e) * row[2][:, None]
     if STATISTICS:
-        row_sum = tl.sum(_softplus_from(z, e), 1)
+        row_sum = tl.sum(softplus_from(z, e), 1)
     return w, rows, row_sum, cols, cols
 
 

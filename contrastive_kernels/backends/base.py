@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Backend", "WholeMatrix"]
+__all__ = ["Backend", "SoftmaxGains", "WholeMatrix"]
 
 
 class WholeMatrix(Protocol):
@@ -29,6 +29,20 @@ class WholeMatrix(Protocol):
     def symmetric(self) -> bool: ...
     @property
     def col_bias(self) -> Tensor | None: ...
+
+
+class SoftmaxGains(NamedTuple):
+    """What a gradient pass of the softmax losses is told."""
+
+    #: [3] scale, 0 and a center of the scores
+    params: Tensor
+    #: [N], [N] gain * softmax of rows and of columns
+    row: Tensor
+    col: Tensor | None
+    #: [N] dL/d<x_i, y_p(i)>
+    coefficients: Tensor
+    #: float64 [2] the positives' part of dL/d(scale, bias)
+    dparams: Tensor
 
 
 class Backend:
@@ -52,6 +66,8 @@ class Backend:
     wants_scratch: ClassVar[bool] = False
     #: it computes a small matrix, whose scores are there, in one call
     whole_matrix: ClassVar[bool] = False
+    #: it has the operations around a pass too, from `positive_dots` to `finish_gradients`, and knows fresh states
+    vectors: ClassVar[bool] = False
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve, or None."""
@@ -108,6 +124,59 @@ class Backend:
         dL/dscale and dL/dbias, the normalisers found in rows (and columns) [2, n], and the positives' dot products [N].
 
         Relative normalisers are what is added to the positive's logit [n]; +inf says that a row has no negatives.
+        """
+        raise NotImplementedError
+
+    def positive_dots(
+        self, x: Tensor, y: Tensor, index: Tensor | None, offset: int | None, problem: WholeMatrix, centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        """<x_i, y_p(i)> [N], 0 where a row has no positive; and params [3], with a center of these or 0. N > 0."""
+        raise NotImplementedError
+
+    def softmax_losses(
+        self,
+        row: Tensor,
+        col: Tensor | None,
+        dots: Tensor,
+        params: Tensor,
+        gain: Tensor | None,
+        share: float,
+        summed: bool,
+    ) -> Tensor:
+        """share * gain_i * softplus(n_i - z_i,p(i)) [N], and that of the columns, or the sum of all.
+
+        The states (shift, sum) [2, N] become normalisers (shift, rest), as `softmax_gains` and panels take them.
+        """
+        raise NotImplementedError
+
+    def softmax_gains(
+        self,
+        row: Tensor,
+        col: Tensor | None,
+        dots: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        upstream: Tensor,
+    ) -> SoftmaxGains:
+        """What the gradient pass of the same losses is told; upstream [] or [N]."""
+        raise NotImplementedError
+
+    def finish_gradients(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None,
+        offset: int | None,
+        coefficients: Tensor | None,
+        rescale: Tensor | None,
+        dx: tuple[Tensor, Tensor] | None,
+        dy: tuple[Tensor, Tensor] | None,
+        first: int = 0,
+    ) -> None:
+        """out = sums * rescale + the positives' part of (sums, out) of dx, its rows from `first` on, and of dy.
+
+        The index is that of dx's rows; where there is one, dy has its part already.
         """
         raise NotImplementedError
 

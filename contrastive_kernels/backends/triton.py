@@ -14,7 +14,7 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
-from .base import Backend
+from .base import Backend, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
@@ -39,6 +39,7 @@ class TritonBackend(Backend):
     score_tile = False
     native_operands = True
     wants_scratch = True
+    vectors = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
@@ -75,6 +76,57 @@ class TritonBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
+    def positive_dots(
+        self, x: Tensor, y: Tensor, index: Tensor | None, offset: int | None, problem: WholeMatrix, centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        with _on(x.device):
+            dots, params = _vector_kernels().positive_dots(x, y, index, offset, problem.scale, problem.bias, centered)
+        return dots, params
+
+    def softmax_losses(
+        self,
+        row: Tensor,
+        col: Tensor | None,
+        dots: Tensor,
+        params: Tensor,
+        gain: Tensor | None,
+        share: float,
+        summed: bool,
+    ) -> Tensor:
+        with _on(dots.device):
+            losses: Tensor = _vector_kernels().losses(row, col, dots, params, gain, share, summed)
+        return losses
+
+    def softmax_gains(
+        self,
+        row: Tensor,
+        col: Tensor | None,
+        dots: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        upstream: Tensor,
+    ) -> SoftmaxGains:
+        with _on(dots.device):
+            return SoftmaxGains(
+                *_vector_kernels().gains(row, col, dots, problem.scale, gain, share, upstream.contiguous())
+            )
+
+    def finish_gradients(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None,
+        offset: int | None,
+        coefficients: Tensor | None,
+        rescale: Tensor | None,
+        dx: tuple[Tensor, Tensor] | None,
+        dy: tuple[Tensor, Tensor] | None,
+        first: int = 0,
+    ) -> None:
+        with _on(x.device):
+            _vector_kernels().gradients(x, y, index, offset, coefficients, rescale, dx, dy, first)
+
 
 @cache
 def _kernels() -> Any:
@@ -82,6 +134,14 @@ def _kernels() -> Any:
     from .._triton import launch
 
     return launch
+
+
+@cache
+def _vector_kernels() -> Any:
+    """The module that launches those around the panels."""
+    from .._triton import vector_launch
+
+    return vector_launch
 
 
 @cache
@@ -118,12 +178,21 @@ def _capability(device: torch.device) -> int:
 
 
 def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
-    device = panel.x.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _on(panel.x.device):
         _kernels().run_panel(
             term.name, panel.x, panel.y, panel.params, _pairs(panel.pairs),
             _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs,
         )  # fmt: skip
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it a GPU is the current one, which it nearly always is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(device)
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
 
 
 def _pairs(pairs: Pairs) -> Any:
@@ -133,4 +202,4 @@ def _pairs(pairs: Pairs) -> Any:
 
 
 def _vectors(side: Side) -> Any:
-    return _kernels().Vectors(side.state, side.normalizer, side.gain)
+    return _kernels().Vectors(side.state, side.normalizer, side.gain, side.fresh)

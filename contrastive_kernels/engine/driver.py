@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..panels.panel import Side
+from ..panels.panel import Panel, Side
 from ..panels.size import LARGEST_SQUARE, SMALLEST_PANEL, blocks, score_dtype
 from .gradients import Gradients, GradientSums, Sums, Wanted
 from .matrix import ScoreMatrix
@@ -41,14 +41,18 @@ def statistics_pass(matrix: ScoreMatrix, *, cols: bool) -> tuple[Tensor, Tensor 
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
             panel = workspace.panel(i, j)
-            panel.row = Side(_part(row, i))
-            panel.col = Side(_part(col, j)) if workspace.serves_columns(i, j) else Side()
+            panel.row, panel.col = Side(_part(row, i)), Side()
+            if workspace.serves_columns(i, j):
+                panel.col = Side(_part(col, j))
+            _mark_fresh(matrix, panel, i, j)
             matrix.backend.reduce_panel(matrix.term, panel)
     return row, None if matrix.symmetric else col
 
 
 def neutral_state(matrix: ScoreMatrix, n: int) -> Tensor:
-    """The state of nothing: sum 0, and shift -inf where the term has one."""
+    """The state of nothing: sum 0, and shift -inf where the term has one; unwritten for a backend that knows it."""
+    if matrix.by_kernels:
+        return torch.empty(matrix.term.state_rows, n, dtype=score_dtype(matrix.x.dtype), device=matrix.x.device)
     state = torch.zeros(matrix.term.state_rows, n, dtype=score_dtype(matrix.x.dtype), device=matrix.x.device)
     if matrix.term.has_shift:
         state[0] = -torch.inf
@@ -85,6 +89,7 @@ def gradient_pass(
     wanted: Wanted,
     positive: Tensor | None = None,
     late_positive: Callable[[], Tensor] | None = None,
+    dparams: Tensor | None = None,
 ) -> Gradients:
     """One pass: the gradients of the sum of all pair terms with respect to x, y and params, as far as `wanted`.
 
@@ -100,17 +105,26 @@ def gradient_pass(
         dL/d<x_i, y_p(i)> [N], the positive pairs' part of dx and dy.
     late_positive : callable, optional
         Gives `positive` where it depends on the states, once they are complete.
+    dparams : Tensor, optional
+        What the sums for scale and bias begin with [2]; it is added to.
     """
     bounded = not matrix.term.has_shift or (row.state is None and col.state is None)
     workspace = Workspace(matrix, weighs=True, gains=(row.gain, col.gain), bounded=bounded)
     # The rows are swept one block after the other, so their sums are finished block by block, unless positives depend
     # on later blocks.
     by_block = late_positive is None and not matrix.symmetric
-    sums = GradientSums(matrix, wanted, workspace.rows if by_block else None)
+    if matrix.by_kernels:  # one block has dx and dy finished at once
+        by_block = by_block and workspace.rows < len(matrix.x)
+    sums = GradientSums(matrix, wanted, workspace.rows if by_block else None, dparams)
     _weigh_panels(matrix, workspace, row, col, sums, positive)
-    sums.rescale(workspace.rescale)
+    rescale = workspace.rescale
     del workspace
-    _add_positives(matrix, sums, late_positive() if late_positive is not None else positive)
+    if late_positive is not None:
+        positive = late_positive()
+    if matrix.by_kernels:
+        return _finish_by_kernels(matrix, sums, positive, rescale)
+    sums.rescale(rescale)
+    _add_positives(matrix, sums, positive)
     return sums.finish()
 
 
@@ -157,25 +171,60 @@ def _weigh_panels(
 ) -> None:
     """Adds the products of all panels' weights; finishes the rows' sums where they are kept by block."""
     overlap = Overlap(matrix.x.device, matrix.overlap)
-    dx, dy = sums.dx, sums.dy
+    dx, dy, fresh = sums.dx, sums.dy, matrix.by_kernels
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
             panel = workspace.panel(i, j, sums.dparams, overlap.buffer)
             panel.scores_ready = matrix.scores is not None
             panel.row = _side_part(row, i)
             panel.col = _side_part(col, j) if workspace.serves_columns(i, j) else Side()
+            _mark_fresh(matrix, panel, i, j)
             with overlap.making():
                 matrix.backend.weight_panel(matrix.term, panel)
             if dx is not None:
-                workspace.accumulate(dx.part(i), panel.weights, matrix.y[j], panel.y)
-            if dy is not None:
-                workspace.accumulate(dy.part(j), panel.weights.T, matrix.x[i], panel.x)
+                workspace.accumulate(dx.part(i), panel.weights, matrix.y[j], panel.y, fresh and j.start == 0)
+            if dy is not None:  # (of a symmetric matrix, dy is dx)
+                first = fresh and i.start == 0 and (j.start > 0 or not matrix.symmetric)
+                workspace.accumulate(dy.part(j), panel.weights.T, matrix.x[i], panel.x, first)
             overlap.multiplied()
             del panel  # its blocks' copies, before the next ones are made
-        if dx is not None and dx.blocked:
+        if dx is None or not dx.blocked:
+            continue
+        if matrix.by_kernels:
+            positives = matrix.positives.band(i)
+            matrix.backend.finish_gradients(
+                matrix.x, matrix.y, positives.index, matrix.positives.offset, positive, workspace.rescale,
+                (dx.part(i), dx.out[i]), None, i.start,
+            )  # fmt: skip
+        else:
             dx.rescale(workspace.rescale)
             _add_positives_to_rows(matrix, dx, i, positive)
             dx.finish(i)
+
+
+def _mark_fresh(matrix: ScoreMatrix, panel: Panel, i: slice, j: slice) -> None:
+    """Says which of a panel's states nobody has written yet."""
+    if matrix.by_kernels:
+        panel.row.fresh, panel.col.fresh = j.start == 0, i.start == 0
+
+
+def _finish_by_kernels(
+    matrix: ScoreMatrix, sums: GradientSums, coefficients: Tensor | None, rescale: Tensor | None
+) -> Gradients:
+    """The positive pairs' part of what is not finished yet, and its rounding, in one kernel."""
+    index = matrix.positives.index
+    if index is not None and coefficients is not None and sums.dy is not None:
+        sums.rescale(rescale)
+        rescale = None
+        for i in _row_chunks(matrix):  # rows may share a positive: torch adds in a fixed order
+            block = matrix.x[i].to(sums.dy.sums.dtype)
+            matrix.positives.add_to(sums.dy.sums, i, block, matrix.positives.coefficients(coefficients)[i])
+    dx, dy = sums.dx, None if matrix.symmetric else sums.dy
+    parts = [None if s is None or s.blocked else (s.sums, s.out) for s in (dx, dy)]
+    matrix.backend.finish_gradients(
+        matrix.x, matrix.y, index, matrix.positives.offset, coefficients, rescale, parts[0], parts[1]
+    )
+    return sums.result()
 
 
 def _add_positives(matrix: ScoreMatrix, sums: GradientSums, coefficients: Tensor | None) -> None:
@@ -198,6 +247,8 @@ def _add_positives_to_rows(matrix: ScoreMatrix, dx: Sums, i: slice, coefficients
 
 def positive_dots(matrix: ScoreMatrix) -> Tensor:
     """<x_i, y_p(i)> [N] in the dtype of the scores; 0 where a row has no positive."""
+    if matrix.dots is not None:
+        return matrix.dots
     dtype = score_dtype(matrix.x.dtype)
     dots = torch.empty(len(matrix.x), dtype=dtype, device=matrix.x.device)
     for i in _row_chunks(matrix):
@@ -207,9 +258,11 @@ def positive_dots(matrix: ScoreMatrix) -> Tensor:
 
 
 def _row_chunks(matrix: ScoreMatrix) -> Iterator[slice]:
-    """Rows whose copies in the dtype of the scores fit the workspace."""
+    """Rows whose copies in the dtype of the scores fit the workspace, and on a CPU its caches."""
     fitting = matrix.workspace_bytes // (2 * score_dtype(matrix.x.dtype).itemsize * matrix.x.shape[1])
-    return blocks(len(matrix.x), max(SMALLEST_PANEL, min(fitting, LARGEST_SQUARE)))
+    if matrix.x.device.type == "cpu":
+        fitting = min(fitting, LARGEST_SQUARE)
+    return blocks(len(matrix.x), max(SMALLEST_PANEL, fitting))
 
 
 def _part(vector: Tensor | None, block: slice) -> Tensor | None:

@@ -36,14 +36,15 @@ class Gradients:
 class Sums:
     """The float32 (or float64) sums of one gradient: all of it, or one block of rows after the other."""
 
-    def __init__(self, out: Tensor, dtype: torch.dtype, block: int | None = None) -> None:
+    def __init__(self, out: Tensor, dtype: torch.dtype, block: int | None = None, *, zeroed: bool = True) -> None:
         self.out = out
         self.blocked = block is not None and out.dtype != dtype
+        make = torch.zeros if zeroed else torch.empty
         if out.dtype == dtype:
-            self.sums = out.zero_()
+            self.sums = out.zero_() if zeroed else out
         else:
             rows = len(out) if block is None else block
-            self.sums = torch.zeros(rows, out.shape[1], dtype=dtype, device=out.device)
+            self.sums = make(rows, out.shape[1], dtype=dtype, device=out.device)
 
     def band(self, rows: slice) -> Sums:
         """The same sums of these rows alone, which count from 0."""
@@ -70,18 +71,25 @@ class Sums:
 
 
 class GradientSums:
-    """The sums of the wanted gradients of a matrix; dx in blocks of so many rows, if any."""
+    """The sums of the wanted gradients of a matrix; dx in blocks of so many rows, if any.
 
-    def __init__(self, matrix: ScoreMatrix, wanted: Wanted, block: int | None) -> None:
+    `dparams` [2] is what the sums for scale and bias begin with, by default 0. Where the backend has kernels for what
+    surrounds the panels, dx and dy begin as memory that nobody has written.
+    """
+
+    def __init__(self, matrix: ScoreMatrix, wanted: Wanted, block: int | None, dparams: Tensor | None = None) -> None:
         x, y = matrix.x, matrix.y
         dtype, total = matrix.gradient_dtype or x.dtype, score_dtype(x.dtype)
         self.symmetric = matrix.symmetric
-        self.dx = Sums(_room(x, dtype), total, block) if wanted.x else None
+        zeroed = not matrix.by_kernels
+        self.dx = Sums(_room(x, dtype), total, block, zeroed=zeroed) if wanted.x else None
         # of a symmetric matrix, dx is the whole gradient
-        self.dy = Sums(_room(y, dtype), total) if wanted.y and not self.symmetric else None
+        self.dy = Sums(_room(y, dtype), total, zeroed=zeroed) if wanted.y and not self.symmetric else None
         if self.symmetric:
             self.dy = self.dx
-        self.dparams = torch.zeros(2, dtype=_partials_dtype(matrix), device=x.device) if wanted.params else None
+        self.dparams = dparams if wanted.params else None
+        if wanted.params and dparams is None:
+            self.dparams = torch.zeros(2, dtype=_partials_dtype(matrix), device=x.device)
 
     def band(self, rows: slice) -> GradientSums:
         """Those of a band of rows: a part of dx, all of the rest."""
@@ -100,6 +108,10 @@ class GradientSums:
         """Rounds what is not finished yet."""
         for sums in self._open():
             sums.finish(slice(0, len(sums.out)))
+        return self.result()
+
+    def result(self) -> Gradients:
+        """The gradients, once all is finished."""
         dy = None if self.symmetric else self.dy
         return Gradients(None if self.dx is None else self.dx.out, None if dy is None else dy.out, self.dparams)
 

@@ -170,6 +170,8 @@ class ScoreMatrix:
     overlap: bool = False
     #: a band of rows: its scores serve one statistics pass, and then hold the weights
     is_band: bool = False
+    #: [N] the positives' dot products, where the backend has made them together with the parameters
+    dots: Tensor | None = None
 
     @classmethod
     def of(
@@ -179,14 +181,27 @@ class ScoreMatrix:
         backend: Backend,
         gradient_dtype: torch.dtype | None = None,
         scores: Tensor | None = None,
+        *,
+        centered: bool = False,
+        params: Tensor | None = None,
     ) -> ScoreMatrix:
-        """A problem's matrix."""
+        """A problem's matrix; `centered`: a backend that makes the dot products gives params their center too."""
         x = problem.x.contiguous()
         y = x if problem.symmetric else problem.y.contiguous()
+        dots = None
+        if params is None and backend.vectors and problem.positives.exist and x.shape[0] and y.shape[0]:
+            dots, params = backend.positive_dots(x, y, problem.index, problem.offset, problem, centered)
+        elif params is None:
+            params = problem.params()
         return cls(
-            term, x, y, problem.params(), problem.positives, backend, problem.engine.workspace_bytes,
-            problem.symmetric, problem.col_bias, gradient_dtype, scores,
+            term, x, y, params, problem.positives, backend, problem.engine.workspace_bytes,
+            problem.symmetric, problem.col_bias, gradient_dtype, scores, dots=dots,
         )  # fmt: skip
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether the backend does what surrounds the panels."""
+        return self.backend.vectors and self.x.shape[0] > 0 and self.y.shape[0] > 0
 
     def band(self, rows: slice, scores: Tensor) -> ScoreMatrix:
         """Some rows of a matrix that leaves out positives alone, with room for their scores."""
@@ -208,7 +223,7 @@ class ScoreMatrix:
         """What the shape of the panels depends on."""
         x, y = self.x, self.y
         return Size(
-            len(x), len(y), x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
+            x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
             multiprocessors(x.device), self.backend.native_operands and in_pieces(x) and in_pieces(y),
             2 if self.overlap else 1, self.is_band,
         )  # fmt: skip

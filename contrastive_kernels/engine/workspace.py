@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ class Workspace:
         self.weights_dtype = backend.weights_dtype(x.device, x.dtype)
         self.rounded = self.weights_dtype != self.dtype
         size = matrix.size()
-        self.rows, self.cols = panel_shape(backend, size, weighs)
-        rows, cols = min(self.rows, len(x)), min(self.cols, len(matrix.y))
+        self.rows, self.cols = _panel_shape(backend, size, weighs)
+        rows, cols = min(self.rows, size.rows), min(self.cols, size.cols)
         holds_scores = backend.score_tile and matrix.scores is None
         self.scores = self._room(rows * cols if holds_scores else 0, self.dtype)
         # A last, ragged panel keeps the stride of the others: cuBLAS wants its rows aligned. (Not on the CPU: oneDNN's
@@ -65,6 +66,8 @@ class Workspace:
             self._scale_float16_weights(gains, _FLOAT16_SCALE if bounded else _FLOAT16_SCALE_OF_STALE)
 
     def _room(self, length: int, dtype: torch.dtype) -> Tensor:
+        if not length:
+            return _nothing(dtype, self.matrix.x.device)
         return torch.empty(length, dtype=dtype, device=self.matrix.x.device)
 
     def _weights_need_room(self) -> bool:
@@ -82,15 +85,20 @@ class Workspace:
 
     def row_blocks(self) -> Iterator[slice]:
         """Row blocks, with their copy in the operands' dtype at hand."""
-        for i in blocks(len(self.matrix.x), self.rows):
-            self.x_block = self.matrix.x[i].to(self.operand_dtype)
+        for i in blocks(self.matrix.x.shape[0], self.rows):
+            self.x_block = self._operand(self.matrix.x, i)
             yield i
 
     def col_blocks(self, i: slice) -> Iterator[slice]:
         """Column blocks that go with one row block."""
-        for j in blocks(len(self.matrix.y), self.cols):
+        for j in blocks(self.matrix.y.shape[0], self.cols):
             if not self.matrix.symmetric or j.start >= i.start:
                 yield j
+
+    def _operand(self, matrix: Tensor, block: slice) -> Tensor:
+        """A block of an operand, in the dtype that the backend takes."""
+        rows = matrix if block.stop - block.start == matrix.shape[0] else matrix[block]
+        return rows if rows.dtype == self.operand_dtype else rows.to(self.operand_dtype)
 
     def serves_columns(self, i: slice, j: slice) -> bool:
         """A symmetric matrix's panels off the diagonal also stand for their mirror images."""
@@ -106,10 +114,10 @@ class Workspace:
         elif matrix.scores is not None:
             scores = matrix.scores[i, j]
         else:
-            scores = self.scores[: shape[0] * shape[1]].view(shape) if len(self.scores) else self.scores
+            scores = self.scores[: shape[0] * shape[1]].view(shape) if self.scores.shape[0] else self.scores
         return Panel(
             x=self.x_block,
-            y=matrix.y[j].to(self.operand_dtype),
+            y=self._operand(matrix.y, j),
             scores=scores,
             params=matrix.params,
             pairs=self.pairs.block(i, j),
@@ -123,19 +131,34 @@ class Workspace:
     def _weights(self, shape: tuple[int, int], buffer: int) -> Tensor:
         """Room for the weights of a panel [R, C]."""
         stride = self.stride or shape[1]
-        start = len(self.weights) // 2 if buffer else 0
+        start = self.weights.shape[0] // 2 if buffer else 0
         return self.weights[start : start + shape[0] * stride].view(shape[0], stride)[:, : shape[1]]
 
-    def accumulate(self, sums: Tensor, weights: Tensor, block: Tensor, block_in_operand_dtype: Tensor) -> None:
-        """sums += weights @ block, in the weights' dtype, with sums in the scores' dtype."""
+    def accumulate(
+        self, sums: Tensor, weights: Tensor, block: Tensor, block_in_operand_dtype: Tensor, fresh: bool = False
+    ) -> None:
+        """sums += weights @ block, in the weights' dtype, with sums in the scores' dtype; fresh: sums is unwritten."""
+        beta = 0 if fresh else 1
         if not self.rounded:
-            torch.addmm(sums, weights, block_in_operand_dtype.to(self.dtype), out=sums)
+            torch.addmm(sums, weights, block_in_operand_dtype.to(self.dtype), beta=beta, out=sums)
         elif weights.is_cuda and _ADDS_IN_FLOAT32:
-            torch.addmm(sums, weights, block, out_dtype=torch.float32, out=sums)
+            torch.addmm(sums, weights, block, out_dtype=torch.float32, beta=beta, out=sums)
         elif weights.dtype == torch.float16:  # their products pass float16's largest number
-            torch.addmm(sums, weights.to(self.dtype), block.to(self.dtype), out=sums)
+            torch.addmm(sums, weights.to(self.dtype), block.to(self.dtype), beta=beta, out=sums)
+        elif fresh:
+            sums.copy_(weights @ block)
         else:
             sums += weights @ block
+
+
+#: Overhead dominates small batches, so the answer is remembered.
+_panel_shape = lru_cache(maxsize=256)(panel_shape)
+
+
+@lru_cache(maxsize=64)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for nothing."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 #: torch 2.10 adds 16-bit products to float32 sums without rounding them in between (on CUDA). 2.8 and 2.9 have the

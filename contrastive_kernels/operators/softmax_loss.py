@@ -103,7 +103,9 @@ def _forward(call: Call) -> Outputs:
         scores = problem.x.new_empty(
             problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
         )
-    matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores)
+    matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
+    if matrix.dots is not None and scores is None:
+        return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
     z_pos = matrix.params[0] * dots
     if how.place is Place.BAND:
@@ -121,6 +123,17 @@ def _forward(call: Call) -> Outputs:
     if True not in call.needs:
         return losses if reduction == "none" else losses.sum(), *(None,) * 8
     return losses if reduction == "none" else losses.sum(), None, None, None, None, row, col, dots, scores
+
+
+def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
+    """The same where the backend does what surrounds the panels."""
+    reduction, both = call.settings
+    row, col = statistics_pass(matrix, cols=both)
+    value = matrix.backend.softmax_losses(
+        row, col, dots, matrix.params, call.extras[0], _share(call), reduction != "none"
+    )
+    kept = (row, col, dots) if True in call.needs else (None, None, None)
+    return value, None, None, None, None, *kept, None
 
 
 def _in_one_call(call: Call, backend: Backend) -> Outputs:
@@ -215,6 +228,8 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The gradient pass."""
     *_, row, col, dots, scores = kept
     backend, _ = _strategy(call)
+    if backend.vectors and len(dots) and call.problem.y.shape[0]:
+        return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
     z_pos, gain = matrix.params[0] * dots, _gains(call) * upstream[0]
@@ -225,6 +240,19 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
     made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
+    return gradients_of(call, made)
+
+
+def _gradients_by_kernels(
+    call: Call, backend: Backend, row: Tensor, col: Tensor | None, dots: Tensor, upstream: Tensor
+) -> Outputs:
+    """The same where the backend does what surrounds the panels."""
+    problem = call.problem
+    gains = backend.softmax_gains(row, col, dots, problem, call.extras[0], _share(call), upstream)
+    matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, params=gains.params)
+    row_side = Side(None, row, gains.row)
+    col_side = row_side if matrix.symmetric else Side() if col is None else Side(None, col, gains.col)
+    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), gains.coefficients, dparams=gains.dparams)
     return gradients_of(call, made)
 
 

@@ -128,7 +128,8 @@ def _both(vectors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def _matrix(call: Call) -> ScoreMatrix:
     problem = call.problem
-    return ScoreMatrix.of(problem, EXPONENTIAL, problem.backend(), saved_dtype(problem.x.dtype))
+    backend, dtype = problem.backend(), saved_dtype(problem.x.dtype)
+    return ScoreMatrix.of(problem, EXPONENTIAL, backend, dtype, centered=call.settings[0])
 
 
 def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
@@ -139,7 +140,7 @@ def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
     if not matrix.positives.exist:
         return matrix.params.new_zeros(len(matrix.x))
     dots = positive_dots(matrix)
-    if call.settings[0]:
+    if call.settings[0] and matrix.dots is None:
         matrix.params[2] = dots.sum() / max(len(dots), 1)
     return dots
 

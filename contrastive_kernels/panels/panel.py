@@ -37,6 +37,8 @@ class Side:
     normalizer: Tensor | None = None
     #: [n] r_i (rows) or c_j (columns)
     gain: Tensor | None = None
+    #: nobody has written the state yet: this panel is the first, for a backend that knows it
+    fresh: bool = False
 
 
 @dataclass(slots=True)

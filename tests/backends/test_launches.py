@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 TESTS = Path(__file__).resolve().parents[1]
 #: Launches of value and all gradients at N = 256, the upstream gradient's included.
-MOST_LAUNCHES = {"clip_loss": 91, "info_nce": 71}
+MOST_LAUNCHES = {"clip_loss": 15, "info_nce": 15, "nt_xent": 24, "sigmoid": 36}
 
 
 def test_a_small_step_is_few_launches():
@@ -25,4 +25,4 @@ def test_a_small_step_is_few_launches():
     for loss, most in MOST_LAUNCHES.items():
         print(f"{loss}: {found[loss]['launches']} launches, {found[loss]['host_us']:.0f} us of the host")
         assert 5 < found[loss]["launches"] <= most, found[loss]
-        assert found[loss]["ours"]["score_kernel"] == 2
+        assert found[loss]["ours"]["score_kernel"] == (1 if loss == "sigmoid" else 2)

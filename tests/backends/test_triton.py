@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import offline
 import triton.testing
 
-from contrastive_kernels._triton import configs, launch, tuning
+from contrastive_kernels._triton import configs, launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
@@ -166,8 +166,8 @@ def started(monkeypatch, absent_gpu):
     """The kernels that would have started on an H100, compiled from the launcher's own arguments."""
     kernels = []
 
-    def start(kernel, programs, *arguments, **constants):
-        kernels.append(kernel.warmup(*arguments, grid=(programs,), **constants, enable_fp_fusion=True))
+    def start(kernel, programs, arguments, **constants):
+        kernels.append(kernel.warmup(*arguments.values, grid=(programs,), **constants, enable_fp_fusion=True))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGPU())
     monkeypatch.setattr(launch, "_launch", start)
@@ -191,6 +191,28 @@ def test_launchers_arguments_compile(started):
     assert [kernel.name for kernel in started] == ["score_kernel", "rest_kernel", "merge_kernel"] * 3
     assert all("wgmma.mma_async" in kernel.asm["ptx"] for kernel in started[::3])
     assert [kernel.metadata.num_warps for kernel in started[::3]] == [8, 4, 4]
+
+
+@pytest.mark.parametrize("index", [False, True], ids=["offset", "index"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_kernels_around_the_panels_compile(started, dtype, index):
+    """With and without what may be missing; for a few rows and for many."""
+    for n, m, d in ((200, 200, 64), (3000, 3000, 100)):
+        x, y = torch.zeros(n, d, dtype=dtype), torch.zeros(m, d, dtype=dtype)
+        positives = torch.zeros(n, dtype=torch.int64) if index else None
+        scale, dx, dy = torch.ones(()), torch.zeros(n, d), torch.zeros(m, d)
+        dots, params = vector_launch.positive_dots(x, y, positives, 0, scale, 0.0, True)
+        row, col = torch.zeros(2, n), torch.zeros(2, n)
+        for other, gain, summed in ((col, None, True), (None, dots, False)):
+            vector_launch.losses(row, other, dots, params, gain, 0.5, summed)
+            upstream = torch.ones(()) if summed else dots
+            gains = vector_launch.gains(row, other, dots, scale if summed else 3.0, gain, 0.5, upstream)
+            assert gains.dparams.dtype == torch.float64 and gains.dparams.shape == (2,)
+        vector_launch.gradients(x, y, positives, 0, dots, None, (dx, x), (dy, y))
+        vector_launch.gradients(x, y, positives, 0, dots, params[:1], (dx[:100], x[:100]), None, 100)
+        vector_launch.gradients(x, y, None, None, None, None, None, (dy, y))
+    assert len(started) == 2 * 8
+    assert all(offline.registers_and_stack(kernel)[1] == 0 for kernel in started)
 
 
 def test_cache_key_follows_the_members():
@@ -229,7 +251,7 @@ def test_measuring_tries_every_candidate(work, absent_gpu, monkeypatch):
     """Without a GPU: the launches that would be timed, and the choice by made-up times."""
     tried = []
 
-    def start(kernel, programs, *arguments, **constants):
+    def start(kernel, programs, arguments, **constants):
         if kernel is launch.score_kernel:
             shape = constants["BLOCK_M"], constants["BLOCK_N"], constants["BLOCK_K"]
             tried.append(configs.Tile(*shape, constants["num_warps"], constants["num_stages"]))

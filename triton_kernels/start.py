@@ -1,0 +1,83 @@
+"""How a kernel starts: Triton's own way the first time, then directly: that way takes longer than a small kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.runtime import driver
+
+from .score import score_kernel
+
+__all__ = ["INTERPRETED", "Arguments", "start"]
+
+#: The kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
+
+
+class _Compiled(NamedTuple):
+    """A kernel for one GPU, and the constants that stand behind its arguments."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+
+
+#: By kernel, GPU, constants and what Triton specialises arguments by.
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+
+class Arguments:
+    """A kernel's arguments in its order, tensors, numbers and None; several kernels may share them."""
+
+    __slots__ = ("key", "raw", "values")
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+        #: addresses in the tensors' places
+        self.raw = raw = [v if v.__class__ in _PLAIN else v.data_ptr() for v in values]
+        self.key = tuple([_kind(v) if v.__class__ in _PLAIN else (v.dtype, r % 16 == 0) for v, r in zip(values, raw)])
+
+
+_PLAIN = frozenset((type(None), int, float))
+
+
+def _kind(value: float | None) -> object:
+    """What Triton specialises a number by: 1, multiples of 16, and what passes 32 bits."""
+    if value.__class__ is not int:
+        return value.__class__
+    return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value < 0x80000000)
+
+
+def start(kernel: Any, programs: int, arguments: Arguments, constants: dict[str, Any]) -> None:
+    """Starts `programs` programs on the current stream of the current GPU.
+
+    Constants, the kernel's constexprs and options, always come in the same order.
+    """
+    if INTERPRETED or _someone_listens():
+        _start_by_triton(kernel, programs, arguments, constants)
+        return
+    device = driver.active.get_current_device()
+    key = (id(kernel), device, arguments.key, *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        made = _start_by_triton(kernel, programs, arguments, constants)
+        rest = kernel.arg_names[len(arguments.values) :]
+        _compiled[key] = _Compiled(made, tuple([constants[name] for name in rest]))
+        return
+    made = compiled.kernel
+    made.run(
+        programs, 1, 1, driver.active.get_current_stream(device), made.function, made.packed_metadata, None, None, None,
+        *arguments.raw, *compiled.constants,
+    )  # fmt: skip
+
+
+def _start_by_triton(kernel: Any, programs: int, arguments: Arguments, constants: dict[str, Any]) -> Any:
+    """The compiled kernel. Triton 3.10 will switch fused multiply-add off unless it is asked for."""
+    return kernel[(programs,)](*arguments.values, **constants, enable_fp_fusion=True)
+
+
+def _someone_listens() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))

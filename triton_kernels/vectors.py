@@ -1,0 +1,269 @@
+"""The kernels of what surrounds the panels: the positive pairs, losses, gains, the last step of the gradients.
+
+All is of size N or N D.
+Each does in one launch what takes five to twenty operations of torch, and small batches consist of launches. A program
+writes what no other program writes, and sums are taken in one order: two runs agree bitwise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .sigmoid import sigmoid_from, softplus_from
+
+__all__ = ["dots_kernel", "gains_kernel", "gradients_kernel", "losses_kernel"]
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _number(value, IS_TENSOR: tl.constexpr):
+    """A number that the host knows, or a tensor of one element, in float32."""
+    if IS_TENSOR:
+        return tl.load(value).to(tl.float32)
+    else:  # noqa: RET505 (the compiler would see both)
+        return tl.zeros([], tl.float32) + value
+
+
+@triton.jit
+def _center(dots, rows, N):
+    """A number near the positives' dot products: the mean of the first ones."""
+    count = tl.minimum(N, rows.shape[0])
+    return tl.sum(tl.where(rows < N, dots, 0.0), 0) / count
+
+
+@triton.jit
+def _store_params(params_ptr, scale, bias, center):
+    tl.store(params_ptr, scale)
+    tl.store(params_ptr + 1, bias)
+    tl.store(params_ptr + 2, center)
+
+
+@triton.jit
+def _partner(index_ptr, rows, N, first, offset):
+    """(the row of the other operand that these rows' positives are, whether there is one)."""
+    exists = rows < N
+    if index_ptr is None:
+        partner = (rows + (first + offset)).to(tl.int64)
+    else:
+        partner = tl.load(index_ptr + rows, mask=exists, other=-1)
+        exists = partner >= 0
+    return tl.where(exists, partner, 0), exists
+
+
+@triton.jit(do_not_specialize=["N", "offset"])
+def dots_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [M, D]
+    index_ptr,  # int64 [N] or None
+    scale,
+    bias,
+    dots_ptr,  # [N]
+    params_ptr,  # [3]
+    N, offset, D, x_stride, y_stride,
+    SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dots_i = <x_i, y_p(i)>, 0 where a row has no positive; params = (scale, bias, 0 or a center of the dots)."""
+    program = tl.program_id(0)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    features = tl.arange(0, BLOCK_D)
+    partner, exists = _partner(index_ptr, rows, N, 0, offset)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + features[None, :]
+    y_ptrs = y_ptr + partner[:, None] * y_stride + features[None, :]
+    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        mask = exists[:, None] & (features[None, :] < D - k)
+        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+        sums += x * y
+    dots = tl.sum(sums, 1)
+    tl.store(dots_ptr + rows, dots, mask=rows < N)
+    if program == 0:
+        center = 0.0
+        if CENTERED:
+            center = _center(dots, rows, N)
+        _store_params(params_ptr, _number(scale, SCALE_IS_TENSOR), _number(bias, BIAS_IS_TENSOR), center)
+
+
+@triton.jit
+def _softmax_exponent(shift, rest, z):
+    """n - z of a normaliser n = shift + rest, whose two numbers are never added: where they are large, digits go."""
+    return rest - (z - shift)
+
+
+@triton.jit
+def _normalizer_of_state(state_ptr, rows, inside, N):
+    """(shift, rest) of a state (shift, sum) [2, N], which they replace; a rest of +inf where there was nothing.
+
+    An infinite sum is not nothing: it gives NaN.
+    """
+    shift = tl.load(state_ptr + rows, mask=inside, other=0.0)
+    total = tl.load(state_ptr + N + rows, mask=inside, other=0.0)
+    nothing = total == 0
+    shift = tl.where(nothing, 0.0, shift)
+    rest = tl.where(nothing, _INF, tl.log(tl.where(nothing, 1.0, total)))
+    rest = tl.where(total == _INF, float("nan"), rest)
+    tl.store(state_ptr + rows, shift, mask=inside)
+    tl.store(state_ptr + N + rows, rest, mask=inside)
+    return shift, rest
+
+
+@triton.jit
+def _losses(state_ptr, rows, inside, N, z):
+    """softplus(n - z) [BLOCK]; 0 without negatives."""
+    shift, rest = _normalizer_of_state(state_ptr, rows, inside, N)
+    t = _softmax_exponent(shift, rest, z)
+    return tl.where(rest == _INF, 0.0, softplus_from(t, tl.exp(-tl.abs(t))))
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def losses_kernel(
+    row_state_ptr,  # [2, N] (shift, sum) becomes (shift, rest)
+    col_state_ptr,  # the same of columns, or None
+    dots_ptr,  # [N]
+    params_ptr,  # [3]
+    gain_ptr,  # [N] or None
+    out_ptr,  # [N] losses, or their sums by program
+    N,
+    share,
+    SUMMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss_i = gain_i * share * (softplus(n_i - z_i), and the column's), z_i the logit of row i's positive."""
+    program = tl.program_id(0)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    z = tl.load(dots_ptr + rows, mask=inside, other=0.0) * tl.load(params_ptr)
+    loss = _losses(row_state_ptr, rows, inside, N, z)
+    if col_state_ptr is not None:
+        loss += _losses(col_state_ptr, rows, inside, N, z)
+    if gain_ptr is not None:
+        loss *= tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    loss *= share
+    if SUMMED:
+        tl.store(out_ptr + program, tl.sum(tl.where(inside, loss, 0.0), 0))
+    else:
+        tl.store(out_ptr + rows, loss, mask=inside)
+
+
+@triton.jit
+def _softmax(normalizer_ptr, rows, inside, N, z):
+    """sigmoid(n - z) [BLOCK], the probability that is not the positive's; 0 without negatives."""
+    shift = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
+    rest = tl.load(normalizer_ptr + N + rows, mask=inside, other=_INF)
+    t = _softmax_exponent(shift, rest, z)
+    return tl.where(rest == _INF, 0.0, sigmoid_from(t, tl.exp(-tl.abs(t))))
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def gains_kernel(
+    row_normalizer_ptr,  # [2, N]
+    col_normalizer_ptr,  # [2, N] or None
+    dots_ptr,  # [N]
+    scale,
+    gain_ptr,  # [N] or None
+    upstream_ptr,  # [1], or [N]
+    params_ptr,  # [3]
+    row_gain_ptr,  # [N]
+    col_gain_ptr,  # [N] or None
+    coefficients_ptr,  # [N]
+    dparams_ptr,  # float64 [programs, 2]
+    N,
+    share,
+    SCALE_IS_TENSOR: tl.constexpr, UPSTREAM_BY_ROW: tl.constexpr, BLOCK: tl.constexpr, CENTER_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a gradient pass of the softmax loss is told: gain * softmax of rows and columns, the positives' dL/d<x, y>.
+
+    And the positives' part of dL/d(scale, bias), and params = (scale, 0, center) for the pass.
+    """
+    program = tl.program_id(0)
+    first = tl.arange(0, CENTER_ROWS)
+    center = _center(tl.load(dots_ptr + first, mask=first < N, other=0.0), first, N)
+    center = tl.where(tl.abs(center) < _INF, center, 0.0)
+    factor = _number(scale, SCALE_IS_TENSOR)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    dots = tl.load(dots_ptr + rows, mask=inside, other=0.0)
+    gain = tl.zeros([BLOCK], tl.float32) + share
+    if gain_ptr is not None:
+        gain *= tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    if UPSTREAM_BY_ROW:
+        gain *= tl.load(upstream_ptr + rows, mask=inside, other=0.0)
+    else:
+        gain *= tl.load(upstream_ptr)
+    z = dots * factor
+    row_gain = gain * _softmax(row_normalizer_ptr, rows, inside, N, z)
+    tl.store(row_gain_ptr + rows, row_gain, mask=inside)
+    dz = -row_gain
+    if col_normalizer_ptr is not None:
+        col_gain = gain * _softmax(col_normalizer_ptr, rows, inside, N, z)
+        tl.store(col_gain_ptr + rows, col_gain, mask=inside)
+        dz -= col_gain
+    tl.store(coefficients_ptr + rows, dz * factor, mask=inside)
+    dz = tl.where(inside, dz, 0.0)
+    dscale = dz * tl.where(inside, dots - center, 0.0)
+    tl.store(dparams_ptr + 2 * program, tl.sum(dscale.to(tl.float64), 0))
+    tl.store(dparams_ptr + 2 * program + 1, tl.sum(dz.to(tl.float64), 0))
+    if program == 0:
+        _store_params(params_ptr, factor, 0.0, center)
+
+
+@triton.jit
+def _finish_rows(
+    out_ptr, sums_ptr, other_ptr, other_stride, partner, coefficients, rows, n, D, rescale, BLOCK_D: tl.constexpr
+):
+    """out = sums * rescale + coefficient * the partner's row, for these of n rows; sums may be where out is."""
+    features = tl.arange(0, BLOCK_D)
+    place = rows.to(tl.int64)[:, None] * D + features[None, :]
+    other_ptrs = other_ptr + partner[:, None] * other_stride + features[None, :]
+    for k in range(0, D, BLOCK_D):
+        mask = (rows < n)[:, None] & (features[None, :] < D - k)
+        sums = tl.load(sums_ptr + place + k, mask=mask, other=0.0) * rescale
+        other = tl.load(other_ptrs + k, mask=mask & (coefficients != 0)[:, None], other=0.0).to(tl.float32)
+        sums += coefficients[:, None] * other
+        tl.store(out_ptr + place + k, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "M", "R", "first", "offset"])
+def gradients_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [M, D]
+    index_ptr,  # int64 [R] of the rows of dx, or None
+    coefficients_ptr,  # [N] or None
+    rescale_ptr,  # [1] or None
+    dx_sums_ptr,  # [R, D] float32 or None
+    dx_ptr,  # [R, D]
+    dy_sums_ptr,  # [M, D] float32 or None
+    dy_ptr,  # [M, D]
+    N, M, R, first, offset, D, x_stride, y_stride,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx of the R rows from `first` on, and dy, from their float32 sums and the positive pairs' part.
+
+    dx_i gets coefficient_i * y_p(i), and where p(i) = i + offset dy_p(i) gets coefficient_i * x_i.
+    """
+    program = tl.program_id(0)
+    rescale = 1.0
+    if rescale_ptr is not None:
+        rescale = tl.load(rescale_ptr)
+    dx_programs = 0
+    if dx_sums_ptr is not None:
+        dx_programs = tl.cdiv(R, BLOCK)
+        if program < dx_programs:
+            rows = program * BLOCK + tl.arange(0, BLOCK)
+            partner, exists = _partner(index_ptr, rows, R, first, offset)
+            coefficients = tl.zeros([BLOCK], tl.float32)
+            if coefficients_ptr is not None:
+                coefficients = tl.load(coefficients_ptr + first + rows, mask=exists, other=0.0)
+            _finish_rows(dx_ptr, dx_sums_ptr, y_ptr, y_stride, partner, coefficients, rows, R, D, rescale, BLOCK_D)
+    if dy_sums_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike what follows)
+        if program >= dx_programs:
+            rows = (program - dx_programs) * BLOCK + tl.arange(0, BLOCK)
+            partner = rows - offset
+            exists = (partner >= 0) & (partner < N) & (rows < M)
+            partner = tl.where(exists, partner, 0).to(tl.int64)
+            coefficients = tl.zeros([BLOCK], tl.float32)
+            if coefficients_ptr is not None and index_ptr is None:
+                coefficients = tl.load(coefficients_ptr + partner, mask=exists, other=0.0)
+            _finish_rows(dy_ptr, dy_sums_ptr, x_ptr, x_stride, partner, coefficients, rows, M, D, rescale, BLOCK_D)
