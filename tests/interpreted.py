@@ -171,6 +171,31 @@ def hostile() -> list[str]:
             value.backward()
             if value.isfinite() or (poison != poison and not x.grad[-1].isnan().all()):
                 failures.append(f"{loss}: {poison} in x gives {value.item()}")
+    return failures + rounding()
+
+
+def rounding() -> list[str]:
+    """What fails of TF32: operands are rounded, not cut off, once and where torch allows it."""
+    from contrastive_kernels._triton.vector_launch import tensor_core_operand
+
+    x = torch.randn(65, 33) * torch.logspace(-30, 30, 33)
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0])
+    x[1, 0] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]  # NaN
+    failures = [] if tensor_core_operand(x) is x else ["float32 is rounded though torch allows no TF32"]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rounded = tensor_core_operand(x)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    finite = x.isfinite()
+    error = (rounded[finite].double() - x[finite].double()) / x[finite].double().abs().clamp(min=1e-300)
+    if not torch.equal(rounded.view(torch.int32)[finite] & 0x1FFF, torch.zeros_like(x[finite], dtype=torch.int32)):
+        failures.append("digits are left that the tensor cores cut off")
+    if error.abs().max() > 2**-11 or (rounded[finite].abs() > x[finite].abs()).double().mean() < 0.4:
+        failures.append("float32 is not rounded to the nearest TF32")
+    if not torch.equal(rounded[0, :4], x[0, :4]) or not rounded[1, 0].isnan():
+        failures.append("inf or NaN has not stayed")
     return failures
 
 

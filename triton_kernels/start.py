@@ -39,10 +39,10 @@ class Arguments:
         self.key = tuple([_kind(v) if v.__class__ in _PLAIN else (v.dtype, r % 16 == 0) for v, r in zip(values, raw)])
 
 
-_PLAIN = frozenset((type(None), int, float))
+_PLAIN: frozenset[Any] = frozenset((type(None), int, float))
 
 
-def _kind(value: float | None) -> object:
+def _kind(value: Any) -> object:
     """What Triton specialises a number by: 1, multiples of 16, and what passes 32 bits."""
     if value.__class__ is not int:
         return value.__class__

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import launch
 from .start import Arguments
-from .vectors import dots_kernel, gains_kernel, gradients_kernel, losses_kernel
+from .vectors import dots_kernel, gains_kernel, gradients_kernel, losses_kernel, tf32_kernel
 
-__all__ = ["Gains", "gains", "gradients", "losses", "positive_dots"]
+__all__ = ["Gains", "gains", "gradients", "losses", "positive_dots", "tensor_core_operand"]
 
 #: Rows of a program, and features at a time.
 _ROWS, _FEATURES = 16, 256
@@ -148,6 +148,16 @@ def gradients(
         ),
         BLOCK=_ROWS, BLOCK_D=_block_d(d), **_OPTIONS,
     )  # fmt: skip
+
+
+def tensor_core_operand(x: Tensor) -> Tensor:
+    """x [N, D] as the tensor cores take it: float32 rounded, where torch's setting allows TF32; else x itself."""
+    n = x.numel()
+    if launch.precision_of(x.dtype) != "tf32" or not n:
+        return x
+    out = torch.empty_like(x)
+    launch._launch(tf32_kernel, _programs(n, _VECTOR), Arguments(x.detach(), out, n), BLOCK=_VECTOR, **_OPTIONS)
+    return out
 
 
 def _detached(value: Tensor | float) -> Tensor | float:

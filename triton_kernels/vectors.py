@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .sigmoid import sigmoid_from, softplus_from
 
-__all__ = ["dots_kernel", "gains_kernel", "gradients_kernel", "losses_kernel"]
+__all__ = ["dots_kernel", "gains_kernel", "gradients_kernel", "losses_kernel", "tf32_kernel"]
 
 _INF = tl.constexpr(float("inf"))
 
@@ -267,3 +267,16 @@ def gradients_kernel(
             if coefficients_ptr is not None and index_ptr is None:
                 coefficients = tl.load(coefficients_ptr + partner, mask=exists, other=0.0)
             _finish_rows(dy_ptr, dy_sums_ptr, x_ptr, x_stride, partner, coefficients, rows, M, D, rescale, BLOCK_D)
+
+
+@triton.jit
+def tf32_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """float32 rounded to the 10 bits of TF32 [n]; inf and NaN stay.
+
+    The tensor cores cut the other bits off, which makes every product smaller: a bias of each logit.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < n
+    x = tl.load(x_ptr + index, mask=inside, other=0.0)
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    tl.store(out_ptr + index, tl.where(tl.abs(x) < _INF, bits.to(tl.float32, bitcast=True), x), mask=inside)

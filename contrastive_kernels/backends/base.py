@@ -127,6 +127,10 @@ class Backend:
         """
         raise NotImplementedError
 
+    def operand(self, x: Tensor) -> Tensor:
+        """x [N, D], contiguous, as its products take it; a copy where they would cut digits off instead of rounding."""
+        return x
+
     def positive_dots(
         self, x: Tensor, y: Tensor, index: Tensor | None, offset: int | None, problem: WholeMatrix, centered: bool
     ) -> tuple[Tensor, Tensor]:

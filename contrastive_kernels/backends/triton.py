@@ -76,6 +76,11 @@ class TritonBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
+    def operand(self, x: Tensor) -> Tensor:
+        with _on(x.device):
+            rounded: Tensor = _vector_kernels().tensor_core_operand(x)
+        return rounded
+
     def positive_dots(
         self, x: Tensor, y: Tensor, index: Tensor | None, offset: int | None, problem: WholeMatrix, centered: bool
     ) -> tuple[Tensor, Tensor]:

@@ -193,8 +193,11 @@ class ScoreMatrix:
             dots, params = backend.positive_dots(x, y, problem.index, problem.offset, problem, centered)
         elif params is None:
             params = problem.params()
+        if backend.vectors:
+            y = backend.operand(y)
+            x = y if problem.symmetric else backend.operand(x)
         return cls(
-            term, x, y, params, problem.positives, backend, problem.engine.workspace_bytes,
+            term, x, y, params, problem.positives, backend, problem.workspace_bytes,
             problem.symmetric, problem.col_bias, gradient_dtype, scores, dots=dots,
         )  # fmt: skip
 
