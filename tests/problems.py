@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,8 +14,6 @@ from torch import Tensor
 
 import contrastive_kernels
 from contrastive_kernels import reference
-from contrastive_kernels.backends import registry
-from contrastive_kernels.engine import strategy
 
 SOFTMAX = ("info_nce", "clip_loss", "nt_xent")
 #: Losses of rectangular score matrices with positives anywhere.
@@ -144,7 +141,7 @@ PROBLEMS = (
     Problem("kept-panels", "panels of scores that are few enough to be kept",
             n=257, d=1000, workspace_bytes=16 * 257**2),
     Problem("n550", "more scores than one call takes: a band, of all rows where columns have normalisers too",
-            n=550, d=16),
+            n=550, d=16, losses=("info_nce", "clip_loss", "sigmoid", *DECOMPOSABLE)),
     # rectangles
     Problem("kept-wide", "three panels of kept scores on a CPU", m=2600, d=24, workspace_bytes=16 * 65 * 2600,
             losses=ONE_WAY),
@@ -394,34 +391,6 @@ def engine_options(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
     elif problem.workspace_bytes is not None:
         options["workspace_bytes"] = problem.workspace_bytes
     return options
-
-
-#: How a problem is walked: as it comes, which is one call of the backend where it has one for small matrices; by a
-#: band, or by panels as large as the workspace allows; by panels as small as the engine takes them.
-PATHS = ("own", "large", "small")
-
-
-@contextlib.contextmanager
-def walked(path: str) -> Iterator[None]:
-    """Within it, no matrix is small enough for one call of the backend, unless the path is "own"."""
-    before = strategy.WHOLE_SCORES
-    strategy.WHOLE_SCORES = before if path == "own" else -1
-    strategy.remembered.cache_clear()
-    try:
-        yield
-    finally:
-        strategy.WHOLE_SCORES = before
-        strategy.remembered.cache_clear()
-
-
-def path_options(inputs: Inputs, loss: str, backend: str, path: str) -> dict[str, Any] | None:
-    """backend and workspace_bytes for a run on a path; None: it has been run on the problem's own."""
-    own = engine_options(inputs, loss, backend)
-    if path == "own":
-        return own
-    if path == "large":
-        return {"backend": backend} if registry.get(backend).whole_matrix and own.keys() == {"backend"} else None
-    return None if inputs.problem.small_panels else own | smallest_panels(inputs, loss, backend)
 
 
 def smallest_panels(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:

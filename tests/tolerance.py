@@ -124,19 +124,26 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
 
     of_value = w_of_value * logit_rounding
     rows = of_value.sum(1) + (of_value.sum(0) if two_way else 0.0)
-    rounding = value.abs()
+    of_result = value.abs()
     if loss.startswith("decomposable"):  # the value is a small difference of uZ, log u and 1
-        rounding = rounding + (1.0 if inputs.weight is None else inputs.weight.double().max())
+        of_result = of_result + (1.0 if inputs.weight is None else inputs.weight.double().max())
     by_x, by_y = contributions(eps).sum(1), contributions(eps).sum(0)
     if loss == "nt_xent":  # row i of either view, as an anchor and as a candidate
         by_x, by_y = (by_x + by_y).view(2, -1)
         rows = rows.view(2, -1).sum(0).repeat(2)
     largest = (x.abs().max(), y.abs().max()) if len(x) and len(y) else (0.0, 0.0)
+    scores = x @ y.T
+    of_scale = (contributions(score_eps) * scores.abs()).sum()
+    if loss != "sigmoid" and inputs.positive_logits is None and scores.numel():
+        # the weights of a row sum to 0, so that what all scores have in common counts only by its rounding
+        centered = (scores - scores.mean()).abs()
+        rounding = w * LOGIT_UNITS * score_eps * x.norm(dim=1)[:, None] * y.norm(dim=1)
+        of_scale = torch.minimum(of_scale, (contributions(score_eps) * centered + rounding).sum())
     return {
-        "value": (rows if reduction == "none" else rows.sum()) + UNITS * score_eps * rounding,
+        "value": (rows if reduction == "none" else rows.sum()) + UNITS * score_eps * of_result,
         "x": (scale * largest[1] * by_x)[:, None],
         "y": (scale * largest[0] * by_y)[:, None],
-        "scale": (contributions(score_eps) * (x @ y.T).abs()).sum(),
+        "scale": of_scale,
         "bias": contributions(score_eps).sum(),
     }
 

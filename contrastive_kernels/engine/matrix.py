@@ -197,7 +197,7 @@ class ScoreMatrix:
             y = backend.operand(y)
             x = y if problem.symmetric else backend.operand(x)
         return cls(
-            term, x, y, params, problem.positives, backend, problem.workspace_bytes,
+            term, x, y, params, problem.positives, backend, problem.engine.workspace_bytes,
             problem.symmetric, problem.col_bias, gradient_dtype, scores, dots=dots,
         )  # fmt: skip
 

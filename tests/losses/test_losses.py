@@ -5,20 +5,18 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+from paths import PATHS, path_options, walked
 from problems import (
     ALL,
     BY_NAME,
     CPU_BACKENDS,
     DECOMPOSABLE,
-    PATHS,
     PROBLEMS,
     Inputs,
     differentiable,
     engine_options,
     make_inputs,
-    path_options,
     run,
-    walked,
 )
 from tolerance import UNITS, assert_accurate, assert_outcome, expected, rms
 
@@ -56,7 +54,7 @@ CASES = [
 
 @pytest.mark.parametrize("problem, loss, dtype, backend", CASES)
 def test_value_and_gradients(problem, loss, dtype, backend):
-    """On every path: one call of the backend, a band or one panel, the smallest panels."""
+    """On every path: by one call of the backend, a band or one panel, the smallest panels."""
     inputs = make_inputs(problem, dtype)
     require(backend, inputs)
     for path in PATHS:

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import roofline
 import torch
+from paths import PATHS, path_options, walked
+from problems import CPU_BACKENDS, PROBLEMS, SOFTMAX, make_inputs
 
 import contrastive_kernels as ck
 from contrastive_kernels.backends import cpu, cuda, registry
+from contrastive_kernels.engine import strategy
 from contrastive_kernels.engine.overlap import Overlap
 from contrastive_kernels.panels.size import PanelBytes, blocks_of, square_side, wave_shape
 from contrastive_kernels.planning.costs import LOSSES
@@ -268,3 +271,27 @@ def test_launches_are_those_of_the_plan():
     assert len(counts) >= 3
     for case, (planned, counted) in counts.items():
         assert planned == counted, case
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_problems_meet_every_path(backend):
+    """Every hard input of some size is walked in panels, in a band and in one call, as far as there are such ways."""
+    if ck.why_not(backend, torch.zeros(1, 1)) is not None:
+        pytest.skip("not installed")
+    for problem in PROBLEMS:
+        n, m = problem.n, problem.n if problem.m is None else problem.m
+        if n * m <= 64**2:  # one panel
+            continue
+        inputs = make_inputs(problem, torch.float32)
+        for loss in problem.losses:
+            met, panels = set(), 0
+            for path in PATHS:
+                with walked(path):
+                    options = path_options(inputs, loss, backend, path)
+                    if options is not None:
+                        plan = ck.plan(n, m, problem.d, loss=loss.removesuffix("_pair"), **options)
+                        met.add(plan.place)
+                        panels = max(panels, plan.passes[-1].panels)
+            few = n * m * (4 if loss == "nt_xent" else 1) <= strategy.WHOLE_SCORES
+            wanted = {"tile", *["whole"] * (backend == "cpu" and few), *["band"] * (loss in SOFTMAX)}
+            assert met == wanted and panels > 1, (problem.name, loss, met, panels)
