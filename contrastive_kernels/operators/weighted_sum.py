@@ -6,7 +6,7 @@ sigmoid        value_i = sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from .softmax_loss import add_positive_params, dense_normalizer
 __all__ = ["ExponentialSums", "exponential_sums", "sigmoid_sums", "two_sum"]
 
 
-@dataclass(frozen=True)
-class ExponentialSums:
+class ExponentialSums(NamedTuple):
     """What :func:`exponential_sums` gives: the rows' and columns' sums, or their weighted sum; and the matrix's own."""
 
     #: sum_i r_i value_i + sum_j c_j value_j; or the rows' and the columns' values [N], [M], unweighted
@@ -106,16 +105,15 @@ def _gains(call: Call) -> list[Tensor | None]:
     return [row, col]
 
 
-def _matrix(call: Call) -> ScoreMatrix:
+def _matrix(call: Call, backend: backends.Backend) -> ScoreMatrix:
     problem = call.problem
-    backend = _backend(call)
     term = SIGMOID if call.settings[0] == "sigmoid" else EXPONENTIAL
     return ScoreMatrix.of(problem, term, backend, saved_dtype(problem.x.dtype))
 
 
-def _fits_one_call(call: Call) -> bool:
+def _fits_one_call(call: Call, backend: backends.Backend) -> bool:
     x, y, engine = call.problem.x, call.problem.y, call.problem.engine
-    return strategy.fits_one_call(_backend(call), x.shape[0], y.shape[0], engine.workspace_bytes)
+    return strategy.fits_one_call(backend, x.shape[0], y.shape[0], engine.workspace_bytes)
 
 
 def _backend(call: Call) -> backends.Backend:
@@ -126,9 +124,10 @@ def _backend(call: Call) -> backends.Backend:
 def _forward(call: Call) -> Outputs:
     """Values; dx, dy, dparams, da, db where they come with the value; found normalisers of rows, of columns, dots."""
     _, relative, reduction = call.settings
-    if reduction != "none" and _fits_one_call(call):
-        return _in_one_call(call)
-    matrix = _matrix(call)
+    backend = _backend(call)
+    if reduction != "none" and _fits_one_call(call, backend):
+        return _in_one_call(call, backend)
+    matrix = _matrix(call, backend)
     dots = _dots(matrix, relative)
     if reduction != "none":
         return _pass(call, matrix, dots, *_gains(call))
@@ -232,7 +231,7 @@ def _sigmoid_pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -
     return total, None, made.dx, made.dy, *params_of(call, made.dparams), *(None,) * 5
 
 
-def _in_one_call(call: Call) -> Outputs:
+def _in_one_call(call: Call, backend: backends.Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, (term, relative, _) = call.problem, call.settings
     *rests, row_gain, col_gain, row_logit, col_logit = call.extras
@@ -241,7 +240,7 @@ def _in_one_call(call: Call) -> Outputs:
     if not relative:
         logits = (row_logit, col_logit)
         given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
-    value, dscale, dbias, row, col, dots = _backend(call).weighted_matrix(
+    value, dscale, dbias, row, col, dots = backend.weighted_matrix(
         SIGMOID if term == "sigmoid" else EXPONENTIAL, scores, problem, Side(None, given[0], row_gain),
         Side(None, given[1], col_gain), _share(call), relative,
     )  # fmt: skip
@@ -269,7 +268,7 @@ def _fake(call: Call) -> Outputs:
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
     want_x, want_y, _ = call.wants
-    if _fits_one_call(call):
+    if _fits_one_call(call, _backend(call)):
         saved = dtype
     return (
         x.new_empty((), dtype=dtype),
@@ -288,7 +287,7 @@ def _fake(call: Call) -> Outputs:
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The pass with upstream's gains: every row has a factor of its own."""
-    dots, matrix, relative = kept[-1], _matrix(call), call.settings[1]
+    dots, matrix, relative = kept[-1], _matrix(call, _backend(call)), call.settings[1]
     if dots is None:
         dots = _dots(matrix, relative)
     elif relative:
