@@ -177,14 +177,17 @@ def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: s
     if gain is not None:
         return (gain * (constant - excess)).sum()
     n = constant.shape[0]
-    if reduction == "sum":
+    if reduction == "sum" or n == 0:
         return constant.sum() - n * excess
-    return constant.sum() / max(n, 1) - excess * (n > 0)
+    return constant.mean() - excess
 
 
 def _constant(log_u: Tensor, c: float) -> Tensor:
     """u c - log u [N]; without a constant no u, however large, counts."""
-    return -log_u if c == 0 else torch.exp(log_u) * c - log_u
+    if c == 0:
+        return -log_u
+    u = torch.exp(log_u)
+    return (u if c == 1 else u * c) - log_u
 
 
 def _own_log_normalizer(

@@ -338,7 +338,7 @@ void softmax_matrix(const Matrix& m, bool both, bool symmetric) {
 void weighted_matrix(const Matrix& m, PairTerm term, const GivenSide& row, const GivenSide& col, bool relative,
                      float* dots) {
   check_matrix(m);
-  check(term == PairTerm::kSigmoid ? !col.normalizer && !relative : row.normalizer != nullptr,
+  check(term == PairTerm::kSigmoid ? !col.normalizer && !relative : row.normalizer || m.rows == 0,
         "weighted_matrix: the exponential term needs normalizers, the sigmoid term has none");
   check(!relative || m.positives || m.offset != kNoDiagonal, "weighted_matrix: relative to which positives?");
   check(!relative || !col.normalizer || (m.rows == m.cols && !m.positives && m.offset == 0),

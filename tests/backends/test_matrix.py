@@ -232,7 +232,7 @@ class Weighted:
         kept, z_pos = z.masked_fill(~m.negatives(), -torch.inf), m.leaves()[3].detach()
         self.normalizers, self.gains = [], []
         for dim in (1, 0) if cols else (1,):
-            log_sum = torch.logsumexp(kept, dim) + torch.randn(len(z) if dim else len(z[0]), generator=g) - far
+            log_sum = torch.logsumexp(kept, dim) + torch.randn(z.shape[1 - dim], generator=g) - far
             exact = log_sum.nan_to_num(neginf=0.0) - (z_pos if relative else 0.0)
             shift = exact.float().round()
             self.normalizers.append(torch.stack([shift, (exact - shift).float()]))
@@ -323,3 +323,10 @@ def test_weighted(name):
         for dim, state in zip((1, 0), states):
             error = state[0].double() + state[1].double() - torch.logsumexp(kept, dim)
             assert (error.abs() <= 8 * EPS * (2 + m.size())).all()
+
+
+def test_weighted_without_rows():
+    """Nothing has no address."""
+    for m, cols in ((Matrix(0, 5), False), (Matrix(0, 0), True)):
+        value, _, dparams, *_ = Weighted(m, EXPONENTIAL, cols=cols).run()
+        assert value == 0 and (dparams == 0).all()
