@@ -40,7 +40,7 @@ def expected_excess(shape: float | None) -> float | Tensor:
     """What drawing u adds to the expected value of u Z - log u - 1: log a - digamma(a)."""
     if shape is None:
         return 0.0
-    return log_or_minus_infinity(shape) - torch.digamma(torch.full((), shape, dtype=torch.float64))
+    return log_or_minus_infinity(shape) - torch.digamma(torch.full((), shape, dtype=torch.float64, device="cpu"))
 
 
 def log_or_minus_infinity(value: float) -> float:

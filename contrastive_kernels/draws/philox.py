@@ -59,8 +59,8 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 def words(seed: Tensor, rows: slice, columns: slice) -> Tensor:
     """The words of a block of rows and columns [R, C] int64, from a seed [1] int64."""
     first = columns.start // 4
-    groups = torch.arange(first, -(-columns.stop // 4), device=seed.device)
-    row = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+    groups = torch.arange(first, -(-columns.stop // 4), dtype=torch.int64, device=seed.device)
+    row = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=seed.device)[:, None]
     zero = torch.zeros_like(seed)
     quadruples = philox((groups, row, zero, zero), (seed & _MASK, seed >> 32 & _MASK))
     shape = (rows.stop - rows.start, len(groups))

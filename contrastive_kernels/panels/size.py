@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import torch
 
@@ -171,9 +172,12 @@ def wave_shape(
         Rows and columns are cut alike (a symmetric score matrix, of which half the panels are walked).
     """
     best: tuple[float, tuple[int, int]] | None = None
-    for rows in _sides(n):
-        fitting = [c for c in ([rows] if square else _sides(m)) if size.of(rows, c) <= workspace_bytes]
-        for cols in fitting[:8]:  # sides come in falling order, and far smaller ones are never better
+    for rows in _sides(n, _fitting(SMALLEST_PANEL, size.per_col, size.per_row, size.per_score, workspace_bytes)):
+        sides = (
+            [rows] if square else _sides(m, _fitting(rows, size.per_row, size.per_col, size.per_score, workspace_bytes))
+        )
+        fitting = (c for c in sides if size.of(rows, c) <= workspace_bytes)
+        for cols in islice(fitting, 8):  # sides come in falling order, and far smaller ones are never better
             cost = _cost(n, m, d, rows, cols, multiprocessors, products, square)
             if best is None or cost < best[0]:
                 best = cost, (rows, cols)
@@ -183,15 +187,25 @@ def wave_shape(
     return smallest if size.of(*smallest) <= workspace_bytes else None
 
 
-def _sides(n: int) -> list[int]:
-    """Sides that cut n into nearly equal blocks, the largest first."""
-    sides, count = [], 1
+def _fitting(other: int, per_other: float, per_side: float, per_score: float, workspace_bytes: int) -> float:
+    """A bound of the sides that fit beside another one."""
+    per = per_score * other + per_side
+    return (workspace_bytes - per_other * other) / per if per else float("inf")
+
+
+def _sides(n: int, bound: float) -> Iterator[int]:
+    """Sides of at most `bound` that cut n into nearly equal blocks, the largest first.
+
+    Large ones are a 64th apart, for which no difference in time is known: there are no more than some hundreds.
+    """
+    longest = max(n, 1)
+    side = min(_round_up(longest), max(int(min(bound, longest + STEP)) // STEP, 1) * STEP)
     while True:
-        side = _round_up(blocks_of(max(n, 1), count))
-        sides.append(side)
+        side = _round_up(blocks_of(longest, blocks_of(longest, side)))  # as few blocks as this side allows
+        yield side
         if side == SMALLEST_PANEL:
-            return sides
-        count = blocks_of(max(n, 1), side - STEP)  # the fewest blocks that are smaller
+            return
+        side -= max(side // STEP // 64, 1) * STEP
 
 
 def _cost(n: int, m: int, d: int, rows: int, cols: int, multiprocessors: int, products: int, square: bool) -> float:
