@@ -25,6 +25,7 @@ __all__ = [
     "neutral_state",
     "normalizer_of",
     "positive_dots",
+    "positive_logits",
     "softmax_side",
     "statistics_pass",
 ]
@@ -243,6 +244,12 @@ def _add_positives_to_rows(matrix: ScoreMatrix, dx: Sums, i: slice, coefficients
     if coefficients is not None:
         partner = matrix.positives.select(matrix.y, i).to(dx.sums.dtype)
         dx.part(i).addcmul_(partner, matrix.positives.coefficients(coefficients)[i, None])
+
+
+def positive_logits(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
+    """z_i,p(i) [N] from the positives' dot products, with what their columns add."""
+    z_pos = matrix.params[0] * dots + matrix.params[1]
+    return z_pos if matrix.col_bias is None else z_pos + matrix.positives.of_columns(matrix.col_bias, len(dots))
 
 
 def positive_dots(matrix: ScoreMatrix) -> Tensor:

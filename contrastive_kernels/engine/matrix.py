@@ -45,6 +45,12 @@ class Positives:
             return Positives(index=self.index[rows])
         return Positives(None if self.offset is None else self.offset + rows.start)
 
+    def of_columns(self, vector: Tensor, rows: int) -> Tensor:
+        """The entries [N] of a vector [M] at the rows' positives; 0 where a row has none."""
+        if self.index is None:
+            return vector[self._shifted(slice(0, rows))]
+        return self.coefficients(vector[self.index.clamp(min=0)])
+
     def coefficients(self, values: Tensor) -> Tensor:
         """values [N], with 0 where a row has no positive."""
         return values if self.index is None else values.masked_fill(self.index < 0, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from ..engine import strategy
-from ..engine.driver import gradient_pass, neutral_state, positive_dots, statistics_pass
+from ..engine.driver import gradient_pass, neutral_state, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
@@ -77,7 +77,7 @@ def _forward(call: Call) -> Outputs:
     if reduction != "none" and True in call.needs:
         return _pass(call, matrix, dots, gain)
     rows, _ = statistics_pass(matrix, cols=False)
-    losses = gain * (rows[0] - logsigmoid(_z_pos(matrix, dots)))
+    losses = gain * (rows[0] - logsigmoid(positive_logits(matrix, dots)))
     return losses if reduction == "none" else losses.sum(), None, None, None, None
 
 
@@ -86,13 +86,9 @@ def _matrix(call: Call) -> ScoreMatrix:
     return ScoreMatrix.of(problem, SIGMOID, problem.backend(), saved_dtype(problem.x.dtype))
 
 
-def _z_pos(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
-    return matrix.params[0] * dots + matrix.params[1]
-
-
 def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
     """The losses' weighted sum, and its gradients."""
-    z_pos, state = _z_pos(matrix, dots), neutral_state(matrix, len(dots))
+    z_pos, state = positive_logits(matrix, dots), neutral_state(matrix, len(dots))
     dz_pos = -torch.sigmoid(-z_pos) * gain
     made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
@@ -123,7 +119,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The pass with upstream's gains: every row has a factor of its own."""
     matrix, gain = _matrix(call), _gains(call) * upstream[0]
     dots = positive_dots(matrix)
-    dz_pos = -torch.sigmoid(-_z_pos(matrix, dots)) * gain
+    dz_pos = -torch.sigmoid(-positive_logits(matrix, dots)) * gain
     state = neutral_state(matrix, len(dots))
     made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)

@@ -18,6 +18,7 @@ from ..engine.driver import (
     gradient_pass,
     normalizer_of,
     positive_dots,
+    positive_logits,
     softmax_side,
     statistics_pass,
 )
@@ -107,7 +108,7 @@ def _forward(call: Call) -> Outputs:
     if matrix.dots is not None and scores is None:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
-    z_pos = matrix.params[0] * dots
+    z_pos = positive_logits(matrix, dots)
     if how.place is Place.BAND:
         found = _Found(matrix, dots, z_pos, gain)
         made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
@@ -232,7 +233,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
         return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
-    z_pos, gain = matrix.params[0] * dots, _gains(call) * upstream[0]
+    z_pos, gain = positive_logits(matrix, dots), _gains(call) * upstream[0]
     row_gain = gain * _softmax(row, z_pos)
     col_gain = None if col is None else gain * _softmax(col, z_pos)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine import strategy
-from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, statistics_pass
+from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
@@ -147,7 +147,7 @@ def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
 
 def _given(call: Call, matrix: ScoreMatrix, dots: Tensor) -> list[Tensor]:
     """The given normalisers of rows, and of columns, as two numbers (shift, rest) [2, n]: nothing is rounded away."""
-    logits = (matrix.params[0] * dots + matrix.params[1],) * 2 if call.settings[0] else call.extras[4:]
+    logits = (positive_logits(matrix, dots),) * 2 if call.settings[0] else call.extras[4:]
     return [_two_numbers(rest, logit) for rest, logit in zip(call.extras[:2], logits) if rest is not None]
 
 
