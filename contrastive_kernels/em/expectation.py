@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_count, check_positives, check_vector, is_number, scale_tensor, shown
+from ..arguments.checks import (
+    check_count,
+    check_dense,
+    check_number,
+    check_positives,
+    check_vector,
+    is_number,
+    scale_tensor,
+    shown,
+)
 
 __all__ = [
     "Expectation",
@@ -17,6 +26,7 @@ __all__ = [
     "check_expectation",
     "check_negatives",
     "positive_scores",
+    "ratio_of",
     "recomputing",
     "wide",
 ]
@@ -100,3 +110,18 @@ def positive_scores(
         partner = y[start + (offset or 0) : stop + (offset or 0)] if index is None else y[index[start:stop]]
         parts.append((x[start:stop].to(scale.dtype) * partner.to(scale.dtype)).sum(1))
     return scale * torch.cat(parts) if parts else x.new_zeros(0, dtype=scale.dtype)
+
+
+def ratio_of(ratio: Any) -> Tensor:
+    """A number above 0, or a tensor of one element."""
+    if not isinstance(ratio, Tensor):
+        return torch.tensor(check_number(ratio, "ratio", positive=True), dtype=torch.float64, device="cpu")
+    check_dense(ratio, "ratio")
+    if ratio.numel() != 1 or not ratio.is_floating_point():
+        raise TypeError(
+            f"ratio: expected a number or a floating-point tensor of one element; got {ratio.dtype} of shape "
+            f"{list(ratio.shape)}"
+        )
+    if ratio.is_meta:
+        raise ValueError("ratio: expected a tensor that holds a value; got one on the meta device")
+    return ratio.detach().reshape(())

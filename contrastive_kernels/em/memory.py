@@ -13,11 +13,10 @@ from ..arguments.checks import (
     check_device,
     check_flag,
     check_folder,
-    check_number,
     require_one_process,
     shown,
 )
-from .expectation import wide
+from .expectation import ratio_of, wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
 from .statistics import NormalizerStatistics, averages, observe
 from .storage import Folder, peek
@@ -324,7 +323,7 @@ class NormalizerMemory(Tables):
         """
         with self._guard:
             self._require("rescale", write=True)
-            factor = _factor(ratio).to(self.log_mean.device, torch.float64)
+            factor = ratio_of(ratio).to(self.log_mean.device, torch.float64)
             fits = ((factor > 0) & factor.isfinite()).all()
             if factor.device.type == "cuda":
                 torch._assert_async(fits, "ratio: expected a finite number above 0")
@@ -418,21 +417,6 @@ class NormalizerMemory(Tables):
             self._arriving = (value, event)
         else:
             self._arriving = (self.unvisited.clone(), None)
-
-
-def _factor(ratio: Any) -> Tensor:
-    """A number above 0, or a tensor of one element."""
-    if not isinstance(ratio, Tensor):
-        return torch.tensor(check_number(ratio, "ratio", positive=True), dtype=torch.float64, device="cpu")
-    check_dense(ratio, "ratio")
-    if ratio.numel() != 1 or not ratio.is_floating_point():
-        raise TypeError(
-            f"ratio: expected a number or a floating-point tensor of one element; got {ratio.dtype} of shape "
-            f"{list(ratio.shape)}"
-        )
-    if ratio.is_meta:
-        raise ValueError("ratio: expected a tensor that holds a value; got one on the meta device")
-    return ratio.detach().reshape(())
 
 
 def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
