@@ -2,9 +2,11 @@
 
 python scripts/gpu.py [STAGE ...] [--out DIR] [--seconds S] [--total T]    (all stages, if none is named)
 
+where      the machine: the GPU's clocks and limits, the CPU, versions
 build      the extension in place, for this machine's GPUs
 smoke      one step of every loss and backend on small problems: is it right at all?
 test       the tests that need a GPU
+timeline   one step kernel by kernel, with the gaps between them: where its time goes
 shapes     the two gradient products in panels of several shapes, beside what the machine can do
 goals      the promised ratios, against the formula, the bare products and whatever peer is installed
 sanitize   compute-sanitizer's memcheck, racecheck and initcheck on small problems
@@ -13,6 +15,8 @@ tiles      the tiles of the Triton kernels, and the line of the table that the f
 bench      benchmark rows: sizes, widths, losses, dtypes
 profile    what limits the kernels, by Nsight Compute
 table      a short table of all rows
+
+All that a run leaves in DIR, but for the built library, is in DIR.tar.gz beside it after every stage.
 
 python scripts/gpu.py pack    on a machine with a network: what that Python may lack, into build/gpu-packages, and what
                               the benchmark compares with, into build/gpu-peers; bring the first where it is needed
@@ -25,6 +29,7 @@ follow all the same. T seconds bound all of them together. What a stage had foun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -35,6 +40,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -49,8 +55,10 @@ PEERS = ROOT / "build/gpu-peers"
 #: Seconds of a stage, with room for its start and its end; of those not named, SECONDS.
 SECONDS = 500.0
 LIMITS = {
+    "where": 20.0,
     "build": 200.0,
-    "smoke": 60.0,
+    "smoke": 240.0,
+    "timeline": 60.0,
     "test": 300.0,
     "shapes": 60.0,
     "goals": 240.0,
@@ -111,20 +119,26 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(command: list[str], seconds: float, **more: str) -> int:
-    """Runs a command in the checkout for at most so long; its exit status, 124 where it was stopped."""
+    """Runs a command in the checkout for at most so long; its exit status, 124 where it was stopped.
+
+    It leads a process group, which ends as a whole: a test's worker that lived on would hold the GPU.
+    """
     print(f"gpu: {' '.join(command)}", flush=True)
     listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs do not
-    with subprocess.Popen(command, cwd=ROOT, env=environment(**more), preexec_fn=listen) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(**more), preexec_fn=listen, start_new_session=True
+    ) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             print(f"gpu: stopped after {seconds:.0f} s", flush=True)
             process.send_signal(signal.SIGINT)  # pytest then says what failed, and writes it down
-        try:
-            process.wait(LAST_WORDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return 124
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+            return 124
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def build(out: Path, seconds: float) -> int:
@@ -199,11 +213,14 @@ def test(out: Path, seconds: float) -> int:
     if run([sys.executable, "-c", "import pytest"], 60) != 0:
         fail(f"no pytest: {ADVICE}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=40", "--durations=10"]
-    command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "tests/backends/test_gpu.py"]
+    command += ["--tb=short", f"--junitxml={out / 'tests.xml'}", "-o", "faulthandler_timeout=60"]
+    command.append("tests/backends/test_gpu.py")
     processes = min(PROCESSES, os.cpu_count() or 1)
     if importlib.util.find_spec("xdist") is not None and processes > 1:
         command += ["-n", str(processes)]
-    return run(command, seconds, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    # inductor's pool of compilers in each of a dozen processes would be ten dozens
+    more = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return run(command, seconds, **more)
 
 
 def known_providers() -> list[str]:
@@ -222,8 +239,34 @@ def known_providers() -> list[str]:
 def smoke(out: Path, seconds: float) -> int:
     """One step of two losses on every backend, of one panel and of several, against float64."""
     program = [sys.executable, "-m", "bench.once", "--case", "clip_loss,sigmoid", "--dtype", "bfloat16"]
-    status = run(program, seconds / 2)
-    return status | run([*program, "--n", "1000", "--d", "64", "--workspace", str(2**20)], seconds / 2)
+    start = time.monotonic()
+    status = run(program, seconds / 2)  # the first kernels of a machine take their time: half a minute and more
+    left = seconds - (time.monotonic() - start)
+    return status or run([*program, "--n", "1000", "--d", "64", "--workspace", str(2**20)], left)
+
+
+def where(out: Path, seconds: float) -> int:
+    """What the machine is, into DIR."""
+    commands = (
+        ["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE,MEMORY"],
+        ["lscpu"],
+        ["ldconfig", "-p"],
+        [sys.executable, "-m", "pip", "list"],
+    )
+    with (out / "machine.txt").open("w") as file:
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=seconds / 4, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                file.write(f"$ {' '.join(command)}\n{error}\n\n")
+            else:
+                file.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n\n")
+    return 0
+
+
+def timeline(out: Path, seconds: float) -> int:
+    """One step kernel by kernel: of large and of small batches, with two sizes of the workspace."""
+    return kernels("timeline", out, seconds, "--d", "768,512")
 
 
 def shapes(out: Path, seconds: float) -> int:
@@ -363,6 +406,17 @@ def table(out: Path, seconds: float) -> int:
     return 0
 
 
+def pack_results(out: Path) -> None:
+    """One file beside DIR of what is there so far; whole at any time."""
+    target = out.with_name(f"{out.name}.tar.gz")
+    partial_target = target.with_suffix(".part")
+    with tarfile.open(partial_target, "w:gz") as archive:
+        for path in sorted(out.iterdir()):
+            if path.is_file() and path.suffix not in (".so", ".part"):
+                archive.add(path, f"{out.name}/{path.name}")
+    partial_target.replace(target)
+
+
 def pack() -> None:
     """Pure Python packages (and ninja), for any Python; peers without what they depend on."""
     status = 0
@@ -376,8 +430,10 @@ def pack() -> None:
 
 
 STAGES: dict[str, Callable[[Path, float], int]] = {
+    "where": where,
     "build": build,
     "smoke": smoke,
+    "timeline": timeline,
     "test": test,
     "shapes": shapes,
     "goals": goals,
@@ -422,6 +478,7 @@ def main() -> None:
         print(
             f"gpu: {name} {'ok' if status == 0 else f'FAILED ({status})'}: {time.monotonic() - start:.0f} s", flush=True
         )
+        pack_results(out)
         if status != 0:  # without a build the other backends can still be tried
             failed.append(name)
     if failed:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
@@ -53,7 +54,11 @@ def start(gpu, monkeypatch, tmp_path):
 def test_stages_come_in_their_order(start, gpu):
     """What is right comes before what is fast, and a stage has its own time."""
     stages, seconds, error = start()
-    assert stages == list(gpu.STAGES) and stages[:3] == ["build", "smoke", "test"] and stages[-1] == "table"
+    assert (
+        stages == list(gpu.STAGES)
+        and stages[:5] == ["where", "build", "smoke", "timeline", "test"]
+        and stages[-1] == "table"
+    )
     assert error is None and seconds == {name: gpu.LIMITS.get(name, gpu.SECONDS) for name in stages}
     assert set(gpu.LIMITS) <= set(gpu.STAGES) and max(seconds.values()) + gpu.LAST_WORDS < 540
     assert start("table", "bench", "--seconds", "90") == (["bench", "table"], {"bench": 90.0, "table": 90.0}, None)
@@ -78,7 +83,7 @@ def test_failures_end_the_run_late(start, gpu):
 
 def test_an_unknown_stage_is_refused(start, capsys):
     assert start("tests")[0] == []
-    assert "stages are build, smoke, test," in (said := capsys.readouterr().err)
+    assert "stages are where, build, smoke, timeline, test," in (said := capsys.readouterr().err)
     assert "table and pack, not tests" in said
 
 
@@ -108,6 +113,41 @@ def test_a_command_that_does_not_stop_is_killed(gpu, monkeypatch):
     start = time.monotonic()
     assert gpu.run([sys.executable, "-c", script], 2.0) == 124
     assert time.monotonic() - start < 30
+
+
+def test_what_a_command_has_started_ends_with_it(gpu, monkeypatch, tmp_path):
+    """A worker that hears nothing would hold the GPU for what follows."""
+    monkeypatch.setattr(gpu, "LAST_WORDS", 5.0)
+    worker = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    script = f"""
+import pathlib, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", {worker!r}])
+pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(worker.pid))
+time.sleep(60)
+"""
+    assert gpu.run([sys.executable, "-c", script], 4.0) == 124
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    for _ in range(50):  # until it is gone, or waits for whoever adopts it
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker lives on")
+
+
+def test_results_are_one_file(start, tmp_path):
+    """After every stage, whatever follows; without the library."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/rows.json").write_text("[]")
+    (tmp_path / "out/_C.so").write_text("library")
+    start("smoke", failing=["smoke"])
+    with tarfile.open(tmp_path / "out.tar.gz") as archive:
+        assert archive.getnames() == ["out/rows.json"]
+
+
+def test_the_machine_is_described(gpu, tmp_path):
+    assert gpu.where(tmp_path, 60.0) == 0
+    assert "$ lscpu" in (tmp_path / "machine.txt").read_text()
 
 
 def test_the_table_is_of_the_rows(gpu, tmp_path, capsys):
@@ -158,7 +198,7 @@ def test_what_the_stages_start_is_understood(gpu, commands, monkeypatch, tmp_pat
 
     monkeypatch.setattr(gpu, "known_providers", lambda: ["ours-triton", "ours-cuda", "dense", "memeff"])
     monkeypatch.setattr(gpu, "find_tool", lambda name: None)
-    for name in ("smoke", "shapes", "goals", "overlap", "tiles", "bench"):
+    for name in ("smoke", "timeline", "shapes", "goals", "overlap", "tiles", "bench"):
         assert gpu.STAGES[name](tmp_path, 300.0) == 0
     started = [command[2:] for command, _ in commands]
     assert {command[0] for command in started} == {"bench.once", "bench.kernels", "bench"}
@@ -258,6 +298,19 @@ def test_passes_over_panels(tmp_path, capsys):
     assert kernels.main([*command, "--json", str(tmp_path / "kernels.json")]) == 0
     said = capsys.readouterr().out
     assert "reduce" in said and "weigh" in said and "issued in" in said
+
+
+def test_steps_kernel_by_kernel(tmp_path, capsys):
+    from bench import kernels
+
+    command = ["timeline", "--device", "cpu", "--backend", "torch", "--n", "64", "--d", "16", "--rounds", "1"]
+    path = tmp_path / "kernels.json"
+    for _ in range(2):  # the second finds everything there
+        assert kernels.main([*command, "--json", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "clip_loss, N = 64, D = 16, workspace default" in said and "aten::mm" in said
+    assert all(row["launches"] > 5 and row["step_ms"] > 0 for row in json.loads(path.read_text()))
+    assert kernels.main([*command, "--seconds", "-1"]) == 0 and "no time" in capsys.readouterr().out
 
 
 def test_tiles_are_timed_in_the_interpreter(tmp_path):
