@@ -32,7 +32,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -40,9 +39,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,6 +47,10 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from gpu_results import KERNELS, findings, pack_results, table  # noqa: E402
+
 PACKAGES = ROOT / "build/gpu-packages"
 PEERS = ROOT / "build/gpu-peers"
 #: Seconds of a stage, with room for its start and its end; of those not named, SECONDS.
@@ -87,8 +88,6 @@ BENCH = (
 PACKED = ("pytest>=8", "pytest-xdist>=3.6", "pybind11>=2.13", "ninja>=1.11", "setuptools>=77", "rich>=13")
 #: Peers in pure Python, without what they depend on: torch and Triton are there.
 PACKED_PEERS = ("memeff==0.3.1", "siglip-kernel==0.1.2", "inf-cl==1.2.1")
-#: Names of our kernels, as debuggers show them.
-KERNELS = ("score_kernel", "merge_kernel", "panel_pass_kernel", "tensor_core_kernel")
 
 ADVICE = "`python scripts/gpu.py pack` on a machine with a network, and bring build/gpu-packages here"
 
@@ -335,15 +334,6 @@ def sanitize(out: Path, seconds: float) -> int:
     return max(status for _, status in watched)
 
 
-def findings(tool: str, log: str, status: int) -> tuple[str, int]:
-    """What a sanitizer says in a line; 1 where it names a kernel of ours, or comes to no end."""
-    places = Counter(re.findall(r"^=+ .*\bat ([^\n(+]+)[^\n+]*\+0x", log, flags=re.MULTILINE))
-    summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", log, flags=re.MULTILINE)
-    words = "; ".join(f"{count} at {place}" for place, count in places.most_common(5))
-    text = f"{tool}: {summary[-1] if summary else f'no summary, status {status}'}" + (f" ({words})" if words else "")
-    return text, int(not summary or any(name in place for place in places for name in KERNELS))
-
-
 def profile(out: Path, seconds: float) -> int:
     """Nsight Compute's sections for our kernels and the products that follow them, into DIR."""
     if (program := find_tool("ncu")) is None:
@@ -379,42 +369,6 @@ def find_tool(name: str) -> str | None:
         *Path("/opt/nvidia/nsight-compute").glob("*"),
     ]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
-
-
-def table(out: Path, seconds: float) -> int:
-    """The rows in short: the best milliseconds, the fraction of the bare products' rate, the error, peak memory."""
-    path = out / "rows.json"
-    if not path.exists():
-        print(f"gpu: no rows in {path}: run the stage goals or bench first", flush=True)
-        return 1
-    rows = json.loads(path.read_text())
-    print(f"{'case':<56} {'provider':<12} {'best ms':>9} {'of floor':>9} {'error':>8} {'peak MB':>8}")
-    for row in rows:
-        case = f"{row['loss']} {row['mode']} N={row['n']} D={row['d']} {row['dtype']}"
-        case += " fixed scale" * (not row["learnable_scale"]) + " frozen y" * row["frozen_y"]
-        name = f"{row['provider']}-{row['backend']}" if row["backend"] else row["provider"]
-        if row["status"] != "ok":
-            print(f"{case:<56} {name:<12} {row['status']}: {row['reason'][:60]}")
-            continue
-        figures = f"{'':28}"
-        if "best_s" in row:
-            figures = f"{row['best_s'] * 1e3:9.3f} {row['floor_fraction']:9.2f} {row['error']:8.0e}"
-        peak = f"{row['peak_bytes'] / 1e6:8.0f}" if "peak_bytes" in row else ""
-        print(f"{case:<56} {name:<12} {figures} {peak}".rstrip())
-    machines = {f"{row['machine']}; {row['versions'].split(',')[0]}; commit {row['commit']}" for row in rows}
-    print("\n".join(sorted(machines)))
-    return 0
-
-
-def pack_results(out: Path) -> None:
-    """One file beside DIR of what is there so far; whole at any time."""
-    target = out.with_name(f"{out.name}.tar.gz")
-    partial_target = target.with_suffix(".part")
-    with tarfile.open(partial_target, "w:gz") as archive:
-        for path in sorted(out.iterdir()):
-            if path.is_file() and path.suffix not in (".so", ".part"):
-                archive.add(path, f"{out.name}/{path.name}")
-    partial_target.replace(target)
 
 
 def pack() -> None:

@@ -308,8 +308,12 @@ def test_steps_kernel_by_kernel(tmp_path, capsys):
     for _ in range(2):  # the second finds everything there
         assert kernels.main([*command, "--json", str(path)]) == 0
         said = capsys.readouterr().out
-        assert "clip_loss, N = 64, D = 16, workspace default" in said and "aten::mm" in said
-    assert all(row["launches"] > 5 and row["step_ms"] > 0 for row in json.loads(path.read_text()))
+        assert "clip_loss, N = 64, D = 16, workspace default" in said
+    for row in json.loads(path.read_text()):
+        shown = row["kernels"]
+        assert row["launches"] > 5 and row["step_ms"] > 0 and 3 < len(shown) <= 12
+        assert 0 < sum(ms for ms, _ in shown.values()) <= row["busy_ms"] * 1.001
+        assert all(f"{count:6}  {name}" in said for name, (_, count) in shown.items())
     assert kernels.main([*command, "--seconds", "-1"]) == 0 and "no time" in capsys.readouterr().out
 
 
