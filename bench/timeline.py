@@ -22,8 +22,9 @@ __all__ = ["timeline"]
 MIB = 2**20
 #: (loss, N, workspaces in MiB; 0: the default)
 STEPS = (
-    ("clip_loss", 65536, (64, 0)),
-    ("sigmoid", 65536, (0,)),
+    ("clip_loss", 65536, (64, 256, 512, 1024)),
+    ("sigmoid", 65536, (512,)),
+    ("decomposable", 65536, (512,)),
     ("clip_loss", 4096, (0,)),
     ("clip_loss", 256, (0,)),
     ("info_nce", 256, (0,)),
@@ -56,11 +57,11 @@ def _profiled(args: argparse.Namespace, loss: str, n: int, d: int, workspace: in
     x, y = (normalize(torch.randn(n, d, device=device)).to(DTYPES[args.dtype]).requires_grad_() for _ in range(2))
     scale = torch.full((), SOFTMAX_SCALE, device=device, requires_grad=True)
     more = (-10.0,) if loss == "sigmoid" else ()
-    bytes_ = workspace * MIB or None
+    options = {"workspace_bytes": workspace * MIB} if workspace else {}
 
     def step() -> None:
         x.grad = y.grad = scale.grad = None
-        getattr(ck, loss)(x, y, scale, *more, backend=args.backend, workspace_bytes=bytes_).backward()
+        getattr(ck, loss)(x, y, scale, *more, backend=args.backend, **options).backward()
 
     work = Work(step, device)
     warm_up(work)
