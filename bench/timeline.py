@@ -7,11 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 
-from .cases import DTYPES, SOFTMAX_SCALE
+from .cases import Case, make_inputs
 from .measure import Work, interleave, warm_up
 
 if TYPE_CHECKING:
@@ -53,17 +52,16 @@ def timeline(args: argparse.Namespace, log: Log) -> None:
 
 def _profiled(args: argparse.Namespace, loss: str, n: int, d: int, workspace: int) -> dict[str, Any]:
     """A step's milliseconds, launches, and the kernels that take the most."""
-    device, cuda = args.device, torch.device(args.device).type == "cuda"
-    x, y = (normalize(torch.randn(n, d, device=device)).to(DTYPES[args.dtype]).requires_grad_() for _ in range(2))
-    scale = torch.full((), SOFTMAX_SCALE, device=device, requires_grad=True)
-    more = (-10.0,) if loss == "sigmoid" else ()
-    options = {"workspace_bytes": workspace * MIB} if workspace else {}
+    cuda = torch.device(args.device).type == "cuda"
+    inputs = make_inputs(Case(loss, n, d, dtype=args.dtype, device=args.device))
+    loss_of, options = getattr(ck, loss), {"workspace_bytes": workspace * MIB} if workspace else {}
 
     def step() -> None:
-        x.grad = y.grad = scale.grad = None
-        getattr(ck, loss)(x, y, scale, *more, backend=args.backend, **options).backward()
+        for leaf in inputs.leaves.values():
+            leaf.grad = None
+        loss_of(inputs.x, inputs.y, inputs.scale, *inputs.extra, backend=args.backend, **options).backward()
 
-    work = Work(step, device)
+    work = Work(step, args.device)
     warm_up(work)
     interleave([work], args.rounds)
     kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
