@@ -64,6 +64,14 @@ def _referred_gain(side, shift):
 
 
 @triton.jit
+def _refer_gain(side, shift):
+    """The same, and infinite where the normaliser lies so far from the shift that exponentials might underflow."""
+    own_shift, rest, gain = side
+    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) & (rest != _INF) & (gain != 0)
+    return tl.where(far, _INF, _referred_gain(side, shift))
+
+
+@triton.jit
 def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
     """The largest normaliser is the shift, if the others are near; gains are referred to it."""
     high = -_INF
@@ -179,4 +187,4 @@ def _merge_all(shift, total):
     return highest, tl.sum(tl.where(total == 0, 0.0, total * tl.exp(shift - highest[None, :])), 0)
 
 
-EXPONENTIAL = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)
+EXPONENTIAL = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)

@@ -28,6 +28,10 @@ class PairTerm(NamedTuple):
     #: (row side, col side, scale, bias, center, factor, ROW, COL) -> whether a tile with weights is usual, and what
     #: `usual` needs of it, before there are scores: (line, row gain * factor, col gain * factor)
     refer: Any
+    #: (scale, bias, center, shift) -> the line (slope, offset, unit) of exponentials taken against a shift
+    line: Any
+    #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
+    refer_gain: Any
     #: (scores - center, biases of columns, referred, scale, bias, center, flags, BIASED: there are such biases) -> w *
     #: factor, row shift, row sum, col shift, col sum, which are right if they are fair
     usual: Any

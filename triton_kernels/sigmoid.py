@@ -46,6 +46,16 @@ def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.con
 
 
 @triton.jit
+def _line(scale, bias, center, shift):
+    return 0.0, 0.0, 1.0
+
+
+@triton.jit
+def _refer_gain(side, shift):
+    return side[2]
+
+
+@triton.jit
 def _usual(
     scores, col_bias, referred, scale, bias, center,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
@@ -104,4 +114,4 @@ def _merge_all(shift, total):
     return tl.max(shift, 0), tl.sum(total, 0)
 
 
-SIGMOID = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)
+SIGMOID = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)
