@@ -9,6 +9,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from contrastive_kernels.panels.size import workspace_for
+
 from .cases import DTYPES, Case
 from .results import Row, cpu_flags
 
@@ -145,9 +149,9 @@ def _goals() -> list[Goal]:
 
 
 def memory_bound(case: Case) -> float:
-    """Bytes that a step may take on a GPU beyond its inputs and gradients."""
+    """Bytes that a step may take on a GPU beyond its inputs and gradients: the default workspace and O(N D)."""
     sums = 4 * case.d * min(case.shape) if DTYPES[case.dtype].itemsize == 2 else 0
-    return 64 * 2**20 + sums + 64 * sum(case.shape)
+    return workspace_for(torch.device(case.device)) + sums + 64 * sum(case.shape)
 
 
 def _within_memory(case: Case) -> Goal:

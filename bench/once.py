@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import contrastive_kernels as ck
-from contrastive_kernels.arguments.reduction import DEFAULT_WORKSPACE_BYTES
 
 from .cases import DTYPES, Case, Inputs, make_inputs, precision
 from .check import check_small, evaluate
@@ -25,7 +24,7 @@ from .providers import Provider
 __all__ = ["main", "provider_of"]
 
 
-def provider_of(backend: str, workspace_bytes: int) -> Provider:
+def provider_of(backend: str, workspace_bytes: int | None) -> Provider:
     """Ours on one backend, with a workspace of its own size."""
 
     def build(case: Case, i: Inputs) -> Callable[[], Tensor]:
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--d", type=int, default=72)
-    parser.add_argument("--workspace", type=int, default=DEFAULT_WORKSPACE_BYTES, help="bytes")
+    parser.add_argument("--workspace", type=int, help="bytes; by default what suits the device")
     parser.add_argument("--no-check", action="store_true", help="run only")
     return parser
 

@@ -197,9 +197,9 @@ def check_reduction(reduction: Any) -> str:
     return reduction
 
 
-def check_workspace(workspace_bytes: Any) -> int:
-    """A positive number of bytes."""
-    if type(workspace_bytes) is int and 0 < workspace_bytes <= _LARGEST_INT:
+def check_workspace(workspace_bytes: Any) -> int | None:
+    """A positive number of bytes, or None for what suits the device."""
+    if workspace_bytes is None or (type(workspace_bytes) is int and 0 < workspace_bytes <= _LARGEST_INT):
         return workspace_bytes
     return check_count(workspace_bytes, "workspace_bytes", what="a positive number of bytes")
 

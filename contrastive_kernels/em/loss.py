@@ -126,7 +126,7 @@ class DatasetContrastiveLoss(nn.Module):
         reduction: str = "mean",
         normalize: bool = False,
         backend: str | None = None,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
         self.shape = None if shape is None else check_number(shape, "shape", positive=True)

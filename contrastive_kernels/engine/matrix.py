@@ -14,7 +14,7 @@ from ..arguments.options import DEFAULT_ENGINE, Engine
 from ..backends import Backend
 from ..panels.pairs import Pairs
 from ..panels.panel import in_pieces
-from ..panels.size import Size, multiprocessors, score_dtype
+from ..panels.size import Size, multiprocessors, score_dtype, workspace_for
 from ..panels.terms import PairTerm
 
 __all__ = ["Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
@@ -122,6 +122,11 @@ class Problem:
         return backends.choose(self.engine.backend or None, self.x.device, self.x.dtype)
 
     @property
+    def workspace_bytes(self) -> int:
+        """Bound of the memory that holds panels of scores."""
+        return workspace_for(self.x.device, self.engine.workspace_bytes)
+
+    @property
     def positives(self) -> Positives:
         """Where they lie."""
         return Positives(self.offset, self.index)
@@ -145,7 +150,7 @@ class Problem:
         """What a strategy depends on."""
         x, y = self.x, self.y
         return Size(
-            x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.engine.workspace_bytes,
+            x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
             multiprocessors(x.device),
         )  # fmt: skip
 
@@ -203,7 +208,7 @@ class ScoreMatrix:
             y = backend.operand(y)
             x = y if problem.symmetric else backend.operand(x)
         return cls(
-            term, x, y, params, problem.positives, backend, problem.engine.workspace_bytes,
+            term, x, y, params, problem.positives, backend, problem.workspace_bytes,
             problem.symmetric, problem.col_bias, gradient_dtype, scores, dots=dots,
         )  # fmt: skip
 

@@ -49,7 +49,7 @@ def decomposable(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """The decomposable contrastive loss: InfoNCE as a sum of weighted sub-losses over pairs.
 
@@ -243,7 +243,7 @@ class DecomposableLoss(Loss):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples

@@ -24,7 +24,7 @@ class Loss(nn.Module):
         reduction: str = "mean",
         normalize: bool = False,
         backend: str | None = None,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {

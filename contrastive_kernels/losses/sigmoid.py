@@ -31,7 +31,7 @@ def sigmoid(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """SigLIP's loss: every pair is a binary decision, softplus(-z) for matching pairs and softplus(z) for others.
 
@@ -92,7 +92,7 @@ class SigmoidLoss(Loss):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples

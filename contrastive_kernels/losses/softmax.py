@@ -33,7 +33,7 @@ def info_nce(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """InfoNCE in one direction: each row of ``x`` finds its positive among the rows of ``y``.
 
@@ -57,8 +57,9 @@ def info_nce(
         Divide rows by their Euclidean norm first; otherwise inputs are used as they come.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
-        Bound of the memory that holds panels of scores; 64 MiB by default.
+    workspace_bytes : int, optional
+        Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
+        whichever is less.
 
     Returns
     -------
@@ -106,7 +107,7 @@ def clip_loss(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """CLIP's symmetric loss: the mean of InfoNCE from images to texts and from texts to images.
 
@@ -171,7 +172,7 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """NT-Xent, SimCLR's loss: two views of every sample against all 2N views, each left out of its own denominator.
 
@@ -239,7 +240,7 @@ class InfoNCELoss(Loss):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples
@@ -280,7 +281,7 @@ class ClipLoss(Loss):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples
@@ -329,7 +330,7 @@ class NTXentLoss(Loss):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples

@@ -9,6 +9,7 @@ from .. import backends
 from .._library import define
 from ..engine.search import Search, count, find
 from ..panels.pairs import Pairs
+from ..panels.size import workspace_for
 from ..panels.terms import GUMBEL_MAX, MAXIMUM, RANK
 
 __all__ = ["best_column", "count_ranks"]
@@ -23,13 +24,14 @@ def _best_column(
     col_ids: Tensor | None,
     seed: Tensor | None,
     backend: str,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> Tensor:
     """The column of each row's largest z_ij (with a seed: z_ij + noise) [N] int64, -1 where none is left."""
     term = MAXIMUM if seed is None else GUMBEL_MAX
     chosen = backends.choose(backend or None, x.device, x.dtype, term)
     pairs = Pairs(None, _columns(exclude), row_ids=row_ids, col_ids=col_ids)
-    search = Search(term, x.contiguous(), y.contiguous(), params, pairs, chosen, workspace_bytes, seed)
+    workspace = workspace_for(x.device, workspace_bytes)
+    search = Search(term, x.contiguous(), y.contiguous(), params, pairs, chosen, workspace, seed)
     return find(search)[1]
 
 
@@ -49,7 +51,7 @@ def _count_ranks(
     low: Tensor,
     high: Tensor,
     backend: str,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N]."""
     # float64 bounds ask for float64 scores
@@ -57,7 +59,8 @@ def _count_ranks(
     params = torch.zeros(3, dtype=low.dtype, device=low.device)
     params[0] = 1.0
     pairs, x, y = Pairs(None, _columns(exclude)), x.contiguous(), y.contiguous()
-    search = Search(RANK, x, y, params, pairs, chosen, workspace_bytes, score_dtype=low.dtype)
+    workspace = workspace_for(x.device, workspace_bytes)
+    search = Search(RANK, x, y, params, pairs, chosen, workspace, score_dtype=low.dtype)
     return count(search, low.contiguous(), high.contiguous())
 
 
@@ -67,7 +70,7 @@ def _count_ranks_fake(x, y, exclude, low, high, backend, workspace_bytes):  # ty
 
 best_column = define(
     "best_column(Tensor x, Tensor y, Tensor params, Tensor exclude, Tensor? row_ids, Tensor? col_ids, Tensor? seed, "
-    "str backend, int workspace_bytes) -> Tensor",
+    "str backend, int? workspace_bytes) -> Tensor",
     _best_column_fake,
     _best_column,
 )
@@ -75,7 +78,7 @@ best_column = define(
 
 count_ranks = define(
     "count_ranks(Tensor x, Tensor y, Tensor exclude, Tensor low, Tensor high, str backend, "
-    "int workspace_bytes) -> (Tensor, Tensor)",
+    "int? workspace_bytes) -> (Tensor, Tensor)",
     _count_ranks_fake,
     _count_ranks,
 )

@@ -85,7 +85,7 @@ def _row_blocks(problem: Problem, turned: bool) -> Any:
     n, m = problem.x.shape[0], problem.y.shape[0]
     n, m = (m, n) if turned else (n, m)
     per_row = _TEMPORARIES * score_dtype(problem.x.dtype).itemsize * max(m, 1)
-    return blocks(n, max(1, problem.engine.workspace_bytes // per_row))
+    return blocks(n, max(1, problem.workspace_bytes // per_row))
 
 
 def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, Tensor]:

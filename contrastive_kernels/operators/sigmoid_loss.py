@@ -59,7 +59,7 @@ def _gains(call: Call) -> Tensor:
 
 def _in_one_call(call: Call) -> bool:
     (reduction,), x, y = call.settings, call.problem.x, call.problem.y
-    workspace_bytes = call.problem.engine.workspace_bytes
+    workspace_bytes = call.problem.workspace_bytes
     return reduction != "none" and strategy.fits_one_call(
         call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes
     )

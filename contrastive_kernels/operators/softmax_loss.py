@@ -62,10 +62,9 @@ _WHOLE = Strategy(Place.WHOLE)
 def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -> tuple[Backend, Strategy]:
     """Who computes it, and how."""
     problem, (reduction, both) = call.problem, call.settings
-    x, engine = problem.x, problem.engine
-    backend = problem.backend()
+    backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
     summed = reduction != "none"
-    if summed and strategy.fits_one_call(backend, x.shape[0], problem.y.shape[0], engine.workspace_bytes):
+    if summed and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
         return backend, _WHOLE
     found = find(
         backend,

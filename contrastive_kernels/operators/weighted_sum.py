@@ -98,10 +98,9 @@ def _gains(call: Call) -> list[Tensor]:
 
 
 def _in_one_call(call: Call) -> bool:
-    x, y, engine = call.problem.x, call.problem.y, call.problem.engine
-    backend = call.problem.backend()
+    problem = call.problem
     return call.settings[1] != "none" and strategy.fits_one_call(
-        backend, x.shape[0], y.shape[0], engine.workspace_bytes
+        problem.backend(), problem.x.shape[0], problem.y.shape[0], problem.workspace_bytes
     )
 
 

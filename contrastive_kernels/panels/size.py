@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import cast
 
 import torch
 
@@ -24,6 +25,7 @@ __all__ = [
     "score_dtype",
     "square_side",
     "wave_shape",
+    "workspace_for",
 ]
 
 
@@ -99,6 +101,16 @@ BAND_SHARE = 4
 #: Multiprocessors by compute capability (NVIDIA's data sheets of A100, A40, RTX 4090, H100 SXM, B200, RTX 5090), where
 #: there is no GPU to ask: for plans and the interpreter.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+#: The default workspace of every device but a GPU.
+WORKSPACE = 64 * 2**20
+
+
+#: A GPU's is at most this, and at most this part of its memory. For large batches a panel's products then take hundreds
+#: of microseconds, several times what starting its kernels takes, and the float32 sums are read and written 0.4 times
+#: as often as with 64 MiB (arithmetic: `contrastive_kernels.plan`, docs/roofline.md).
+GPU_WORKSPACE, GPU_SHARE = 512 * 2**20, 64
 
 
 #: Output tiles of the vendor's GEMM on a GPU, which come in waves of one per multiprocessor.
@@ -229,6 +241,30 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU, or an H100's where there is none to ask."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return MULTIPROCESSORS[90]
+    return _gpu(device)[0] if device.type == "cuda" else MULTIPROCESSORS[90]
+
+
+def workspace_for(device: torch.device, given: int | None = None, *, here: bool = True) -> int:
+    """Bytes that hold panels: those that are given, or what suits the device; `here`: it can be asked."""
+    if given is not None:
+        return given
+    if device.type != "cuda":
+        return WORKSPACE
+    return _gpu(device)[1] if here else GPU_WORKSPACE
+
+
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and default workspace of a GPU."""
+    index = cast("int | None", device.index)
+    if index is None and torch.cuda.is_available():  # which GPU is the current one may change
+        index = torch.cuda.current_device()
+    return _gpu_at(index)
+
+
+@lru_cache(maxsize=64)
+def _gpu_at(index: int | None) -> tuple[int, int]:
+    """The same by index; an H100's where there is none to ask."""
+    if not torch.cuda.is_available():
+        return MULTIPROCESSORS[90], GPU_WORKSPACE
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, min(GPU_WORKSPACE, found.total_memory // GPU_SHARE)

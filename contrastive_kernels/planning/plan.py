@@ -11,7 +11,7 @@ from ..arguments.checks import check_backend, check_count, check_device, check_w
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
 from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
-from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype
+from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype, workspace_for
 from .costs import LOSSES, LossSpec
 
 __all__ = ["Pass", "Plan", "plan"]
@@ -136,7 +136,7 @@ def plan(
     loss: str = "clip_loss",
     *,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     capability: int | None = None,
 ) -> Plan:
     """Says what would run for a loss of this size: backend, route, panels, launches and bytes. Computes nothing.
@@ -153,8 +153,8 @@ def plan(
         The loss function's name.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
-        As the losses take it.
+    workspace_bytes : int, optional
+        As the losses take it. The default of a GPU that is not here is 512 MiB.
     capability : int, optional
         Plan for a GPU of this compute capability (90 for 9.0) instead of the one that is here.
 
@@ -196,9 +196,10 @@ def plan(
     chosen = registry.get(name)
     if reasons[chosen.name] is not None:
         raise ValueError(f"backend: {chosen.name!r} cannot serve {dtype} on {device}: {reasons[chosen.name]}")
+    workspace = workspace_for(device, workspace_bytes, here=capability is None)
     count = multiprocessors(device) if capability is None else _multiprocessors(capability)
     pieces = d * dtype.itemsize % 16 == 0
-    size = Size(rows, cols, d, dtype, device, symmetric, workspace_bytes, count, pieces, capability=capability)
+    size = Size(rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
     route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec)
     return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)

@@ -32,7 +32,7 @@ def sample_negatives(
     generator: torch.Generator | None = None,
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """For every row of ``x`` a row of ``y`` drawn in proportion to exp(logit_scale * <x_i, y_j>), never its positive.
 
@@ -58,8 +58,9 @@ def sample_negatives(
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
-        Bound of the memory that holds panels of scores; 64 MiB by default.
+    workspace_bytes : int, optional
+        Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
+        whichever is less.
 
     Returns
     -------
@@ -114,7 +115,7 @@ def hardest_negatives(
     exclude: Tensor | tuple[Tensor, Tensor] | None = None,
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """For every row of ``x`` the row of ``y`` with the largest <x_i, y_j> that is not its positive.
 

@@ -23,7 +23,7 @@ from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
 from ..engine.search import panel_side
 from ..operators.search import count_ranks
-from ..panels.size import score_dtype
+from ..panels.size import score_dtype, workspace_for
 from ..panels.terms import RANK
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]
@@ -69,7 +69,7 @@ def retrieval_metrics(
     positives: int | Tensor | None = None,
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> RetrievalMetrics:
     """Recall@k, median rank and mean reciprocal rank of queries against documents, ordered by <x_i, y_j>.
 
@@ -88,8 +88,9 @@ def retrieval_metrics(
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
-        Bound of the memory that holds panels of scores; 64 MiB by default.
+    workspace_bytes : int, optional
+        Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
+        whichever is less.
 
     Returns
     -------
@@ -123,7 +124,7 @@ def retrieval_metrics(
     """
     cuts = _cut_offs(k)
     x, y = check_features(x, y, ("x", "y"), normalize)
-    options = check_backend(backend), check_workspace(workspace_bytes)
+    options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
     index = _positives(positives, x, y)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed

@@ -37,7 +37,7 @@ class MultimodalContrastiveLoss(nn.Module):
         Divide rows by their Euclidean norm first.
     backend : str, optional
         A backend's name; by default the first that can serve.
-    workspace_bytes : int
+    workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
 
     Examples
@@ -53,7 +53,7 @@ class MultimodalContrastiveLoss(nn.Module):
         *,
         normalize: bool = False,
         backend: str | None = None,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {

@@ -25,7 +25,7 @@ def multimodal_contrastive(
     *,
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
     """The four-way contrastive loss: the mean of InfoNCE from V to T, T to V, V to Va and T to Ta.
 

@@ -33,7 +33,7 @@ def feature_separation(
     return_terms: bool = False,
     normalize: bool = False,
     backend: str | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Deep feature separation: independent features hold what is orthogonal to the shared ones, and are spread out.
 

@@ -17,6 +17,7 @@ import torch
 from bad_values import D, Kind, N
 
 import contrastive_kernels as ck
+from contrastive_kernels.panels import size
 
 X, Y, VECTOR, INDEX = torch.eye(N, D), torch.eye(N, D) + 0.5, torch.zeros(N), torch.arange(N)
 SAMPLES = 10
@@ -219,6 +220,19 @@ def complaint_about(argument: str, function: Callable[..., Any], given: dict[str
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]!r}"
     return "taken without a word"
+
+
+@pytest.mark.parametrize("name", [n for n, argument in ARGUMENTS if argument == "workspace_bytes"])
+def test_no_workspace_is_that_of_the_device(name, monkeypatch):
+    """None is the default and is taken; one rule gives all calls their bytes."""
+    assert arguments(CALLABLES[name])["workspace_bytes"].default is None
+    function, given = prepared(name)
+    function(**{**given, "workspace_bytes": None})
+    monkeypatch.setattr(size, "WORKSPACE", 11)
+    monkeypatch.setattr(size, "GPU_WORKSPACE", 11)
+    if not isinstance(function, type):
+        with pytest.raises(ValueError, match=r"workspace_bytes: expected at least .*; got 11"):
+            function(**given)
 
 
 def test_an_unknown_argument_is_found_out():

@@ -19,6 +19,7 @@ from bench.cases import Case, Inputs, make_inputs
 from bench.formulas import BLOCKED, DENSE, call_directly
 from bench.providers import Provider, get, providers, register
 from bench.run import Session, grouped
+from contrastive_kernels.panels.size import workspace_for
 from contrastive_kernels.planning.costs import LOSSES
 
 PEERS = {
@@ -318,7 +319,7 @@ def test_goals_of_a_gpu_compare_with_their_bounds():
         assert (case.device, case.dtype) == ("cuda", "bfloat16")
         slow = {"memeff": 3.0, "inf-cl": 9.0, "dense": 2.0, "siglip-kernel": 1.5}.get(name, 1.0)
         faster = 0.7 if case.frozen_y or case.loss != "clip_loss" else 1.0
-        return {"best_s": slow * faster, "floor_fraction": 0.8, "peak_bytes": 2**20 * 100}
+        return {"best_s": slow * faster, "floor_fraction": 0.8, "peak_bytes": 2**20 * 600}
 
     figures = {text: goal.value(row) for text, goal in by_text.items()}
     assert figures[f"clip_loss, {at}: of its 4 products"] == 0.8
@@ -328,9 +329,9 @@ def test_goals_of_a_gpu_compare_with_their_bounds():
     assert figures["clip_loss, N = 256, D = 768: of dense's time"] == 0.5
     memory_of = by_text["clip_loss, N = 4,096, D = 768: peak memory beyond inputs and gradients"]
     assert memory_of.value(row) > 1 and memory_of.verdict(1.01) == "not met"
-    small, wide = Case("clip_loss", 1000, 64, dtype="bfloat16"), Case("clip_loss", 1000, 64)
+    small, wide = (Case("clip_loss", 1000, 64, dtype=dtype, device="cuda") for dtype in ("bfloat16", "float32"))
     assert goals.memory_bound(small) - goals.memory_bound(wide) == 4 * 64 * 1000
-    assert goals.memory_bound(wide) == 2**26 + 64 * 2000
+    assert goals.memory_bound(wide) == workspace_for(torch.device("cuda")) + 64 * 2000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

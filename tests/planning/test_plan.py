@@ -20,6 +20,7 @@ import contrastive_kernels as ck
 from contrastive_kernels.backends import cpu, cuda, registry
 from contrastive_kernels.engine import strategy
 from contrastive_kernels.engine.overlap import Overlap
+from contrastive_kernels.panels import size as sizes
 from contrastive_kernels.panels.size import PanelBytes, blocks_of, square_side, wave_shape
 from contrastive_kernels.planning.costs import LOSSES
 
@@ -80,7 +81,7 @@ def test_plan_for_a_gpu_that_is_not_here(loss, dtype):
     spec = LOSSES[loss]
     assert plan.products == spec.products
     assert len(plan.passes) == spec.passes
-    assert plan.workspace_bytes <= 64 * MIB
+    assert plan.workspace_bytes <= 512 * MIB
     assert set(plan.reasons) == set(ck.list_backends())
     assert plan.reasons[plan.backend] is None
     assert plan.passes[-1].name == "weigh" and plan.passes[-1].panel[0] >= 1024
@@ -227,7 +228,7 @@ def test_routes_of_the_cuda_backend(d, dtype, capability, route, monkeypatch):
     assert weighed.launches == (4 + in_memory) * weighed.panels
     rows, cols = reduced.panel
     assert reduced.bytes == reduced.panels * ((rows + cols) * d * dtype.itemsize + in_memory * 2 * 4 * rows * cols)
-    assert plan.workspace_bytes <= 64 * MIB
+    assert plan.workspace_bytes <= 512 * MIB
     assert rows * cols > (8 if route is cuda.PORTABLE else 100) * MIB, "scores take the workspace where they are stored"
 
 
@@ -271,6 +272,59 @@ def test_launches_are_those_of_the_plan():
     assert len(counts) >= 3
     for case, (planned, counted) in counts.items():
         assert planned == counted, case
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes GPUs of these many GiB and multiprocessors be here; the last is the current one."""
+
+    def install(*found):
+        def properties(device):
+            assert isinstance(device, int)
+            asked.append(device)
+            memory, count = found[device]
+            return types.SimpleNamespace(total_memory=memory * 2**30, multi_processor_count=count)
+
+        sizes._gpu_at.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: len(found) - 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        return asked
+
+    asked = []
+    yield install
+    sizes._gpu_at.cache_clear()
+
+
+def test_the_default_workspace_suits_the_device(gpus):
+    """64 MiB; of a GPU 512 MiB or 1/64 of its memory; what is given goes first. A GPU is asked once."""
+    if not torch.cuda.is_available():
+        assert sizes.workspace_for(torch.device("cuda:0")) == sizes.workspace_for(torch.device("cuda")) == 512 * MIB
+    for device in ("cpu", "meta", "mps"):
+        assert sizes.workspace_for(torch.device(device)) == 64 * MIB
+    asked = gpus((8, 40), (24, 128), (141, 132))
+    for _ in range(2):
+        for index, expected in ((0, 128), (1, 384), (2, 512), (None, 512)):
+            device = torch.device("cuda") if index is None else torch.device("cuda", index)
+            assert sizes.workspace_for(device) == expected * MIB
+            assert sizes.workspace_for(device, 10) == 10
+            assert sizes.workspace_for(device, here=False) == 512 * MIB
+            assert sizes.multiprocessors(device) == (40, 128, 132, 132)[3 if index is None else index]
+    assert asked == [0, 1, 2]
+
+
+def test_a_plan_shows_the_default_workspace(gpus):
+    def sizes_like(loss, n, **device):
+        """Powers of two of MiB whose plan is that of the default."""
+        problem = {"n": n, "d": 512, "loss": loss, "backend": "torch", **device}
+        plan = ck.plan(**problem)
+        return [2**k for k in range(4, 11) if ck.plan(**problem, workspace_bytes=2**k * MIB) == plan]
+
+    assert sizes_like("info_nce", 20000)[0] == 64, "the smallest that holds a band of so many columns"
+    assert sizes_like("info_nce", 40000)[-1] == 64, "the largest that does not"
+    gpus((8, 40))
+    assert sizes_like("clip_loss", 65536, device="cuda:0") == [128]
+    assert sizes_like("clip_loss", 65536, device="cuda:0", capability=90) == [512], "another GPU"
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
