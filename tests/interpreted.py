@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py panels | float32 | float16 | bfloat16 | hostile | launches
+    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
@@ -14,6 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -113,13 +114,58 @@ class OnScores:
         self.backend.weight_panel(term, self._given(panel))
 
 
-def panels() -> list[str]:
+class Persistently(OnScores):
+    """The same by persistent_kernel with this tile; rows are padded to what the TMA unit copies."""
+
+    def __init__(self, tile: Any) -> None:
+        super().__init__()
+        self.tile = tile
+
+    def _given(self, panel: Panel) -> Panel:
+        from contrastive_kernels._triton.launch import Scratch
+
+        given = super()._given(panel)
+        given.scratch = torch.full((sum(Scratch.of(self.tile.part, *panel.scores.shape)),), torch.nan)
+        given.x, given.y = (torch.nn.functional.pad(t, (0, -t.shape[1] % 4)) for t in (given.x, given.y))
+        return given
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        given = self._given(panel)
+        rows, cols = panel.weights.shape
+        given.weights = torch.full((rows, cols + -cols % 8), torch.nan, dtype=panel.weights.dtype)[:, :cols]
+        self.backend.weight_panel(term, given)
+        panel.weights.copy_(given.weights)
+
+
+def persistent() -> list[str]:
+    """The cases of panels(), in tiles of one to four parts."""
+    from contrastive_kernels._triton import configs, launch, persistent_launch
+
+    chosen, failures = launch._persistent_tile, []
+    started = []
+    start = persistent_launch.start
+
+    def starting(kernel, *arguments):
+        started.append(kernel)
+        start(kernel, *arguments)
+
+    persistent_launch.start = starting
+    for tile in (configs.PersistentTile(64, 64, 32, 4, 1), configs.PersistentTile(32, 128, 32, 4, 1, parts=4)):
+        launch._persistent_tile = lambda *_, tile=tile: tile
+        failures += [f"{tile}: {failure}" for failure in panels(Persistently(tile))]
+    launch._persistent_tile = chosen
+    persistent_launch.start = start
+    assert len(started) > 100
+    return failures
+
+
+def panels(backend: OnScores | None = None) -> list[str]:
     """What fails of the cases that all backends meet, panel by panel."""
     sys.path.insert(0, str(Path(__file__).parent / "backends"))
     import test_panel_pass as tests
     from panels import CASES, Case
 
-    failures, backend = [], OnScores()
+    failures, backend = [], backend or OnScores()
     checks = [tests.test_reduce_panel, tests.test_weights_in_place_and_without_parameter_sums]
     checks += [tests.test_sigmoid_panels]
     for states, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float16)):
@@ -238,7 +284,7 @@ if __name__ == "__main__":
     if what == "launches":
         print(json.dumps(launches()))
         sys.exit()
-    named = {"hostile": hostile, "panels": panels}
+    named = {"hostile": hostile, "panels": panels, "persistent": persistent}
     failed = named[what]() if what in named else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

@@ -1,4 +1,4 @@
-"""The kernel of large panels: programs that stay and take one tile after the other, their operands copied by the TMA unit.
+"""The kernel of large panels: programs stay and take one tile after the other, whose operands the TMA unit copies.
 
 It leaves what score_kernel leaves. The gains of rows and columns are referred to one shift before it starts, so that
 nothing stands between a tile's product and its weights but the loads of two vectors.
@@ -186,8 +186,9 @@ def _finish_part(
         row_gain = tl.load(row_referred_ptr + rows, mask=rows < R, other=0.0)
     if WEIGHTS and COL:
         col_gain = tl.load(col_referred_ptr + cols, mask=cols < C, other=0.0)
+    referred = (line[0], line[1], line[2], line[3], row_gain, col_gain)
     w = finish_tile(
-        scores, complete, usual, pairs, col_bias, (line[0], line[1], line[2], line[3], row_gain, col_gain), scale, bias, center, factor,
+        scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor,
         row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
         TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip

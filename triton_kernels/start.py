@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .score import score_kernel
 
@@ -39,11 +40,13 @@ class Arguments:
         self.key = tuple([_kind(v) if v.__class__ in _PLAIN else (v.dtype, r % 16 == 0) for v, r in zip(values, raw)])
 
 
-_PLAIN: frozenset[Any] = frozenset((type(None), int, float))
+_PLAIN: frozenset[Any] = frozenset((type(None), int, float, TensorDescriptor))
 
 
 def _kind(value: Any) -> object:
-    """What Triton specialises a number by: 1, multiples of 16, and what passes 32 bits."""
+    """What Triton specialises a number by: 1, multiples of 16, and what passes 32 bits; a descriptor by its block."""
+    if value.__class__ is TensorDescriptor:
+        return value.base.dtype, *value.block_shape
     if value.__class__ is not int:
         return value.__class__
     return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value < 0x80000000)

@@ -19,10 +19,10 @@ from .base import Backend, SoftmaxGains, WholeMatrix
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
-#: 12 per tile.
+#: 12 per tile; and 4 per row and column for gains that are referred to a shift.
 _SMALLEST_TILE = 64
 SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 12 / _SMALLEST_TILE**2
-SCRATCH_PER_ROW = 16.0
+SCRATCH_PER_ROW = 20.0
 
 #: The kernels of usual tiles and of the rest, and the one that merges, for a reduce panel and for a weight panel with
 #: sums for params.
