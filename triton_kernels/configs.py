@@ -139,10 +139,10 @@ _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
 #: (family, precision): the persistent tiles of WORKS, for panels that fill the GPU.
 _PERSISTENT: dict[tuple[int, str], tuple[PersistentTile, PersistentTile, PersistentTile, PersistentTile]] = {
     (90, "16-bit"): (
-        PersistentTile(128, 256, 64, 8, 3),
-        PersistentTile(128, 256, 64, 8, 3),
-        PersistentTile(128, 256, 64, 8, 3),
-        PersistentTile(128, 128, 64, 4, 2, parts=4, programs=2),
+        PersistentTile(128, 128, 64, 4, 3, programs=2),
+        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
+        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
+        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import LOG2_E, PairTerm, exp2, reciprocal
+from .pair_terms import LOG2_E, PairTerm, exp2, multiply_add, reciprocal
 
 __all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
 
@@ -26,6 +26,22 @@ def _log1p_unit(e):
     """log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)): relative error below 4e-7 also where e is tiny."""
     t = e / (2.0 + e)
     return t * _artanh_series(t)
+
+
+#: Factors 1 + e of at most 2 whose product is far from overflowing.
+_FACTORS = tl.constexpr(64)
+
+
+@triton.jit
+def _join(a, b):
+    """(1 + a) (1 + b) - 1, to the last digits also where both are tiny."""
+    return multiply_add(a, b, a + b)
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for u >= 0."""
+    return tl.where(u < 1.0, _log1p_unit(tl.minimum(u, 1.0)), tl.log(1.0 + u))
 
 
 @triton.jit
@@ -60,28 +76,24 @@ def _usual(
     scores, col_bias, referred, scale, bias, center,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """In units of log 2; one reciprocal serves the sigmoid's quotient 1 / (1 + e) and the logarithm's e / (2 + e)."""
+    """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
     offset = (bias + scale * center) * LOG2_E
     if BIASED:
         z = scores * (scale * LOG2_E) + (col_bias * LOG2_E + offset)[None, :]
     else:
         z = scores * (scale * LOG2_E) + offset
-    e = exp2(-tl.abs(z))
-    one, two = 1.0 + e, 2.0 + e
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
-    w = e
+    w = z
     if STATISTICS:
-        product = reciprocal(one * two)
-        t = e * (product * one)
-        quotient = product * two
-        soft = t * _artanh_series(t)
-        row_sum = tl.sum(tl.maximum(z, 0.0) * (1.0 / LOG2_E) + soft, 1)
-    else:
-        quotient = reciprocal(one)
-    if WEIGHTS:
-        w = tl.where(z >= 0, quotient, e * quotient) * referred[4][:, None]
+        e = exp2(-tl.abs(z))
+        factors: tl.constexpr = min(scores.shape[1], _FACTORS)
+        parts = tl.reshape(e, [scores.shape[0], scores.shape[1] // factors, factors])
+        product = tl.reduce(parts, 2, _join)
+        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + tl.sum(_log1p(product), 1)
+    if WEIGHTS:  # another exponential takes less than to choose by z's sign
+        w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
     return w, rows, row_sum, cols, cols
 
 
