@@ -124,8 +124,10 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
 
     `whole`: all rows, for columns have normalisers too.
     """
+    if not backend.score_tile:
+        return None
     smallest = panel_bytes(backend, size, True).of(SMALLEST_PANEL, SMALLEST_PANEL)
-    if not backend.score_tile or smallest > size.workspace_bytes:  # refused alike with and without gradients
+    if smallest > size.workspace_bytes:  # refused alike with and without gradients
         return None
     score, share = score_dtype(size.dtype), size.workspace_bytes // BAND_SHARE
     beside = panel_bytes(backend, replace(size, band=True), True)
@@ -159,7 +161,7 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     if size.dtype == scores:
         return PanelBytes(per_score, route.scratch_per_row, route.scratch_per_row)
     if backend.native_operands:  # a block of sums
-        block = size.features * scores.itemsize * weighs
+        block = (scores.itemsize if weighs else 0) * size.features
         return PanelBytes(per_score, block + route.scratch_per_row, route.scratch_per_row)
     # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
     return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
