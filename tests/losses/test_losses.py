@@ -92,6 +92,20 @@ def test_sum(problem, loss, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_of_small_losses_keeps_their_digits(backend):
+    """Z = 1.001: a row's loss is the difference of u Z, log u and 1, and the sum that of the rows."""
+    n, scale = 1024, torch.tensor(1e-3)
+    x, y = (torch.randn(k, 3, generator=torch.Generator().manual_seed(k)) for k in (n, 1))
+    require(backend, make_inputs(BY_NAME["base"], torch.float32))
+    rules = {"positive_logits": torch.randn(n, generator=torch.Generator().manual_seed(0)), "negative_scale": 1e-3}
+    _, log_z = ck.reference.decomposable(x, y, scale, torch.zeros(n), return_log_normalizer=True, **rules)
+    truth = ck.reference.decomposable(x.double(), y.double(), scale, log_z.double(), reduction="sum", **rules)
+    ours = ck.decomposable(x, y, scale, log_z, reduction="sum", backend=backend, **rules)
+    rounding = torch.finfo(torch.float32).eps  # of each row's 1
+    assert abs(ours.double() - truth) <= UNITS * rounding * n**0.5, (ours, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if set(p.losses) & set(DECOMPOSABLE)], ids=lambda p: p.name)
 def test_returned_normalizers(problem, backend):
     """return_log_normalizer gives the batch's own log Z, with gradients (one pass) and without (a reduction)."""
