@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,7 @@ def losses(dtype):
                     continue
                 options = engine_options(inputs, loss, backend)
                 for reduction in ("mean", "none"):
-                    found.append(
-                        lambda i=inputs, l=loss, r=reduction, o=options: run(ck, i, l, dtype, reduction=r, **o)
-                    )
+                    found.append(partial(run, ck, inputs, loss, dtype, reduction=reduction, **options))
     return found
 
 
