@@ -71,6 +71,21 @@ static void make_finite(float* shift, int64_t n) {
   for (int64_t i = 0; i < n; ++i) shift[i] = finite_shift(shift[i]);
 }
 
+// A row of nothing gets its normaliser: against 0 the gain might overflow, and infinity times nothing is NaN.
+static void make_finite(float* shift, const float* normalizer, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float otherwise = normalizer[i] - normalizer[i] == 0.0f ? normalizer[i] : 0.0f;
+    shift[i] = shift[i] == -__builtin_inff() ? otherwise : shift[i];
+  }
+}
+
+// Shifts from maxima; of a weight panel, `normalizer` has the rounded normalisers.
+template <bool SUMS, bool WEIGHTS>
+static void shifts_from_maxima(float* shift, const float* normalizer, int64_t n) {
+  if (!SUMS) return copy(normalizer, n, shift);
+  WEIGHTS ? make_finite(shift, normalizer, n) : make_finite(shift, n);
+}
+
 static void refer_gains(const Side& side, int64_t first, const float* shift, float* out, int64_t n) {
   const float* __restrict gain = side.gain + first;
   const float* __restrict normalizer_shift = side.normalizer_shift + first;
@@ -137,11 +152,11 @@ static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s) {
   if (WEIGHTS && Term::kRow) round_normalizers(p.row, c.row0, s.row_gain, c.rows, normalizers);
   if (WEIGHTS && Term::kCol) round_normalizers(p.col, c.col0, s.col_gain, c.cols, normalizers);
   if (Term::kRow) {
-    SUMS ? make_finite(s.row_shift, c.rows) : copy(s.row_gain, c.rows, s.row_shift);
+    shifts_from_maxima<SUMS, WEIGHTS>(s.row_shift, s.row_gain, c.rows);
     extend(shifts, s.row_shift, c.rows);
   }
   if (Term::kCol) {
-    SUMS ? make_finite(s.col_shift, c.cols) : copy(s.col_gain, c.cols, s.col_shift);
+    shifts_from_maxima<SUMS, WEIGHTS>(s.col_shift, s.col_gain, c.cols);
     extend(shifts, s.col_shift, c.cols);
   }
   const bool common = share_shift(shifts.low, shifts.high, normalizers.low);

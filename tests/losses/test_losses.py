@@ -13,6 +13,7 @@ from problems import (
     DECOMPOSABLE,
     PROBLEMS,
     Inputs,
+    Problem,
     differentiable,
     engine_options,
     make_inputs,
@@ -89,6 +90,24 @@ def test_sum(problem, loss, backend):
     inputs = make_inputs(BY_NAME[problem], torch.float32)
     require(backend, inputs)
     assert_outcome(inputs, loss, "sum", run(ck, inputs, loss, torch.float32, reduction="sum", backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", DECOMPOSABLE)
+@pytest.mark.parametrize("n", [1, 65])
+def test_a_panel_without_negatives_beside_small_normalizers(n, loss, backend):
+    """Logits of -100, and a last panel that holds the last row's positive alone: gains above 1 must not overflow."""
+    problem = Problem("lone", "", n=n, d=1, scale=-100.0, features="identical", small_panels=True, losses=(loss,))
+    inputs = make_inputs(problem, torch.float32)
+    require(backend, inputs)
+    options = engine_options(inputs, loss, backend)
+    leaves = [v.clone().requires_grad_() for v in (inputs.x, inputs.y, inputs.scale)]
+    value = inputs.call(ck, loss, *leaves, 0.0, reduction="none", **options)
+    value.backward(torch.full_like(value, 8.0))
+    want = [v.detach().double().requires_grad_() for v in leaves]
+    inputs.call(ck.reference, loss, *want, 0.0, reduction="none").backward(torch.full((n,), 8.0, dtype=torch.float64))
+    for a, b in zip(leaves, want):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
