@@ -15,8 +15,8 @@ BACKENDS = tuple(name for name in CPU_BACKENDS if ck.why_not(name, torch.zeros(1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
-#: Small primes, and the neighbours of what a register, a stripe or the smallest panel holds.
-ROWS = (0, 1, 2, 3, 5, 7, 13, 31, 61, 63, 64, 65, 67, 97, 127, 128, 129, 131, 193)
+#: Small primes, and the neighbours of what a register, a stripe or the smallest panel (64) holds: half are several panels.
+ROWS = (1, 0, 2, 3, 5, 7, 13, 31, 61, 63, 64, 65, 67, 71, 97, 101, 113, 127, 128, 129, 130, 131, 193)
 FEATURES = (1, 2, 3, 5, 7, 13, 16, 31, 64, 97, 128)
 SCALES = (1e-3, 0.03, 0.5, 1.0, 3.0, 14.3, 50.0, 100.0, 300.0, 1000.0, 0.0, -0.03, -1.0, -14.3, -1000.0)
 UNIT = ("random", "random", "identical", "opposed", "common", "solved")
@@ -24,7 +24,7 @@ UNIT = ("random", "random", "identical", "opposed", "common", "solved")
 LARGE = ("normal", "huge", "outliers", "equal", "shifted")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "misaligned", "strided", "expanded")
 #: Multiples of the smallest workspace, and the usual one (0).
-WORKSPACES = (0, 0, 1, 1, 1.3, 2, 4, 9)
+WORKSPACES = (0, 1, 1, 1, 1.3, 2, 4, 9)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
     if loss in ONE_WAY:
         kind = draw(st.sampled_from(("offset", "index")))
         if kind == "index" and n:
-            positives, m = "index", draw(st.sampled_from(ROWS[1:]))
+            positives, m = "index", draw(st.sampled_from([rows for rows in ROWS if rows]))
         else:
             positives = draw(st.sampled_from((None, 0, 1, 5, 64)))
             m = n + (positives or 0) + draw(st.sampled_from((0, 1, 2, 3, 31, 67)))
