@@ -15,7 +15,7 @@ BACKENDS = tuple(name for name in CPU_BACKENDS if ck.why_not(name, torch.zeros(1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
-#: Small primes, and the neighbours of what a register, a stripe or the smallest panel (64) holds: half are several panels.
+#: Small primes, and the neighbours of what a register, a stripe or the smallest panel (64) holds: half need several.
 ROWS = (1, 0, 2, 3, 5, 7, 13, 31, 61, 63, 64, 65, 67, 71, 97, 101, 113, 127, 128, 129, 130, 131, 193)
 FEATURES = (1, 2, 3, 5, 7, 13, 16, 31, 64, 97, 128)
 SCALES = (1e-3, 0.03, 0.5, 1.0, 3.0, 14.3, 50.0, 100.0, 300.0, 1000.0, 0.0, -0.03, -1.0, -14.3, -1000.0)
