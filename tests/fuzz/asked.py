@@ -162,9 +162,7 @@ def assert_near(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor, flo
         return
     tolerance.assert_accurate(name, ours, truth, torch_error, 4 * floor)
     error, allowed = (ours.double() - truth).abs().item(), (2 * torch_error + floor).sum().item()
-    assert error <= allowed, (
-        f"{name}: got {ours.item():.9g}, expected {truth.item():.9g}; {error:.3g} > {allowed:.3g}"
-    )
+    assert error <= allowed, f"{name}: got {ours.item():.9g}, expected {truth.item():.9g}; {error:.3g} > {allowed:.3g}"
 
 
 def fits(truth: Outcome, dtype: torch.dtype) -> bool:

@@ -170,7 +170,7 @@ class Case:
         return floors, rounding.max().item() if rounding.numel() else score_eps
 
 
-@fuzzed(40, step=steps(), way=ways_of("info_nce"))
+@fuzzed(30, step=steps(), way=ways_of("info_nce"))
 def test_data_set_loss(step, way):
     """A step of stochastic EM, whatever the memory has met."""
     case = Case(step, way)

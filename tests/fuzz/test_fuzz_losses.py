@@ -7,7 +7,7 @@ from drawn import loss_cases
 from fuzzing import fuzzed
 
 
-@fuzzed(100, case=loss_cases())
+@fuzzed(80, case=loss_cases())
 def test_losses(case):
     """Value and gradients of every loss."""
     assert_right(*case)

@@ -123,7 +123,7 @@ def ask(search: Search, way: Way, function, *more, several=False, excluded=True,
         return x, y, call(workspace_of(way, call))
 
 
-@fuzzed(40, search=searches(), way=ways_of())
+@fuzzed(30, search=searches(), way=ways_of())
 def test_hardest_negatives(search, way):
     """The largest score, and the first of equal ones where scores are exact."""
     x, y, found = ask(search, way, ck.hardest_negatives)
@@ -143,7 +143,7 @@ def rounding(x: torch.Tensor, y: torch.Tensor, way: Way) -> float:
     return UNITS * torch.finfo(score_dtype(way.dtype)).eps * lengths[0] * lengths[1]
 
 
-@fuzzed(40, search=searches(), way=ways_of(), seed=st.integers(0, 1000))
+@fuzzed(30, search=searches(), way=ways_of(), seed=st.integers(0, 1000))
 def test_sampled_negatives(search, way, seed):
     """The largest of scale * score + the documented noise."""
     x, y, found = ask(search, way, ck.sample_negatives, search.scale, seed=seed)
@@ -155,7 +155,7 @@ def test_sampled_negatives(search, way, seed):
     assert_largest(found, search.scale * dense_scores(x, y, way) + noise, left_out(search, n, m), slack)
 
 
-@fuzzed(40, search=searches(), way=ways_of())
+@fuzzed(30, search=searches(), way=ways_of())
 def test_retrieval_metrics(search, way):
     """Every rank, exactly, and what is made of ranks."""
     way = replace(way, normalize=way.normalize and not search.integers)  # whose ties rounding would break
