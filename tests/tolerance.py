@@ -163,7 +163,7 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     rows = of_value.sum(1) + (of_value.sum(0) if two_way else 0.0)
     of_result = value.abs()
     if loss.startswith("decomposable"):  # the value is a small difference of uZ, log u and 1
-        of_result = of_result + (1.0 if inputs.weight is None else inputs.weight.double().max())
+        of_result = of_result + (1.0 if inputs.weight is None or not len(x) else inputs.weight.double().max())
     by_x, by_y = contributions(eps).sum(1), contributions(eps).sum(0)
     if loss == "nt_xent":  # row i of either view, as an anchor and as a candidate
         by_x, by_y = (by_x + by_y).view(2, -1)
