@@ -2,7 +2,7 @@
 # Another Python: make PYTHON=/path/to/python3 test. Another torch: pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel gpu clean
+.PHONY: help demo test fuzz sanitize soak lint bench wheel gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -20,13 +20,25 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp tests/cuda_emulator/*)
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-6s  %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-8s  %s\n", $$1, $$2}'
 
 demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pairs: the fused loss against the dense one
 	$(PY) examples/demo.py
 
 test: $(VENV)/.with-dev $(VENV)/.extension  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
+
+# The long forms of what make test does in seconds. One process: several of them may run side by side.
+LONG := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -p no:cacheprovider -q -s
+
+fuzz: $(VENV)/.with-dev $(VENV)/.extension  ## random problems against the float64 definitions; FUZZ_SECONDS=3600
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(LONG) tests/fuzz
+
+sanitize: $(VENV)/.with-dev $(VENV)/.extension  ## AddressSanitizer, UBSan, ThreadSanitizer on the C++; SANITIZE_ROUNDS=5
+	SANITIZE_ROUNDS=$${SANITIZE_ROUNDS:-5} $(LONG) tests/backends/test_sanitizers.py
+
+soak: $(VENV)/.with-dev $(VENV)/.extension  ## many threads, 20,000 calls, deaths of processes; SOAK_CALLS=20000
+	SOAK_CALLS=$${SOAK_CALLS:-20000} $(LONG) tests/soak tests/em/test_storage_deaths.py
 
 lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy, zizmor
 	@$(IN_VENV); bad=0; \

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -37,11 +37,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-@cache
-def extension() -> ModuleType:
-    """The extension with emulated CUDA: addresses are the CPU's, and so are the kernels."""
+def build(kind: str, flags: Sequence[str] = ()) -> Path:
+    """The extension with emulated CUDA, compiled and linked with further flags."""
     setup = load_setup()
-    folder = Path("build", f"emulated-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+    folder = Path("build", f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     emulate = ["-x", "c++", "-include", "tests/cuda_emulator/cuda_runtime.h", "-Itests/cuda_emulator"]
     emulate += ["-Wno-unknown-pragmas", "-DCK_CUDA_ARCHITECTURES=emulated"]
@@ -51,13 +50,21 @@ def extension() -> ModuleType:
             toolchain = setup.find_toolchain()
         except setup.CompileError as error:
             pytest.skip(str(error))
+        toolchain = toolchain._replace(cxx=[*toolchain.cxx, *flags])
         units = [*setup.binding_units(), *setup.cpu_units(toolchain)]
         units += [setup.Unit(path, "cxx", emulate) for path in kernels]
         units += [setup.Unit(Path("tests/cuda_emulator/emulator.cpp"), "cxx", [])]
         build_file = folder / "build.ninja"
         (ROOT / build_file).write_text(setup.ninja_file(toolchain, None, units, folder, target))
         setup.run_ninja(build_file)
-    spec = importlib.util.spec_from_file_location("emulated._C", ROOT / target)
+    return ROOT / target
+
+
+@cache
+def extension() -> ModuleType:
+    """The extension with emulated CUDA: addresses are the CPU's, and so are the kernels."""
+    path = os.environ.get("EMULATED_EXTENSION") or build("emulated")
+    spec = importlib.util.spec_from_file_location("emulated._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

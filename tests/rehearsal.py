@@ -28,24 +28,26 @@ LEFT_OUT = (
     "own_kernels",
 )
 CHANGES = {
-    'torch.device("cuda")': 'torch.device("cpu")',
-    "if not torch.cuda.is_available():": "if False:",
-    'if name != "cpu"]': 'if name in ("cpu", "torch")]',
-    'if name != "torch"]': 'if name == "cpu"]',
+    "device.py": {'torch.device("cuda")': 'torch.device("cpu")'},
+    "backends/test_gpu.py": {
+        "if not torch.cuda.is_available():": "if False:",
+        'if name != "cpu"]': 'if name in ("cpu", "torch")]',
+        'if name != "torch"]': 'if name == "cpu"]',
+    },
 }
 
 
 def rehearse(options: list[str]) -> int:
-    """Runs the changed copy; pytest's exit status."""
-    text = (TESTS / "backends/test_gpu.py").read_text()
-    for old, new in CHANGES.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
+    """Runs changed copies; pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "test_gpu_rehearsal.py"
-        copy.write_text(text)
+        for name, changes in CHANGES.items():
+            text = (TESTS / name).read_text()
+            for old, new in changes.items():
+                assert text.count(old) == 1, old
+                text = text.replace(old, new)
+            (Path(folder) / Path(name).name).write_text(text)
         sys.path.insert(0, str(TESTS))
-        command = [str(copy), "-c", str(TESTS.parent / "pyproject.toml"), "-p", "conftest"]
+        command = [str(Path(folder) / "test_gpu.py"), "-c", str(TESTS.parent / "pyproject.toml"), "-p", "conftest"]
         command += ["-q", "-p", "no:cacheprovider", "-k", " and ".join(f"not {name}" for name in LEFT_OUT)]
         return int(pytest.main([*command, *options]))
 

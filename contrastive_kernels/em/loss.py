@@ -271,7 +271,10 @@ class DatasetContrastiveLoss(nn.Module):
         weight = row_weights(weight, len(x), x)
         if negatives < 1:
             nothing = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            alone = reduce_losses(nothing, None, self.reduction) + (x[:0].sum() + y[:0].sum()).to(nothing.dtype)
+            alone = reduce_losses(nothing, None, self.reduction)
+            # a gradient of zero: data parallelism wants every parameter used
+            for used in (x, y, logit_scale, positive_logits):
+                alone = alone + used.reshape(-1)[:0].sum().to(alone.dtype) if isinstance(used, Tensor) else alone
             return alone, torch.full_like(expectation.log_mean, -torch.inf)
         z_pos, notional = batch.positive_scores(), self._notional(negatives)
         log_z, counted = row_normalizers(self, batch, expectation, z_pos, notional)

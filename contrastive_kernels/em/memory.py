@@ -421,6 +421,7 @@ class NormalizerMemory(Tables):
 
 def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
     """Where each row's sample occurs last [N], and whether the row is that one [N]; the same in every run."""
+    index = index.contiguous()
     ordered, order = torch.sort(index, stable=True)
     last = order[torch.searchsorted(ordered, index, right=True) - 1]
     return last, last == torch.arange(len(index), device=index.device)

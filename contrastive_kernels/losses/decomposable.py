@@ -176,9 +176,8 @@ def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: s
     """sum_i gain_i (constant_i - excess); without gains the mean, or the sum."""
     if gain is not None:
         return (gain * (constant - excess)).sum()
-    n = constant.shape[0]
-    if reduction == "sum" or n == 0:
-        return constant.sum() - n * excess
+    if reduction == "sum" or constant.shape[0] == 0:
+        return (constant - excess).sum()  # a row at a time: n would cost the digits of small losses
     return constant.mean() - excess
 
 

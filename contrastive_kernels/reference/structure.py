@@ -209,6 +209,8 @@ def ranks(x: Tensor, y: Tensor, positives: Tensor) -> Tensor:
     Tensor
         Ranks from 0, [N] int64; -1 for a query without positives.
     """
+    if not len(y):
+        return torch.full((len(x),), -1, device=x.device)
     scores = x @ y.T
     is_positive = (positives[:, :, None] == torch.arange(len(y), device=y.device)).any(1)
     best = scores.masked_fill(~is_positive, -torch.inf).amax(1, keepdim=True)

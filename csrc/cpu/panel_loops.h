@@ -71,6 +71,24 @@ static void make_finite(float* shift, int64_t n) {
   for (int64_t i = 0; i < n; ++i) shift[i] = finite_shift(shift[i]);
 }
 
+// The same where gains follow: a row of nothing that shares no shift gets its normaliser. Against 0 the gain might
+// overflow, and infinity times nothing is NaN.
+static void make_finite(float* shift, const float* normalizer, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float otherwise = normalizer[i] - normalizer[i] == 0.0f ? normalizer[i] : 0.0f;
+    shift[i] = shift[i] == -__builtin_inff() ? otherwise : shift[i];
+  }
+}
+
+// The range of shifts, a row of nothing as 0.
+static void extend_finite(Range& range, const float* shift, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = finite_shift(shift[i]);
+    range.low = v < range.low ? v : range.low;
+    range.high = v > range.high ? v : range.high;
+  }
+}
+
 static void refer_gains(const Side& side, int64_t first, const float* shift, float* out, int64_t n) {
   const float* __restrict gain = side.gain + first;
   const float* __restrict normalizer_shift = side.normalizer_shift + first;
@@ -137,17 +155,20 @@ static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s) {
   if (WEIGHTS && Term::kRow) round_normalizers(p.row, c.row0, s.row_gain, c.rows, normalizers);
   if (WEIGHTS && Term::kCol) round_normalizers(p.col, c.col0, s.col_gain, c.cols, normalizers);
   if (Term::kRow) {
-    SUMS ? make_finite(s.row_shift, c.rows) : copy(s.row_gain, c.rows, s.row_shift);
-    extend(shifts, s.row_shift, c.rows);
+    if (!SUMS) copy(s.row_gain, c.rows, s.row_shift);
+    SUMS ? extend_finite(shifts, s.row_shift, c.rows) : extend(shifts, s.row_shift, c.rows);
   }
   if (Term::kCol) {
-    SUMS ? make_finite(s.col_shift, c.cols) : copy(s.col_gain, c.cols, s.col_shift);
-    extend(shifts, s.col_shift, c.cols);
+    if (!SUMS) copy(s.col_gain, c.cols, s.col_shift);
+    SUMS ? extend_finite(shifts, s.col_shift, c.cols) : extend(shifts, s.col_shift, c.cols);
   }
   const bool common = share_shift(shifts.low, shifts.high, normalizers.low);
   if (common) {
     fill(s.row_shift, c.rows, shifts.high);
     fill(s.col_shift, c.cols, shifts.high);
+  } else if (SUMS) {
+    if (Term::kRow) WEIGHTS ? make_finite(s.row_shift, s.row_gain, c.rows) : make_finite(s.row_shift, c.rows);
+    if (Term::kCol) WEIGHTS ? make_finite(s.col_shift, s.col_gain, c.cols) : make_finite(s.col_shift, c.cols);
   }
   if (WEIGHTS && Term::kRow) refer_gains(p.row, c.row0, s.row_shift, s.row_gain, c.rows);
   if (WEIGHTS && Term::kCol) refer_gains(p.col, c.col0, s.col_shift, s.col_gain, c.cols);

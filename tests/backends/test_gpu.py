@@ -6,18 +6,19 @@ tests that need nothing of CUDA on the CPU.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from problems import ALL, BY_NAME, PROBLEMS, Inputs, Outcome, engine_options, make_inputs, run
-from tolerance import assert_outcome
+from device import DEVICE, features_near, named, on_cpu, on_gpu, product, require, tensor_cores
+from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
+from tolerance import assert_outcome, rms
 
 import contrastive_kernels as ck
+from contrastive_kernels.arguments.options import Engine
 from contrastive_kernels.backends import get
 from contrastive_kernels.engine.driver import gradient_pass
 from contrastive_kernels.engine.gradients import Wanted
-from contrastive_kernels.engine.matrix import Positives, ScoreMatrix
+from contrastive_kernels.engine.matrix import Positives, Problem, ScoreMatrix
+from contrastive_kernels.operators.logsumexp import normalizers
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 
@@ -27,44 +28,9 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 MIB = 2**20
-DEVICE = torch.device("cuda")
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
 FUSED = [name for name in BACKENDS if name != "torch"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def require(backend: str, dtype: torch.dtype) -> None:
-    """Skips where the backend cannot serve this GPU."""
-    reason = ck.why_not(backend, torch.zeros(1, 1, dtype=dtype, device=DEVICE))
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def on_gpu(inputs: Inputs) -> Inputs:
-    """The same arguments on the GPU, in the same layout."""
-
-    def moved(value):
-        if isinstance(value, tuple):
-            return tuple(map(moved, value))
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.dim() == 2 and not value.is_contiguous():
-            length = value.untyped_storage().size() // value.element_size()
-            base = torch.full((length,), torch.nan, dtype=value.dtype, device=DEVICE)
-            view = base.as_strided(value.shape, value.stride(), value.storage_offset())
-            (view[:1] if 0 in value.stride() else view).copy_(value[:1] if 0 in value.stride() else value)
-            return view
-        return value.to(DEVICE)
-
-    return dataclasses.replace(inputs, **{f.name: moved(getattr(inputs, f.name)) for f in dataclasses.fields(inputs)})
-
-
-def on_cpu(outcome: Outcome) -> Outcome:
-    return outcome.map(lambda name, value: value.cpu())
 
 
 CASES = [
@@ -87,7 +53,7 @@ def test_value_and_gradients(problem, loss, dtype, backend):
     options = engine_options(there, loss, backend)
     for reduction in ("mean", "none"):
         outcome = run(ck, there, loss, dtype, reduction=reduction, **options)
-        assert_outcome(inputs, loss, reduction, on_cpu(outcome))
+        assert_outcome(inputs, loss, reduction, on_cpu(outcome), tensor_cores(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,7 +67,7 @@ def test_memory_that_nobody_wrote_is_nowhere_read(loss, backend):
     sizes = [2**17] * 64 + [2**24] * 8  # floats: of the allocator's small blocks and of its large ones
     used = [torch.full((size,), torch.nan, device=DEVICE) for size in sizes]
     del used
-    assert_outcome(inputs, loss, "mean", on_cpu(run(ck, there, loss, torch.bfloat16, **options)))
+    assert_outcome(inputs, loss, "mean", on_cpu(run(ck, there, loss, torch.bfloat16, **options)), product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +80,7 @@ def test_gradients_of_some(loss, needs, backend):
     there = on_gpu(inputs)
     outcome = run(ck, there, loss, torch.bfloat16, needs, **engine_options(there, loss, backend))
     assert {name for name, gradient in outcome.gradients.items() if gradient is not None} == set(needs)
-    assert_outcome(inputs, loss, "mean", on_cpu(outcome))
+    assert_outcome(inputs, loss, "mean", on_cpu(outcome), product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -333,6 +299,55 @@ def test_float32_products_follow_torchs_setting():
         torch.backends.cuda.matmul.allow_tf32 = before
     # in float64, of operands rounded to TF32: 1.4e-3; in float32 on a CPU: 2e-6
     assert errors[False] < 2e-5 and 3e-4 < errors[True] < 6e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=named)
+@pytest.mark.parametrize("d", [64, 128, 256, 384, 512, 768, 1000, 1024])
+def test_bias_of_the_scores(d, dtype, backend):
+    """Scores near 0.45, against float64: they have the tensor cores' bias, and no more of it than torch's product has.
+
+    A row that has one negative has its logit for a normaliser. The decomposable loss counts scores from a center, the
+    positives' mean: "centered" are sums that start at -0.45 and end near 0, "far" are those that stay near -0.45.
+    """
+    require(backend, dtype)
+    common, far, x, y = features_near(1024, d, dtype)
+    as_torch = product(x.cpu(), y.T.cpu()).to(DEVICE)
+    scale, bias = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    rows, _ = normalizers(Problem(x, common[None], scale, bias, engine=Engine(backend)))
+    errors = {
+        "torch": as_torch.double() - x.double() @ y.double().T,
+        "ours": rows.double().sum(0) - x.double() @ common.double(),
+    }
+    for name, negative in (("centered", common), ("far", far)):
+        _, log_z = ck.decomposable(
+            x, torch.stack([negative, y[0]]), 1.0, torch.zeros(len(x), device=DEVICE), positive_constant=0.0,
+            positives=torch.ones(len(x), dtype=torch.int64, device=DEVICE), return_log_normalizer=True, backend=backend,
+        )  # fmt: skip
+        errors[name] = log_z.double() - x.double() @ (negative.double() - y[0].double())
+    found = {name: (error.mean().item(), rms(error)) for name, error in errors.items()}
+    print(f"D = {d:4}, {named(dtype)}:", *(f"{name} {b:+.2e} (rms {r:.2e})" for name, (b, r) in found.items()))
+    unit = torch.finfo(torch.float32).eps
+    for name in ("ours", "centered", "far"):
+        for ours, torchs in zip(found[name], found["torch"]):
+            assert abs(ours) <= 2 * abs(torchs) + unit, (name, found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["clip_loss", "nt_xent", "sigmoid", "decomposable"])
+@pytest.mark.parametrize("name", ["base", "d768"])
+def test_tf32_by_the_same_rule(name, loss, backend):
+    """... of what torch does where it may use TF32."""
+    require(backend, torch.float32)
+    inputs = make_inputs(BY_NAME[name], torch.float32)
+    there = on_gpu(inputs)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        outcome = run(ck, there, loss, torch.float32, **engine_options(there, loss, backend))
+        assert_outcome(inputs, loss, "mean", on_cpu(outcome), tensor_cores(torch.float32))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

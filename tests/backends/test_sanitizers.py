@@ -1,70 +1,92 @@
-"""The C++ pass under AddressSanitizer and UndefinedBehaviorSanitizer, in a program of its own without Python or torch.
+"""The C++ pass under sanitizers, in programs of its own without Python or torch.
 
 tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers with every instruction set of this
-machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices.
+machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices. Under
+ThreadSanitizer two callers run at once, with teams of threads that it can follow (teams.cpp).
+
+`make sanitize` is the long form: many rounds of other numbers, and the CUDA sources in their emulator.
 """
 
-import importlib.util
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emulated
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = ROOT / "tests/sanitize"
-SANITIZE = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer"]
-SANITIZE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-def load_setup():
-    """setup.py as a module: its toolchain and its flags for each source file."""
-    spec = importlib.util.spec_from_file_location("ck_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+#: Rounds of the long form; 0: the short one.
+ROUNDS = int(os.environ.get("SANITIZE_ROUNDS") or 0)
+COMMON = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+MEMORY, THREADS = "-fsanitize=address,undefined", "-fsanitize=thread"
+#: What the drivers' processes of each take: switches of rounds.h, further sources.
+SWITCHES = {MEMORY: (), THREADS: ("CK_CALLERS=2", f"CK_EVERY={1 if ROUNDS else 23}")}
+SOURCES = {MEMORY: (), THREADS: (DRIVERS / "teams.cpp",)}
 
 
 def compile_with(cxx, arguments):
-    result = subprocess.run([*cxx, *SANITIZE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([*cxx, *COMMON, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning:" not in result.stderr, result.stderr
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Builds a driver with given -D switches; the library's objects are compiled once."""
-    setup = load_setup()
+def find_toolchain(sanitizer, folder):
+    """setup.py, and the compiler where its programs run under the sanitizer."""
+    setup = emulated.load_setup()
     try:
         toolchain = setup.find_toolchain()
     except setup.CompileError as error:
         pytest.skip(str(error))
-    if not setup.compiles(toolchain.cxx, SANITIZE, "int main() {}\n"):
-        pytest.skip("this compiler has no AddressSanitizer")
-    folder = tmp_path_factory.mktemp("sanitize")
-    units = setup.cpu_units(toolchain)
-    objects = [folder / unit.source.with_suffix(".o").name for unit in units]
-    with ThreadPoolExecutor(2) as pool:
-        arguments = [
-            [*unit.flags, "-c", unit.source, "-o", object] for unit, object in zip(units, objects, strict=True)
-        ]
-        list(pool.map(lambda each: compile_with(toolchain.cxx, each), arguments))
+    source, program = folder / "main.cpp", folder / "main"
+    source.write_text("int main() {}\n")
+    command = [*toolchain.cxx, *COMMON, sanitizer, source, "-o", program]
+    if subprocess.run(command, capture_output=True).returncode or subprocess.run([program]).returncode:
+        pytest.skip(f"no program of this compiler runs with {sanitizer}")
+    if sanitizer == THREADS and (not toolchain.openmp or "clang" in " ".join(toolchain.cxx)):
+        pytest.skip("teams.cpp stands in for gcc's OpenMP")
+    return setup, toolchain
 
-    def build_driver(name, *switches):
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Builds a driver with a sanitizer and given -D switches; the library's objects are compiled once."""
+    compiled = {}
+
+    def compile_library(sanitizer):
+        folder = tmp_path_factory.mktemp("sanitize")
+        setup, toolchain = find_toolchain(sanitizer, folder)
+        units = setup.cpu_units(toolchain)
+        objects = [folder / unit.source.with_suffix(".o").name for unit in units]
+        with ThreadPoolExecutor(2) as pool:
+            arguments = [
+                [sanitizer, *unit.flags, "-c", unit.source, "-o", object]
+                for unit, object in zip(units, objects, strict=True)
+            ]
+            list(pool.map(lambda each: compile_with(toolchain.cxx, each), arguments))
+        return folder, toolchain, objects
+
+    def build_driver(name, sanitizer=MEMORY, *switches):
+        if sanitizer not in compiled:
+            compiled[sanitizer] = compile_library(sanitizer)
+        folder, toolchain, objects = compiled[sanitizer]
         program = folder / "_".join([name, *switches])
-        defines = [f"-D{switch}" for switch in switches]
-        source = (DRIVERS / name).with_suffix(".cpp")
-        compile_with(toolchain.cxx, [*toolchain.openmp, *defines, source, *objects, "-o", program])
+        flags = [sanitizer, *(f"-D{switch}" for switch in (*SWITCHES[sanitizer], *switches))]
+        flags += toolchain.openmp if sanitizer == MEMORY else ["-pthread"]
+        sources = [(DRIVERS / name).with_suffix(".cpp"), *SOURCES[sanitizer]]
+        compile_with(toolchain.cxx, [*flags, *sources, *objects, "-o", program])
         return program
 
     return build_driver
 
 
-def run(program):
+def run(program, rounds=1):
     # passive: teams of different sizes on few cores would otherwise spin at each other
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run([program], capture_output=True, text=True, env=environment, timeout=600)
+    command = [program, str(rounds)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600 * rounds)
 
 
 def expected_instruction_sets():
@@ -79,9 +101,10 @@ def expected_instruction_sets():
     return found
 
 
+@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS], ids=["memory", "threads"])
 @pytest.mark.parametrize(("driver", "what"), [("panel_driver", "panels"), ("matrix_driver", "matrices")])
-def test_the_pass_is_clean_and_right(build, driver, what):
-    result = run(build(driver))
+def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
+    result = run(build(driver, sanitizer), ROUNDS or 1)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
@@ -89,13 +112,35 @@ def test_the_pass_is_clean_and_right(build, driver, what):
 
 
 @pytest.mark.parametrize(
-    ("switch", "report"),
-    [("CK_INJECT_OVERRUN", "heap-buffer-overflow"), ("CK_INJECT_UNDEFINED", "signed integer overflow")],
+    ("sanitizer", "switch", "report"),
+    [
+        (MEMORY, "CK_INJECT_OVERRUN", "heap-buffer-overflow"),
+        (MEMORY, "CK_INJECT_UNDEFINED", "signed integer overflow"),
+        (THREADS, "CK_INJECT_RACE", "data race"),
+    ],
 )
-def test_the_sanitizers_are_live(build, switch, report):
-    result = run(build("panel_driver", switch))
+def test_the_sanitizers_are_live(build, sanitizer, switch, report):
+    result = run(build("panel_driver", sanitizer, switch))
     assert result.returncode != 0
     assert report in result.stderr
+
+
+@pytest.mark.skipif(not ROUNDS, reason="minutes: make sanitize")
+def test_the_cuda_sources_are_clean_in_their_emulator(tmp_path):
+    """tests/backends/test_cuda_pass.py with all C++ of the extension under AddressSanitizer and UBSan."""
+    _, toolchain = find_toolchain(MEMORY, tmp_path)
+    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", MEMORY]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["EMULATED_EXTENSION"] = str(emulated.build("emulated-sanitized", flags))
+    libraries = [
+        subprocess.run([*toolchain.cxx, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    # Python's own allocations are no leaks; a fiber's stack is none of the thread's
+    environment |= {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/test_cuda_pass.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-8000:] + result.stderr[-8000:]
 
 
 def test_no_function_is_shared_between_instruction_sets():

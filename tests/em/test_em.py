@@ -292,8 +292,11 @@ def test_first_visits():
 def test_a_batch_of_one_teaches_nothing():
     x, y = features(1)
     loss = ck.DatasetContrastiveLoss(10)
-    value = loss(x, y, torch.tensor([4]), 3.0)
-    assert value == 0 and not any(g.any() for g in gradients(value, x, y))
+    scale, logits = torch.tensor(3.0, requires_grad=True), torch.ones(1, requires_grad=True)
+    value = loss(x, y, torch.tensor([4]), scale)  # data parallelism wants a gradient of every parameter
+    assert value == 0 and not any(g.any() for g in gradients(value, x, y, scale))
+    value = loss(x, y[:0], torch.tensor([4]), scale, direction=0, positive_logits=logits)
+    assert value == 0 and not any(g.any() for g in gradients(value, x, y, scale, logits))
     assert loss.memory.visits.sum() == 0
     empty = loss(x[:0], y[:0], torch.zeros(0, dtype=torch.int64), 3.0)
     assert empty == 0

@@ -65,6 +65,16 @@ def test_of_duplicates_the_last_row_counts_as_one_visit():
     assert memory.visits[7] == 2
 
 
+def test_an_index_with_gaps_warns_of_nothing(recwarn):
+    """torch says once in a process that a search in such a tensor is slow."""
+    torch.set_warn_always(True)
+    try:
+        memory_of_one().update(torch.arange(8)[::2], column(1.0, 2.0, 3.0, 4.0))
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
+
+
 def test_what_is_not_finite_does_not_enter():
     memory = ck.NormalizerMemory(3)
     memory.update(torch.arange(3), torch.zeros(3, 2))

@@ -13,6 +13,7 @@ from problems import (
     DECOMPOSABLE,
     PROBLEMS,
     Inputs,
+    Problem,
     differentiable,
     engine_options,
     make_inputs,
@@ -89,6 +90,38 @@ def test_sum(problem, loss, backend):
     inputs = make_inputs(BY_NAME[problem], torch.float32)
     require(backend, inputs)
     assert_outcome(inputs, loss, "sum", run(ck, inputs, loss, torch.float32, reduction="sum", backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", DECOMPOSABLE)
+@pytest.mark.parametrize("n", [1, 65])
+def test_a_panel_without_negatives_beside_small_normalizers(n, loss, backend):
+    """Logits of -100, and a last panel that holds the last row's positive alone: gains above 1 must not overflow."""
+    problem = Problem("lone", "", n=n, d=1, scale=-100.0, features="identical", small_panels=True, losses=(loss,))
+    inputs = make_inputs(problem, torch.float32)
+    require(backend, inputs)
+    options = engine_options(inputs, loss, backend)
+    leaves = [v.clone().requires_grad_() for v in (inputs.x, inputs.y, inputs.scale)]
+    value = inputs.call(ck, loss, *leaves, 0.0, reduction="none", **options)
+    value.backward(torch.full_like(value, 8.0))
+    want = [v.detach().double().requires_grad_() for v in leaves]
+    inputs.call(ck.reference, loss, *want, 0.0, reduction="none").backward(torch.full((n,), 8.0, dtype=torch.float64))
+    for a, b in zip(leaves, want):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_of_small_losses_keeps_their_digits(backend):
+    """Z = 1.001: a row's loss is the difference of u Z, log u and 1, and the sum that of the rows."""
+    n, scale = 1024, torch.tensor(1e-3)
+    x, y = (torch.randn(k, 3, generator=torch.Generator().manual_seed(k)) for k in (n, 1))
+    require(backend, make_inputs(BY_NAME["base"], torch.float32))
+    rules = {"positive_logits": torch.randn(n, generator=torch.Generator().manual_seed(0)), "negative_scale": 1e-3}
+    _, log_z = ck.reference.decomposable(x, y, scale, torch.zeros(n), return_log_normalizer=True, **rules)
+    truth = ck.reference.decomposable(x.double(), y.double(), scale, log_z.double(), reduction="sum", **rules)
+    ours = ck.decomposable(x, y, scale, log_z, reduction="sum", backend=backend, **rules)
+    rounding = torch.finfo(torch.float32).eps  # of each row's 1
+    assert abs(ours.double() - truth) <= UNITS * rounding * n**0.5, (ours, truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

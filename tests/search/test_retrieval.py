@@ -39,6 +39,13 @@ def test_ranks_are_the_definitions(backend, dtype):
         assert found.median_rank == want.double().quantile(0.5).item() + 1
 
 
+def test_no_documents():
+    """Nobody has a positive, by definition and by the stream."""
+    x, y = torch.ones(3, 2), torch.ones(0, 2)
+    found = ck.retrieval_metrics(x, y, positives=torch.full((3,), -1))
+    assert found.ranks.tolist() == [-1] * 3 == dense(x, y, torch.full((3,), -1)).tolist()
+
+
 def test_float64():
     x, y = features(100, 150, dtype=torch.float64)
     assert torch.equal(ck.retrieval_metrics(x, y).ranks, dense(x, y, torch.arange(100)))
