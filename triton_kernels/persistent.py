@@ -56,7 +56,7 @@ def refer_kernel(
     A gain that cannot be referred, because its normaliser lies too far from the mean, becomes infinite, and so marks
     its tiles as unusual.
     """
-    scale, bias, center = load_params(params_ptr)
+    scale, bias, _ = load_params(params_ptr)
     total = 0.0
     count = 0.0
     if ROW and row_normalizer_ptr is not None:
@@ -66,7 +66,7 @@ def refer_kernel(
         total += of_cols
         count += cols_count
     shift = total / tl.maximum(count, 1.0)
-    slope, offset, unit = TERM.line(scale, bias, center, shift)
+    slope, offset, unit = TERM.line(scale, bias, shift)
     program = tl.program_id(0)
     if program == 0:
         tl.store(line_ptr, shift)
@@ -126,7 +126,7 @@ def persistent_kernel(
         row_block, col_block = tile_place(tile, R, C, BLOCK_M, BLOCK_N, GROUP)
         row0 = row_block * BLOCK_M
         col0 = col_block * BLOCK_N
-        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) - center
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, D, BLOCK_K):
             x = x_desc.load([row0, k])
             y = y_desc.load([col0, k])

@@ -22,14 +22,14 @@ _LARGEST = tl.constexpr(1e38)
 
 @triton.jit
 def _tile_product(
-    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, center,
+    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x yT - center of these rows and columns [M, N] in float32; past the end, the last row (column) once more."""
+    """x yT of these rows and columns [M, N] in float32; past the end, the last row (column) once more."""
     features = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(rows, R - 1).to(tl.int64)[:, None] * x_stride + features[None, :]
     y_ptrs = y_ptr + tl.minimum(cols, C - 1).to(tl.int64)[None, :] * y_stride + features[:, None]
-    scores = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32) - center
+    scores = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     for k in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -105,11 +105,12 @@ def finish_tile(
     if not complete:
         scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
     w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, col_bias, referred, scale, bias, center, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
+        scores, col_bias, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
     )
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
     if WEIGHTS:
-        dscale = tl.sum(tl.sum(w * scores, 1), 0)
+        # the center comes off here: tensor cores cut off digits of each partial sum, which it would only make larger
+        dscale = tl.sum(tl.sum(w * (scores - center), 1), 0)
         usual = usual & (tl.abs(dscale) < _LARGEST)  # no weight has overflowed; NaN is not below
         if params_partials_ptr is not None:
             tl.store(params_partials_ptr + 2 * block, dscale / factor)
@@ -171,11 +172,11 @@ def score_kernel(
         factor = tl.load(factor_ptr)
         row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, ROW, BLOCK_M)
         col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, COL, BLOCK_N)
-        narrow, referred = TERM.refer(row, col, scale, bias, center, factor, ROW, COL)
+        narrow, referred = TERM.refer(row, col, scale, bias, factor, ROW, COL)
         usual = usual & narrow
     complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
     scores = _tile_product(
-        x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride, center,
+        x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride,
         BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     w = finish_tile(
@@ -241,7 +242,7 @@ def _any_tile(
     for piece in range(0, BLOCK_N, PIECE):
         cols = col_block * BLOCK_N + piece + tl.arange(0, PIECE)
         scores = _tile_product(
-            x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, 0.0, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
+            x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
         )
         z = scores * scale + bias
         z += col_biases(pairs, cols, C)[None, :]

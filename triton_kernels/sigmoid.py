@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import LOG2_E, PairTerm, exp2, multiply_add, reciprocal
+from .pair_terms import INTERPRETED, LOG2_E, PairTerm, exp2, multiply_add, reciprocal
 
 __all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
 
@@ -29,7 +29,7 @@ def _log1p_unit(e):
 
 
 #: Factors 1 + e of at most 2 whose product is far from overflowing.
-_FACTORS = tl.constexpr(64)
+FACTORS = tl.constexpr(64)
 
 
 @triton.jit
@@ -45,6 +45,17 @@ def _log1p(u):
 
 
 @triton.jit
+def _sum_log1p(e):
+    """sum_j log(1 + e_ij) [M] for e in [0, 1]: of FACTORS of them at a time, the logarithm of their product."""
+    if INTERPRETED:  # whose reductions by a function of ours take minutes
+        return tl.sum(_log1p_unit(e), 1)
+    else:  # noqa: RET505 (the compiler would see both)
+        factors: tl.constexpr = min(e.shape[1], FACTORS)
+        parts = tl.reshape(e, [e.shape[0], e.shape[1] // factors, factors])
+        return tl.sum(_log1p(tl.reduce(parts, 2, _join)), 1)
+
+
+@triton.jit
 def softplus_from(z, e):
     """log(1 + e^z) from e = exp(-|z|)."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p_unit(e)
@@ -57,12 +68,12 @@ def sigmoid_from(z, e):
 
 
 @triton.jit
-def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
+def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
     return True, (0.0, 0.0, 0.0, 1.0, row[2] * factor, col[2])
 
 
 @triton.jit
-def _line(scale, bias, center, shift):
+def _line(scale, bias, shift):
     return 0.0, 0.0, 1.0
 
 
@@ -73,11 +84,11 @@ def _refer_gain(side, shift):
 
 @triton.jit
 def _usual(
-    scores, col_bias, referred, scale, bias, center,
+    scores, col_bias, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
-    offset = (bias + scale * center) * LOG2_E
+    offset = bias * LOG2_E
     if BIASED:
         z = scores * (scale * LOG2_E) + (col_bias * LOG2_E + offset)[None, :]
     else:
@@ -88,10 +99,7 @@ def _usual(
     w = z
     if STATISTICS:
         e = exp2(-tl.abs(z))
-        factors: tl.constexpr = min(scores.shape[1], _FACTORS)
-        parts = tl.reshape(e, [scores.shape[0], scores.shape[1] // factors, factors])
-        product = tl.reduce(parts, 2, _join)
-        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + tl.sum(_log1p(product), 1)
+        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e)
     if WEIGHTS:  # another exponential takes less than to choose by z's sign
         w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
     return w, rows, row_sum, cols, cols
