@@ -17,7 +17,7 @@ from .exponential import EXPONENTIAL
 from .merge import merge_kernel
 from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
-from .start import INTERPRETED, Arguments, start
+from .start import INTERPRETED, TRITON_VERSION, Arguments, start
 
 __all__ = [
     "INTERPRETED",
@@ -37,8 +37,6 @@ __all__ = [
     "tile_of",
 ]
 
-#: (major, minor)
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes, and how many of their partial results at a time.
 MERGE_BLOCK, MERGE_PARTS = 32, 32
 

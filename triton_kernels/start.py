@@ -5,15 +5,27 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
-from triton import knobs
 from triton.runtime import driver
 
 from .score import score_kernel
 
-__all__ = ["INTERPRETED", "Arguments", "start"]
+try:
+    from triton import knobs
+except ImportError:  # before Triton 3.4
+    knobs = None
 
+__all__ = ["INTERPRETED", "TRITON_VERSION", "Arguments", "may_start_directly", "start"]
+
+#: (major, minor)
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: The kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
+
+#: The first and the last version whose compiled kernels are known to start as they do here: what starts them is none of
+#: Triton's public interface. Others start Triton's own way.
+_DIRECT_VERSIONS = (3, 4), (3, 9)
+#: ... and what such a kernel has.
+_MEMBERS = ("run", "function", "packed_metadata")
 
 
 class _Compiled(NamedTuple):
@@ -54,7 +66,7 @@ def start(kernel: Any, programs: int, arguments: Arguments, constants: dict[str,
 
     Constants, the kernel's constexprs and options, always come in the same order.
     """
-    if INTERPRETED or _someone_listens():
+    if not may_start_directly():
         _start_by_triton(kernel, programs, arguments, constants)
         return
     device = driver.active.get_current_device()
@@ -62,6 +74,8 @@ def start(kernel: Any, programs: int, arguments: Arguments, constants: dict[str,
     compiled = _compiled.get(key)
     if compiled is None:
         made = _start_by_triton(kernel, programs, arguments, constants)
+        if not all(hasattr(made, name) for name in _MEMBERS):
+            return
         rest = kernel.arg_names[len(arguments.values) :]
         _compiled[key] = _Compiled(made, tuple([constants[name] for name in rest]))
         return
@@ -77,7 +91,9 @@ def _start_by_triton(kernel: Any, programs: int, arguments: Arguments, constants
     return kernel[(programs,)](*arguments.values, **constants, enable_fp_fusion=True)
 
 
-def _someone_listens() -> bool:
-    """Whether a profiler wants to hear of launches."""
+def may_start_directly() -> bool:
+    """Whether kernels may start without Triton's own way: of a known version, and no profiler wants to hear of it."""
+    if INTERPRETED or knobs is None or not _DIRECT_VERSIONS[0] <= TRITON_VERSION <= _DIRECT_VERSIONS[1]:
+        return False
     hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return hook is None or not getattr(hook, "calls", True)
