@@ -23,6 +23,9 @@ def test_a_small_step_is_few_launches():
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     for loss, most in MOST_LAUNCHES.items():
-        print(f"{loss}: {found[loss]['launches']} launches, {found[loss]['host_us']:.0f} us of the host")
+        print(
+            f"{loss}: {found[loss]['launches']} launches, {found[loss]['host_us']:.0f} us of the host, "
+            f"{found[loss]['of_dense']:.2f} of the dense formula's"
+        )
         assert 5 < found[loss]["launches"] <= most, found[loss]
         assert found[loss]["ours"]["score_kernel"] == (1 if loss == "sigmoid" else 2)
