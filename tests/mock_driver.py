@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import contrastive_kernels as ck
-from contrastive_kernels._triton import launch
+from contrastive_kernels._triton import launch, whole_launch
 from contrastive_kernels.arguments import checks
 from contrastive_kernels.backends import triton as backend
 from contrastive_kernels.engine import workspace
@@ -114,6 +114,17 @@ def _add_product(
         torch.addmm(_NUMBER, _NUMBER, _NUMBER, out=_NUMBER)
 
 
+def _product(weights: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """The same without sums to add to."""
+    if weights.device == DEVICE:
+        return torch.mm(weights, block)
+    return torch.mm(_NUMBER, _NUMBER)
+
+
+def _more_product(sums: torch.Tensor, weights: torch.Tensor, block: torch.Tensor) -> None:
+    _add_product(None, sums, weights, block)
+
+
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
     """Within it the triton backend serves tensors of DEVICE as those of a Hopper GPU."""
@@ -125,6 +136,8 @@ def absent_gpu() -> Iterator[None]:
         mock.patch.object(shared, "_without_autocast", _call),
         mock.patch.object(checks, "require_values", lambda x, name: None),
         mock.patch.object(workspace.Workspace, "accumulate", _add_product),
+        mock.patch.object(whole_launch, "product", _product),
+        mock.patch.object(whole_launch, "add_product", _more_product),
     ]
     with contextlib.ExitStack() as held:
         for patch in patches:

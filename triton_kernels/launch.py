@@ -32,6 +32,7 @@ __all__ = [
     "measure",
     "precision_of",
     "probe",
+    "rest_programs",
     "run_panel",
     "scratch_floats",
     "tile_of",
@@ -192,7 +193,7 @@ def run_panel(
     )  # fmt: skip
     rest = rest_of(tile)
     _launch(
-        rest_kernel, -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS),
+        rest_kernel, rest_programs(blocks),
         arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
@@ -213,9 +214,14 @@ def run_panel(
         )  # fmt: skip
 
 
-def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> None:
-    """The one place where kernels start."""
-    start(kernel, programs, arguments, constants)
+def rest_programs(blocks: int) -> int:
+    """Programs that look after so many tiles."""
+    return -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS)
+
+
+def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> Any:
+    """The one place where kernels start; the compiled kernel."""
+    return start(kernel, programs, arguments, constants)
 
 
 def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, side: int) -> Callable[[Tile], None]:

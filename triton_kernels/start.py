@@ -14,7 +14,7 @@ try:
 except ImportError:  # before Triton 3.4
     knobs = None
 
-__all__ = ["INTERPRETED", "TRITON_VERSION", "Arguments", "may_start_directly", "start"]
+__all__ = ["INTERPRETED", "TRITON_VERSION", "Arguments", "compiled_members", "may_start_directly", "start"]
 
 #: (major, minor)
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -24,8 +24,6 @@ INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 #: The first and the last version whose compiled kernels are known to start as they do here: what starts them is none of
 #: Triton's public interface. Others start Triton's own way.
 _DIRECT_VERSIONS = (3, 4), (3, 9)
-#: ... and what such a kernel has.
-_MEMBERS = ("run", "function", "packed_metadata")
 
 
 class _Compiled(NamedTuple):
@@ -61,34 +59,41 @@ def _kind(value: Any) -> object:
     return 1 if value == 1 else (value % 16 == 0, -0x80000000 <= value < 0x80000000)
 
 
-def start(kernel: Any, programs: int, arguments: Arguments, constants: dict[str, Any]) -> None:
-    """Starts `programs` programs on the current stream of the current GPU.
+def start(kernel: Any, programs: int, arguments: Arguments, constants: dict[str, Any]) -> Any:
+    """Starts `programs` programs on the current stream of the current GPU; the compiled kernel.
 
     Constants, the kernel's constexprs and options, always come in the same order.
     """
     if not may_start_directly():
-        _start_by_triton(kernel, programs, arguments, constants)
-        return
+        return _start_by_triton(kernel, programs, arguments, constants)
     device = driver.active.get_current_device()
     key = (id(kernel), device, arguments.key, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         made = _start_by_triton(kernel, programs, arguments, constants)
-        if not all(hasattr(made, name) for name in _MEMBERS):
-            return
-        rest = kernel.arg_names[len(arguments.values) :]
-        _compiled[key] = _Compiled(made, tuple([constants[name] for name in rest]))
-        return
+        if compiled_members(made) is not None:
+            rest = kernel.arg_names[len(arguments.values) :]
+            _compiled[key] = _Compiled(made, tuple([constants[name] for name in rest]))
+        return made
     made = compiled.kernel
     made.run(
         programs, 1, 1, driver.active.get_current_stream(device), made.function, made.packed_metadata, None, None, None,
         *arguments.raw, *compiled.constants,
     )  # fmt: skip
+    return made
 
 
 def _start_by_triton(kernel: Any, programs: int, arguments: Arguments, constants: dict[str, Any]) -> Any:
     """The compiled kernel. Triton 3.10 will switch fused multiply-add off unless it is asked for."""
     return kernel[(programs,)](*arguments.values, **constants, enable_fp_fusion=True)
+
+
+def compiled_members(made: Any) -> tuple[Any, Any, Any] | None:
+    """What starts a compiled kernel: (launcher, function, metadata); None where it is of another kind."""
+    try:
+        return made.run, made.function, made.packed_metadata
+    except AttributeError:
+        return None
 
 
 def may_start_directly() -> bool:

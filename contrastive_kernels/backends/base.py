@@ -11,7 +11,23 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Backend", "SoftmaxGains", "WholeMatrix"]
+__all__ = ["Backend", "Plan", "SoftmaxGains", "WholeMatrix"]
+
+
+class Plan(Protocol):
+    """A loss of one form, planned once: the gradients come with the value, up to the factor from upstream."""
+
+    def forward(
+        self, x: Tensor, y: Tensor, scale: Tensor | float, gain: Tensor | None, index: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The value, and what `backward` needs."""
+        ...
+
+    def backward(
+        self, x: Tensor, y: Tensor, scale: Tensor | float, kept: tuple[Tensor, ...], upstream: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx, dy, dscale, as far as they are wanted."""
+        ...
 
 
 class WholeMatrix(Protocol):
@@ -126,6 +142,16 @@ class Backend:
         Relative normalisers are what is added to the positive's logit [n]; +inf says that a row has no negatives.
         """
         raise NotImplementedError
+
+    def softmax_plan(
+        self, problem: WholeMatrix, size: Size, weighted: bool, share: float, both: bool, wants: tuple[bool, bool, bool]
+    ) -> Plan | None:
+        """The launches of a sum of softmax losses whose matrix is one panel, for tensors of this form, contiguous and
+        aligned to 16 bytes; None: there are none.
+
+        Of a symmetric matrix, row i's positive is i + offset modulo N.
+        """
+        return None
 
     def operand(self, x: Tensor) -> Tensor:
         """x [N, D], contiguous, as its products take it; a copy where they would cut digits off instead of rounding."""

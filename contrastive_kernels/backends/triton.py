@@ -14,7 +14,7 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
-from .base import Backend, SoftmaxGains, WholeMatrix
+from .base import Backend, Plan, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
@@ -76,6 +76,24 @@ class TritonBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
+    def softmax_plan(
+        self, problem: WholeMatrix, size: Size, weighted: bool, share: float, both: bool, wants: tuple[bool, bool, bool]
+    ) -> Plan | None:
+        """Of 16 bits, float16 is left out: its weights want a factor of their own."""
+        precision, offset = _kernels().precision_of(size.dtype), problem.offset
+        if size.dtype == torch.float16 or precision == "tf32" or offset is None:
+            return None
+        if (problem.index is not None) != problem.symmetric or problem.col_bias is not None:
+            return None
+        from .._triton import whole_launch
+
+        scale_dtype = problem.scale.dtype if isinstance(problem.scale, Tensor) else None
+        form = whole_launch.SoftmaxForm(
+            size.rows, size.cols, size.features, size.dtype, size.device, scale_dtype, weighted, share, offset,
+            size.symmetric, both, wants,
+        )  # fmt: skip
+        return _OnDevice(whole_launch.SoftmaxPlan(form), size.device)
+
     def operand(self, x: Tensor) -> Tensor:
         with _on(x.device):
             rounded: Tensor = _vector_kernels().tensor_core_operand(x)
@@ -131,6 +149,21 @@ class TritonBackend(Backend):
     ) -> None:
         with _on(x.device):
             _vector_kernels().gradients(x, y, index, offset, coefficients, rescale, dx, dy, first)
+
+
+class _OnDevice:
+    """A plan whose GPU is the current one while it runs."""
+
+    def __init__(self, plan: Any, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        with _on(self.device):
+            return self.plan.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with _on(self.device):
+            return self.plan.backward(*arguments)
 
 
 @cache

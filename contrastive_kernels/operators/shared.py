@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import autocasts
+from ..backends.base import Plan
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
@@ -56,6 +57,8 @@ class Primitive:
     dense: Callable[[Call, slice, bool], Outputs]
     #: whether columns have results of their own
     two_sided: Callable[[Call], bool]
+    #: call -> how all of it is computed at once, gradients up to the factor from upstream; or None
+    plan: Callable[[Call], Plan | None] = lambda call: None
     #: the first kept outputs are gradients that come with the value, of these tensors
     made: tuple[int, ...] = ()
     #: so many of the last outputs are read by callers; they are not differentiable
@@ -74,7 +77,11 @@ class Primitive:
         if torch._C._are_functorch_transforms_active():
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if True in needs:
-            return _Eager.apply(self, call, *[t for t, need in zip(tensors, needs) if need])
+            wanting = [t for t, need in zip(tensors, needs) if need]
+            plan = self.plan(call)
+            if plan is not None:
+                return (_Planned.apply(self, call, plan, *wanting),)
+            return _Eager.apply(self, call, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
 
@@ -177,6 +184,39 @@ class _Eager(torch.autograd.Function):
         needs = tuple([need and next(left) for need in statics[2]])
         found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], tuple(values[:count]), upstream)
         return (None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+class _Planned(torch.autograd.Function):
+    """The same by a plan, which gives one result."""
+
+    @staticmethod
+    def forward(ctx: Any, primitive: Primitive, call: Call, plan: Plan, *wanting: Tensor) -> Tensor:
+        problem, gain = call.problem, call.extras[0]
+        x, y, scale, index = problem.x, problem.y, problem.scale, problem.index
+        value, *kept = _without_autocast(_run, call, plan)
+        number = None if isinstance(scale, Tensor) else scale
+        ctx.save_for_backward(x, y, scale if number is None else None, gain, index, *kept)
+        ctx.constants = primitive, plan, number, problem.bias, problem.offset, call.statics
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Outputs:
+        primitive, plan, number, bias, offset, statics = ctx.constants
+        x, y, scale, gain, index, *kept = ctx.saved_tensors
+        scale = scale if number is None else number
+        if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
+            tensors = (x, y, scale, bias, index, None, gain)
+            with torch.no_grad():
+                outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
+            found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], (upstream,))
+        else:
+            found = plan.backward(x, y, scale, kept, upstream)
+        return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+def _run(call: Call, plan: Plan) -> Outputs:
+    problem = call.problem
+    return plan.forward(problem.x, problem.y, problem.scale, call.extras[0], problem.index)
 
 
 @lru_cache(maxsize=256)
