@@ -31,7 +31,7 @@ def _merge_side(
     state_ptr, partials_ptr, block, n, blocks, state_stride,
     TERM: tl.constexpr, STATE_ROWS: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in; FRESH: they are it."""
+    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged; FRESH: they are it."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < n
     shift, total = merged(partials_ptr, index, inside, n, blocks, TERM, BLOCK, PARTS)

@@ -15,7 +15,10 @@ from triton.runtime import driver
 from . import launch
 from .start import Arguments, compiled_members, may_start_directly
 
-__all__ = ["Layout", "Place", "Planned", "begin", "given", "number"]
+__all__ = ["Launches", "Layout", "Place", "Planned", "given", "number"]
+
+#: Sets of addresses that a plan remembers.
+_REMEMBERED = 16
 
 
 class Place(NamedTuple):
@@ -64,40 +67,58 @@ class Layout:
 class Planned:
     """One launch: kernel, programs, places of its arguments, constants."""
 
-    __slots__ = ("constants", "direct", "kernel", "places", "programs", "raw", "rest")
-
     def __init__(self, kernel: Any, programs: int, places: Sequence[Place], **constants: Any) -> None:
         self.kernel, self.programs, self.places, self.constants = kernel, programs, places, constants
-        #: None stands where the compiled kernel has no argument
-        self.raw = tuple([(p.source, 0 if p.offset is None else p.offset) for p in places])
         #: the compiled kernel's members, once it is
         self.direct: tuple[Any, Any, Any] | None = None
-        self.rest = tuple([constants[name] for name in kernel.arg_names[len(places) :]])
+        #: (source, offset); what stands for None is never read: the compiled kernel has no such argument
+        self._raw = tuple([(p.source, 0 if p.offset is None else p.offset) for p in places])
+        self._rest = tuple([constants[name] for name in kernel.arg_names[len(places) :]])
 
     def start_by_triton(self, values: Sequence[Any]) -> None:
-        """The first time."""
+        """The first time, which compiles it."""
         arguments = Arguments(*[place.value(values) for place in self.places])
         made = launch._launch(self.kernel, self.programs, arguments, **self.constants)
         self.direct = compiled_members(made)
 
+    def ready(self, stream: int, bases: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """What starts it directly and with which arguments; `bases`: 0, then the addresses of the call's values."""
+        assert self.direct is not None
+        run, function, metadata = self.direct
+        arguments = [bases[source] + offset for source, offset in self._raw]
+        return run, (self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *self._rest)
 
-def begin(launches: Sequence[Planned], values: Sequence[Any], device: torch.device) -> None:
-    """Starts them on the current stream of the current GPU, with the call's tensors and numbers.
 
-    A plan serves one GPU, and tensors of one shape, dtype and alignment to 16 bytes.
-    """
-    if not may_start_directly():
-        for each in launches:
-            each.start_by_triton(values)
-        return
-    bases = [0, *[v if v.__class__ is float else v.data_ptr() for v in values]]
-    stream = driver.active.get_current_stream(device.index)
-    for each in launches:
-        if each.direct is None:
-            each.start_by_triton(values)
-            continue
-        run, function, metadata = each.direct
-        run(
-            each.programs, 1, 1, stream, function, metadata, None, None, None,
-            *[bases[source] + offset for source, offset in each.raw], *each.rest,
-        )  # fmt: skip
+class Launches:
+    """Launches that follow each other on one GPU, for tensors of one shape, dtype and alignment to 16 bytes."""
+
+    def __init__(self, device: torch.device, launches: Sequence[Planned]) -> None:
+        self.device, self.launches = device, launches
+        #: what was started, by stream and addresses: memory is mostly where it was a step or two before
+        self._ready: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, values: Sequence[Any]) -> None:
+        """Starts them on the current stream of the current GPU, with the call's tensors and numbers."""
+        if not may_start_directly():
+            for each in self.launches:
+                each.start_by_triton(values)
+            return
+        stream = driver.active.get_current_stream(self.device.index)
+        key = (stream, *[v if v.__class__ is float else v.data_ptr() for v in values])
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._make_ready(key, values)
+        for start, arguments in ready:
+            start(*arguments)
+
+    def _make_ready(self, key: tuple[Any, ...], values: Sequence[Any]) -> Any:
+        """What is to be started; where kernels are not compiled yet, they start here."""
+        if not all([each.direct is not None for each in self.launches]):
+            for each in self.launches:
+                each.start_by_triton(values)
+            return ()
+        if len(self._ready) >= _REMEMBERED:
+            self._ready.clear()
+        bases = [0, *key[1:]]
+        ready = self._ready[key] = [each.ready(key[0], bases) for each in self.launches]
+        return ready

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .configs import Tile, rest_of, work_of
-from .plans import Layout, Place, Planned, begin, given, number
+from .plans import Launches, Layout, Place, Planned, given, number
 from .score import rest_kernel, score_kernel
 from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
@@ -81,7 +81,7 @@ class SoftmaxPlan:
         col_partials = reduce.col_partials if form.both else _NOTHING
         params_partials = weigh.params_partials if form.wants[2] else _NOTHING
         none = (_NOTHING,) * 4
-        self.launches = [
+        launches = [
             Planned(
                 dots_kernel, -(-n // DOTS_ROWS),
                 (x, y, index, scale, number(0.0), dots, params, *map(number, (n, form.offset, d, d, d))),
@@ -110,7 +110,7 @@ class SoftmaxPlan:
                 BLOCK=_TOTALS, **_OPTIONS,
             ),
         ]  # fmt: skip
-        self.bytes = room.bytes
+        self.bytes, self.launches = room.bytes, Launches(form.device, launches)
 
     def forward(
         self, x: Tensor, y: Tensor, scale: Tensor | float, gain: Tensor | None, index: Tensor | None
@@ -126,7 +126,7 @@ class SoftmaxPlan:
             values.append(gain)
         if form.symmetric:
             values.append(index)
-        begin(self.launches, values, device)
+        self.launches(values)
         if self.stride != form.cols:
             weights = weights[:, : form.cols]
         sums = []
@@ -147,7 +147,7 @@ class SoftmaxPlan:
         dx, dy = ((given(next(more)), given(next(more))) if want else (_NOTHING,) * 2 for want in form.wants[:2])
         dscale = given(next(more)) if form.wants[2] else _NOTHING
         programs = sum(-(-rows // _ROWS) for rows, want in zip((n, m), form.wants) if want)
-        self.finish = [
+        finish = [
             Planned(
                 scaled_gradients_kernel, max(programs, 1),
                 (
@@ -157,6 +157,7 @@ class SoftmaxPlan:
                 SYMMETRIC=form.symmetric, BLOCK=_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
             )
         ]  # fmt: skip
+        self.finish = Launches(form.device, finish)
 
     @staticmethod
     def _kept(place: Place) -> Place:
@@ -179,7 +180,7 @@ class SoftmaxPlan:
         if want_scale:
             dscale = torch.empty_like(scale)
             values.append(dscale)
-        begin(self.finish, values, self.form.device)
+        self.finish(values)
         return dx, dy, dscale
 
 
