@@ -113,7 +113,7 @@ class Launches:
 
     def _make_ready(self, key: tuple[Any, ...], values: Sequence[Any]) -> Any:
         """What is to be started; where kernels are not compiled yet, they start here."""
-        if not all([each.direct is not None for each in self.launches]):
+        if any(each.direct is None for each in self.launches):
             for each in self.launches:
                 each.start_by_triton(values)
             return ()

@@ -62,7 +62,7 @@ def _partner(index_ptr, rows, N, first, offset):
     return tl.where(exists, partner, 0), exists
 
 
-@triton.jit(do_not_specialize=["N", "offset"])
+@triton.jit(do_not_specialize=["gain_ptr", "N", "offset", "share"])
 def dots_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
@@ -71,11 +71,17 @@ def dots_kernel(
     bias,
     dots_ptr,  # [N]
     params_ptr,  # [3]
+    gain_ptr,  # [N] or None
+    row_gain_ptr,  # [N] or None
     N, offset, D, x_stride, y_stride,
+    share,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, CENTERED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dots_i = <x_i, y_p(i)>, 0 where a row has no positive; params = (scale, bias, 0 or a center of the dots)."""
+    """dots_i = <x_i, y_p(i)>, 0 where a row has no positive; params = (scale, bias, 0 or a center of the dots).
+
+    And share * gain_i, the gains of the rows, where there is room for them.
+    """
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     features = tl.arange(0, BLOCK_D)
@@ -90,6 +96,11 @@ def dots_kernel(
         sums += x * y
     dots = tl.sum(sums, 1)
     tl.store(dots_ptr + rows, dots, mask=rows < N)
+    if row_gain_ptr is not None:
+        gain = tl.zeros([BLOCK], tl.float32) + share
+        if gain_ptr is not None:
+            gain *= tl.load(gain_ptr + rows, mask=rows < N, other=0.0)
+        tl.store(row_gain_ptr + rows, gain, mask=rows < N)
     if program == 0:
         center = 0.0
         if CENTERED:

@@ -14,9 +14,17 @@ from .merge import merged
 from .sigmoid import sigmoid_from, softplus_from
 from .vectors import finish_rows, normalizer_of, softmax_exponent
 
-__all__ = ["scaled_gradients_kernel", "softmax_kernel", "totals_kernel"]
+__all__ = ["scaled_gradients_kernel", "sigmoid_kernel", "softmax_kernel", "totals_kernel"]
 
 _INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _store_sums(ptr, loss, dscale, dbias, inside):
+    """A program's part of the value, and of dL/d(scale, bias), in float64."""
+    tl.store(ptr, tl.sum(tl.where(inside, loss, 0.0).to(tl.float64), 0))
+    tl.store(ptr + 1, tl.sum(tl.where(inside, dscale, 0.0).to(tl.float64), 0))
+    tl.store(ptr + 2, tl.sum(tl.where(inside, dbias, 0.0).to(tl.float64), 0))
 
 
 @triton.jit
@@ -74,12 +82,34 @@ def softmax_kernel(
         loss += col_loss
         softmax += col_softmax
     tl.store(coefficients_ptr + rows, -softmax * scale, mask=inside)
-    dz = tl.where(inside, -softmax, 0.0)
-    dscale = dz * tl.where(inside, dots - center, 0.0)
-    loss = tl.where(inside, loss * gain, 0.0)
-    tl.store(sums_ptr + 3 * program, tl.sum(loss.to(tl.float64), 0))
-    tl.store(sums_ptr + 3 * program + 1, tl.sum(dscale.to(tl.float64), 0))
-    tl.store(sums_ptr + 3 * program + 2, tl.sum(dz.to(tl.float64), 0))
+    _store_sums(sums_ptr + 3 * program, loss * gain, -softmax * (dots - center), -softmax, inside)
+
+
+@triton.jit(do_not_specialize=["N", "col_blocks"])
+def sigmoid_kernel(
+    row_partials_ptr,  # [col_blocks, 2, N]
+    dots_ptr,  # [N]
+    params_ptr,  # [3]
+    gain_ptr,  # [N] what each row's loss is multiplied by
+    coefficients_ptr,  # [N] dL/d<x_i, y_p(i)>
+    sums_ptr,  # float64 [programs, 3] of losses, and of what the positives add to dL/d(scale, bias)
+    N, col_blocks,
+    TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The losses gain_i * (the negatives' sum + softplus(-z_i)), and the positives' gradients."""
+    program = tl.program_id(0)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    scale = tl.load(params_ptr)
+    dots = tl.load(dots_ptr + rows, mask=inside, other=0.0)
+    gain = tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    z = dots * scale + tl.load(params_ptr + 1)
+    e = tl.exp(-tl.abs(z))
+    _, negatives = merged(row_partials_ptr, rows, inside, N, col_blocks, TERM, BLOCK, PARTS)
+    loss = gain * (negatives + softplus_from(-z, e))
+    dz = -gain * sigmoid_from(-z, e)
+    tl.store(coefficients_ptr + rows, dz * scale, mask=inside)
+    _store_sums(sums_ptr + 3 * program, loss, dz * (dots - tl.load(params_ptr + 2)), dz, inside)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A softmax loss whose matrix is one panel: from tensors to value and gradients, by launches that are planned once."""
+"""Losses whose matrix is one panel: from tensors to value and gradients, by launches that are planned once."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .configs import Tile, rest_of, work_of
+from .configs import Tile, rest_of
 from .plans import Launches, Layout, Place, Planned, given, number
 from .score import rest_kernel, score_kernel
 from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
-from .whole import scaled_gradients_kernel, softmax_kernel, totals_kernel
+from .whole import scaled_gradients_kernel, sigmoid_kernel, softmax_kernel, totals_kernel
 
-__all__ = ["SoftmaxForm", "SoftmaxPlan", "add_product", "product"]
+__all__ = ["Form", "SigmoidPlan", "SoftmaxPlan", "add_product", "product"]
 
 #: Rows of a program that finishes gradients; numbers that the totals' program takes at a time.
 _ROWS, _TOTALS = 16, 1024
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 _NOTHING = number(None)
+#: The call's values in the forward pass; then weights of rows and the index of positives, as far as there are any.
+_X, _Y, _VALUE, _KEPT, _WEIGHTS, _SCALE, _BIAS, _MORE = range(1, 9)
 
 
-class SoftmaxForm(NamedTuple):
+class Form(NamedTuple):
     """All that a plan depends on; tensors are contiguous and begin at a multiple of 16 bytes."""
 
     rows: int
@@ -31,8 +33,8 @@ class SoftmaxForm(NamedTuple):
     features: int
     dtype: torch.dtype
     device: torch.device
-    #: of its tensor; None: the scale is a number
-    scale_dtype: torch.dtype | None
+    #: of scale and bias; None: it is a number
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]
     #: rows have weights of their own
     weighted: bool
     #: what each row's loss is multiplied by beside
@@ -42,86 +44,48 @@ class SoftmaxForm(NamedTuple):
     symmetric: bool
     #: columns count too
     both: bool
-    #: gradients of x, y, scale
-    wants: tuple[bool, bool, bool]
+    #: gradients of x, y, scale, bias
+    wants: tuple[bool, ...]
 
 
-class SoftmaxPlan:
+class _Plan:
     """The launches of one form: `forward` leaves the gradients up to the factor from upstream, `backward` has it."""
 
-    def __init__(self, form: SoftmaxForm) -> None:
+    term: str
+
+    def __init__(self, form: Form) -> None:
         self.form = form
         self.precision = launch.precision_of(form.dtype)
         # rows of the weights keep a stride that cuBLAS likes (on the CPU, oneDNN reads the gap behind a row)
         padded = form.device.type == "cuda" and form.cols % 8
         self.stride = -(-form.cols // 64) * 64 if padded else form.cols
-        self.row_blocks = self.col_blocks = 0
-        self._plan_forward()
-        self._plan_backward()
-
-    # ---- the call's values: x, y, value, kept, weights; scale, weights of rows, index, as far as there are any ----
-
-    def _plan_forward(self) -> None:
-        form = self.form
-        n, m, d = form.rows, form.cols, form.features
-        x, y, value = given(1), given(2), given(3)
-        weights, more = given(5), iter((6, 7, 8))
-        scale = given(next(more))
-        gain = given(next(more)) if form.weighted else _NOTHING
-        index = given(next(more)) if form.symmetric else _NOTHING
-        room = Layout(4)
-        self.coefficients, self.dparams = room.take(n), room.take(2, torch.float64)
-        dots, params = room.take(n), room.take(3)
-        row_normalizer, row_gain = room.take(2 * n), room.take(n)
-        col_normalizer, col_gain = (room.take(2 * m), room.take(m)) if form.both else (_NOTHING, _NOTHING)
-        programs = -(-n // launch.MERGE_BLOCK)
-        sums = room.take(3 * programs, torch.float64)
-        reduce = _Panel(form, room, self.precision, weighs=False)
-        weigh = _Panel(form, room, self.precision, weighs=True)
-        col_partials = reduce.col_partials if form.both else _NOTHING
-        params_partials = weigh.params_partials if form.wants[2] else _NOTHING
-        none = (_NOTHING,) * 4
-        launches = [
-            Planned(
-                dots_kernel, -(-n // DOTS_ROWS),
-                (x, y, index, scale, number(0.0), dots, params, *map(number, (n, form.offset, d, d, d))),
-                SCALE_IS_TENSOR=form.scale_dtype is not None, BIAS_IS_TENSOR=False, CENTERED=True,
-                BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
-            ),
-            *reduce.launches(
-                x, y, params, index, none, (_NOTHING, _NOTHING), (reduce.row_partials, col_partials, _NOTHING), 0
-            ),
-            Planned(
-                softmax_kernel, programs,
-                (
-                    reduce.row_partials, col_partials, dots, params, gain, row_normalizer, row_gain,
-                    col_normalizer, col_gain, self.coefficients, sums,
-                    *map(number, (n, reduce.row_blocks, reduce.col_blocks, form.share)),
-                ),
-                TERM=launch.TERMS["exponential"], BLOCK=launch.MERGE_BLOCK, PARTS=launch.MERGE_PARTS, **_OPTIONS,
-            ),
-            *weigh.launches(
-                x, y, params, index, (row_normalizer, row_gain, col_normalizer, col_gain), (weights, params),
-                (_NOTHING, _NOTHING, params_partials), self.stride,
-            ),
-            Planned(
-                totals_kernel, 1,
-                (sums, params_partials, value, self.dparams, number(programs), number(weigh.blocks)),
-                BLOCK=_TOTALS, **_OPTIONS,
-            ),
-        ]  # fmt: skip
-        self.bytes, self.launches = room.bytes, Launches(form.device, launches)
+        self.room = Layout(_KEPT)
+        self.coefficients = self.room.take(form.rows)
+        self.dparams = self.room.take(2, torch.float64)
+        self.dots, self.params = self.room.take(form.rows), self.room.take(3)
+        self.programs = -(-form.rows // launch.MERGE_BLOCK)
+        self.sums = self.room.take(3 * self.programs, torch.float64)
+        more = iter(range(_MORE, _MORE + 2))
+        self.gain = given(next(more)) if form.weighted else _NOTHING
+        self.index = given(next(more)) if form.symmetric else _NOTHING
+        self.launches = Launches(form.device, self._forward_launches())
+        self.finish = Launches(form.device, [self._last_launch()])
 
     def forward(
-        self, x: Tensor, y: Tensor, scale: Tensor | float, gain: Tensor | None, index: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float,
+        bias: Tensor | float,
+        gain: Tensor | None,
+        index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value; room with what `backward` needs, and the float32 sums of dx and dy, as far as they are wanted."""
-        form = self.form
-        device, (want_x, want_y, _) = form.device, form.wants
+        form, device = self.form, self.form.device
         value = torch.empty((), dtype=torch.float32, device=device)
-        kept = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        kept = torch.empty(self.room.bytes, dtype=torch.uint8, device=device)
         weights = torch.empty((form.rows, self.stride), dtype=form.dtype, device=device)
-        values = [x, y, value, kept, weights, scale]
+        values = [x, y, value, kept, weights, scale, bias]
         if gain is not None:
             values.append(gain)
         if form.symmetric:
@@ -129,100 +93,166 @@ class SoftmaxPlan:
         self.launches(values)
         if self.stride != form.cols:
             weights = weights[:, : form.cols]
-        sums = []
-        if want_x:
-            sums.append(product(weights, y))
+        outputs = [value, kept]
+        if form.wants[0]:
+            dx = product(weights, y)
             if form.symmetric:
-                add_product(sums[0], weights.t(), x)
-        if want_y:
-            sums.append(product(weights.t(), x))
-        return value, kept, *sums
-
-    # ---- the call's values: x, y, kept, upstream; (sums, out) of dx and of dy, dscale, as far as they are wanted ----
-
-    def _plan_backward(self) -> None:
-        form = self.form
-        n, m, d = form.rows, form.cols, form.features
-        more = iter(range(5, 10))
-        dx, dy = ((given(next(more)), given(next(more))) if want else (_NOTHING,) * 2 for want in form.wants[:2])
-        dscale = given(next(more)) if form.wants[2] else _NOTHING
-        programs = sum(-(-rows // _ROWS) for rows, want in zip((n, m), form.wants) if want)
-        finish = [
-            Planned(
-                scaled_gradients_kernel, max(programs, 1),
-                (
-                    given(1), given(2), self._kept(self.coefficients), self._kept(self.dparams), given(4),
-                    *dx, *dy, dscale, _NOTHING, *map(number, (n, m, form.offset, d)),
-                ),
-                SYMMETRIC=form.symmetric, BLOCK=_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
-            )
-        ]  # fmt: skip
-        self.finish = Launches(form.device, finish)
-
-    @staticmethod
-    def _kept(place: Place) -> Place:
-        return place._replace(source=3)
+                add_product(dx, weights.t(), x)
+            outputs.append(dx)
+        if form.wants[1]:
+            outputs.append(product(weights.t(), x))
+        return tuple(outputs)
 
     def backward(
-        self, x: Tensor, y: Tensor, scale: Tensor | float, kept: tuple[Tensor, ...], upstream: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dx, dy, dscale."""
-        want_x, want_y, want_scale = self.form.wants
+        self, x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, kept: list[Tensor], upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dx, dy, dscale, dbias."""
         room, *sums = kept
         values = [x, y, room, upstream]
-        dx = dy = dscale = None
-        if want_x:
-            dx = torch.empty_like(x)
-            values += sums[0], dx
-        if want_y:
-            dy = torch.empty_like(y)
-            values += sums[-1], dy
-        if want_scale:
-            dscale = torch.empty_like(scale)
-            values.append(dscale)
+        made: list[Tensor | None] = []
+        for want, tensor in zip(self.form.wants, (x, y, scale, bias)):
+            if not want:
+                made.append(None)
+                continue
+            out = torch.empty_like(tensor)
+            if len(made) < 2:
+                values.append(sums.pop(0))
+            values.append(out)
+            made.append(out)
         self.finish(values)
-        return dx, dy, dscale
+        return tuple(made)
+
+    def _forward_launches(self) -> list[Planned]:
+        raise NotImplementedError
+
+    def _dots(self, row_gain: Place, centered: bool) -> Planned:
+        """The positives' dot products, and parameters."""
+        form = self.form
+        n, d = form.rows, form.features
+        return Planned(
+            dots_kernel, -(-n // DOTS_ROWS),
+            (
+                given(_X), given(_Y), self.index, given(_SCALE), given(_BIAS), self.dots, self.params,
+                self.gain if row_gain is not _NOTHING else _NOTHING, row_gain,
+                *map(number, (n, form.offset, d, d, d, form.share)),
+            ),
+            SCALE_IS_TENSOR=form.dtypes[0] is not None, BIAS_IS_TENSOR=form.dtypes[1] is not None, CENTERED=centered,
+            BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
+        )  # fmt: skip
+
+    def _side_kernel(self, kernel: Any, *places: Place) -> Planned:
+        """A kernel that has partial results of rows, and perhaps of columns."""
+        return Planned(
+            kernel, self.programs, places,
+            TERM=launch.TERMS[self.term], BLOCK=launch.MERGE_BLOCK, PARTS=launch.MERGE_PARTS, **_OPTIONS,
+        )  # fmt: skip
+
+    def _totals(self, panel: _Panel) -> Planned:
+        """The value, and dL/d(scale, bias)."""
+        return Planned(
+            totals_kernel, 1,
+            (
+                self.sums, panel.params_partials, given(_VALUE), self.dparams,
+                number(self.programs), number(panel.blocks),
+            ),
+            BLOCK=_TOTALS, **_OPTIONS,
+        )  # fmt: skip
+
+    def _last_launch(self) -> Planned:
+        """Of x, y, kept, upstream; (sums, out) of dx and of dy, dscale, dbias, as far as they are wanted."""
+        form = self.form
+        n, m, d = form.rows, form.cols, form.features
+        more = iter(range(5, 11))
+        places = [
+            given(next(more)) if want else _NOTHING for each, want in zip((2, 2, 1, 1), form.wants) for _ in range(each)
+        ]
+        programs = sum(-(-rows // _ROWS) for rows, want in zip((n, m), form.wants) if want)
+        return Planned(
+            scaled_gradients_kernel, max(programs, 1),
+            (
+                given(1), given(2), self.coefficients._replace(source=3), self.dparams._replace(source=3), given(4),
+                *places, *map(number, (n, m, form.offset, d)),
+            ),
+            SYMMETRIC=form.symmetric, BLOCK=_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
+        )  # fmt: skip
+
+
+class SoftmaxPlan(_Plan):
+    """Of :func:`contrastive_kernels.operators.softmax_loss.softmax_loss`: statistics, then weights."""
+
+    term = "exponential"
+
+    def _forward_launches(self) -> list[Planned]:
+        form, take = self.form, self.room.take
+        row = take(2 * form.rows), take(form.rows)
+        col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
+        reduce = _Panel(self, "reduce")
+        weigh = _Panel(self, "both" if form.both else "weights")
+        return [
+            self._dots(_NOTHING, centered=True),
+            *reduce.launches((_NOTHING,) * 4),
+            self._side_kernel(
+                softmax_kernel, reduce.row_partials, reduce.col_partials, self.dots, self.params, self.gain, *row, *col,
+                self.coefficients, self.sums,
+                *map(number, (form.rows, reduce.row_blocks, reduce.col_blocks, form.share)),
+            ),
+            *weigh.launches((*row, *col)),
+            self._totals(weigh),
+        ]  # fmt: skip
+
+
+class SigmoidPlan(_Plan):
+    """Of :func:`contrastive_kernels.operators.sigmoid_loss.sigmoid_loss`: statistics and weights at once."""
+
+    term = "sigmoid"
+
+    def _forward_launches(self) -> list[Planned]:
+        row_gain = self.room.take(self.form.rows)
+        panel = _Panel(self, "fused")
+        return [
+            self._dots(row_gain, centered=False),
+            *panel.launches((_NOTHING, row_gain, _NOTHING, _NOTHING)),
+            self._side_kernel(
+                sigmoid_kernel, panel.row_partials, self.dots, self.params, row_gain, self.coefficients, self.sums,
+                number(self.form.rows), number(panel.col_blocks),
+            ),
+            self._totals(panel),
+        ]  # fmt: skip
 
 
 class _Panel:
-    """The launches of the one panel: its statistics, or its weights. Partial results lie in the same room."""
+    """The launches of the one panel, for one of configs.WORKS; see launch.run_panel."""
 
-    def __init__(self, form: SoftmaxForm, room: Layout, precision: str, *, weighs: bool) -> None:
-        self.form, self.precision, self.weighs = form, precision, weighs
-        work = work_of(weighs, not weighs, form.both)
-        self.tile = tile = launch.tile_of(form.device, precision, work, form.features)
+    def __init__(self, plan: _Plan, work: str) -> None:
+        form, take = plan.form, plan.room.take
+        self.plan, self.weighs = plan, work != "reduce"
+        self.tile = tile = launch.tile_of(form.device, plan.precision, work, form.features)
         self.row_blocks, self.col_blocks = -(-form.rows // tile.block_m), -(-form.cols // tile.block_n)
         self.blocks = self.row_blocks * self.col_blocks
         sizes = launch.Scratch.of(tile, form.rows, form.cols)
-        if weighs:
-            self.params_partials = room.take(sizes.params)
-        else:
-            self.row_partials, self.col_partials = room.take(sizes.rows), room.take(sizes.cols if form.both else 0)
-        self.unusual = room.take(sizes.unusual)
+        self.row_partials = self.col_partials = self.params_partials = _NOTHING
+        if work in ("reduce", "fused"):
+            self.row_partials = take(sizes.rows)
+            self.col_partials = take(sizes.cols) if form.both else _NOTHING
+        if self.weighs and (form.wants[2] or form.wants[3]):
+            self.params_partials = take(sizes.params)
+        self.unusual = take(sizes.unusual)
 
-    def launches(
-        self,
-        x: Place,
-        y: Place,
-        params: Place,
-        index: Place,
-        sides: tuple[Place, ...],
-        weights: tuple[Place, Place],
-        partials: tuple[Place, Place, Place],
-        stride: int,
-    ) -> list[Planned]:
-        """Usual tiles, and the rest; see launch.run_panel."""
-        form, tile = self.form, self.tile
+    def launches(self, sides: tuple[Place, ...]) -> list[Planned]:
+        """Usual tiles, and the rest; with normaliser and gain of both sides."""
+        plan, form, tile = self.plan, self.plan.form, self.tile
         n, m, d = form.rows, form.cols, form.features
         places = (
-            x, y, params, number(0 if form.symmetric else form.offset), index, number(0), _NOTHING,
-            *sides, *weights, *partials, self.unusual,
-            *map(number, (n, m, d, d, d, stride, n if self.weighs else 0, m if self.weighs and form.both else 0)),
+            given(_X), given(_Y), plan.params, number(0 if form.symmetric else form.offset), plan.index, number(0),
+            _NOTHING, *sides, *((given(_WEIGHTS), plan.params) if self.weighs else (_NOTHING, _NOTHING)),
+            self.row_partials, self.col_partials, self.params_partials, self.unusual,
+            *map(number, (n, m, d, d, d, plan.stride if self.weighs else 0)),
+            *(number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))),
         )  # fmt: skip
         constants: dict[str, Any] = {
-            "TERM": launch.TERMS["exponential"], "ROW": True, "COL": form.both, "COLUMNS": int(form.symmetric),
+            "TERM": launch.TERMS[plan.term], "ROW": True, "COL": form.both, "COLUMNS": int(form.symmetric),
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
-            "INPUT_PRECISION": "ieee" if self.precision == "ieee" else "tf32",
+            "INPUT_PRECISION": "ieee" if plan.precision == "ieee" else "tf32",
             "UPCAST": launch.INTERPRETED and form.dtype == torch.bfloat16,
         }  # fmt: skip
         rest = rest_of(tile)

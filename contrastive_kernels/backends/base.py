@@ -18,15 +18,21 @@ class Plan(Protocol):
     """A loss of one form, planned once: the gradients come with the value, up to the factor from upstream."""
 
     def forward(
-        self, x: Tensor, y: Tensor, scale: Tensor | float, gain: Tensor | None, index: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float,
+        bias: Tensor | float,
+        gain: Tensor | None,
+        index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value, and what `backward` needs."""
         ...
 
     def backward(
-        self, x: Tensor, y: Tensor, scale: Tensor | float, kept: tuple[Tensor, ...], upstream: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dx, dy, dscale, as far as they are wanted."""
+        self, x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, kept: list[Tensor], upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dx, dy, dscale, dbias, as far as they are wanted."""
         ...
 
 
@@ -143,13 +149,20 @@ class Backend:
         """
         raise NotImplementedError
 
-    def softmax_plan(
-        self, problem: WholeMatrix, size: Size, weighted: bool, share: float, both: bool, wants: tuple[bool, bool, bool]
+    def plan(
+        self,
+        term: PairTerm,
+        problem: WholeMatrix,
+        size: Size,
+        weighted: bool,
+        share: float,
+        both: bool,
+        wants: tuple[bool, ...],
     ) -> Plan | None:
-        """The launches of a sum of softmax losses whose matrix is one panel, for tensors of this form, contiguous and
-        aligned to 16 bytes; None: there are none.
+        """A plan of a sum of softmax or sigmoid losses whose matrix is one panel; None: there is none.
 
-        Of a symmetric matrix, row i's positive is i + offset modulo N.
+        It serves tensors of this form that are contiguous and aligned to 16 bytes. Of a symmetric matrix, row i's
+        positive is i + offset modulo N.
         """
         return None
 

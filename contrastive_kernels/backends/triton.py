@@ -13,7 +13,7 @@ from torch import Tensor
 from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
-from ..panels.terms import PairTerm
+from ..panels.terms import SIGMOID, PairTerm
 from .base import Backend, Plan, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
@@ -76,23 +76,32 @@ class TritonBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
-    def softmax_plan(
-        self, problem: WholeMatrix, size: Size, weighted: bool, share: float, both: bool, wants: tuple[bool, bool, bool]
+    def plan(
+        self,
+        term: PairTerm,
+        problem: WholeMatrix,
+        size: Size,
+        weighted: bool,
+        share: float,
+        both: bool,
+        wants: tuple[bool, ...],
     ) -> Plan | None:
-        """Of 16 bits, float16 is left out: its weights want a factor of their own."""
-        precision, offset = _kernels().precision_of(size.dtype), problem.offset
-        if size.dtype == torch.float16 or precision == "tf32" or offset is None:
+        """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
+        if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
             return None
         if (problem.index is not None) != problem.symmetric or problem.col_bias is not None:
             return None
+        if size.dtype != torch.float32 and size.device.type == "cuda" and not _ADDS_IN_FLOAT32:
+            return None
         from .._triton import whole_launch
 
-        scale_dtype = problem.scale.dtype if isinstance(problem.scale, Tensor) else None
-        form = whole_launch.SoftmaxForm(
-            size.rows, size.cols, size.features, size.dtype, size.device, scale_dtype, weighted, share, offset,
-            size.symmetric, both, wants,
+        scale, bias = (v.dtype if isinstance(v, Tensor) else None for v in (problem.scale, problem.bias))
+        form = whole_launch.Form(
+            size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), weighted, share,
+            problem.offset, size.symmetric, both, wants,
         )  # fmt: skip
-        return _OnDevice(whole_launch.SoftmaxPlan(form), size.device)
+        plan = whole_launch.SigmoidPlan(form) if term is SIGMOID else whole_launch.SoftmaxPlan(form)
+        return _OnDevice(plan, size.device)
 
     def operand(self, x: Tensor) -> Tensor:
         with _on(x.device):
@@ -154,16 +163,20 @@ class TritonBackend(Backend):
 class _OnDevice:
     """A plan whose GPU is the current one while it runs."""
 
-    def __init__(self, plan: Any, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         with _on(self.device):
             return self.plan.forward(*arguments)
 
-    def backward(self, *arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         with _on(self.device):
             return self.plan.backward(*arguments)
+
+
+#: torch's 16-bit products with float32 results; see engine/workspace.py.
+_ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
 
 
 @cache

@@ -191,32 +191,32 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, primitive: Primitive, call: Call, plan: Plan, *wanting: Tensor) -> Tensor:
-        problem, gain = call.problem, call.extras[0]
-        x, y, scale, index = problem.x, problem.y, problem.scale, problem.index
         value, *kept = _without_autocast(_run, call, plan)
-        number = None if isinstance(scale, Tensor) else scale
-        ctx.save_for_backward(x, y, scale if number is None else None, gain, index, *kept)
-        ctx.constants = primitive, plan, number, problem.bias, problem.offset, call.statics
+        x, y, scale, bias, index, _, gain = call.tensors
+        numbers = tuple([None if isinstance(v, Tensor) else v for v in (scale, bias)])
+        tensors = [v if number is None else None for v, number in zip((scale, bias), numbers)]
+        ctx.save_for_backward(x, y, *tensors, index, gain, *kept)
+        ctx.constants = primitive, plan, numbers, call.problem.offset, call.statics
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Outputs:
-        primitive, plan, number, bias, offset, statics = ctx.constants
-        x, y, scale, gain, index, *kept = ctx.saved_tensors
-        scale = scale if number is None else number
+        primitive, plan, numbers, offset, statics = ctx.constants
+        x, y, scale, bias, index, gain, *kept = ctx.saved_tensors
+        scale, bias = (v if number is None else number for v, number in zip((scale, bias), numbers))
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
             tensors = (x, y, scale, bias, index, None, gain)
             with torch.no_grad():
                 outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], (upstream,))
         else:
-            found = plan.backward(x, y, scale, kept, upstream)
+            found = plan.backward(x, y, scale, bias, kept, upstream)
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
 def _run(call: Call, plan: Plan) -> Outputs:
     problem = call.problem
-    return plan.forward(problem.x, problem.y, problem.scale, call.extras[0], problem.index)
+    return plan.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras[0], problem.index)
 
 
 @lru_cache(maxsize=256)

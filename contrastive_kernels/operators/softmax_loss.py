@@ -6,7 +6,6 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .planned import plan_of
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -147,48 +147,10 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
     return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
 
 
-#: Plans by all that they depend on; None: there is none.
-_plans: dict[tuple[Any, ...], Plan | None] = {}
-#: Where shapes never come twice, plans are of no use.
-_MOST_PLANS = 1024
-
-
 def _plan(call: Call) -> Plan | None:
-    """How a small matrix on a GPU is computed, by a plan that was made for the first of its form."""
-    problem, (gain,), (reduction, _) = call.problem, call.extras, call.settings
-    x, y, scale, engine = problem.x, problem.y, problem.scale, problem.engine
-    if reduction == "none" or (x.is_cpu and engine.backend != "triton"):
-        return None
-    if not (x.is_contiguous() and y.is_contiguous()) or (x.data_ptr() | y.data_ptr()) & 15:
-        return None
-    dtype = x.dtype
-    key = (
-        x.shape, y.shape, dtype, x.device, scale.dtype if isinstance(scale, Tensor) else None, gain is None,
-        problem.offset, problem.index is None, problem.symmetric, problem.col_bias is None, engine, call.settings,
-        call.needs, _float32_setting() if dtype is torch.float32 else None,
-    )  # fmt: skip
-    try:
-        return _plans[key]
-    except KeyError:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _new_plan(call)
-        return plan
-
-
-def _float32_setting() -> Any:
-    """How torch multiplies float32 matrices on a GPU."""
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9; reading allow_tf32 beside it may raise
-    return matmul.allow_tf32 if setting is None else setting
-
-
-def _new_plan(call: Call) -> Plan | None:
-    problem, (gain,), (_, both) = call.problem, call.extras, call.settings
-    backend, size = problem.backend(), problem.size()
-    if not strategy.fits_plan(backend, size):
-        return None
-    return backend.softmax_plan(problem, size, gain is not None, _share(call), both, call.wants)
+    """How a small matrix on a GPU is computed, gradients with the value."""
+    reduction, both = call.settings
+    return None if reduction == "none" else plan_of(call, EXPONENTIAL, _share(call), both)
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
