@@ -185,11 +185,16 @@ def step_of(
     """One step of a loss: value and all gradients, with a temperature that learns."""
     x, y = (torch.zeros(n, d, dtype=dtype, device=device).requires_grad_() for _ in range(2))
     scale = torch.ones((), device=device, requires_grad=True)
-    more = {"sigmoid": (torch.ones((), device=device, requires_grad=True),)}.get(loss, ())
+    more: tuple[Any, ...] = ()
+    if loss == "sigmoid":
+        more = (torch.ones((), device=device, requires_grad=True),)
+    elif loss == "decomposable":
+        more = ((torch.zeros(n, device=device), torch.zeros(n, device=device)),)
 
     def step() -> None:
         for leaf in (x, y, scale, *more):
-            leaf.grad = None
+            if isinstance(leaf, torch.Tensor):
+                leaf.grad = None
         getattr(ck, loss)(x, y, scale, *more, backend="triton").backward()
 
     return step
@@ -237,7 +242,7 @@ def host_seconds(losses: Iterable[str], rounds: int = 1000) -> dict[str, float]:
 def main() -> None:
     """Prints launches and host time."""
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("losses", nargs="*", default=["clip_loss", "info_nce", "nt_xent", "sigmoid"])
+    parser.add_argument("losses", nargs="*", default=["clip_loss", "info_nce", "nt_xent", "sigmoid", "decomposable"])
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--json", action="store_true")

@@ -14,7 +14,14 @@ from .merge import merged
 from .sigmoid import sigmoid_from, softplus_from
 from .vectors import finish_rows, normalizer_of, softmax_exponent
 
-__all__ = ["scaled_gradients_kernel", "sigmoid_kernel", "softmax_kernel", "totals_kernel"]
+__all__ = [
+    "ratio_kernel",
+    "relative_kernel",
+    "scaled_gradients_kernel",
+    "sigmoid_kernel",
+    "softmax_kernel",
+    "totals_kernel",
+]
 
 _INF = tl.constexpr(float("inf"))
 
@@ -83,6 +90,99 @@ def softmax_kernel(
         softmax += col_softmax
     tl.store(coefficients_ptr + rows, -softmax * scale, mask=inside)
     _store_sums(sums_ptr + 3 * program, loss * gain, -softmax * (dots - center), -softmax, inside)
+
+
+@triton.jit
+def _two_sum(a, b):
+    """a + b as (rounded sum, exact remainder); where b is infinite, as (a, b)."""
+    total = a + b
+    part = total - a
+    rest = (a - (total - part)) + (b - part)
+    infinite = tl.abs(b) == _INF
+    return tl.where(infinite, a, total), tl.where(infinite, b, rest)
+
+
+@triton.jit
+def _relative_side(rest_ptr, normalizer_ptr, gain_ptr, z, gain, rows, inside, N):
+    """Leaves the normaliser z + rest and the gain of a side."""
+    shift, rest = _two_sum(z, tl.load(rest_ptr + rows, mask=inside, other=0.0))
+    tl.store(normalizer_ptr + rows, shift, mask=inside)
+    tl.store(normalizer_ptr + N + rows, rest, mask=inside)
+    tl.store(gain_ptr + rows, gain, mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_rest_ptr", "col_rest_ptr", "gain_ptr", "N", "share"])
+def relative_kernel(
+    dots_ptr,  # [N]
+    params_ptr,  # [3]
+    row_rest_ptr,  # [N]
+    col_rest_ptr,  # [N] or None
+    gain_ptr,  # [N] or None
+    row_normalizer_ptr,  # [2, N]
+    row_gain_ptr,  # [N]
+    col_normalizer_ptr,  # [2, N] or None
+    col_gain_ptr,  # [N] or None
+    N,
+    share,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Normalisers that are known relative to the positives' logits, as two numbers; and gains."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    z = tl.load(dots_ptr + rows, mask=inside, other=0.0) * tl.load(params_ptr) + tl.load(params_ptr + 1)
+    gain = tl.zeros([BLOCK], tl.float32) + share
+    if gain_ptr is not None:
+        gain *= tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    _relative_side(row_rest_ptr, row_normalizer_ptr, row_gain_ptr, z, gain, rows, inside, N)
+    if col_rest_ptr is not None:
+        _relative_side(col_rest_ptr, col_normalizer_ptr, col_gain_ptr, z, gain, rows, inside, N)
+
+
+@triton.jit
+def _ratio_side(
+    partials_ptr, normalizer_ptr, gain_ptr, rows, inside, N, blocks,
+    TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """gain * exp(found - given normaliser) [BLOCK]; nothing found gives 0."""
+    shift, total = merged(partials_ptr, rows, inside, N, blocks, TERM, BLOCK, PARTS)
+    given_shift = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
+    given_rest = tl.load(normalizer_ptr + N + rows, mask=inside, other=_INF)
+    nothing = total == 0
+    rest = tl.log(tl.where(nothing, 1.0, total))
+    ratio = tl.where(nothing, 0.0, tl.exp((tl.where(nothing, 0.0, shift) - given_shift) + (rest - given_rest)))
+    return ratio * tl.load(gain_ptr + rows, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["N", "row_blocks", "col_blocks"])
+def ratio_kernel(
+    row_partials_ptr,  # [col_blocks, 2, N]
+    col_partials_ptr,  # [row_blocks, 2, N] or None
+    dots_ptr,  # [N]
+    params_ptr,  # [3]
+    row_normalizer_ptr,  # [2, N]
+    row_gain_ptr,  # [N]
+    col_normalizer_ptr,  # [2, N] or None
+    col_gain_ptr,  # [N] or None
+    coefficients_ptr,  # [N] dL/d<x_i, y_p(i)>
+    sums_ptr,  # float64 [programs, 3] of values, and of what the positives add to dL/d(scale, bias)
+    N, row_blocks, col_blocks,
+    TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of exponentials relative to the positives' logits, which take as much as the weights give."""
+    program = tl.program_id(0)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    value = _ratio_side(
+        row_partials_ptr, row_normalizer_ptr, row_gain_ptr, rows, inside, N, col_blocks, TERM, BLOCK, PARTS
+    )
+    if col_partials_ptr is not None:
+        value += _ratio_side(
+            col_partials_ptr, col_normalizer_ptr, col_gain_ptr, rows, inside, N, row_blocks, TERM, BLOCK, PARTS
+        )
+    dots = tl.load(dots_ptr + rows, mask=inside, other=0.0)
+    tl.store(coefficients_ptr + rows, -value * tl.load(params_ptr), mask=inside)
+    dscale = -value * (dots - tl.load(params_ptr + 2))
+    _store_sums(sums_ptr + 3 * program, value, dscale, -value, inside)
 
 
 @triton.jit(do_not_specialize=["N", "col_blocks"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +15,22 @@ from .plans import Launches, Layout, Place, Planned, given, number
 from .score import rest_kernel, score_kernel
 from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
-from .whole import scaled_gradients_kernel, sigmoid_kernel, softmax_kernel, totals_kernel
+from .whole import (
+    ratio_kernel,
+    relative_kernel,
+    scaled_gradients_kernel,
+    sigmoid_kernel,
+    softmax_kernel,
+    totals_kernel,
+)
 
-__all__ = ["Form", "SigmoidPlan", "SoftmaxPlan", "add_product", "product"]
+__all__ = ["Form", "RatioPlan", "SigmoidPlan", "SoftmaxPlan", "add_product", "product"]
 
 #: Rows of a program that finishes gradients; numbers that the totals' program takes at a time.
 _ROWS, _TOTALS = 16, 1024
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 _NOTHING = number(None)
-#: The call's values in the forward pass; then weights of rows and the index of positives, as far as there are any.
+#: The call's values in the forward pass; then extras and the index of positives, as far as there are any.
 _X, _Y, _VALUE, _KEPT, _WEIGHTS, _SCALE, _BIAS, _MORE = range(1, 9)
 
 
@@ -35,8 +44,8 @@ class Form(NamedTuple):
     device: torch.device
     #: of scale and bias; None: it is a number
     dtypes: tuple[torch.dtype | None, torch.dtype | None]
-    #: rows have weights of their own
-    weighted: bool
+    #: which of the vectors beside there are: weights of rows; or normalisers of rows and columns, and weights
+    extras: tuple[bool, ...]
     #: what each row's loss is multiplied by beside
     share: float
     #: row i's positive is column i + offset; of a symmetric matrix modulo N = 2 * offset, and there is an index of them
@@ -65,8 +74,8 @@ class _Plan:
         self.dots, self.params = self.room.take(form.rows), self.room.take(3)
         self.programs = -(-form.rows // launch.MERGE_BLOCK)
         self.sums = self.room.take(3 * self.programs, torch.float64)
-        more = iter(range(_MORE, _MORE + 2))
-        self.gain = given(next(more)) if form.weighted else _NOTHING
+        more = itertools.count(_MORE)
+        self.extras = [given(next(more)) if there else _NOTHING for there in form.extras]
         self.index = given(next(more)) if form.symmetric else _NOTHING
         self.launches = Launches(form.device, self._forward_launches())
         self.finish = Launches(form.device, [self._last_launch()])
@@ -77,7 +86,7 @@ class _Plan:
         y: Tensor,
         scale: Tensor | float,
         bias: Tensor | float,
-        gain: Tensor | None,
+        extras: Sequence[Tensor | None],
         index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value; room with what `backward` needs, and the float32 sums of dx and dy, as far as they are wanted."""
@@ -85,9 +94,7 @@ class _Plan:
         value = torch.empty((), dtype=torch.float32, device=device)
         kept = torch.empty(self.room.bytes, dtype=torch.uint8, device=device)
         weights = torch.empty((form.rows, self.stride), dtype=form.dtype, device=device)
-        values = [x, y, value, kept, weights, scale, bias]
-        if gain is not None:
-            values.append(gain)
+        values: list[Any] = [x, y, value, kept, weights, scale, bias, *[v for v in extras if v is not None]]
         if form.symmetric:
             values.append(index)
         self.launches(values)
@@ -110,7 +117,8 @@ class _Plan:
         room, *sums = kept
         values = [x, y, room, upstream]
         made: list[Tensor | None] = []
-        for want, tensor in zip(self.form.wants, (x, y, scale, bias)):
+        tensors: tuple[Any, ...] = x, y, scale, bias
+        for want, tensor in zip(self.form.wants, tensors):
             if not want:
                 made.append(None)
                 continue
@@ -133,7 +141,7 @@ class _Plan:
             dots_kernel, -(-n // DOTS_ROWS),
             (
                 given(_X), given(_Y), self.index, given(_SCALE), given(_BIAS), self.dots, self.params,
-                self.gain if row_gain is not _NOTHING else _NOTHING, row_gain,
+                _NOTHING if row_gain is _NOTHING else self.extras[0], row_gain,
                 *map(number, (n, form.offset, d, d, d, form.share)),
             ),
             SCALE_IS_TENSOR=form.dtypes[0] is not None, BIAS_IS_TENSOR=form.dtypes[1] is not None, CENTERED=centered,
@@ -192,8 +200,8 @@ class SoftmaxPlan(_Plan):
             self._dots(_NOTHING, centered=True),
             *reduce.launches((_NOTHING,) * 4),
             self._side_kernel(
-                softmax_kernel, reduce.row_partials, reduce.col_partials, self.dots, self.params, self.gain, *row, *col,
-                self.coefficients, self.sums,
+                softmax_kernel, reduce.row_partials, reduce.col_partials, self.dots, self.params, self.extras[0],
+                *row, *col, self.coefficients, self.sums,
                 *map(number, (form.rows, reduce.row_blocks, reduce.col_blocks, form.share)),
             ),
             *weigh.launches((*row, *col)),
@@ -215,6 +223,32 @@ class SigmoidPlan(_Plan):
             self._side_kernel(
                 sigmoid_kernel, panel.row_partials, self.dots, self.params, row_gain, self.coefficients, self.sums,
                 number(self.form.rows), number(panel.col_blocks),
+            ),
+            self._totals(panel),
+        ]  # fmt: skip
+
+
+class RatioPlan(_Plan):
+    """Of :func:`contrastive_kernels.operators.weighted_sum.exponential_sums`: statistics and weights at once."""
+
+    term = "exponential"
+
+    def _forward_launches(self) -> list[Planned]:
+        form, take = self.form, self.room.take
+        row = take(2 * form.rows), take(form.rows)
+        col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
+        panel = _Panel(self, "fused")
+        return [
+            self._dots(_NOTHING, centered=True),
+            Planned(
+                relative_kernel, -(-form.rows // _TOTALS),
+                (self.dots, self.params, *self.extras[:3], *row, *col, number(form.rows), number(form.share)),
+                BLOCK=_TOTALS, **_OPTIONS,
+            ),
+            *panel.launches((*row, *col)),
+            self._side_kernel(
+                ratio_kernel, panel.row_partials, panel.col_partials, self.dots, self.params, *row, *col,
+                self.coefficients, self.sums, *map(number, (form.rows, panel.row_blocks, panel.col_blocks)),
             ),
             self._totals(panel),
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -23,7 +24,7 @@ class Plan(Protocol):
         y: Tensor,
         scale: Tensor | float,
         bias: Tensor | float,
-        gain: Tensor | None,
+        extras: Sequence[Tensor | None],
         index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value, and what `backward` needs."""
@@ -151,18 +152,20 @@ class Backend:
 
     def plan(
         self,
-        term: PairTerm,
+        kind: str,
         problem: WholeMatrix,
         size: Size,
-        weighted: bool,
+        extras: tuple[bool, ...],
         share: float,
         both: bool,
         wants: tuple[bool, ...],
     ) -> Plan | None:
-        """A plan of a sum of softmax or sigmoid losses whose matrix is one panel; None: there is none.
+        """A plan of a sum of losses whose matrix is one panel; None: there is none.
 
-        It serves tensors of this form that are contiguous and aligned to 16 bytes. Of a symmetric matrix, row i's
-        positive is i + offset modulo N.
+        Its kind is "softmax" or "sigmoid", with weights of the rows, if any, as its extras; or "ratio", with
+        log-normalisers of rows and of columns relative to the positives' logits, and weights. It serves tensors of this
+        form that are contiguous and aligned to 16 bytes. In a symmetric matrix the positive of row i is i + offset
+        modulo N.
         """
         return None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
-from ..panels.terms import SIGMOID, PairTerm
+from ..panels.terms import PairTerm
 from .base import Backend, Plan, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
@@ -78,10 +78,10 @@ class TritonBackend(Backend):
 
     def plan(
         self,
-        term: PairTerm,
+        kind: str,
         problem: WholeMatrix,
         size: Size,
-        weighted: bool,
+        extras: tuple[bool, ...],
         share: float,
         both: bool,
         wants: tuple[bool, ...],
@@ -97,11 +97,13 @@ class TritonBackend(Backend):
 
         scale, bias = (v.dtype if isinstance(v, Tensor) else None for v in (problem.scale, problem.bias))
         form = whole_launch.Form(
-            size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), weighted, share,
+            size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), extras, share,
             problem.offset, size.symmetric, both, wants,
         )  # fmt: skip
-        plan = whole_launch.SigmoidPlan(form) if term is SIGMOID else whole_launch.SoftmaxPlan(form)
-        return _OnDevice(plan, size.device)
+        plans = {
+            "softmax": whole_launch.SoftmaxPlan, "sigmoid": whole_launch.SigmoidPlan, "ratio": whole_launch.RatioPlan
+        }  # fmt: skip
+        return _OnDevice(plans[kind](form), size.device)
 
     def operand(self, x: Tensor) -> Tensor:
         with _on(x.device):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..backends.base import Plan
 from ..engine import strategy
-from ..panels.terms import PairTerm
 from .shared import Call
 
 __all__ = ["plan_of"]
@@ -20,29 +19,29 @@ _plans: dict[tuple[Any, ...], Plan | None] = {}
 _MOST_PLANS = 1024
 
 
-def plan_of(call: Call, term: PairTerm, share: float, both: bool = False) -> Plan | None:
+def plan_of(call: Call, kind: str, share: float, both: bool = False) -> Plan | None:
     """How a sum of losses is computed by a plan, if it can be.
 
     Parameters
     ----------
     call : Call
-        Its first extra tensor are the weights of the rows, if any.
-    term : PairTerm
-        Of the pairs.
+        Of a mean or a sum.
+    kind : str
+        "softmax", "sigmoid" or "ratio"; see :meth:`contrastive_kernels.backends.Backend.plan`.
     share : float
         What every row's loss is multiplied by beside.
     both : bool
         Columns have losses too.
     """
-    problem, gain = call.problem, call.extras[0]
+    problem = call.problem
     x, y, engine = problem.x, problem.y, problem.engine
     if x.is_cpu and engine.backend != "triton":
         return None
     if not (x.is_contiguous() and y.is_contiguous()) or (x.data_ptr() | y.data_ptr()) & 15:
         return None
-    dtype = x.dtype
+    dtype, extras = x.dtype, tuple([v is not None for v in call.extras])
     key = (
-        term, share, both, x.shape, y.shape, dtype, x.device, _dtype(problem.scale), _dtype(problem.bias), gain is None,
+        kind, share, both, x.shape, y.shape, dtype, x.device, _dtype(problem.scale), _dtype(problem.bias), extras,
         problem.offset, problem.index is None, problem.symmetric, problem.col_bias is None, engine, call.needs,
         _float32_setting() if dtype is torch.float32 else None,
     )  # fmt: skip
@@ -51,16 +50,17 @@ def plan_of(call: Call, term: PairTerm, share: float, both: bool = False) -> Pla
     except KeyError:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _new_plan(call, term, share, both)
+        plan = _plans[key] = _new_plan(call, kind, share, both)
         return plan
 
 
-def _new_plan(call: Call, term: PairTerm, share: float, both: bool) -> Plan | None:
+def _new_plan(call: Call, kind: str, share: float, both: bool) -> Plan | None:
     problem = call.problem
     backend, size = problem.backend(), problem.size()
     if not strategy.fits_plan(backend, size):
         return None
-    return backend.plan(term, problem, size, call.extras[0] is not None, share, both, call.needs[:4])
+    extras = tuple([v is not None for v in call.extras])
+    return backend.plan(kind, problem, size, extras, share, both, call.needs[:4])
 
 
 def _dtype(value: Tensor | float) -> torch.dtype | None:

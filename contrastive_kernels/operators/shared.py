@@ -80,7 +80,7 @@ class Primitive:
             wanting = [t for t, need in zip(tensors, needs) if need]
             plan = self.plan(call)
             if plan is not None:
-                return (_Planned.apply(self, call, plan, *wanting),)
+                return (_Planned.apply(self, call, plan, *wanting), *[None] * (self.results - 1 + self.found))
             return _Eager.apply(self, call, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
@@ -192,31 +192,32 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, primitive: Primitive, call: Call, plan: Plan, *wanting: Tensor) -> Tensor:
         value, *kept = _without_autocast(_run, call, plan)
-        x, y, scale, bias, index, _, gain = call.tensors
-        numbers = tuple([None if isinstance(v, Tensor) else v for v in (scale, bias)])
-        tensors = [v if number is None else None for v, number in zip((scale, bias), numbers)]
-        ctx.save_for_backward(x, y, *tensors, index, gain, *kept)
-        ctx.constants = primitive, plan, numbers, call.problem.offset, call.statics
+        tensors = call.tensors
+        ctx.numbers = {i: v for i, v in enumerate(tensors) if type(v) is float}
+        ctx.save_for_backward(*[None if type(v) is float else v for v in tensors], *kept)
+        ctx.constants = primitive, plan, call.problem.offset, call.statics, len(tensors)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Outputs:
-        primitive, plan, numbers, offset, statics = ctx.constants
-        x, y, scale, bias, index, gain, *kept = ctx.saved_tensors
-        scale, bias = (v if number is None else number for v, number in zip((scale, bias), numbers))
+        primitive, plan, offset, statics, count = ctx.constants
+        saved = list(ctx.saved_tensors)
+        for i, number in ctx.numbers.items():
+            saved[i] = number
+        tensors, kept = tuple(saved[:count]), saved[count:]
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
-            tensors = (x, y, scale, bias, index, None, gain)
             with torch.no_grad():
                 outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
-            found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], (upstream,))
+            upstreams = (upstream, *[None] * (primitive.results - 1))
+            found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
-            found = plan.backward(x, y, scale, bias, kept, upstream)
+            found = plan.backward(*tensors[:4], kept, upstream)
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
 def _run(call: Call, plan: Plan) -> Outputs:
     problem = call.problem
-    return plan.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras[0], problem.index)
+    return plan.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras, problem.index)
 
 
 @lru_cache(maxsize=256)

@@ -70,7 +70,7 @@ def _in_one_call(call: Call) -> bool:
 def _plan(call: Call) -> Plan | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
     (reduction,) = call.settings
-    return None if reduction == "none" else plan_of(call, SIGMOID, _share(call))
+    return None if reduction == "none" else plan_of(call, "sigmoid", _share(call))
 
 
 def _forward(call: Call) -> Outputs:

@@ -150,7 +150,7 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
 def _plan(call: Call) -> Plan | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
     reduction, both = call.settings
-    return None if reduction == "none" else plan_of(call, EXPONENTIAL, _share(call), both)
+    return None if reduction == "none" else plan_of(call, "softmax", _share(call), both)
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
