@@ -35,8 +35,6 @@ def plan_of(call: Call, kind: str, share: float, both: bool = False) -> Plan | N
     """
     problem = call.problem
     x, y, engine = problem.x, problem.y, problem.engine
-    if x.is_cpu and engine.backend != "triton":
-        return None
     if not (x.is_contiguous() and y.is_contiguous()) or (x.data_ptr() | y.data_ptr()) & 15:
         return None
     dtype, extras = x.dtype, tuple([v is not None for v in call.extras])

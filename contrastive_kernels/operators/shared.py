@@ -78,7 +78,8 @@ class Primitive:
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if True in needs:
             wanting = [t for t, need in zip(tensors, needs) if need]
-            plan = self.plan(call)
+            on_cpu = problem.x.is_cpu and problem.engine.backend != "triton"  # whose backends have no plans
+            plan = None if on_cpu else self.plan(call)
             if plan is not None:
                 return (_Planned.apply(self, call, plan, *wanting), *[None] * (self.results - 1 + self.found))
             return _Eager.apply(self, call, *wanting)
