@@ -201,22 +201,23 @@ def rounding() -> list[str]:
 
 def launches() -> dict[str, tuple[int, int]]:
     """Launches of value and gradients by case: as planned, and as counted."""
-    from contrastive_kernels._triton import launch
+    from contrastive_kernels._triton import launch, whole, whole_launch
     from contrastive_kernels.engine import workspace
 
     counted = 0
-    started, accumulated = launch._launch, workspace.Workspace.accumulate
-    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel)
+    started = launch._launch
+    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel, whole.sigmoid_kernel)
 
     def counting(function):
         def run(first, *arguments, **keywords):
             nonlocal counted
-            counted += function is accumulated or first in of_panels
+            counted += function is not started or first in of_panels
             return function(first, *arguments, **keywords)
 
         return run
 
-    launch._launch, workspace.Workspace.accumulate = counting(started), counting(accumulated)
+    launch._launch, whole_launch.product = counting(started), counting(whole_launch.product)
+    workspace.Workspace.accumulate = counting(workspace.Workspace.accumulate)
     result = {}
     for loss, n, workspace_bytes in (("clip_loss", 130, 65536), ("nt_xent", 70, 65536), ("sigmoid", 65, 2**20)):
         counted = 0

@@ -62,7 +62,7 @@ def _partner(index_ptr, rows, N, first, offset):
     return tl.where(exists, partner, 0), exists
 
 
-@triton.jit(do_not_specialize=["gain_ptr", "N", "offset", "share"])
+@triton.jit(do_not_specialize=["scale", "bias", "gain_ptr", "N", "offset", "share"])
 def dots_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
