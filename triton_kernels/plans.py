@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import launch
-from .start import Arguments, compiled_members, may_start_directly
+from .start import Arguments, compiled_members, may_start_directly, starter
 
 __all__ = ["Launches", "Layout", "Place", "Planned", "given", "number"]
 
@@ -86,7 +86,9 @@ class Planned:
         assert self.direct is not None
         run, function, metadata = self.direct
         arguments = [bases[source] + offset for source, offset in self._raw]
-        return run, (self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *self._rest)
+        start, more = starter(run)
+        own = (self.programs, 1, 1, stream, function, *more, metadata, None, None, None)
+        return start, (*own, *arguments, *self._rest)
 
 
 class Launches:

@@ -14,7 +14,7 @@ try:
 except ImportError:  # before Triton 3.4
     knobs = None
 
-__all__ = ["INTERPRETED", "TRITON_VERSION", "Arguments", "compiled_members", "may_start_directly", "start"]
+__all__ = ["INTERPRETED", "TRITON_VERSION", "Arguments", "compiled_members", "may_start_directly", "start", "starter"]
 
 #: (major, minor)
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -94,6 +94,17 @@ def compiled_members(made: Any) -> tuple[Any, Any, Any] | None:
         return made.run, made.function, made.packed_metadata
     except AttributeError:
         return None
+
+
+def starter(run: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What a launcher calls in the end, and what it adds to its arguments behind the function.
+
+    Triton 3.6's finds each time anew that a kernel wants no memory of its own, in Python.
+    """
+    wanted = ("global_scratch_size", "profile_scratch_size")
+    if TRITON_VERSION != (3, 6) or any(getattr(run, name, 1) for name in wanted) or not callable(run.launch):
+        return run, ()
+    return run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None)
 
 
 def may_start_directly() -> bool:

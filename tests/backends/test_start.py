@@ -91,3 +91,23 @@ def test_each_device_has_its_own(monkeypatch):
     assert twice(kernel) == {"by Triton": 1, "directly": 1}
     monkeypatch.setattr(start.driver.active, "get_current_device", lambda: 1)
     assert twice(kernel) == {"by Triton": 2, "directly": 2}
+
+
+@pytest.mark.parametrize("size", [0, 64], ids=["usual", "scratch of its own"])
+def test_what_the_launcher_calls(size):
+    """Triton's own launcher, but for the C function that it compiles, hears the same either way."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    heard = []
+    launcher = CudaLauncher.__new__(CudaLauncher)
+    launcher.global_scratch_size, launcher.profile_scratch_size = size, 0
+    launcher.global_scratch_align = launcher.profile_scratch_align = 1
+    launcher.launch_cooperative_grid, launcher.launch_pdl = False, True
+    launcher.launch = lambda *arguments: heard.append(arguments)
+    run, more = start.starter(launcher)
+    if start.TRITON_VERSION != (3, 6) or size:
+        assert run is launcher and more == ()
+        return
+    launcher(7, 1, 1, 5, 1, (4, 1), None, None, None, 64, 3)
+    run(7, 1, 1, 5, 1, *more, (4, 1), None, None, None, 64, 3)
+    assert len(heard) == 2 and heard[0] == heard[1]
