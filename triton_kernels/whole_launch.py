@@ -1,4 +1,4 @@
-"""Losses whose matrix is one panel: from tensors to value and gradients, by launches that are planned once."""
+"""Losses whose matrix is one panel: from tensors to value and gradients, by launches that are prepared once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import launch
 from .configs import Tile, rest_of
-from .plans import Launches, Layout, Place, Planned, given, number
 from .score import rest_kernel, score_kernel
+from .sequence import Launch, Launches, Layout, Place, given, number
 from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
 from .whole import (
@@ -24,7 +24,7 @@ from .whole import (
     totals_kernel,
 )
 
-__all__ = ["Form", "RatioPlan", "SigmoidPlan", "SoftmaxPlan", "add_product", "product"]
+__all__ = ["Form", "WholeRatio", "WholeSigmoid", "WholeSoftmax", "add_product", "product"]
 
 #: Rows of a program that finishes gradients; numbers that the totals' program takes at a time.
 _ROWS, _TOTALS = 16, 1024
@@ -35,7 +35,7 @@ _X, _Y, _VALUE, _KEPT, _WEIGHTS, _SCALE, _BIAS, _MORE = range(1, 9)
 
 
 class Form(NamedTuple):
-    """All that a plan depends on; tensors are contiguous and begin at a multiple of 16 bytes."""
+    """All that they depend on; tensors are contiguous and begin at a multiple of 16 bytes."""
 
     rows: int
     cols: int
@@ -57,7 +57,7 @@ class Form(NamedTuple):
     wants: tuple[bool, ...]
 
 
-class _Plan:
+class _Whole:
     """The launches of one form: `forward` leaves the gradients up to the factor from upstream, `backward` has it."""
 
     term: str
@@ -130,14 +130,14 @@ class _Plan:
         self.finish(values)
         return tuple(made)
 
-    def _forward_launches(self) -> list[Planned]:
+    def _forward_launches(self) -> list[Launch]:
         raise NotImplementedError
 
-    def _dots(self, row_gain: Place, centered: bool) -> Planned:
+    def _dots(self, row_gain: Place, centered: bool) -> Launch:
         """The positives' dot products, and parameters."""
         form = self.form
         n, d = form.rows, form.features
-        return Planned(
+        return Launch(
             dots_kernel, -(-n // DOTS_ROWS),
             (
                 given(_X), given(_Y), self.index, given(_SCALE), given(_BIAS), self.dots, self.params,
@@ -148,16 +148,16 @@ class _Plan:
             BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
         )  # fmt: skip
 
-    def _side_kernel(self, kernel: Any, *places: Place) -> Planned:
+    def _side_kernel(self, kernel: Any, *places: Place) -> Launch:
         """A kernel that has partial results of rows, and perhaps of columns."""
-        return Planned(
+        return Launch(
             kernel, self.programs, places,
             TERM=launch.TERMS[self.term], BLOCK=launch.MERGE_BLOCK, PARTS=launch.MERGE_PARTS, **_OPTIONS,
         )  # fmt: skip
 
-    def _totals(self, panel: _Panel) -> Planned:
+    def _totals(self, panel: _Panel) -> Launch:
         """The value, and dL/d(scale, bias)."""
-        return Planned(
+        return Launch(
             totals_kernel, 1,
             (
                 self.sums, panel.params_partials, given(_VALUE), self.dparams,
@@ -166,7 +166,7 @@ class _Plan:
             BLOCK=_TOTALS, **_OPTIONS,
         )  # fmt: skip
 
-    def _last_launch(self) -> Planned:
+    def _last_launch(self) -> Launch:
         """Of x, y, kept, upstream; (sums, out) of dx and of dy, dscale, dbias, as far as they are wanted."""
         form = self.form
         n, m, d = form.rows, form.cols, form.features
@@ -175,7 +175,7 @@ class _Plan:
             given(next(more)) if want else _NOTHING for each, want in zip((2, 2, 1, 1), form.wants) for _ in range(each)
         ]
         programs = sum(-(-rows // _ROWS) for rows, want in zip((n, m), form.wants) if want)
-        return Planned(
+        return Launch(
             scaled_gradients_kernel, max(programs, 1),
             (
                 given(1), given(2), self.coefficients._replace(source=3), self.dparams._replace(source=3), given(4),
@@ -185,12 +185,12 @@ class _Plan:
         )  # fmt: skip
 
 
-class SoftmaxPlan(_Plan):
+class WholeSoftmax(_Whole):
     """Of :func:`contrastive_kernels.operators.softmax_loss.softmax_loss`: statistics, then weights."""
 
     term = "exponential"
 
-    def _forward_launches(self) -> list[Planned]:
+    def _forward_launches(self) -> list[Launch]:
         form, take = self.form, self.room.take
         row = take(2 * form.rows), take(form.rows)
         col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
@@ -209,12 +209,12 @@ class SoftmaxPlan(_Plan):
         ]  # fmt: skip
 
 
-class SigmoidPlan(_Plan):
+class WholeSigmoid(_Whole):
     """Of :func:`contrastive_kernels.operators.sigmoid_loss.sigmoid_loss`: statistics and weights at once."""
 
     term = "sigmoid"
 
-    def _forward_launches(self) -> list[Planned]:
+    def _forward_launches(self) -> list[Launch]:
         row_gain = self.room.take(self.form.rows)
         panel = _Panel(self, "fused")
         return [
@@ -228,19 +228,19 @@ class SigmoidPlan(_Plan):
         ]  # fmt: skip
 
 
-class RatioPlan(_Plan):
+class WholeRatio(_Whole):
     """Of :func:`contrastive_kernels.operators.weighted_sum.exponential_sums`: statistics and weights at once."""
 
     term = "exponential"
 
-    def _forward_launches(self) -> list[Planned]:
+    def _forward_launches(self) -> list[Launch]:
         form, take = self.form, self.room.take
         row = take(2 * form.rows), take(form.rows)
         col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
         panel = _Panel(self, "fused")
         return [
             self._dots(_NOTHING, centered=True),
-            Planned(
+            Launch(
                 relative_kernel, -(-form.rows // _TOTALS),
                 (self.dots, self.params, *self.extras[:3], *row, *col, number(form.rows), number(form.share)),
                 BLOCK=_TOTALS, **_OPTIONS,
@@ -257,10 +257,10 @@ class RatioPlan(_Plan):
 class _Panel:
     """The launches of the one panel, for one of configs.WORKS; see launch.run_panel."""
 
-    def __init__(self, plan: _Plan, work: str) -> None:
-        form, take = plan.form, plan.room.take
-        self.plan, self.weighs = plan, work != "reduce"
-        self.tile = tile = launch.tile_of(form.device, plan.precision, work, form.features)
+    def __init__(self, whole: _Whole, work: str) -> None:
+        form, take = whole.form, whole.room.take
+        self.whole, self.weighs = whole, work != "reduce"
+        self.tile = tile = launch.tile_of(form.device, whole.precision, work, form.features)
         self.row_blocks, self.col_blocks = -(-form.rows // tile.block_m), -(-form.cols // tile.block_n)
         self.blocks = self.row_blocks * self.col_blocks
         sizes = launch.Scratch.of(tile, form.rows, form.cols)
@@ -272,27 +272,27 @@ class _Panel:
             self.params_partials = take(sizes.params)
         self.unusual = take(sizes.unusual)
 
-    def launches(self, sides: tuple[Place, ...]) -> list[Planned]:
+    def launches(self, sides: tuple[Place, ...]) -> list[Launch]:
         """Usual tiles, and the rest; with normaliser and gain of both sides."""
-        plan, form, tile = self.plan, self.plan.form, self.tile
+        whole, form, tile = self.whole, self.whole.form, self.tile
         n, m, d = form.rows, form.cols, form.features
         places = (
-            given(_X), given(_Y), plan.params, number(0 if form.symmetric else form.offset), plan.index, number(0),
-            _NOTHING, *sides, *((given(_WEIGHTS), plan.params) if self.weighs else (_NOTHING, _NOTHING)),
+            given(_X), given(_Y), whole.params, number(0 if form.symmetric else form.offset), whole.index, number(0),
+            _NOTHING, *sides, *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)),
             self.row_partials, self.col_partials, self.params_partials, self.unusual,
-            *map(number, (n, m, d, d, d, plan.stride if self.weighs else 0)),
+            *map(number, (n, m, d, d, d, whole.stride if self.weighs else 0)),
             *(number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))),
         )  # fmt: skip
         constants: dict[str, Any] = {
-            "TERM": launch.TERMS[plan.term], "ROW": True, "COL": form.both, "COLUMNS": int(form.symmetric),
+            "TERM": launch.TERMS[whole.term], "ROW": True, "COL": form.both, "COLUMNS": int(form.symmetric),
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
-            "INPUT_PRECISION": "ieee" if plan.precision == "ieee" else "tf32",
+            "INPUT_PRECISION": "ieee" if whole.precision == "ieee" else "tf32",
             "UPCAST": launch.INTERPRETED and form.dtype == torch.bfloat16,
         }  # fmt: skip
         rest = rest_of(tile)
         return [
-            Planned(score_kernel, self.blocks, places, **constants, **_of_tile(tile, d)),
-            Planned(
+            Launch(score_kernel, self.blocks, places, **constants, **_of_tile(tile, d)),
+            Launch(
                 rest_kernel, launch.rest_programs(self.blocks), places, **constants, **_of_tile(rest, d),
                 PIECE=rest.block_n, TILES=launch.REST_TILES,
             ),

@@ -12,11 +12,11 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Backend", "Plan", "SoftmaxGains", "WholeMatrix"]
+__all__ = ["Backend", "Prepared", "SoftmaxGains", "WholeMatrix"]
 
 
-class Plan(Protocol):
-    """A loss of one form, planned once: the gradients come with the value, up to the factor from upstream."""
+class Prepared(Protocol):
+    """A loss of one form, its launches prepared: gradients come with the value, up to the factor from upstream."""
 
     def forward(
         self,
@@ -150,7 +150,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def plan(
+    def prepare(
         self,
         kind: str,
         problem: WholeMatrix,
@@ -159,8 +159,8 @@ class Backend:
         share: float,
         both: bool,
         wants: tuple[bool, ...],
-    ) -> Plan | None:
-        """A plan of a sum of losses whose matrix is one panel; None: there is none.
+    ) -> Prepared | None:
+        """A sum of losses, prepared, whose matrix is one panel; None: there is none.
 
         Its kind is "softmax" or "sigmoid", with weights of the rows, if any, as its extras; or "ratio", with
         log-normalisers of rows and of columns relative to the positives' logits, and weights. It serves tensors of this

@@ -14,7 +14,7 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
-from .base import Backend, Plan, SoftmaxGains, WholeMatrix
+from .base import Backend, Prepared, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
@@ -76,7 +76,7 @@ class TritonBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
 
-    def plan(
+    def prepare(
         self,
         kind: str,
         problem: WholeMatrix,
@@ -85,7 +85,7 @@ class TritonBackend(Backend):
         share: float,
         both: bool,
         wants: tuple[bool, ...],
-    ) -> Plan | None:
+    ) -> Prepared | None:
         """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
         if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
             return None
@@ -100,10 +100,10 @@ class TritonBackend(Backend):
             size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), extras, share,
             problem.offset, size.symmetric, both, wants,
         )  # fmt: skip
-        plans = {
-            "softmax": whole_launch.SoftmaxPlan, "sigmoid": whole_launch.SigmoidPlan, "ratio": whole_launch.RatioPlan
+        kinds = {
+            "softmax": whole_launch.WholeSoftmax, "sigmoid": whole_launch.WholeSigmoid, "ratio": whole_launch.WholeRatio
         }  # fmt: skip
-        return _OnDevice(plans[kind](form), size.device)
+        return _OnDevice(kinds[kind](form), size.device)
 
     def operand(self, x: Tensor) -> Tensor:
         with _on(x.device):
@@ -163,18 +163,18 @@ class TritonBackend(Backend):
 
 
 class _OnDevice:
-    """A plan whose GPU is the current one while it runs."""
+    """What is prepared for a GPU, which is the current one while it runs."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+        self.prepared, self.device = prepared, device
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         with _on(self.device):
-            return self.plan.forward(*arguments)
+            return self.prepared.forward(*arguments)
 
     def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         with _on(self.device):
-            return self.plan.backward(*arguments)
+            return self.prepared.backward(*arguments)
 
 
 #: torch's 16-bit products with float32 results; see engine/workspace.py.

@@ -30,9 +30,9 @@ KEPT_SCORES_BYTES = 4 * 2**20
 WHOLE_SCORES = 2**18
 
 
-#: A GPU's matrices of one panel and at most so many scores are computed by launches that are planned once: with more,
+#: A GPU's matrices of one panel and at most so many scores are computed by launches that are prepared: with more,
 #: the GPU takes longer than its host.
-PLANNED_SCORES = 2**24
+PREPARED_SCORES = 2**24
 
 
 class Place(Enum):
@@ -96,9 +96,9 @@ def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) 
     return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
 
 
-def fits_plan(backend: Backend, size: Size) -> bool:
+def can_be_prepared(backend: Backend, size: Size) -> bool:
     """Whether the matrix is one panel, and a small one."""
-    if not backend.vectors or not 0 < size.rows * size.cols <= PLANNED_SCORES:
+    if not backend.vectors or not 0 < size.rows * size.cols <= PREPARED_SCORES:
         return False
     rows, cols = panel_shape(backend, size, True)
     return rows >= size.rows and cols >= size.cols

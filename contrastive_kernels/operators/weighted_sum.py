@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import Plan
+from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
@@ -19,7 +19,7 @@ from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, params_of, whole_gradients, whole_scores
-from .planned import plan_of
+from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive, like
@@ -115,12 +115,12 @@ def _in_one_call(call: Call) -> bool:
     )
 
 
-def _plan(call: Call) -> Plan | None:
+def _prepared(call: Call) -> Prepared | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
     relative, reduction, values_alone = call.settings
     if not (relative and values_alone) or reduction == "none":
         return None
-    return plan_of(call, "ratio", 1.0 if call.extras[2] is not None else _share(call), _two(call))
+    return prepared_for(call, "ratio", 1.0 if call.extras[2] is not None else _share(call), _two(call))
 
 
 def _forward(call: Call) -> Outputs:
@@ -308,7 +308,7 @@ weighted_sum = register(
         gradients=_gradients,
         dense=_dense,
         two_sided=_two,
-        plan=_plan,
+        prepared=_prepared,
         made=_MADE,
         found=3,
     )

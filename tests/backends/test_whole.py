@@ -1,4 +1,4 @@
-"""Plans of matrices that are one panel: who gets one, what compiles, and that a step starts what the plan says."""
+"""Plans of matrices that are one panel: who gets one, what compiles, and that a step starts what the whole says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 from test_triton import AbsentGPU, absent_gpu, started  # noqa: F401 (fixtures)
 
-from contrastive_kernels._triton import plans
-from contrastive_kernels._triton.whole_launch import Form, RatioPlan, SigmoidPlan, SoftmaxPlan
+from contrastive_kernels._triton import sequence
+from contrastive_kernels._triton.whole_launch import Form, WholeRatio, WholeSigmoid, WholeSoftmax
 
 CPU = torch.device("cpu")
 
@@ -25,43 +25,43 @@ def form(rows=200, cols=200, features=64, dtype=torch.bfloat16, **changes):
     return Form(rows, cols, features, dtype, CPU, **(usual | changes))
 
 
-def step(plan):
-    """Value and gradients of tensors of the plan's form."""
-    f = plan.form
+def step(whole):
+    """Value and gradients of tensors of the whole's form."""
+    f = whole.form
     x, y = (torch.zeros(n, f.features, dtype=f.dtype) for n in (f.rows, f.cols))
     scale, bias = (1.0 if dtype is None else torch.ones((), dtype=dtype) for dtype in f.dtypes)
     extras = [torch.ones(f.rows) if there else None for there in f.extras]
     index = torch.arange(f.rows).roll(f.offset) if f.symmetric else None
-    value, *kept = plan.forward(x, y, scale, bias, extras, index)
-    return value, plan.backward(x, y, scale, bias, kept, torch.ones(()))
+    value, *kept = whole.forward(x, y, scale, bias, extras, index)
+    return value, whole.backward(x, y, scale, bias, kept, torch.ones(()))
 
 
 _X_AND_Y, _ALL = (True, True, False, False), (True,) * 4
 _RESTS = {"two": (True, True, False, False, False, False), "one": (True, False, True, False, False, False)}
-PLANS = {
-    "clip": lambda: SoftmaxPlan(form()),
-    "many rows": lambda: SoftmaxPlan(form(3000, 3000, 100)),
-    "weighted": lambda: SoftmaxPlan(form(extras=(True,), wants=(True, False, False, False))),
-    "info_nce": lambda: SoftmaxPlan(form(cols=300, offset=7, both=False, dtypes=(None, None), wants=_X_AND_Y)),
-    "nt_xent": lambda: SoftmaxPlan(form(offset=100, both=False, symmetric=True, wants=(True, False, True, False))),
-    "scale alone": lambda: SoftmaxPlan(form(dtype=torch.float32, wants=(False, False, True, False))),
-    "sigmoid": lambda: SigmoidPlan(form(both=False, dtypes=(torch.bfloat16, torch.float64), wants=_ALL)),
-    "bias alone": lambda: SigmoidPlan(
+FORMS = {
+    "clip": lambda: WholeSoftmax(form()),
+    "many rows": lambda: WholeSoftmax(form(3000, 3000, 100)),
+    "weighted": lambda: WholeSoftmax(form(extras=(True,), wants=(True, False, False, False))),
+    "info_nce": lambda: WholeSoftmax(form(cols=300, offset=7, both=False, dtypes=(None, None), wants=_X_AND_Y)),
+    "nt_xent": lambda: WholeSoftmax(form(offset=100, both=False, symmetric=True, wants=(True, False, True, False))),
+    "scale alone": lambda: WholeSoftmax(form(dtype=torch.float32, wants=(False, False, True, False))),
+    "sigmoid": lambda: WholeSigmoid(form(both=False, dtypes=(torch.bfloat16, torch.float64), wants=_ALL)),
+    "bias alone": lambda: WholeSigmoid(
         form(both=False, extras=(True,), dtypes=(None, torch.float32), wants=(False, False, False, True))
     ),
-    "decomposable": lambda: RatioPlan(form(extras=_RESTS["two"])),
-    "one direction": lambda: RatioPlan(form(cols=250, both=False, extras=_RESTS["one"])),
+    "decomposable": lambda: WholeRatio(form(extras=_RESTS["two"])),
+    "one direction": lambda: WholeRatio(form(cols=250, both=False, extras=_RESTS["one"])),
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", FORMS)
 def test_kernels_compile(name, started):  # noqa: F811
     """For an H100, from the arguments of a step: with and without what may be missing."""
-    plan = PLANS[name]()
-    value, gradients = step(plan)
+    whole = FORMS[name]()
+    value, gradients = step(whole)
     assert value.shape == () and value.dtype == torch.float32
-    assert [g is not None for g in gradients] == list(plan.form.wants)
-    expected = [each.kernel.fn.__name__ for each in (*plan.launches.launches, *plan.finish.launches)]
+    assert [g is not None for g in gradients] == list(whole.form.wants)
+    expected = [each.kernel.fn.__name__ for each in (*whole.launches.launches, *whole.finish.launches)]
     assert [kernel.name for kernel in started] == expected
 
 
@@ -108,40 +108,40 @@ def recorded(monkeypatch, absent_gpu):  # noqa: F811
 
 def test_direct_starts_have_the_arguments_of_tritons_own(recorded):
     """Addresses where Triton has tensors; on the stream that is current, with memory that is the call's own."""
-    plan = SigmoidPlan(form(both=False, extras=(True,), dtypes=(torch.float32, None), wants=(True,) * 3 + (False,)))
-    f = plan.form
+    whole = WholeSigmoid(form(both=False, extras=(True,), dtypes=(torch.float32, None), wants=(True,) * 3 + (False,)))
+    f = whole.form
     x, y = (torch.zeros(f.rows, f.features, dtype=f.dtype) for _ in range(2))
-    values = [x, y, torch.zeros(()), torch.zeros(plan.room.bytes, dtype=torch.uint8)]
+    values = [x, y, torch.zeros(()), torch.zeros(whole.room.bytes, dtype=torch.uint8)]
     values += [torch.zeros(f.rows, f.cols, dtype=f.dtype), torch.ones(()), -10.0, torch.ones(f.rows)]
-    plan.launches(values)
+    whole.launches(values)
     by_triton = list(recorded)
     recorded.clear()
     Recorded.stream = 2
-    plan.launches(values)
+    whole.launches(values)
     assert [name for name, _ in recorded] == [name for name, _ in by_triton] and len(recorded) == 5
-    for launch, (_, first), (_, second) in zip(plan.launches.launches, by_triton, recorded):
+    for launch, (_, first), (_, second) in zip(whole.launches.launches, by_triton, recorded):
         assert first[:3] == second[:3] and (first[3], second[3]) == (1, 2)
         for place, a, b in zip(launch.places, first[9:], second[9:]):
-            if place != plans.number(None):  # which the compiled kernel does not have
+            if place != sequence.number(None):  # which the compiled kernel does not have
                 assert (a.data_ptr() if isinstance(a, torch.Tensor) else a) == b
     recorded.clear()
-    values[3] = torch.zeros(plan.room.bytes, dtype=torch.uint8)
-    plan.launches(values)
+    values[3] = torch.zeros(whole.room.bytes, dtype=torch.uint8)
+    whole.launches(values)
     assert any(values[3].data_ptr() == argument for argument in recorded[0][1][9:] + recorded[3][1][9:])
 
 
 def test_addresses_are_forgotten(recorded):
-    plan = SoftmaxPlan(form(64, 64, 16))
-    for _ in range(3 * plans._REMEMBERED):
-        kept = [step(plan)]
-    assert len(plan.launches._ready) <= plans._REMEMBERED and kept
+    whole = WholeSoftmax(form(64, 64, 16))
+    for _ in range(3 * sequence._REMEMBERED):
+        kept = [step(whole)]
+    assert len(whole.launches._ready) <= sequence._REMEMBERED and kept
 
 
 def test_not_directly_where_a_profiler_listens(recorded, monkeypatch):
-    plan = SoftmaxPlan(form(64, 64, 16))
-    step(plan)
-    monkeypatch.setattr(plans, "may_start_directly", lambda: False)
-    monkeypatch.setattr(plans.launch, "_launch", lambda *a, **k: by_triton.append(a[0]))
+    whole = WholeSoftmax(form(64, 64, 16))
+    step(whole)
+    monkeypatch.setattr(sequence, "may_start_directly", lambda: False)
+    monkeypatch.setattr(sequence.launch, "_launch", lambda *a, **k: by_triton.append(a[0]))
     by_triton = []
-    step(plan)
+    step(whole)
     assert len(by_triton) == 8

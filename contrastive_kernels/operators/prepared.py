@@ -1,4 +1,4 @@
-"""Small matrices on a GPU: plans, made for the first call of a form and found for the next ones."""
+"""Small matrices on a GPU: prepared for the first call of a form, and found for the next ones."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import Plan
+from ..backends.base import Prepared
 from ..engine import strategy
 from .shared import Call
 
-__all__ = ["plan_of"]
+__all__ = ["prepared_for"]
 
-#: By all that they depend on; None: there is none.
-_plans: dict[tuple[Any, ...], Plan | None] = {}
-#: Where shapes never come twice, plans are of no use.
-_MOST_PLANS = 1024
+#: By all that they depend on; None: it cannot be prepared.
+_prepared: dict[tuple[Any, ...], Prepared | None] = {}
+#: Where shapes never come twice, this is of no use.
+_MOST = 1024
 
 
-def plan_of(call: Call, kind: str, share: float, both: bool = False) -> Plan | None:
-    """How a sum of losses is computed by a plan, if it can be.
+def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Prepared | None:
+    """A sum of losses, prepared, if it can be.
 
     Parameters
     ----------
     call : Call
         Of a mean or a sum.
     kind : str
-        "softmax", "sigmoid" or "ratio"; see :meth:`contrastive_kernels.backends.Backend.plan`.
+        "softmax", "sigmoid" or "ratio"; see :meth:`contrastive_kernels.backends.Backend.prepare`.
     share : float
         What every row's loss is multiplied by beside.
     both : bool
@@ -44,21 +44,21 @@ def plan_of(call: Call, kind: str, share: float, both: bool = False) -> Plan | N
         _float32_setting() if dtype is torch.float32 else None,
     )  # fmt: skip
     try:
-        return _plans[key]
+        return _prepared[key]
     except KeyError:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _new_plan(call, kind, share, both)
-        return plan
+        if len(_prepared) >= _MOST:
+            _prepared.clear()
+        made = _prepared[key] = _prepare(call, kind, share, both)
+        return made
 
 
-def _new_plan(call: Call, kind: str, share: float, both: bool) -> Plan | None:
+def _prepare(call: Call, kind: str, share: float, both: bool) -> Prepared | None:
     problem = call.problem
     backend, size = problem.backend(), problem.size()
-    if not strategy.fits_plan(backend, size):
+    if not strategy.can_be_prepared(backend, size):
         return None
     extras = tuple([v is not None for v in call.extras])
-    return backend.plan(kind, problem, size, extras, share, both, call.needs[:4])
+    return backend.prepare(kind, problem, size, extras, share, both, call.needs[:4])
 
 
 def _dtype(value: Tensor | float) -> torch.dtype | None:

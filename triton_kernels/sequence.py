@@ -15,9 +15,9 @@ from triton.runtime import driver
 from . import launch
 from .start import Arguments, compiled_members, may_start_directly, starter
 
-__all__ = ["Launches", "Layout", "Place", "Planned", "given", "number"]
+__all__ = ["Launch", "Launches", "Layout", "Place", "given", "number"]
 
-#: Sets of addresses that a plan remembers.
+#: Sets of addresses that a sequence remembers.
 _REMEMBERED = 16
 
 
@@ -64,7 +64,7 @@ class Layout:
         return place
 
 
-class Planned:
+class Launch:
     """One launch: kernel, programs, places of its arguments, constants."""
 
     def __init__(self, kernel: Any, programs: int, places: Sequence[Place], **constants: Any) -> None:
@@ -94,7 +94,7 @@ class Planned:
 class Launches:
     """Launches that follow each other on one GPU, for tensors of one shape, dtype and alignment to 16 bytes."""
 
-    def __init__(self, device: torch.device, launches: Sequence[Planned]) -> None:
+    def __init__(self, device: torch.device, launches: Sequence[Launch]) -> None:
         self.device, self.launches = device, launches
         #: what was started, by stream and addresses: memory is mostly where it was a step or two before
         self._ready: dict[tuple[Any, ...], Any] = {}
