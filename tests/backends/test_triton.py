@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 
 
-@pytest.mark.parametrize("what", ["panels", "float32", "float16", "bfloat16", "hostile"])
+@pytest.mark.parametrize("what", ["panels", "float32", "float16", "bfloat16", "whole", "hostile"])
 def test_interpreted(what):
     """The real driver and the one rule, with the kernels in Triton's interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
