@@ -155,7 +155,7 @@ def problems_of(dtype: torch.dtype) -> list[str]:
 
 
 def whole() -> list[str]:
-    """What fails of means and sums of small matrices, all of them prepared; and of second derivatives and kept graphs."""
+    """What fails of means and sums of small matrices, which are prepared; and of second derivatives and kept graphs."""
     from contrastive_kernels._triton import whole_launch
 
     prepared: list[str] = []
