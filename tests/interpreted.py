@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | hostile | launches
+    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | whole | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
@@ -201,6 +201,57 @@ def problems_of(dtype: torch.dtype) -> list[str]:
     return failures
 
 
+def whole() -> list[str]:
+    """What fails of means and sums of small matrices, which are prepared; and of second derivatives and kept graphs."""
+    from contrastive_kernels._triton import whole_launch
+
+    prepared: list[str] = []
+    forward = whole_launch._Whole.forward
+
+    def counting(self, *arguments):
+        prepared.append(type(self).__name__)
+        return forward(self, *arguments)
+
+    whole_launch._Whole.forward = counting
+    failures = []
+    for number, problem in enumerate(p for p in PROBLEMS if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]
+            for loss in problem.losses:
+                options = engine_options(inputs, loss, "triton")
+                try:
+                    outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
+                    assert_outcome(inputs, loss, reduction, outcome)
+                except AssertionError as error:
+                    failures.append(f"{problem.name} {loss} {reduction} {dtype}: {error}")
+    if len(prepared) < 50 or set(prepared) != {"WholeSoftmax", "WholeSigmoid", "WholeRatio"}:
+        failures.append(f"prepared were {len(prepared)}: {set(prepared)}")
+    return failures + again()
+
+
+def again() -> list[str]:
+    """What fails where gradients are asked for twice, in part, or with a graph of their own."""
+    failures = []
+    for loss in ("clip_loss", "info_nce", "nt_xent", "sigmoid"):
+        x, y = (torch.nn.functional.normalize(torch.randn(9, 16)).requires_grad_() for _ in range(2))
+        scale = torch.tensor(5.0, requires_grad=True)
+        leaves = [x, y, scale]
+        found = {}
+        for backend in ("triton", "torch"):
+            value = getattr(ck, loss)(*leaves, *([-2.0] if loss == "sigmoid" else []), backend=backend)
+            first = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
+            part = torch.autograd.grad(value, [y], torch.tensor(3.0), retain_graph=True)
+            made = torch.autograd.grad(value, leaves, torch.tensor(3.0), create_graph=True)
+            second = torch.autograd.grad(sum((g**2).sum() for g in made), leaves)
+            found[backend] = [*first, *made, *second]
+            if not torch.equal(part[0], first[1]):
+                failures.append(f"{loss}: a gradient differs where it is asked for alone")
+        for ours, theirs in zip(found["triton"], found["torch"]):
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item()):
+                failures.append(f"{loss}: a derivative differs by {(ours - theirs).abs().max()}")
+    return failures
+
+
 def hostile() -> list[str]:
     """What fails of NaN and infinity among the inputs, and of equality of two runs."""
     failures = []
@@ -248,22 +299,23 @@ def rounding() -> list[str]:
 
 def launches() -> dict[str, tuple[int, int]]:
     """Launches of value and gradients by case: as planned, and as counted."""
-    from contrastive_kernels._triton import launch
+    from contrastive_kernels._triton import launch, whole, whole_launch
     from contrastive_kernels.engine import workspace
 
     counted = 0
-    started, accumulated = launch._launch, workspace.Workspace.accumulate
-    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel)
+    started = launch._launch
+    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel, whole.sigmoid_kernel)
 
     def counting(function):
         def run(first, *arguments, **keywords):
             nonlocal counted
-            counted += function is accumulated or first in of_panels
+            counted += function is not started or first in of_panels
             return function(first, *arguments, **keywords)
 
         return run
 
-    launch._launch, workspace.Workspace.accumulate = counting(started), counting(accumulated)
+    launch._launch, whole_launch.product = counting(started), counting(whole_launch.product)
+    workspace.Workspace.accumulate = counting(workspace.Workspace.accumulate)
     result = {}
     for loss, n, workspace_bytes in (("clip_loss", 130, 65536), ("nt_xent", 70, 65536), ("sigmoid", 65, 2**20)):
         counted = 0
@@ -285,7 +337,7 @@ if __name__ == "__main__":
     if what == "launches":
         print(json.dumps(launches()))
         sys.exit()
-    named = {"hostile": hostile, "panels": panels, "persistent": persistent}
+    named = {"hostile": hostile, "panels": panels, "persistent": persistent, "whole": whole}
     failed = named[what]() if what in named else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

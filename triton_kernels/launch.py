@@ -19,7 +19,7 @@ from .persistent import LINE
 from .persistent_launch import copies_by_tma, fills, start_tiles
 from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
-from .start import INTERPRETED, Arguments, start
+from .start import INTERPRETED, TRITON_VERSION, Arguments, start
 
 __all__ = [
     "INTERPRETED",
@@ -34,13 +34,12 @@ __all__ = [
     "measure",
     "precision_of",
     "probe",
+    "rest_programs",
     "run_panel",
     "scratch_floats",
     "tile_of",
 ]
 
-#: (major, minor)
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes, and how many of their partial results at a time.
 MERGE_BLOCK, MERGE_PARTS = 32, 32
 
@@ -213,7 +212,7 @@ def run_panel(
         )  # fmt: skip
     rest = rest_of(tile)
     _launch(
-        rest_kernel, -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS),
+        rest_kernel, rest_programs(blocks),
         arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
@@ -244,9 +243,14 @@ def _persistent_tile(x: Tensor, y: Tensor, weights: Tensor | None, precision: st
     return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
 
 
-def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> None:
-    """The one place where kernels start."""
-    start(kernel, programs, arguments, constants)
+def rest_programs(blocks: int) -> int:
+    """Programs that look after so many tiles."""
+    return -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS)
+
+
+def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> Any:
+    """The one place where kernels start; the compiled kernel."""
+    return start(kernel, programs, arguments, constants)
 
 
 def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, side: int) -> Callable[[Tile], None]:
