@@ -32,7 +32,7 @@ WHOLE_SCORES = 2**18
 
 #: A GPU's matrices of one panel and at most so many scores are computed by launches that are prepared: with more,
 #: the GPU takes longer than its host.
-PREPARED_SCORES = 2**24
+PREPARED_SCORES = 2**26
 
 
 class Place(Enum):
