@@ -15,6 +15,9 @@ TESTS = Path(__file__).resolve().parents[1]
 #: Launches of value and all gradients at N = 256, the upstream gradient's included.
 MOST_LAUNCHES = {"clip_loss": 11, "info_nce": 11, "nt_xent": 14, "sigmoid": 9, "decomposable": 23}
 
+#: The host's time against that of CLIP's dense formula, with room for a machine that has other work.
+MOST_TIME = {"nt_xent": 2.0, "decomposable": 2.5}
+
 
 def test_a_small_step_is_few_launches():
     """In a process of its own: Triton's driver is one that starts nothing."""
@@ -29,4 +32,4 @@ def test_a_small_step_is_few_launches():
         )
         assert 5 < found[loss]["launches"] <= most, found[loss]
         assert found[loss]["ours"]["score_kernel"] == (1 if loss in ("sigmoid", "decomposable") else 2)
-        assert found[loss]["of_dense"] < 3, "a loose bound: the machine has other work"
+        assert found[loss]["of_dense"] < MOST_TIME.get(loss, 1.5), found[loss]
