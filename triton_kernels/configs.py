@@ -13,6 +13,7 @@ __all__ = [
     "itemsize",
     "legality",
     "persistent_tile_for",
+    "persistent_tiles",
     "rest_of",
     "shared_memory",
     "shipped",
@@ -136,21 +137,25 @@ _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
 }
 
 
-#: (family, precision): the persistent tiles of WORKS, for panels that fill the GPU.
-_PERSISTENT: dict[tuple[int, str], tuple[PersistentTile, PersistentTile, PersistentTile, PersistentTile]] = {
-    (90, "16-bit"): (
-        PersistentTile(128, 128, 64, 4, 3, programs=2),
-        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
-        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
-        PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
-    ),
+#: (family, precision, work, term): persistent tiles, for panels that fill the GPU.
+_PERSISTENT: dict[tuple[int, str, str, str], PersistentTile] = {
+    (90, "16-bit", "reduce", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 1, 2),
+    (90, "16-bit", "weights", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "both", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "fused", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "fused", "sigmoid"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
 }
 
 
-def persistent_tile_for(capability: int, precision: str, work: str) -> PersistentTile | None:
-    """The persistent tile for a compute capability, a precision and a kind of work, if there is one."""
-    tiles = _PERSISTENT.get((family(capability) or 80, precision))
-    return None if tiles is None else tiles[WORKS.index(work)]
+def persistent_tile_for(capability: int, precision: str, work: str, term: str) -> PersistentTile | None:
+    """The persistent tile for a compute capability, a precision, a kind of work and a pair term, if there is one."""
+    return _PERSISTENT.get((family(capability) or 80, precision, work, term))
+
+
+def persistent_tiles(capability: int, precision: str) -> list[PersistentTile]:
+    """All of a compute capability and a precision."""
+    member = family(capability) or 80
+    return [tile for key, tile in _PERSISTENT.items() if key[:2] == (member, precision)]
 
 
 def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:

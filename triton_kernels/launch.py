@@ -12,7 +12,17 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .configs import WORKS, PersistentTile, Tile, legality, persistent_tile_for, rest_of, tile_for, work_of
+from .configs import (
+    WORKS,
+    PersistentTile,
+    Tile,
+    legality,
+    persistent_tile_for,
+    persistent_tiles,
+    rest_of,
+    tile_for,
+    work_of,
+)
 from .exponential import EXPONENTIAL
 from .merge import merge_kernel
 from .persistent import LINE
@@ -142,8 +152,7 @@ def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtyp
 def _scratch_floats(rows: int, cols: int, device: torch.device, precision: str, features: int) -> int:
     tiles = {tile_of(device, precision, work, features) for work in WORKS}
     if not INTERPRETED:
-        persistent = [persistent_tile_for(_capability(device), precision, work) for work in WORKS]
-        tiles |= {tile.part for tile in persistent if tile is not None}
+        tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision)}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
 
@@ -172,7 +181,7 @@ def run_panel(
     statistics = row.state is not None or col.state is not None
     work = work_of(weights is not None, statistics, has_row and has_col)
     if tile is None:
-        tile = _persistent_tile(x, y, weights, precision, work) or tile_of(x.device, precision, work, d)
+        tile = _persistent_tile(x, y, weights, precision, work, term) or tile_of(x.device, precision, work, d)
     persistent = tile if isinstance(tile, PersistentTile) else None
     tile = tile if persistent is None else persistent.part
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
@@ -233,11 +242,13 @@ def run_panel(
         )  # fmt: skip
 
 
-def _persistent_tile(x: Tensor, y: Tensor, weights: Tensor | None, precision: str, work: str) -> PersistentTile | None:
+def _persistent_tile(
+    x: Tensor, y: Tensor, weights: Tensor | None, precision: str, work: str, term: str
+) -> PersistentTile | None:
     """The tile of persistent_kernel for a large panel that the TMA unit can copy."""
     if INTERPRETED or x.numel() == 0:
         return None
-    tile = persistent_tile_for(_capability(x.device), precision, work)
+    tile = persistent_tile_for(_capability(x.device), precision, work, term)
     if tile is None or not fills(x.device, tile, x.shape[0], y.shape[0]):
         return None
     return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
