@@ -56,7 +56,7 @@ def _case_table(case: Case, rows: list[Row]) -> Table:
             table.add_row(provider_name(row), *["-"] * 5, f"{row['status']}: {row['reason']}", style="red")
             continue
         best = row.get("best_s")
-        fraction = row.get("floor_fraction")
+        fraction = row.get("floor_ratio")
         table.add_row(
             provider_name(row),
             milliseconds(best),

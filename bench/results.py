@@ -53,6 +53,7 @@ def new_row(case: Case, provider: Provider, **measured: Any) -> Row:
         "provider": name,
         "backend": provider.backend,
         "machine": describe_machine(case.device),
+        "measured": True,
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": commit(),

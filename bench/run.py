@@ -178,7 +178,7 @@ def _timed_row(entry: _Entry, floor: Floor) -> Row:
         floor_s=min(seconds),
         floor_products=sum(entry.case.products.values()),
         floor_tile=list(floor.tile),
-        floor_fraction=min(seconds) / entry.work.best,
+        floor_ratio=min(seconds) / entry.work.best,
         error=entry.verdict.error,
         tolerance=entry.verdict.tolerance,
     )

@@ -40,7 +40,7 @@ def table(out: Path, seconds: float) -> int:
             continue
         figures = f"{'':28}"
         if "best_s" in row:
-            figures = f"{row['best_s'] * 1e3:9.3f} {row['floor_fraction']:9.2f} {row['error']:8.0e}"
+            figures = f"{row['best_s'] * 1e3:9.3f} {row['floor_ratio']:9.2f} {row['error']:8.0e}"
         peak = f"{row['peak_bytes'] / 1e6:8.0f}" if "peak_bytes" in row else ""
         print(f"{case:<56} {name:<12} {figures} {peak}".rstrip())
     machines = {f"{row['machine']}; {row['versions'].split(',')[0]}; commit {row['commit']}" for row in rows}

@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py panels | float32 | float16 | bfloat16 | hostile | launches
+    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | whole | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
@@ -14,6 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -113,13 +114,59 @@ class OnScores:
         self.backend.weight_panel(term, self._given(panel))
 
 
-def panels() -> list[str]:
+class Persistently(OnScores):
+    """The same by persistent_kernel with this tile; rows are padded to what the TMA unit copies."""
+
+    def __init__(self, tile: Any) -> None:
+        super().__init__()
+        self.tile = tile
+
+    def _given(self, panel: Panel) -> Panel:
+        from contrastive_kernels._triton.launch import Scratch
+
+        given = super()._given(panel)
+        given.scratch = torch.full((sum(Scratch.of(self.tile.part, *panel.scores.shape)),), torch.nan)
+        given.x, given.y = (torch.nn.functional.pad(t, (0, -t.shape[1] % 4)) for t in (given.x, given.y))
+        return given
+
+    def weight_panel(self, term: PairTerm, panel: Panel) -> None:
+        given = self._given(panel)
+        rows, cols = panel.weights.shape
+        given.weights = torch.full((rows, cols + -cols % 8), torch.nan, dtype=panel.weights.dtype)[:, :cols]
+        self.backend.weight_panel(term, given)
+        panel.weights.copy_(given.weights)
+
+
+def persistent() -> list[str]:
+    """The cases of panels(), half of them in tiles of one part and half of four."""
+    from contrastive_kernels._triton import configs, launch, persistent_launch
+
+    chosen, failures = launch._persistent_tile, []
+    started = []
+    start = persistent_launch.start
+
+    def starting(kernel, *arguments):
+        started.append(kernel)
+        start(kernel, *arguments)
+
+    persistent_launch.start = starting
+    tiles = (configs.PersistentTile(64, 64, 32, 4, 1), configs.PersistentTile(32, 128, 32, 4, 1, parts=4))
+    for k, tile in enumerate(tiles):
+        launch._persistent_tile = lambda *_, tile=tile: tile
+        failures += [f"{tile}: {failure}" for failure in panels(Persistently(tile), slice(k, None, len(tiles)))]
+    launch._persistent_tile = chosen
+    persistent_launch.start = start
+    assert len(started) > 100
+    return failures
+
+
+def panels(backend: OnScores | None = None, chosen: slice = slice(None)) -> list[str]:
     """What fails of the cases that all backends meet, panel by panel."""
     sys.path.insert(0, str(Path(__file__).parent / "backends"))
     import test_panel_pass as tests
     from panels import CASES, Case
 
-    failures, backend = [], OnScores()
+    failures, backend = [], backend or OnScores()
     checks = [tests.test_reduce_panel, tests.test_weights_in_place_and_without_parameter_sums]
     checks += [tests.test_sigmoid_panels]
     for states, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float16)):
@@ -130,7 +177,7 @@ def panels() -> list[str]:
     small["high-and-scaled"] = Case(65, 131, level=1e4, params=(0.7, 0.0, 0.0))
     runs = [(name, partial(check, backend, case)) for name, case in small.items() for check in checks]
     runs.append(("without negatives", partial(tests.test_rows_without_negatives_weigh_nothing, backend)))
-    for name, check in runs:
+    for name, check in runs[chosen]:
         try:
             check()
         except AssertionError as error:
@@ -151,6 +198,57 @@ def problems_of(dtype: torch.dtype) -> list[str]:
                 assert_outcome(inputs, loss, reduction, outcome)
             except AssertionError as error:
                 failures.append(f"{name} {loss} {reduction}: {error}")
+    return failures
+
+
+def whole() -> list[str]:
+    """What fails of means and sums of small matrices, which are prepared; and of second derivatives and kept graphs."""
+    from contrastive_kernels._triton import whole_launch
+
+    prepared: list[str] = []
+    forward = whole_launch._Whole.forward
+
+    def counting(self, *arguments):
+        prepared.append(type(self).__name__)
+        return forward(self, *arguments)
+
+    whole_launch._Whole.forward = counting
+    failures = []
+    for number, problem in enumerate(p for p in PROBLEMS if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]
+            for loss in problem.losses:
+                options = engine_options(inputs, loss, "triton")
+                try:
+                    outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
+                    assert_outcome(inputs, loss, reduction, outcome)
+                except AssertionError as error:
+                    failures.append(f"{problem.name} {loss} {reduction} {dtype}: {error}")
+    if len(prepared) < 50 or set(prepared) != {"WholeSoftmax", "WholeSigmoid", "WholeRatio"}:
+        failures.append(f"prepared were {len(prepared)}: {set(prepared)}")
+    return failures + again()
+
+
+def again() -> list[str]:
+    """What fails where gradients are asked for twice, in part, or with a graph of their own."""
+    failures = []
+    for loss in ("clip_loss", "info_nce", "nt_xent", "sigmoid"):
+        x, y = (torch.nn.functional.normalize(torch.randn(9, 16)).requires_grad_() for _ in range(2))
+        scale = torch.tensor(5.0, requires_grad=True)
+        leaves = [x, y, scale]
+        found = {}
+        for backend in ("triton", "torch"):
+            value = getattr(ck, loss)(*leaves, *([-2.0] if loss == "sigmoid" else []), backend=backend)
+            first = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
+            part = torch.autograd.grad(value, [y], torch.tensor(3.0), retain_graph=True)
+            made = torch.autograd.grad(value, leaves, torch.tensor(3.0), create_graph=True)
+            second = torch.autograd.grad(sum((g**2).sum() for g in made), leaves)
+            found[backend] = [*first, *made, *second]
+            if not torch.equal(part[0], first[1]):
+                failures.append(f"{loss}: a gradient differs where it is asked for alone")
+        for ours, theirs in zip(found["triton"], found["torch"]):
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item()):
+                failures.append(f"{loss}: a derivative differs by {(ours - theirs).abs().max()}")
     return failures
 
 
@@ -201,22 +299,23 @@ def rounding() -> list[str]:
 
 def launches() -> dict[str, tuple[int, int]]:
     """Launches of value and gradients by case: as planned, and as counted."""
-    from contrastive_kernels._triton import launch
+    from contrastive_kernels._triton import launch, whole, whole_launch
     from contrastive_kernels.engine import workspace
 
     counted = 0
-    started, accumulated = launch._launch, workspace.Workspace.accumulate
-    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel)
+    started = launch._launch
+    of_panels = (launch.score_kernel, launch.rest_kernel, launch.merge_kernel, whole.sigmoid_kernel)
 
     def counting(function):
         def run(first, *arguments, **keywords):
             nonlocal counted
-            counted += function is accumulated or first in of_panels
+            counted += function is not started or first in of_panels
             return function(first, *arguments, **keywords)
 
         return run
 
-    launch._launch, workspace.Workspace.accumulate = counting(started), counting(accumulated)
+    launch._launch, whole_launch.product = counting(started), counting(whole_launch.product)
+    workspace.Workspace.accumulate = counting(workspace.Workspace.accumulate)
     result = {}
     for loss, n, workspace_bytes in (("clip_loss", 130, 65536), ("nt_xent", 70, 65536), ("sigmoid", 65, 2**20)):
         counted = 0
@@ -238,7 +337,7 @@ if __name__ == "__main__":
     if what == "launches":
         print(json.dumps(launches()))
         sys.exit()
-    named = {"hostile": hostile, "panels": panels}
+    named = {"hostile": hostile, "panels": panels, "persistent": persistent, "whole": whole}
     failed = named[what]() if what in named else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 __all__ = [
     "PRECISIONS",
     "WORKS",
+    "PersistentTile",
     "Tile",
     "family",
     "itemsize",
     "legality",
+    "persistent_tile_for",
+    "persistent_tiles",
     "rest_of",
     "shared_memory",
     "shipped",
@@ -45,6 +48,21 @@ class Tile:
     def shared_bytes(self, precision: str) -> int:
         """Bytes of shared memory that the operands in flight take."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize(precision)
+
+
+@dataclass(frozen=True)
+class PersistentTile(Tile):
+    """A tile of persistent_kernel, whose programs stay and whose operands the TMA unit copies."""
+
+    #: parts of its columns, which are finished one after the other
+    parts: int = 1
+    #: programs on a multiprocessor
+    programs: int = 1
+
+    @property
+    def part(self) -> Tile:
+        """What is finished at a time: partial results are those of tiles like this."""
+        return Tile(self.block_m, self.block_n // self.parts, self.block_k, self.num_warps, self.num_stages, self.group)
 
 
 def itemsize(precision: str) -> int:
@@ -117,6 +135,27 @@ _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
     (120, "16-bit"): (_SMALL_WIDE_16, _SMALL_WIDE_16, _SMALL_NARROW_16, _SMALL_NARROW_16),
     (120, "tf32"): (_SMALL_WIDE_TF32, _SMALL_WIDE_TF32, _SMALL_NARROW_TF32, _SMALL_NARROW_TF32),
 }
+
+
+#: (family, precision, work, term): persistent tiles, for panels that fill the GPU.
+_PERSISTENT: dict[tuple[int, str, str, str], PersistentTile] = {
+    (90, "16-bit", "reduce", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 1, 2),
+    (90, "16-bit", "weights", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "both", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "fused", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "fused", "sigmoid"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+}
+
+
+def persistent_tile_for(capability: int, precision: str, work: str, term: str) -> PersistentTile | None:
+    """The persistent tile for a compute capability, a precision, a kind of work and a pair term, if there is one."""
+    return _PERSISTENT.get((family(capability) or 80, precision, work, term))
+
+
+def persistent_tiles(capability: int, precision: str) -> list[PersistentTile]:
+    """All of a compute capability and a precision."""
+    member = family(capability) or 80
+    return [tile for key, tile in _PERSISTENT.items() if key[:2] == (member, precision)]
 
 
 def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:

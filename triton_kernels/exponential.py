@@ -24,8 +24,8 @@ _LARGEST_SUM = tl.constexpr(1e37)
 
 
 @triton.jit
-def _line(scale, bias, center, shift):
-    """(slope, offset, unit): exp(z - shift) = unit * 2^(slope * (score - center) - offset), z = scale * score + bias.
+def _line(scale, bias, shift):
+    """(slope, offset, unit): exp(z - shift) = unit * 2^(slope * score - offset), z = scale * score + bias.
 
     Slope and offset are float32, so that the multiply-add is exact up to its own rounding; what their rounding takes
     from a large offset is in `unit`. The slope's error is relative to z - shift, for the offset is made with it too.
@@ -33,7 +33,7 @@ def _line(scale, bias, center, shift):
     slope = scale * LOG2_E
     error = (slope.to(tl.float64) - scale.to(tl.float64) * LOG2_E).to(tl.float32)
     ratio = (error / scale).to(tl.float64) + LOG2_E  # slope / scale
-    exact = (shift.to(tl.float64) - bias.to(tl.float64)) * ratio - slope.to(tl.float64) * center.to(tl.float64)
+    exact = (shift.to(tl.float64) - bias.to(tl.float64)) * ratio
     offset = exact.to(tl.float32)
     return slope, offset, tl.exp2((offset.to(tl.float64) - exact).to(tl.float32))
 
@@ -64,7 +64,15 @@ def _referred_gain(side, shift):
 
 
 @triton.jit
-def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
+def _refer_gain(side, shift):
+    """The same, and infinite where the normaliser lies so far from the shift that exponentials might underflow."""
+    own_shift, rest, gain = side
+    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) & (rest != _INF) & (gain != 0)
+    return tl.where(far, _INF, _referred_gain(side, shift))
+
+
+@triton.jit
+def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
     """The largest normaliser is the shift, if the others are near; gains are referred to it."""
     high = -_INF
     low = _INF
@@ -74,7 +82,7 @@ def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.con
         high, low = _highest_and_lowest(col, high, low)
     # nothing at all to refer to: +inf - -inf is not narrow
     usual = (high - low <= _SPREAD) & (high > -_INF)
-    slope, offset, unit = _line(scale, bias, center, high)
+    slope, offset, unit = _line(scale, bias, high)
     unit *= factor
     row_gain = row[2]
     col_gain = col[2]
@@ -87,7 +95,7 @@ def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.con
 
 @triton.jit
 def _usual(
-    scores, col_bias, referred, scale, bias, center,
+    scores, col_bias, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     row_gain = tl.zeros([scores.shape[0]], tl.float32)
@@ -98,8 +106,8 @@ def _usual(
         highest = scores
         if BIASED:
             highest += (col_bias / scale)[None, :]
-        shift = (tl.max(tl.max(highest, 1), 0) + center) * scale + bias
-        slope, offset, unit = _line(scale, bias, center, shift)
+        shift = tl.max(tl.max(highest, 1), 0) * scale + bias
+        slope, offset, unit = _line(scale, bias, shift)
     if BIASED:
         e = exp2(multiply_add(scores, slope, (col_bias * LOG2_E - offset)[None, :]))
     else:
@@ -179,4 +187,4 @@ def _merge_all(shift, total):
     return highest, tl.sum(tl.where(total == 0, 0.0, total * tl.exp(shift - highest[None, :])), 0)
 
 
-EXPONENTIAL = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)
+EXPONENTIAL = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)

@@ -12,12 +12,24 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .configs import WORKS, Tile, legality, rest_of, tile_for, work_of
+from .configs import (
+    WORKS,
+    PersistentTile,
+    Tile,
+    legality,
+    persistent_tile_for,
+    persistent_tiles,
+    rest_of,
+    tile_for,
+    work_of,
+)
 from .exponential import EXPONENTIAL
 from .merge import merge_kernel
+from .persistent import LINE
+from .persistent_launch import copies_by_tma, fills, start_tiles
 from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
-from .start import INTERPRETED, Arguments, start
+from .start import INTERPRETED, TRITON_VERSION, Arguments, start
 
 __all__ = [
     "INTERPRETED",
@@ -32,13 +44,12 @@ __all__ = [
     "measure",
     "precision_of",
     "probe",
+    "rest_programs",
     "run_panel",
     "scratch_floats",
     "tile_of",
 ]
 
-#: (major, minor)
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: Rows (or columns) that one program of the merge kernel takes, and how many of their partial results at a time.
 MERGE_BLOCK, MERGE_PARTS = 32, 32
 
@@ -83,13 +94,17 @@ class Scratch(NamedTuple):
     cols: int
     params: int
     unusual: int
+    #: the line and the gains that persistent_kernel reads
+    referred: int
 
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
         """Sizes for a panel of this shape, in whole 16 bytes: each part begins as aligned as the first."""
         row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
-        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * row_blocks * col_blocks, row_blocks * col_blocks)
+        blocks = row_blocks * col_blocks
+        referred = LINE + -(-rows // 4) * 4 + -(-cols // 4) * 4
+        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * blocks, blocks, referred)
         return cls(*(-(-size // 4) * 4 for size in sizes))
 
 
@@ -136,6 +151,8 @@ def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtyp
 @lru_cache(maxsize=256)
 def _scratch_floats(rows: int, cols: int, device: torch.device, precision: str, features: int) -> int:
     tiles = {tile_of(device, precision, work, features) for work in WORKS}
+    if not INTERPRETED:
+        tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision)}
     return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
 
 
@@ -163,21 +180,28 @@ def run_panel(
     precision = precision_of(x.dtype)
     statistics = row.state is not None or col.state is not None
     work = work_of(weights is not None, statistics, has_row and has_col)
-    tile = tile_of(x.device, precision, work, d) if tile is None else tile
+    if tile is None:
+        tile = _persistent_tile(x, y, weights, precision, work, term) or tile_of(x.device, precision, work, d)
+    persistent = tile if isinstance(tile, PersistentTile) else None
+    tile = tile if persistent is None else persistent.part
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     sizes = Scratch.of(tile, n, m)
-    row_partials, col_partials, params_partials, unusual = scratch[: sum(sizes)].split_with_sizes(sizes)
+    row_partials, col_partials, params_partials, unusual, referred = scratch[: sum(sizes)].split_with_sizes(sizes)
     columns, diagonal = 0 if pairs.columns is None else pairs.columns.shape[1], pairs.diagonal
-    arguments = Arguments(
-        x, y, params,
+    values = (
+        params,
         None if diagonal is None else min(max(diagonal, -n), m),  # past the panel's ends there are no pairs
         pairs.columns if columns else None, pairs.first_column, pairs.col_bias,
         row.normalizer, row.gain, col.normalizer, col.gain,
-        weights, factor,
+    )  # fmt: skip
+    outputs = (
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
         None if dparams is None else params_partials,
         unusual,
+    )
+    arguments = Arguments(
+        x, y, *values, weights, factor, *outputs,
         n, m, d, x.stride(0), y.stride(0), 0 if weights is None else weights.stride(0),
         *(0 if v.normalizer is None else v.normalizer.stride(0) for v in (row, col)),
     )  # fmt: skip
@@ -188,13 +212,16 @@ def run_panel(
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
     }  # fmt: skip
     blocks = row_blocks * col_blocks
-    _launch(
-        score_kernel, blocks, arguments, **constants,
-        BLOCK_K=tile.block_k, EVEN_K=d % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    if persistent is not None:
+        start_tiles(persistent, x, y, weights, referred, (*values, factor, *outputs), constants)
+    else:
+        _launch(
+            score_kernel, blocks, arguments, **constants,
+            BLOCK_K=tile.block_k, EVEN_K=d % tile.block_k == 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     rest = rest_of(tile)
     _launch(
-        rest_kernel, -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS),
+        rest_kernel, rest_programs(blocks),
         arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
@@ -215,9 +242,26 @@ def run_panel(
         )  # fmt: skip
 
 
-def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> None:
-    """The one place where kernels start."""
-    start(kernel, programs, arguments, constants)
+def _persistent_tile(
+    x: Tensor, y: Tensor, weights: Tensor | None, precision: str, work: str, term: str
+) -> PersistentTile | None:
+    """The tile of persistent_kernel for a large panel that the TMA unit can copy."""
+    if INTERPRETED or x.numel() == 0:
+        return None
+    tile = persistent_tile_for(_capability(x.device), precision, work, term)
+    if tile is None or not fills(x.device, tile, x.shape[0], y.shape[0]):
+        return None
+    return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
+
+
+def rest_programs(blocks: int) -> int:
+    """Programs that look after so many tiles."""
+    return -(-blocks // REST_TILES) if blocks > REST_PROGRAMS * REST_TILES else min(blocks, REST_PROGRAMS)
+
+
+def _launch(kernel: Any, programs: int, arguments: Arguments, **constants: Any) -> Any:
+    """The one place where kernels start; the compiled kernel."""
+    return start(kernel, programs, arguments, constants)
 
 
 def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, side: int) -> Callable[[Tile], None]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["merge_kernel"]
+__all__ = ["merge_kernel", "merged"]
 
 
 @triton.jit
-def _merge_side(
-    state_ptr, partials_ptr, block, n, blocks, state_stride,
-    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged in; FRESH: they are it.
+def merged(partials_ptr, index, inside, n, blocks, TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """(shift, sum) [BLOCK] of these rows (or columns), of the partials [blocks, 2, n].
 
     PARTS of them are on their way at a time, each followed by the one PARTS further; then these are merged.
     """
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    inside = index < n
     part = tl.arange(0, PARTS)
     shift = tl.zeros([PARTS, BLOCK], tl.float32)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
@@ -28,7 +23,18 @@ def _merge_side(
         other_shift = tl.load(ptrs, mask=mask, other=0.0)
         other_total = tl.load(ptrs + n, mask=mask, other=0.0)
         shift, total = TERM.merge(shift, total, other_shift, other_total)
-    shift, total = TERM.merge_all(shift, total)
+    return TERM.merge_all(shift, total)
+
+
+@triton.jit
+def _merge_side(
+    state_ptr, partials_ptr, block, n, blocks, state_stride,
+    TERM: tl.constexpr, STATE_ROWS: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """state [STATE_ROWS, n] of BLOCK rows (or columns), with the partials [blocks, 2, n] merged; FRESH: they are it."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < n
+    shift, total = merged(partials_ptr, index, inside, n, blocks, TERM, BLOCK, PARTS)
     sum_ptr = state_ptr + (STATE_ROWS - 1) * state_stride
     if not FRESH:
         own_shift = tl.zeros([BLOCK], tl.float32)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2_E", "PairTerm", "exp", "exp2", "multiply_add", "reciprocal"]
+__all__ = ["INTERPRETED", "LOG2_E", "PairTerm", "exp", "exp2", "multiply_add", "reciprocal"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: Exponents saturate below infinity: a stale normaliser times a gain of 0 must stay 0.
@@ -25,10 +25,14 @@ _LARGEST_EXPONENT = tl.constexpr(88.37)
 class PairTerm(NamedTuple):
     """The members that the kernels call; each a function under triton.jit."""
 
-    #: (row side, col side, scale, bias, center, factor, ROW, COL) -> whether a tile with weights is usual, and what
+    #: (row side, col side, scale, bias, factor, ROW, COL) -> whether a tile with weights is usual, and what
     #: `usual` needs of it, before there are scores: (line, row gain * factor, col gain * factor)
     refer: Any
-    #: (scores - center, biases of columns, referred, scale, bias, center, flags, BIASED: there are such biases) -> w *
+    #: (scale, bias, shift) -> the line (slope, offset, unit) of exponentials taken against a shift
+    line: Any
+    #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
+    refer_gain: Any
+    #: (scores, biases of columns, referred, scale, bias, flags, BIASED: there are such biases) -> w *
     #: factor, row shift, row sum, col shift, col sum, which are right if they are fair
     usual: Any
     #: (z, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any tile, with z = -inf where a pair
@@ -58,13 +62,13 @@ def exp(x):
 
 
 #: The kernels run in Triton's interpreter, which knows no instruction by its name.
-_INTERPRETED = tl.constexpr(not isinstance(exp, triton.JITFunction))
+INTERPRETED = tl.constexpr(not isinstance(exp, triton.JITFunction))
 
 
 @triton.jit
 def exp2(x):
     """2^x in one instruction; below the smallest normal number, 0."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
@@ -72,7 +76,7 @@ def exp2(x):
 @triton.jit
 def multiply_add(x, y, z):
     """x * y + z, rounded once."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
     return tl.fma(x, y, z)
 
@@ -80,6 +84,6 @@ def multiply_add(x, y, z):
 @triton.jit
 def reciprocal(x):
     """1 / x in one instruction, to 1 unit in the last place."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .pairs import col_biases, every_pair_counts, leave_out
 
-__all__ = ["rest_kernel", "score_kernel"]
+__all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
 
 #: A score that does not count, far below all others.
 _NEVER = tl.constexpr(-1e30)
@@ -22,14 +22,14 @@ _LARGEST = tl.constexpr(1e38)
 
 @triton.jit
 def _tile_product(
-    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, center,
+    x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x yT - center of these rows and columns [M, N] in float32; past the end, the last row (column) once more."""
+    """x yT of these rows and columns [M, N] in float32; past the end, the last row (column) once more."""
     features = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(rows, R - 1).to(tl.int64)[:, None] * x_stride + features[None, :]
     y_ptrs = y_ptr + tl.minimum(cols, C - 1).to(tl.int64)[None, :] * y_stride + features[:, None]
-    scores = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32) - center
+    scores = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     for k in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -47,14 +47,13 @@ def _tile_product(
 
 
 @triton.jit
-def _tile_place(R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """This program's row block and column block: GROUP row blocks go through the columns together and share L2."""
-    program = tl.program_id(0)
+def tile_place(tile, R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """A tile's row block and column block: GROUP row blocks go through the columns together and share L2."""
     row_blocks = tl.cdiv(R, BLOCK_M)
     col_blocks = tl.cdiv(C, BLOCK_N)
-    first = program // (GROUP * col_blocks) * GROUP
+    first = tile // (GROUP * col_blocks) * GROUP
     group = tl.minimum(row_blocks - first, GROUP)
-    within = program % (GROUP * col_blocks)
+    within = tile % (GROUP * col_blocks)
     return first + within % group, within // group
 
 
@@ -88,10 +87,43 @@ def _store_weights(weights_ptr, stride, w, rows, cols, R, C):
 
 
 @triton.jit
-def _params(params_ptr):
+def load_params(params_ptr):
     """Scale, bias, and a center that scores can be counted from: one that is not finite is none."""
     center = tl.load(params_ptr + 2)
     return tl.load(params_ptr), tl.load(params_ptr + 1), tl.where(tl.abs(center) < float("inf"), center, 0.0)
+
+
+@triton.jit
+def finish_tile(
+    scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor, row_block, col_block, rows, cols,
+    row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """A tile's weights, from its scores; its statistics and sums are stored, and whether it is unusual."""
+    _, _, _, col_bias_ptr = pairs
+    if not complete:
+        scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
+    w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
+        scores, col_bias, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
+    )
+    block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
+    if WEIGHTS:
+        # the center comes off here: tensor cores cut off digits of each partial sum, which it would only make larger
+        dscale = tl.sum(tl.sum(w * (scores - center), 1), 0)
+        usual = usual & (tl.abs(dscale) < _LARGEST)  # no weight has overflowed; NaN is not below
+        if params_partials_ptr is not None:
+            tl.store(params_partials_ptr + 2 * block, dscale / factor)
+            tl.store(params_partials_ptr + 2 * block + 1, tl.sum(tl.sum(w, 1), 0) / factor)
+    if STATISTICS:
+        counts = (cols < C) & (col_bias > -float("inf"))
+        usual = usual & TERM.fair(row_sum, col_sum, rows < R, counts, ROW, COL)
+        if row_partials_ptr is not None:
+            _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
+        if col_partials_ptr is not None:
+            _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
+    tl.store(unusual_ptr + block, tl.where(usual, 0.0, 1.0))
+    return w
 
 
 _ARGUMENTS = ["R", "diagonal", "first_column", "row_normalizer_stride", "col_normalizer_stride"]
@@ -124,12 +156,12 @@ def score_kernel(
     """One tile: scores, then statistics for the sides that have partials, and weights where there is room for them."""
     WEIGHTS: tl.constexpr = weights_ptr is not None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
-    row_block, col_block = _tile_place(R, C, BLOCK_M, BLOCK_N, GROUP)
+    row_block, col_block = tile_place(tl.program_id(0), R, C, BLOCK_M, BLOCK_N, GROUP)
     row0 = row_block * BLOCK_M
     col0 = col_block * BLOCK_N
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = col0 + tl.arange(0, BLOCK_N)
-    scale, bias, center = _params(params_ptr)
+    scale, bias, center = load_params(params_ptr)
     pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
     col_bias = col_biases(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
@@ -140,34 +172,20 @@ def score_kernel(
         factor = tl.load(factor_ptr)
         row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, ROW, BLOCK_M)
         col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, COL, BLOCK_N)
-        narrow, referred = TERM.refer(row, col, scale, bias, center, factor, ROW, COL)
+        narrow, referred = TERM.refer(row, col, scale, bias, factor, ROW, COL)
         usual = usual & narrow
     complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
     scores = _tile_product(
-        x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride, center,
+        x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride,
         BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
-    if not complete:
-        scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
-    w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, col_bias, referred, scale, bias, center, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
-    )
-    block = row_block * tl.cdiv(C, BLOCK_N) + col_block
+    w = finish_tile(
+        scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor, row_block, col_block,
+        rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
+        TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
+    )  # fmt: skip
     if WEIGHTS:
-        dscale = tl.sum(tl.sum(w * scores, 1), 0)
-        usual = usual & (tl.abs(dscale) < _LARGEST)  # no weight has overflowed; NaN is not below
-        if params_partials_ptr is not None:
-            tl.store(params_partials_ptr + 2 * block, dscale / factor)
-            tl.store(params_partials_ptr + 2 * block + 1, tl.sum(tl.sum(w, 1), 0) / factor)
         _store_weights(weights_ptr, weights_stride, w, rows, cols, R, C)
-    if STATISTICS:
-        counts = (cols < C) & (col_bias > -float("inf"))
-        usual = usual & TERM.fair(row_sum, col_sum, rows < R, counts, ROW, COL)
-        if row_partials_ptr is not None:
-            _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
-        if col_partials_ptr is not None:
-            _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
-    tl.store(unusual_ptr + block, tl.where(usual, 0.0, 1.0))
 
 
 @triton.jit(do_not_specialize=_ARGUMENTS)
@@ -215,7 +233,7 @@ def _any_tile(
     WEIGHTS: tl.constexpr = weights_ptr is not None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    scale, bias, center = _params(params_ptr)
+    scale, bias, center = load_params(params_ptr)
     row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
     shift = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -224,7 +242,7 @@ def _any_tile(
     for piece in range(0, BLOCK_N, PIECE):
         cols = col_block * BLOCK_N + piece + tl.arange(0, PIECE)
         scores = _tile_product(
-            x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, 0.0, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
+            x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
         )
         z = scores * scale + bias
         z += col_biases(pairs, cols, C)[None, :]

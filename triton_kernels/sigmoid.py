@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import LOG2_E, PairTerm, exp2, reciprocal
+from .pair_terms import INTERPRETED, LOG2_E, PairTerm, exp2, multiply_add, reciprocal
 
 __all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
 
@@ -28,6 +28,33 @@ def _log1p_unit(e):
     return t * _artanh_series(t)
 
 
+#: Factors 1 + e of at most 2 whose product is far from overflowing.
+FACTORS = tl.constexpr(64)
+
+
+@triton.jit
+def _join(a, b):
+    """(1 + a) (1 + b) - 1, to the last digits also where both are tiny."""
+    return multiply_add(a, b, a + b)
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for u >= 0."""
+    return tl.where(u < 1.0, _log1p_unit(tl.minimum(u, 1.0)), tl.log(1.0 + u))
+
+
+@triton.jit
+def _sum_log1p(e):
+    """sum_j log(1 + e_ij) [M] for e in [0, 1]: of FACTORS of them at a time, the logarithm of their product."""
+    if INTERPRETED:  # whose reductions by a function of ours take minutes
+        return tl.sum(_log1p_unit(e), 1)
+    else:  # noqa: RET505 (the compiler would see both)
+        factors: tl.constexpr = min(e.shape[1], FACTORS)
+        parts = tl.reshape(e, [e.shape[0], e.shape[1] // factors, factors])
+        return tl.sum(_log1p(tl.reduce(parts, 2, _join)), 1)
+
+
 @triton.jit
 def softplus_from(z, e):
     """log(1 + e^z) from e = exp(-|z|)."""
@@ -41,37 +68,40 @@ def sigmoid_from(z, e):
 
 
 @triton.jit
-def _refer(row, col, scale, bias, center, factor, ROW: tl.constexpr, COL: tl.constexpr):
+def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
     return True, (0.0, 0.0, 0.0, 1.0, row[2] * factor, col[2])
 
 
 @triton.jit
+def _line(scale, bias, shift):
+    return 0.0, 0.0, 1.0
+
+
+@triton.jit
+def _refer_gain(side, shift):
+    return side[2]
+
+
+@triton.jit
 def _usual(
-    scores, col_bias, referred, scale, bias, center,
+    scores, col_bias, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """In units of log 2; one reciprocal serves the sigmoid's quotient 1 / (1 + e) and the logarithm's e / (2 + e)."""
-    offset = (bias + scale * center) * LOG2_E
+    """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
+    offset = bias * LOG2_E
     if BIASED:
         z = scores * (scale * LOG2_E) + (col_bias * LOG2_E + offset)[None, :]
     else:
         z = scores * (scale * LOG2_E) + offset
-    e = exp2(-tl.abs(z))
-    one, two = 1.0 + e, 2.0 + e
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
-    w = e
+    w = z
     if STATISTICS:
-        product = reciprocal(one * two)
-        t = e * (product * one)
-        quotient = product * two
-        soft = t * _artanh_series(t)
-        row_sum = tl.sum(tl.maximum(z, 0.0) * (1.0 / LOG2_E) + soft, 1)
-    else:
-        quotient = reciprocal(one)
-    if WEIGHTS:
-        w = tl.where(z >= 0, quotient, e * quotient) * referred[4][:, None]
+        e = exp2(-tl.abs(z))
+        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e)
+    if WEIGHTS:  # another exponential takes less than to choose by z's sign
+        w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
     return w, rows, row_sum, cols, cols
 
 
@@ -104,4 +134,4 @@ def _merge_all(shift, total):
     return tl.max(shift, 0), tl.sum(total, 0)
 
 
-SIGMOID = PairTerm(_refer, _usual, _tile, _merge, _merge_all, _fair)
+SIGMOID = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)

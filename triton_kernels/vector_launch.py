@@ -11,10 +11,20 @@ from . import launch
 from .start import Arguments
 from .vectors import dots_kernel, gains_kernel, gradients_kernel, losses_kernel, tf32_kernel
 
-__all__ = ["Gains", "gains", "gradients", "losses", "positive_dots", "tensor_core_operand"]
+__all__ = [
+    "DOTS_ROWS",
+    "Gains",
+    "block_d",
+    "gains",
+    "gradients",
+    "losses",
+    "positive_dots",
+    "tensor_core_operand",
+]
 
 #: Rows of a program, and features at a time.
-_ROWS, _FEATURES = 16, 256
+DOTS_ROWS = _ROWS = 16
+_FEATURES = 256
 #: Rows of a program that has only vectors.
 _VECTOR = 1024
 #: The names of the kernels' options; each kernel's constants always come in one order.
@@ -39,7 +49,7 @@ def _programs(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def _block_d(d: int) -> int:
+def block_d(d: int) -> int:
     """Features that are read at a time."""
     return min(max(1 << (d - 1).bit_length(), 16), _FEATURES)
 
@@ -59,10 +69,11 @@ def positive_dots(
     launch._launch(
         dots_kernel, _programs(n, _ROWS),
         Arguments(
-            x, y, index, _detached(scale), _detached(bias), dots, params, n, offset or 0, d, x.stride(0), y.stride(0)
+            x, y, index, _detached(scale), _detached(bias), dots, params, None, None,
+            n, offset or 0, d, x.stride(0), y.stride(0), 0.0,
         ),
         SCALE_IS_TENSOR=isinstance(scale, Tensor), BIAS_IS_TENSOR=isinstance(bias, Tensor), CENTERED=centered,
-        BLOCK=_ROWS, BLOCK_D=_block_d(d), **_OPTIONS,
+        BLOCK=_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
     )  # fmt: skip
     return dots, params
 
@@ -146,7 +157,7 @@ def gradients(
             x, y, index, coefficients, rescale, dx_sums, dx_out, dy_sums, dy_out,
             n, m, rows, first, offset or 0, d, x.stride(0), y.stride(0),
         ),
-        BLOCK=_ROWS, BLOCK_D=_block_d(d), **_OPTIONS,
+        BLOCK=_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
     )  # fmt: skip
 
 

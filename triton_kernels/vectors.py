@@ -12,7 +12,16 @@ import triton.language as tl
 
 from .sigmoid import sigmoid_from, softplus_from
 
-__all__ = ["dots_kernel", "gains_kernel", "gradients_kernel", "losses_kernel", "tf32_kernel"]
+__all__ = [
+    "dots_kernel",
+    "finish_rows",
+    "gains_kernel",
+    "gradients_kernel",
+    "losses_kernel",
+    "normalizer_of",
+    "softmax_exponent",
+    "tf32_kernel",
+]
 
 _INF = tl.constexpr(float("inf"))
 
@@ -28,9 +37,10 @@ def _number(value, IS_TENSOR: tl.constexpr):
 
 @triton.jit
 def _center(dots, rows, N):
-    """A number near the positives' dot products: the mean of the first ones."""
+    """A number near the positives' dot products: the mean of the first ones, if it is finite."""
     count = tl.minimum(N, rows.shape[0])
-    return tl.sum(tl.where(rows < N, dots, 0.0), 0) / count
+    center = tl.sum(tl.where(rows < N, dots, 0.0), 0) / count
+    return tl.where(tl.abs(center) < _INF, center, 0.0)
 
 
 @triton.jit
@@ -52,7 +62,7 @@ def _partner(index_ptr, rows, N, first, offset):
     return tl.where(exists, partner, 0), exists
 
 
-@triton.jit(do_not_specialize=["N", "offset"])
+@triton.jit(do_not_specialize=["scale", "bias", "gain_ptr", "N", "offset", "share"])
 def dots_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
@@ -61,11 +71,17 @@ def dots_kernel(
     bias,
     dots_ptr,  # [N]
     params_ptr,  # [3]
+    gain_ptr,  # [N] or None
+    row_gain_ptr,  # [N] or None
     N, offset, D, x_stride, y_stride,
+    share,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, CENTERED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dots_i = <x_i, y_p(i)>, 0 where a row has no positive; params = (scale, bias, 0 or a center of the dots)."""
+    """dots_i = <x_i, y_p(i)>, 0 where a row has no positive; params = (scale, bias, 0 or a center of the dots).
+
+    And share * gain_i, the gains of the rows, where there is room for them.
+    """
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     features = tl.arange(0, BLOCK_D)
@@ -80,6 +96,11 @@ def dots_kernel(
         sums += x * y
     dots = tl.sum(sums, 1)
     tl.store(dots_ptr + rows, dots, mask=rows < N)
+    if row_gain_ptr is not None:
+        gain = tl.zeros([BLOCK], tl.float32) + share
+        if gain_ptr is not None:
+            gain *= tl.load(gain_ptr + rows, mask=rows < N, other=0.0)
+        tl.store(row_gain_ptr + rows, gain, mask=rows < N)
     if program == 0:
         center = 0.0
         if CENTERED:
@@ -88,23 +109,25 @@ def dots_kernel(
 
 
 @triton.jit
-def _softmax_exponent(shift, rest, z):
+def softmax_exponent(shift, rest, z):
     """n - z of a normaliser n = shift + rest, whose two numbers are never added: where they are large, digits go."""
     return rest - (z - shift)
 
 
 @triton.jit
-def _normalizer_of_state(state_ptr, rows, inside, N):
-    """(shift, rest) of a state (shift, sum) [2, N], which they replace; a rest of +inf where there was nothing.
+def normalizer_of(shift, total):
+    """(shift, rest) of (shift, sum): a rest of +inf where there was nothing. An infinite sum is not nothing: NaN."""
+    nothing = total == 0
+    rest = tl.where(nothing, _INF, tl.log(tl.where(nothing, 1.0, total)))
+    return tl.where(nothing, 0.0, shift), tl.where(total == _INF, float("nan"), rest)
 
-    An infinite sum is not nothing: it gives NaN.
-    """
+
+@triton.jit
+def _normalizer_of_state(state_ptr, rows, inside, N):
+    """(shift, rest) of a state (shift, sum) [2, N], which they replace."""
     shift = tl.load(state_ptr + rows, mask=inside, other=0.0)
     total = tl.load(state_ptr + N + rows, mask=inside, other=0.0)
-    nothing = total == 0
-    shift = tl.where(nothing, 0.0, shift)
-    rest = tl.where(nothing, _INF, tl.log(tl.where(nothing, 1.0, total)))
-    rest = tl.where(total == _INF, float("nan"), rest)
+    shift, rest = normalizer_of(shift, total)
     tl.store(state_ptr + rows, shift, mask=inside)
     tl.store(state_ptr + N + rows, rest, mask=inside)
     return shift, rest
@@ -114,7 +137,7 @@ def _normalizer_of_state(state_ptr, rows, inside, N):
 def _losses(state_ptr, rows, inside, N, z):
     """softplus(n - z) [BLOCK]; 0 without negatives."""
     shift, rest = _normalizer_of_state(state_ptr, rows, inside, N)
-    t = _softmax_exponent(shift, rest, z)
+    t = softmax_exponent(shift, rest, z)
     return tl.where(rest == _INF, 0.0, softplus_from(t, tl.exp(-tl.abs(t))))
 
 
@@ -152,7 +175,7 @@ def _softmax(normalizer_ptr, rows, inside, N, z):
     """sigmoid(n - z) [BLOCK], the probability that is not the positive's; 0 without negatives."""
     shift = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
     rest = tl.load(normalizer_ptr + N + rows, mask=inside, other=_INF)
-    t = _softmax_exponent(shift, rest, z)
+    t = softmax_exponent(shift, rest, z)
     return tl.where(rest == _INF, 0.0, sigmoid_from(t, tl.exp(-tl.abs(t))))
 
 
@@ -180,7 +203,6 @@ def gains_kernel(
     program = tl.program_id(0)
     first = tl.arange(0, CENTER_ROWS)
     center = _center(tl.load(dots_ptr + first, mask=first < N, other=0.0), first, N)
-    center = tl.where(tl.abs(center) < _INF, center, 0.0)
     factor = _number(scale, SCALE_IS_TENSOR)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
@@ -210,7 +232,7 @@ def gains_kernel(
 
 
 @triton.jit
-def _finish_rows(
+def finish_rows(
     out_ptr, sums_ptr, other_ptr, other_stride, partner, coefficients, rows, n, D, rescale, BLOCK_D: tl.constexpr
 ):
     """out = sums * rescale + coefficient * the partner's row, for these of n rows; sums may be where out is."""
@@ -256,7 +278,7 @@ def gradients_kernel(
             coefficients = tl.zeros([BLOCK], tl.float32)
             if coefficients_ptr is not None:
                 coefficients = tl.load(coefficients_ptr + first + rows, mask=exists, other=0.0)
-            _finish_rows(dx_ptr, dx_sums_ptr, y_ptr, y_stride, partner, coefficients, rows, R, D, rescale, BLOCK_D)
+            finish_rows(dx_ptr, dx_sums_ptr, y_ptr, y_stride, partner, coefficients, rows, R, D, rescale, BLOCK_D)
     if dy_sums_ptr is not None:  # noqa: SIM102 (known to the compiler, unlike what follows)
         if program >= dx_programs:
             rows = (program - dx_programs) * BLOCK + tl.arange(0, BLOCK)
@@ -266,7 +288,7 @@ def gradients_kernel(
             coefficients = tl.zeros([BLOCK], tl.float32)
             if coefficients_ptr is not None and index_ptr is None:
                 coefficients = tl.load(coefficients_ptr + partner, mask=exists, other=0.0)
-            _finish_rows(dy_ptr, dy_sums_ptr, x_ptr, x_stride, partner, coefficients, rows, M, D, rescale, BLOCK_D)
+            finish_rows(dy_ptr, dy_sums_ptr, x_ptr, x_stride, partner, coefficients, rows, M, D, rescale, BLOCK_D)
 
 
 @triton.jit

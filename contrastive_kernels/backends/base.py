@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -11,7 +12,29 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Backend", "SoftmaxGains", "WholeMatrix"]
+__all__ = ["Backend", "Prepared", "SoftmaxGains", "WholeMatrix"]
+
+
+class Prepared(Protocol):
+    """A loss of one form, its launches prepared: gradients come with the value, up to the factor from upstream."""
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float,
+        bias: Tensor | float,
+        extras: Sequence[Tensor | None],
+        index: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """The value, and what `backward` needs."""
+        ...
+
+    def backward(
+        self, x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, kept: list[Tensor], upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dx, dy, dscale, dbias, as far as they are wanted."""
+        ...
 
 
 class WholeMatrix(Protocol):
@@ -126,6 +149,25 @@ class Backend:
         Relative normalisers are what is added to the positive's logit [n]; +inf says that a row has no negatives.
         """
         raise NotImplementedError
+
+    def prepare(
+        self,
+        kind: str,
+        problem: WholeMatrix,
+        size: Size,
+        extras: tuple[bool, ...],
+        share: float,
+        both: bool,
+        wants: tuple[bool, ...],
+    ) -> Prepared | None:
+        """A sum of losses, prepared, whose matrix is one panel; None: there is none.
+
+        Its kind is "softmax" or "sigmoid", with weights of the rows, if any, as its extras; or "ratio", with
+        log-normalisers of rows and of columns relative to the positives' logits, and weights. It serves tensors of this
+        form that are contiguous and aligned to 16 bytes. In a symmetric matrix the positive of row i is i + offset
+        modulo N.
+        """
+        return None
 
     def operand(self, x: Tensor) -> Tensor:
         """x [N, D], contiguous, as its products take it; a copy where they would cut digits off instead of rounding."""

@@ -14,15 +14,15 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
-from .base import Backend, SoftmaxGains, WholeMatrix
+from .base import Backend, Prepared, SoftmaxGains, WholeMatrix
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
 #: The smallest tile of the table, which leaves the most partial results: 8 bytes per row and per column of a tile, and
-#: 12 per tile.
+#: 12 per tile; and 4 per row and column for gains that are referred to a shift.
 _SMALLEST_TILE = 64
 SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 12 / _SMALLEST_TILE**2
-SCRATCH_PER_ROW = 16.0
+SCRATCH_PER_ROW = 20.0
 
 #: The kernels of usual tiles and of the rest, and the one that merges, for a reduce panel and for a weight panel with
 #: sums for params.
@@ -75,6 +75,35 @@ class TritonBackend(Backend):
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
+
+    def prepare(
+        self,
+        kind: str,
+        problem: WholeMatrix,
+        size: Size,
+        extras: tuple[bool, ...],
+        share: float,
+        both: bool,
+        wants: tuple[bool, ...],
+    ) -> Prepared | None:
+        """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
+        if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
+            return None
+        if (problem.index is not None) != problem.symmetric or problem.col_bias is not None:
+            return None
+        if size.dtype != torch.float32 and size.device.type == "cuda" and not _ADDS_IN_FLOAT32:
+            return None
+        from .._triton import whole_launch
+
+        scale, bias = (v.dtype if isinstance(v, Tensor) else None for v in (problem.scale, problem.bias))
+        form = whole_launch.Form(
+            size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), extras, share,
+            problem.offset, size.symmetric, both, wants,
+        )  # fmt: skip
+        kinds = {
+            "softmax": whole_launch.WholeSoftmax, "sigmoid": whole_launch.WholeSigmoid, "ratio": whole_launch.WholeRatio
+        }  # fmt: skip
+        return _OnDevice(kinds[kind](form), size.device)
 
     def operand(self, x: Tensor) -> Tensor:
         with _on(x.device):
@@ -131,6 +160,29 @@ class TritonBackend(Backend):
     ) -> None:
         with _on(x.device):
             _vector_kernels().gradients(x, y, index, offset, coefficients, rescale, dx, dy, first)
+
+
+class _OnDevice:
+    """What is prepared for a GPU, which is the current one while it runs."""
+
+    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+        self.prepared, self.device = prepared, device
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        if _is_current(self.device):  # entering a context takes longer than a look
+            return self.prepared.forward(*arguments)
+        with torch.cuda.device(self.device):
+            return self.prepared.forward(*arguments)
+
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
+        if _is_current(self.device):
+            return self.prepared.backward(*arguments)
+        with torch.cuda.device(self.device):
+            return self.prepared.backward(*arguments)
+
+
+#: torch's 16-bit products with float32 results; see engine/workspace.py.
+_ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
 
 
 @cache
@@ -192,9 +244,11 @@ def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Within it a GPU is the current one, which it nearly always is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING_TO_DO
-    return torch.cuda.device(device)
+    return _NOTHING_TO_DO if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 _NOTHING_TO_DO = contextlib.nullcontext()

@@ -85,7 +85,8 @@ class Problem:
     #: numbers, or tensors of one element on the same device
     scale: Tensor | float
     bias: Tensor | float = 0.0
-    #: the positive of row i is column i + offset, or index[i] (int64 [N], -1: no column), or there is none
+    #: the positive of row i is column i + offset, or index[i] (int64 [N], -1: no column), or there is none; where
+    #: both are given, the index counts, and of a symmetric matrix it is i + offset modulo N
     offset: int | None = None
     index: Tensor | None = None
     #: y is x, and no row is its own negative

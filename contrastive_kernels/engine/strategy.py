@@ -30,6 +30,11 @@ KEPT_SCORES_BYTES = 4 * 2**20
 WHOLE_SCORES = 2**18
 
 
+#: A GPU's matrices of one panel and at most so many scores are computed by launches that are prepared: with more,
+#: the GPU takes longer than its host.
+PREPARED_SCORES = 2**26
+
+
 class Place(Enum):
     """Where the scores lie between the product that makes them and the weights that they become."""
 
@@ -89,6 +94,14 @@ def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients
 def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) -> bool:
     """Whether there are scores, and all of them, in float32, are few enough for one call of the backend."""
     return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
+
+
+def can_be_prepared(backend: Backend, size: Size) -> bool:
+    """Whether the matrix is one panel, and a small one."""
+    if not backend.vectors or not 0 < size.rows * size.cols <= PREPARED_SCORES:
+        return False
+    rows, cols = panel_shape(backend, size, True)
+    return rows >= size.rows and cols >= size.cols
 
 
 def _score_bytes(size: Size) -> int:

@@ -149,7 +149,7 @@ def decomposable(
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
     logits = [logit for _, logit in sides if logit is not None] or None
-    sums = exponential_sums(problem, rests, logits, gain, reduction)
+    sums = exponential_sums(problem, rests, logits, gain, reduction, values_alone=not return_log_normalizer)
     if reduction == "none":
         rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2
         loss = rows + constant - excess

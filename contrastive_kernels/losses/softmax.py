@@ -225,7 +225,7 @@ def nt_xent(
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     gains = row_gains(weight, n, views, reduction, repeats=2)
-    problem = Problem(views, views, scale, index=index, symmetric=True, engine=engine)
+    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, engine=engine)
     return softmax_loss(problem, gains, reduction)
 
 

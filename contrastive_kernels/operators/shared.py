@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import autocasts
+from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
@@ -56,6 +57,8 @@ class Primitive:
     dense: Callable[[Call, slice, bool], Outputs]
     #: whether columns have results of their own
     two_sided: Callable[[Call], bool]
+    #: call -> all of it, prepared, gradients up to the factor from upstream; or None
+    prepared: Callable[[Call], Prepared | None] = lambda call: None
     #: the first kept outputs are gradients that come with the value, of these tensors
     made: tuple[int, ...] = ()
     #: so many of the last outputs are read by callers; they are not differentiable
@@ -74,7 +77,12 @@ class Primitive:
         if torch._C._are_functorch_transforms_active():
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if True in needs:
-            return _Eager.apply(self, call, *[t for t, need in zip(tensors, needs) if need])
+            wanting = [t for t, need in zip(tensors, needs) if need]
+            on_cpu = problem.x.is_cpu and problem.engine.backend != "triton"  # whose backends prepare nothing
+            prepared = None if on_cpu else self.prepared(call)
+            if prepared is not None:
+                return (_Prepared.apply(self, call, prepared, *wanting), *[None] * (self.results - 1 + self.found))
+            return _Eager.apply(self, call, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
 
@@ -177,6 +185,40 @@ class _Eager(torch.autograd.Function):
         needs = tuple([need and next(left) for need in statics[2]])
         found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], tuple(values[:count]), upstream)
         return (None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+class _Prepared(torch.autograd.Function):
+    """The same of what is prepared, which gives one result."""
+
+    @staticmethod
+    def forward(ctx: Any, primitive: Primitive, call: Call, prepared: Prepared, *wanting: Tensor) -> Tensor:
+        value, *kept = _without_autocast(_run, call, prepared)
+        tensors = call.tensors
+        ctx.numbers = {i: v for i, v in enumerate(tensors) if type(v) is float}
+        ctx.save_for_backward(*[None if type(v) is float else v for v in tensors], *kept)
+        ctx.constants = primitive, prepared, call.problem.offset, call.statics, len(tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Outputs:
+        primitive, prepared, offset, statics, count = ctx.constants
+        saved = list(ctx.saved_tensors)
+        for i, number in ctx.numbers.items():
+            saved[i] = number
+        tensors, kept = tuple(saved[:count]), saved[count:]
+        if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
+            with torch.no_grad():
+                outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
+            upstreams = (upstream, *[None] * (primitive.results - 1))
+            found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
+        else:
+            found = prepared.backward(*tensors[:4], kept, upstream)
+        return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+def _run(call: Call, prepared: Prepared) -> Outputs:
+    problem = call.problem
+    return prepared.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras, problem.index)
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
@@ -17,6 +18,7 @@ from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import SIGMOID
 from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits
 from .shared import Call, Outputs, Primitive
@@ -63,6 +65,12 @@ def _in_one_call(call: Call) -> bool:
     return reduction != "none" and strategy.fits_one_call(
         call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes
     )
+
+
+def _prepared(call: Call) -> Prepared | None:
+    """How a small matrix on a GPU is computed, gradients with the value."""
+    (reduction,) = call.settings
+    return None if reduction == "none" else prepared_for(call, "sigmoid", _share(call))
 
 
 def _forward(call: Call) -> Outputs:
@@ -145,6 +153,7 @@ sigmoid_losses = register(
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: False,
+        prepared=_prepared,
         made=(0, 1, 2, 3),
     )
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..backends import Backend
+from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import (
     band_passes,
@@ -29,6 +30,7 @@ from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -142,6 +144,12 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
     x, y, scores = whole_scores(problem)
     value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
     return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
+
+
+def _prepared(call: Call) -> Prepared | None:
+    """How a small matrix on a GPU is computed, gradients with the value."""
+    reduction, both = call.settings
+    return None if reduction == "none" else prepared_for(call, "softmax", _share(call), both)
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
@@ -283,6 +291,7 @@ softmax_losses = register(
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: call.settings[1],
+        prepared=_prepared,
         made=(0, 1, 2, 3),
     )
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
@@ -18,6 +19,7 @@ from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, params_of, whole_gradients, whole_scores
+from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive, like
@@ -40,7 +42,13 @@ class ExponentialSums:
 
 
 def exponential_sums(
-    problem: Problem, rests: list[Tensor], logits: list[Tensor] | None, gain: Tensor | None, reduction: str
+    problem: Problem,
+    rests: list[Tensor],
+    logits: list[Tensor] | None,
+    gain: Tensor | None,
+    reduction: str,
+    *,
+    values_alone: bool = False,
 ) -> ExponentialSums:
     """Sums of exp(z_ij - z_i,p(i) - rest_i) over negatives.
 
@@ -57,13 +65,15 @@ def exponential_sums(
     reduction : {"mean", "sum", "none"}
         A mean or a sum has gradients that come with it: with two directions, of the mean of both. "none": every row's
         and column's value, unweighted.
+    values_alone : bool
+        Nobody asks for the normalisers and dot products that are found on the way.
     """
     two = len(rests) == 2
     if two and gain is not None:
         gain = gain / 2
     col_gain = gain.clone() if two and gain is not None else None
     extras = (*_padded(rests), gain, col_gain, *_padded(logits))
-    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction))
+    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction, values_alone))
     each = col_values if two and reduction == "none" else None
     return ExponentialSums(values, each, [row, col] if two else [row], dots)
 
@@ -102,6 +112,14 @@ def _in_one_call(call: Call) -> bool:
     return call.settings[1] != "none" and strategy.fits_one_call(
         problem.backend(), problem.x.shape[0], problem.y.shape[0], problem.workspace_bytes
     )
+
+
+def _prepared(call: Call) -> Prepared | None:
+    """How a small matrix on a GPU is computed, gradients with the value."""
+    relative, reduction, values_alone = call.settings
+    if not (relative and values_alone) or reduction == "none":
+        return None
+    return prepared_for(call, "ratio", 1.0 if call.extras[2] is not None else _share(call), _two(call))
 
 
 def _forward(call: Call) -> Outputs:
@@ -262,7 +280,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The values of some rows (turned: columns), or their weighted sum, in operations of torch."""
-    relative, reduction = call.settings
+    relative, reduction, _ = call.settings
     rests, gain, logit = call.extras[:2], call.extras[2 + turned], call.extras[4 + turned]
     z, z_pos = dense_logits(call.problem, rows, turned)
     shift, found = dense_normalizer(z)
@@ -289,6 +307,7 @@ weighted_sum = register(
         gradients=_gradients,
         dense=_dense,
         two_sided=_two,
+        prepared=_prepared,
         made=_MADE,
         found=3,
     )

@@ -220,9 +220,10 @@ def test_captured_in_a_graph(loss, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", ["clip_loss", "sigmoid", "nt_xent", "decomposable"])
-def test_nothing_synchronises(loss, backend):
-    require(backend, torch.float16)
-    x, y = features(1000, 64, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_nothing_synchronises(dtype, loss, backend):
+    require(backend, dtype)
+    x, y = features(1000, 64, dtype)
     scale = torch.full((), 10.0, device=DEVICE, requires_grad=True)
     more = {"sigmoid": (-5.0,), "decomposable": (torch.full((1000,), 7.0, device=DEVICE),)}.get(loss, ())
     getattr(ck, loss)(x, y, scale, *more, backend=backend).backward()  # compiles

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import offline
 import triton.testing
 
-from contrastive_kernels._triton import configs, launch, tuning, vector_launch
+from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 
 
-@pytest.mark.parametrize("what", ["panels", "float32", "float16", "bfloat16", "hostile"])
+@pytest.mark.parametrize("what", ["panels", "persistent", "float32", "float16", "bfloat16", "whole", "hostile"])
 def test_interpreted(what):
     """The real driver and the one rule, with the kernels in Triton's interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,13 +56,13 @@ def thinned(capability):
 MOST_INSTRUCTIONS = {
     "exponential-statistics-rows": 8,
     "exponential-statistics-both": 19,
-    "exponential-weights-rows": 11,
+    "exponential-weights-rows": 12,
     "exponential-weights-both": 13,
-    "exponential-weights+statistics-rows": 14,
+    "exponential-weights+statistics-rows": 15,
     "exponential-weights+statistics-both": 26,
-    "sigmoid-statistics-rows": 23,
-    "sigmoid-weights-rows": 17,
-    "sigmoid-weights+statistics-rows": 35,
+    "sigmoid-statistics-rows": 13,
+    "sigmoid-weights-rows": 15,
+    "sigmoid-weights+statistics-rows": 26,
 }
 
 
@@ -155,6 +155,7 @@ def absent_gpu(monkeypatch, tmp_path):
     """An H100 that nobody has measured, as far as the launcher asks."""
     monkeypatch.setattr(launch, "_capability", lambda device: 90)
     monkeypatch.setattr(launch, "gpu_name", lambda device: "GPU")
+    monkeypatch.setattr(persistent_launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(tuning, "tiles", tuning.TunedTiles(tmp_path / "cache" / "tiles.json"))
     launch.tile_of.cache_clear()
     yield
@@ -228,7 +229,7 @@ def test_scratch_is_bounded():
     tiles = {tile for *_, tile in configs.shipped()}
     for tile, rows, cols in itertools.product(tiles, (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504)):
         floats = sum(launch.Scratch.of(tile, rows, cols))
-        bound = SCRATCH_PER_SCORE * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 64
+        bound = SCRATCH_PER_SCORE * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 128
         assert 4 * floats <= bound, (tile, rows, cols)
 
 

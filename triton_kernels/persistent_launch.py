@@ -1,0 +1,90 @@
+"""From tensors to launches of the persistent kernel; see persistent.py."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import PersistentTile
+from .persistent import LINE, persistent_kernel, refer_kernel
+from .start import INTERPRETED, Arguments, start
+
+__all__ = ["copies_by_tma", "fills", "start_tiles"]
+
+#: Rows of a program of refer_kernel, and normalisers that it takes the mean of.
+_BLOCK, _SAMPLE = 1024, 1024
+
+
+def copies_by_tma(*operands: Tensor) -> bool:
+    """Whether the TMA unit can copy blocks of these matrices: rows without gaps that begin at multiples of 16 bytes."""
+    return all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def fills(device: torch.device, tile: PersistentTile, rows: int, cols: int) -> bool:
+    """Whether a panel has a tile for every program that the GPU holds."""
+    return -(-rows // tile.block_m) * -(-cols // tile.block_n) >= tile.programs * _multiprocessors(device)
+
+
+def start_tiles(
+    tile: PersistentTile,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    referred: Tensor,
+    score_arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """What score_kernel would do with these arguments and constants.
+
+    referred: float32 for the line and the gains of rows and columns.
+    """
+    params, diagonal, columns, first_column, col_bias, row_normalizer, row_gain, col_normalizer, col_gain = (
+        score_arguments[:9]
+    )
+    factor, row_partials, col_partials, params_partials, unusual = score_arguments[9:]
+    (n, d), m = x.shape, y.shape[0]
+    term, has_row, has_col = constants["TERM"], constants["ROW"], constants["COL"]
+    line = row_referred = col_referred = None
+    if weights is not None:
+        line, row_referred, col_referred = referred.split_with_sizes((LINE, -(-n // 4) * 4, -(-m // 4) * 4))
+        start(
+            refer_kernel, has_row * -(-n // _BLOCK) + has_col * -(-m // _BLOCK),
+            Arguments(
+                params, factor, row_normalizer, row_gain, col_normalizer, col_gain, line, row_referred, col_referred,
+                n, m, *(0 if v is None else v.stride(0) for v in (row_normalizer, col_normalizer)),
+            ),
+            {"TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": _BLOCK, "SAMPLE": _SAMPLE, "num_warps": 4},
+        )  # fmt: skip
+    blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
+    programs = 2 if INTERPRETED else tile.programs * _multiprocessors(x.device)
+    start(
+        persistent_kernel, min(blocks, programs),
+        Arguments(
+            _blocks_of(x, tile.block_m, tile.block_k), _blocks_of(y, tile.block_n, tile.block_k),
+            None if weights is None else _blocks_of(weights, tile.block_m, tile.part.block_n),
+            params, diagonal, columns, first_column, col_bias, line,
+            row_referred if has_row else None, col_referred if has_col else None, factor,
+            row_partials, col_partials, params_partials, unusual, n, m, d,
+        ),
+        {
+            "TERM": term, "ROW": has_row, "COL": has_col, "COLUMNS": constants["COLUMNS"],
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
+            "PARTS": tile.parts, "UPCAST": constants["UPCAST"],
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        },
+    )  # fmt: skip
+
+
+def _blocks_of(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, cols])

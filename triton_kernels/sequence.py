@@ -1,0 +1,126 @@
+"""A fixed sequence of launches: all that depends on shapes is found once, and a step is a few additions of addresses.
+
+Beside kernels of microseconds, what a launch takes the host is the time of a small batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from . import launch
+from .start import Arguments, compiled_members, may_start_directly, starter
+
+__all__ = ["Launch", "Launches", "Layout", "Place", "given", "number"]
+
+#: Sets of addresses that a sequence remembers.
+_REMEMBERED = 16
+
+
+class Place(NamedTuple):
+    """Where an argument comes from: a tensor or number of the call, or a part of such a tensor; or it is fixed."""
+
+    #: which of the call's values, counted from 1; 0: none, the argument is `offset` itself
+    source: int
+    #: in bytes, from the tensor's beginning
+    offset: Any
+    #: of a part
+    dtype: torch.dtype | None = None
+
+    def value(self, values: Sequence[Any]) -> Any:
+        """The argument as Triton's own way of starting takes it."""
+        if not self.source:
+            return self.offset
+        value = values[self.source - 1]
+        if self.dtype is None:
+            return value.detach() if isinstance(value, Tensor) else value
+        return value.view(-1).view(torch.uint8)[self.offset :].view(self.dtype)
+
+
+def number(value: Any) -> Place:
+    """A number that never changes, or None."""
+    return Place(0, value)
+
+
+def given(source: int) -> Place:
+    """A tensor or a number of the call."""
+    return Place(source, 0)
+
+
+class Layout:
+    """Parts of one buffer of bytes, which is the call's value `source`; each begins at a multiple of 16 bytes."""
+
+    def __init__(self, source: int) -> None:
+        self.source, self.bytes = source, 0
+
+    def take(self, length: int, dtype: torch.dtype = torch.float32) -> Place:
+        """Room for so many numbers."""
+        place = Place(self.source, self.bytes, dtype)
+        self.bytes += -(-length * dtype.itemsize // 16) * 16
+        return place
+
+
+class Launch:
+    """One launch: kernel, programs, places of its arguments, constants."""
+
+    def __init__(self, kernel: Any, programs: int, places: Sequence[Place], **constants: Any) -> None:
+        self.kernel, self.programs, self.places, self.constants = kernel, programs, places, constants
+        #: the compiled kernel's members, once it is
+        self.direct: tuple[Any, Any, Any] | None = None
+        #: (source, offset); what stands for None is never read: the compiled kernel has no such argument
+        self._raw = tuple([(p.source, 0 if p.offset is None else p.offset) for p in places])
+        self._rest = tuple([constants[name] for name in kernel.arg_names[len(places) :]])
+
+    def start_by_triton(self, values: Sequence[Any]) -> None:
+        """The first time, which compiles it."""
+        arguments = Arguments(*[place.value(values) for place in self.places])
+        made = launch._launch(self.kernel, self.programs, arguments, **self.constants)
+        self.direct = compiled_members(made)
+
+    def ready(self, stream: int, bases: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """What starts it directly and with which arguments; `bases`: 0, then the addresses of the call's values."""
+        assert self.direct is not None
+        run, function, metadata = self.direct
+        arguments = [bases[source] + offset for source, offset in self._raw]
+        start, more = starter(run)
+        own = (self.programs, 1, 1, stream, function, *more, metadata, None, None, None)
+        return start, (*own, *arguments, *self._rest)
+
+
+class Launches:
+    """Launches that follow each other on one GPU, for tensors of one shape, dtype and alignment to 16 bytes."""
+
+    def __init__(self, device: torch.device, launches: Sequence[Launch]) -> None:
+        self.device, self.launches = device, launches
+        #: what was started, by stream and addresses: memory is mostly where it was a step or two before
+        self._ready: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, values: Sequence[Any]) -> None:
+        """Starts them on the current stream of the current GPU, with the call's tensors and numbers."""
+        if not may_start_directly():
+            for each in self.launches:
+                each.start_by_triton(values)
+            return
+        stream = driver.active.get_current_stream(self.device.index)
+        key = (stream, *[v if v.__class__ is float else v.data_ptr() for v in values])
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._make_ready(key, values)
+        for start, arguments in ready:
+            start(*arguments)
+
+    def _make_ready(self, key: tuple[Any, ...], values: Sequence[Any]) -> Any:
+        """What is to be started; where kernels are not compiled yet, they start here."""
+        if any(each.direct is None for each in self.launches):
+            for each in self.launches:
+                each.start_by_triton(values)
+            return ()
+        if len(self._ready) >= _REMEMBERED:
+            self._ready.clear()
+        bases = [0, *key[1:]]
+        ready = self._ready[key] = [each.ready(key[0], bases) for each in self.launches]
+        return ready
