@@ -2,7 +2,7 @@
 # Another Python: make PYTHON=/path/to/python3 test. Another torch: pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize soak lint bench wheel gpu clean
+.PHONY: help demo test fuzz sanitize soak offline lint bench wheel gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -16,6 +16,8 @@ PY := '$(VENV)/bin/python'
 IN_VENV := PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH"
 # --no-compile: half of torch's modules are never imported, so bytecode is made by those that are
 INSTALL := $(PY) -m pip install -qq --no-input --no-compile --constraint constraints.txt
+# What the torch of most GPUs at present brings along; kernels are compiled with it as well as with the newest.
+TRITON := build/triton-3.6
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp tests/cuda_emulator/*)
 
@@ -25,7 +27,7 @@ help:  ## say what there is
 demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pairs: the fused loss against the dense one
 	$(PY) examples/demo.py
 
-test: $(VENV)/.with-dev $(VENV)/.extension  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
+test: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
 # The long forms of what make test does in seconds. One process: several of them may run side by side.
@@ -39,6 +41,10 @@ sanitize: $(VENV)/.with-dev $(VENV)/.extension  ## AddressSanitizer, UBSan, Thre
 
 soak: $(VENV)/.with-dev $(VENV)/.extension  ## many threads, 20,000 calls, deaths of processes; SOAK_CALLS=20000
 	SOAK_CALLS=$${SOAK_CALLS:-20000} $(LONG) tests/soak tests/em/test_storage_deaths.py
+
+offline: $(VENV)/.with-dev $(TRITON)/.tried  ## what compilers make of every Triton kernel for GPUs that are not here
+	$(PY) tests/offline.py 80 90 100
+	test ! -d '$(TRITON)/triton' || PYTHONPATH='$(TRITON)' $(PY) tests/offline.py 80 90
 
 lint: $(VENV)/.with-dev  ## ruff, clang-format, mypy, zizmor
 	@$(IN_VENV); bad=0; \
@@ -82,6 +88,13 @@ $(VENV)/.with-%: $(VENV)/.base
 	@echo "set-up: contrastive_kernels, editable, with what '$*' needs"
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@ '$(VENV)/.extension'
+
+$(TRITON)/.tried: | $(VENV)/.base
+	@echo "set-up: Triton 3.6 in $(TRITON)"
+	@rm -rf '$(TRITON)' && mkdir -p '$(TRITON)'
+	@$(PY) -m pip install -qq --no-input --no-compile --no-deps --target '$(TRITON)' triton==3.6.0 || \
+	    echo "set-up: there is none for this machine; its tests are skipped"
+	@touch $@
 
 # The editable install above built the extension too; this is for later changes of the C++ sources.
 $(VENV)/.extension: $(CXX_SOURCES) | $(VENV)/.base

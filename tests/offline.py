@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for a GPU that is not there, and reads what the compiler made of them.
 
 python tests/offline.py [architecture ...]     every shipped configuration, with registers, stack and instructions
+python tests/offline.py --check                those of 16 bits on Hopper: exits with 1 where one breaks its bounds
 python tests/offline.py --write                the table of docs/performance.md
 """
 
@@ -11,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_kernels._triton import launch, merge, score
-from contrastive_kernels._triton.configs import Tile, rest_of, shipped, work_of
+from contrastive_kernels._triton import configs, launch, merge, persistent, score
+from contrastive_kernels._triton.configs import PersistentTile, Tile, rest_of, shipped, work_of
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/performance.md"
 
@@ -29,6 +30,20 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/performance.md"
 #: capabilities).
 _REGISTERS = 65536
 SHARED_MEMORY = {80: 167_936, 86: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+#: Instructions of a warp for each of a thread's scores, after the product, on Hopper: what Triton 3.6 and 3.9 make of a
+#: usual tile, and a tenth more.
+MOST_INSTRUCTIONS = {
+    "exponential-statistics-rows": 8,
+    "exponential-statistics-both": 19,
+    "exponential-weights-rows": 12,
+    "exponential-weights-both": 13,
+    "exponential-weights+statistics-rows": 15,
+    "exponential-weights+statistics-both": 26,
+    "sigmoid-statistics-rows": 13,
+    "sigmoid-weights-rows": 15,
+    "sigmoid-weights+statistics-rows": 26,
+    "exponential-weights-rows-persistent": 14,
+}
 _POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
 
@@ -91,10 +106,50 @@ def cases(capability: int) -> Iterator[Case]:
                     yield Case(capability, precision, dtype, term, weights, statistics, two_sided, tile)
 
 
+def persistent_cases(capability: int) -> Iterator[Case]:
+    """The same of persistent tiles."""
+    for (member, precision, work, term), tile in configs._PERSISTENT.items():
+        weights, statistics = work != "reduce", work in ("reduce", "fused")
+        two_sided = term == "exponential" and work != "weights"
+        if member == capability:
+            for dtype in _POINTERS[precision]:
+                yield Case(capability, precision, dtype, term, weights, statistics, two_sided, tile)
+
+
 def compile_score(case: Case) -> Compiled:
-    """score_kernel for this case."""
-    tile = case.tile
-    return _compile_tile(score.score_kernel, case, tile, {})
+    """score_kernel for this case, or persistent_kernel."""
+    if isinstance(case.tile, PersistentTile):
+        return _compile_persistent(case, case.tile)
+    return _compile_tile(score.score_kernel, case, case.tile, {})
+
+
+def _compile_persistent(case: Case, tile: PersistentTile) -> Compiled:
+    exponential, cols, kernel = case.term == "exponential", case.two_sided, persistent.persistent_kernel
+    pointers = {
+        "params_ptr": "fp32",
+        "columns_ptr": None,
+        "col_bias_ptr": None,
+        "line_ptr": "fp32" if case.weights else None,
+        "row_referred_ptr": "fp32" if case.weights else None,
+        "col_referred_ptr": "fp32" if case.weights and cols else None,
+        "factor_ptr": "fp32" if case.weights else None,
+        "row_partials_ptr": "fp32" if case.statistics else None,
+        "col_partials_ptr": "fp32" if case.statistics and cols and exponential else None,
+        "params_partials_ptr": "fp32" if case.weights else None,
+        "unusual_ptr": "fp32",
+    }
+    constants = {
+        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
+        "PARTS": tile.parts, "UPCAST": False,
+    }  # fmt: skip
+    descriptors = {"x_desc": (tile.block_m, tile.block_k), "y_desc": (tile.block_n, tile.block_k)}
+    if case.weights:
+        descriptors["weights_desc"] = tile.block_m, tile.part.block_n
+    else:
+        constants["weights_desc"] = None
+    blocks = {name: f"tensordesc<{case.dtype}[{rows},{cols}]>" for name, (rows, cols) in descriptors.items()}
+    return _compile(kernel, case.capability, pointers, constants, set(), tile, blocks)
 
 
 def compile_rest(case: Case) -> Compiled:
@@ -153,9 +208,13 @@ def _compile(
     constants: dict[str, Any],
     aligned: set[str],
     tile: Tile,
+    descriptors: dict[str, str] | None = None,
 ) -> Compiled:
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
+        if descriptors is not None and name in descriptors:
+            signature[name] = descriptors[name]
+            continue
         if name in constants or pointers.get(name, "") is None:
             signature[name], constexprs[name] = "constexpr", constants.get(name)
             continue
@@ -221,20 +280,57 @@ def _leaves_out(block: list[str]) -> bool:
     return len(block) > 50 and selections > 0.8 * len(block)
 
 
+#: Bytes that a persistent tile of both weights and statistics of two sides keeps in memory: of its 48 to 128, a
+#: few per score of a row; tiles without them took longer on an H200.
+_MOST_STACK = {"exponential-weights+statistics-both": 128}
+
+
+def broken(case: Case, made: Compiled) -> str | None:
+    """What a case on Hopper's tensor cores breaks of its bounds, or None."""
+    persistent_tile = isinstance(case.tile, PersistentTile)
+    stack = _MOST_STACK.get(case.name, 0) if persistent_tile else 0
+    if made.stack > stack:
+        return f"{made.stack} bytes of registers spilled"
+    if made.programs(case.capability) < 2:
+        return "nobody multiplies while a program finishes its tile"
+    if "wgmma.mma_async" not in made.ptx:
+        return "not on the tensor cores"
+    most = MOST_INSTRUCTIONS[case.name]
+    if persistent_tile:
+        most = MOST_INSTRUCTIONS.get(f"{case.name}-persistent", most)
+    return None if made.per_score <= most else f"{made.per_score:.1f} instructions a score, {most} at most"
+
+
+def check(capability: int) -> int:
+    """How many 16-bit cases break their bounds; prints each."""
+    wrong = 0
+    for case in (*cases(capability), *persistent_cases(capability)):
+        if case.dtype == "bf16":
+            reason = broken(case, compile_score(case))
+            kind = "persistent" if isinstance(case.tile, PersistentTile) else "score"
+            print(f"triton {triton.__version__} {case} {kind}: {reason or 'ok'}", flush=True)
+            wrong += reason is not None
+    return wrong
+
+
 def table(capability: int) -> Iterator[str]:
     """The rows of a table of what the compiler makes of 16-bit operands."""
     yield "| kernel | tile | registers | programs | instructions per score |"
     yield "|---|---|---|---|---|"
-    for case in cases(capability):
+    for case in (*cases(capability), *persistent_cases(capability)):
         if case.dtype == "bf16":
             made, tile = compile_score(case), case.tile
             shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps"
+            if isinstance(tile, PersistentTile):
+                shape += f", persistent, in {tile.parts} parts" if tile.parts > 1 else ", persistent"
             programs = made.programs(capability)
             yield f"| {case.name} | {shape} | {made.registers} | {programs} | {made.per_score:.0f} |"
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if arguments == ["--check"]:
+        sys.exit(check(90) > 0)
     if arguments[:1] == ["--write"]:
         rows = "\n".join(table(90))
         before, rest = NOTEBOOK.read_text().split("<!-- compiled -->")
@@ -245,8 +341,9 @@ if __name__ == "__main__":
         sys.exit()
     print("triton", triton.__version__)
     for capability in map(int, arguments or ("80", "90", "100")):
-        for case in cases(capability):
-            for kernel, compile_kernel in (("score", compile_score), ("rest", compile_rest)):
+        for case in (*cases(capability), *persistent_cases(capability)):
+            kinds: list[tuple[str, Callable[[Case], Compiled]]] = [("score", compile_score), ("rest", compile_rest)]
+            for kernel, compile_kernel in kinds[:1] if isinstance(case.tile, PersistentTile) else kinds:
                 made = compile_kernel(case)
                 product = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in made.ptx), "no mma")
                 print(
