@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import contrastive_kernels as ck
-from contrastive_kernels._triton import launch, persistent_launch, whole_launch
+from contrastive_kernels._triton import launch, whole_launch
 from contrastive_kernels.arguments import checks
 from contrastive_kernels.backends import triton as backend
 from contrastive_kernels.engine import workspace
@@ -133,7 +133,7 @@ def absent_gpu() -> Iterator[None]:
         mock.patch.object(backend.TritonBackend, "why_not", _why_not),
         mock.patch.object(launch, "_capability", lambda device: 90),
         mock.patch.object(launch, "gpu_name", lambda device: "GPU"),
-        mock.patch.object(persistent_launch, "_multiprocessors", lambda device: 132),
+        mock.patch.object(launch, "multiprocessors", lambda device: 132),
         mock.patch.object(shared, "_without_autocast", _call),
         mock.patch.object(checks, "require_values", lambda x, name: None),
         mock.patch.object(workspace.Workspace, "accumulate", _add_product),

@@ -59,6 +59,10 @@ class PersistentTile(Tile):
     #: programs on a multiprocessor
     programs: int = 1
 
+    def fills(self, rows: int, cols: int, multiprocessors: int) -> bool:
+        """Whether a panel has a tile for every program that the GPU holds."""
+        return -(-rows // self.block_m) * -(-cols // self.block_n) >= self.programs * multiprocessors
+
     @property
     def part(self) -> Tile:
         """What is finished at a time: partial results are those of tiles like this."""

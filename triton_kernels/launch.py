@@ -26,7 +26,7 @@ from .configs import (
 from .exponential import EXPONENTIAL
 from .merge import merge_kernel
 from .persistent import LINE
-from .persistent_launch import copies_by_tma, fills, start_tiles
+from .persistent_launch import copies_by_tma, multiprocessors, start_tiles
 from .score import rest_kernel, score_kernel
 from .sigmoid import SIGMOID
 from .start import INTERPRETED, TRITON_VERSION, Arguments, start
@@ -249,7 +249,7 @@ def _persistent_tile(
     if INTERPRETED or x.numel() == 0:
         return None
     tile = persistent_tile_for(_capability(x.device), precision, work, term)
-    if tile is None or not fills(x.device, tile, x.shape[0], y.shape[0]):
+    if tile is None or not tile.fills(x.shape[0], y.shape[0], multiprocessors(x.device)):
         return None
     return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
 

@@ -13,7 +13,7 @@ from .configs import PersistentTile
 from .persistent import LINE, persistent_kernel, refer_kernel
 from .start import INTERPRETED, Arguments, start
 
-__all__ = ["copies_by_tma", "fills", "start_tiles"]
+__all__ = ["copies_by_tma", "multiprocessors", "start_tiles"]
 
 #: Rows of a program of refer_kernel, and normalisers that it takes the mean of.
 _BLOCK, _SAMPLE = 1024, 1024
@@ -27,13 +27,9 @@ def copies_by_tma(*operands: Tensor) -> bool:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Those of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def fills(device: torch.device, tile: PersistentTile, rows: int, cols: int) -> bool:
-    """Whether a panel has a tile for every program that the GPU holds."""
-    return -(-rows // tile.block_m) * -(-cols // tile.block_n) >= tile.programs * _multiprocessors(device)
 
 
 def start_tiles(
@@ -67,7 +63,7 @@ def start_tiles(
             {"TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": _BLOCK, "SAMPLE": _SAMPLE, "num_warps": 4},
         )  # fmt: skip
     blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
-    programs = 2 if INTERPRETED else tile.programs * _multiprocessors(x.device)
+    programs = 2 if INTERPRETED else tile.programs * multiprocessors(x.device)
     start(
         persistent_kernel, min(blocks, programs),
         Arguments(

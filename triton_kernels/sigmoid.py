@@ -29,7 +29,7 @@ def _log1p_unit(e):
 
 
 #: Factors 1 + e of at most 2 whose product is far from overflowing.
-FACTORS = tl.constexpr(64)
+_FACTORS = tl.constexpr(64)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _log1p(u):
 
 
 @triton.jit
-def _sum_log1p(e):
+def _sum_log1p(e, FACTORS: tl.constexpr):
     """sum_j log(1 + e_ij) [M] for e in [0, 1]: of FACTORS of them at a time, the logarithm of their product."""
     if INTERPRETED:  # whose reductions by a function of ours take minutes
         return tl.sum(_log1p_unit(e), 1)
@@ -99,7 +99,7 @@ def _usual(
     w = z
     if STATISTICS:
         e = exp2(-tl.abs(z))
-        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e)
+        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e, _FACTORS)
     if WEIGHTS:  # another exponential takes less than to choose by z's sign
         w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
     return w, rows, row_sum, cols, cols

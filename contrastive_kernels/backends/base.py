@@ -104,6 +104,10 @@ class Backend:
         """How it would compute what it can serve."""
         raise NotImplementedError
 
+    def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
+        """Kernels that a panel of R x C scores starts, (reduce, weight with sums for params); None: not counted."""
+        return self.route(size).launches
+
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
         raise NotImplementedError

@@ -62,6 +62,15 @@ class TritonBackend(Backend):
         name = _ROUTES[_kernels().precision_of(size.dtype)]
         return Route(name, LAUNCHES, SCRATCH_PER_SCORE, SCRATCH_PER_ROW)
 
+    def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
+        """In a large panel, another kernel refers the gains of rows and columns to one shift."""
+        capability = size.capability
+        if capability is None:
+            capability = _capability(size.device) if size.device.type == "cuda" else 0
+        tiles = _kernels().persistent_tiles(capability, _kernels().precision_of(size.dtype))
+        large = any(tile.fills(rows, cols, size.multiprocessors) for tile in tiles)
+        return (LAUNCHES[0], LAUNCHES[1] + (size.pieces and large))
+
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """Weights are multiplied with the operands, in their dtype."""
         return dtype

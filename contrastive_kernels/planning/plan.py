@@ -286,7 +286,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
     held = size.band * size.rows * size.cols * score_dtype(size.dtype).itemsize
-    launches = backend.route(size).launches
+    launches = backend.launches(size, rows, cols)
     # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
     started = None if launches is None else panels * (launches[weighs] + (2 if weighs else 0))
     return Pass(

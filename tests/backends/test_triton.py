@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import offline
 import triton.testing
 
-from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
+from contrastive_kernels._triton import configs, launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
@@ -163,7 +163,7 @@ def absent_gpu(monkeypatch, tmp_path):
     """An H100 that nobody has measured, as far as the launcher asks."""
     monkeypatch.setattr(launch, "_capability", lambda device: 90)
     monkeypatch.setattr(launch, "gpu_name", lambda device: "GPU")
-    monkeypatch.setattr(persistent_launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(tuning, "tiles", tuning.TunedTiles(tmp_path / "cache" / "tiles.json"))
     launch.tile_of.cache_clear()
     yield

@@ -202,7 +202,7 @@ def test_flop_and_bytes_of_a_plan(loss):
     sums = 2 * 4 * 256 * (rows + cols)  # float32, read and written
     assert weigh.bytes == weigh.panels * (weights + operands + sums)
     assert weigh.flop == 2 * 256 * plan.rows * plan.cols * (1.5 if loss == "nt_xent" else 3)
-    assert weigh.launches == 5 * weigh.panels  # two score kernels, a merge, two products
+    assert weigh.launches == 6 * weigh.panels  # gains referred, two score kernels, a merge, two products
 
 
 @pytest.mark.parametrize(
