@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--goals",
         action="store_true",
-        help="the promised ratios of --device alone, each with its bound (about 5 minutes)",
+        help="the promised ratios of --device alone, each with its bound (some 15 minutes)",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--memory", action="store_true", help="peak memory too, one process each (about 4 minutes more)")
