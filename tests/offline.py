@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,8 @@ def _compile_persistent(case: Case, tile: PersistentTile) -> Compiled:
 
 def compile_rest(case: Case) -> Compiled:
     """rest_kernel for this case."""
+    if isinstance(case.tile, PersistentTile):
+        case = replace(case, tile=case.tile.part)
     rest = rest_of(case.tile)
     return _compile_tile(score.rest_kernel, case, rest, {"PIECE": rest.block_n, "TILES": launch.REST_TILES})
 
@@ -343,7 +345,7 @@ if __name__ == "__main__":
     for capability in map(int, arguments or ("80", "90", "100")):
         for case in (*cases(capability), *persistent_cases(capability)):
             kinds: list[tuple[str, Callable[[Case], Compiled]]] = [("score", compile_score), ("rest", compile_rest)]
-            for kernel, compile_kernel in kinds[:1] if isinstance(case.tile, PersistentTile) else kinds:
+            for kernel, compile_kernel in kinds:
                 made = compile_kernel(case)
                 product = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in made.ptx), "no mma")
                 print(

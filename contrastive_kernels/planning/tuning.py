@@ -43,8 +43,8 @@ def autotune(
 
     Notes
     -----
-    Some minutes: every candidate is compiled and timed. Results differ in the last digits between tiles. Large panels of
-    16-bit features on Hopper have tiles of another kernel, which stay as they are.
+    Some minutes: every candidate is compiled and timed. Results differ in the last digits between tiles. Large panels
+    of 16-bit features on Hopper have tiles of another kernel, which stay as they are.
 
     Examples
     --------

@@ -92,7 +92,13 @@ def test_the_triton_of_torch_2_11():
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in itertools.chain(*map(offline.cases, ARCHITECTURES)) if c.dtype == "bf16"], ids=str
+    "case",
+    [
+        c
+        for c in (*itertools.chain(*map(offline.cases, ARCHITECTURES)), *offline.persistent_cases(90))
+        if c.dtype == "bf16"
+    ],
+    ids=str,
 )
 def test_rest_compiled(case):
     require(case.capability)
