@@ -185,7 +185,8 @@ def tile_for(capability: int, precision: str, work: str, features: int = 0) -> T
 
 def rest_of(tile: Tile) -> Tile:
     """The pieces in which unusual tiles of this shape are worked off."""
-    return replace(tile, block_n=min(tile.block_n, 64), num_stages=min(tile.num_stages, 2))
+    piece = 64 if tile.block_m <= 16 * tile.num_warps else 32
+    return replace(tile, block_n=min(tile.block_n, piece), num_stages=min(tile.num_stages, 2))
 
 
 def shipped() -> list[tuple[int, str, str, Tile]]:
