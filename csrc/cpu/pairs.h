@@ -17,6 +17,11 @@ static void add_biases(const float* __restrict bias, int64_t cols, float* __rest
   for (int64_t j = 0; j < cols; ++j) z[j] += bias[j];
 }
 
+// One logit of a column, with what is added to it.
+static inline float add_to_logit(const Pairs& pairs, int64_t column, float z) {
+  return pairs.col_bias ? z + pairs.col_bias[column] : z;
+}
+
 // Puts the gap where the columns' ids are the row's.
 static void leave_out_ids(int64_t id, const int64_t* __restrict ids, int64_t cols, float gap, float* __restrict z) {
 #pragma omp simd

@@ -281,8 +281,7 @@ static void gather_run(const Matrix& m, const int64_t* positives, float* dots, f
     const int64_t j = positives[i];
     if (j < 0) continue;
     dots[i] = m.scores[i * m.cols + j];
-    z_pos[i] = dots[i] * m.scale + m.bias;
-    if (m.pairs.col_bias) z_pos[i] += m.pairs.col_bias[j];
+    z_pos[i] = add_to_logit(m.pairs, j, dots[i] * m.scale + m.bias);
   }
 }
 

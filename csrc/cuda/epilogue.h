@@ -143,7 +143,7 @@ template <class Term, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
                                             EpilogueMemory& m) {
   constexpr bool kZeros = SUMS && WEIGHTS;
-  const Logits logits = find_logits<kZeros>(p, tile, mine, s, m.col_bias);
+  const Logits logits = find_logits<kZeros>(p, tile, mine, s, m.pairs);
   const ParamSums params = sweep_with_shifts<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   if (SUMS) {
     __syncthreads();

@@ -7,12 +7,17 @@
 namespace ck {
 namespace cuda {
 
+// What a block keeps of its tile's pairs in shared memory, for registers are scarce.
+struct PairsMemory {
+  float col_bias[kTile];
+};
+
 // How a thread makes its logits.
 struct Logits {
   float scale, bias;
   uint32_t left_out[2];            // a bit for each score that does not count or lies outside of the panel
   bool biased;                     // whether columns have biases:
-  const volatile float* col_bias;  // of the thread's columns, in shared memory, for registers are scarce
+  const volatile float* col_bias;  // of the thread's columns, in shared memory
 
   __device__ __forceinline__ float operator()(const Scores& s, int i, int j) const {
     const float z = s.score[i][j] * scale + bias;
@@ -54,16 +59,16 @@ __device__ __forceinline__ uint32_t left_out_of_row(const Panel& p, const TilePl
   return bits;
 }
 
-// Marks what does not count. `col_bias`: shared memory for a tile's. Scores outside of the panel are 0 already; ZEROS
+// Marks what does not count. Scores outside of the panel are 0 already; ZEROS
 // says so again, for without it ptxas 13.0 spills 180 bytes in the kernels of sums and weights, and with it some in all
 // others.
 template <bool ZEROS>
 __device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
-                                              float* col_bias) {
-  Logits logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, col_bias + mine.col};
+                                              PairsMemory& m) {
+  Logits logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, m.col_bias + mine.col};
   if (logits.biased) {
     const int col = static_cast<int>(threadIdx.x);
-    if (col < tile.cols) col_bias[col] = p.pairs.col_bias[tile.col0() + col];
+    if (col < tile.cols) m.col_bias[col] = p.pairs.col_bias[tile.col0() + col];
     __syncthreads();
   }
   const int diagonal = diagonal_place(p, tile);
