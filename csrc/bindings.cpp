@@ -49,13 +49,15 @@ void set_in(Panel& panel, py::handle value) {
 
 using P = ck::Panel;
 using Q = ck::SearchPanel;
+using R = ck::Pairs;
 
-// Every member of a panel by its name.
+// Every member of a panel, or of what is said of pairs, by its name.
 template <typename Panel>
 const Keywords<Panel>& keywords();
 
 #define CK_OF_PANEL(type, name, initial, comment) {#name, {set<P, &P::name>, comment}},
 #define CK_OF_SEARCH(type, name, initial, comment) {#name, {set<Q, &Q::name>, comment}},
+#define CK_OF_PAIRS(type, name, initial, comment) {#name, {set<R, &R::name>, comment}},
 #define CK_OF_PANEL_PAIRS(type, name, initial, comment) {#name, {set_in<P, &P::pairs, &ck::Pairs::name>, comment}},
 #define CK_OF_SEARCH_PAIRS(type, name, initial, comment) {#name, {set_in<Q, &Q::pairs, &ck::Pairs::name>, comment}},
 #define CK_OF_ROWS(type, name, initial, comment) {"row_" #name, {set_in<P, &P::row, &ck::Side::name>, comment}},
@@ -74,6 +76,12 @@ const Keywords<Q>& keywords<Q>() {
   return table;
 }
 
+template <>
+const Keywords<R>& keywords<R>() {
+  static const Keywords<R> table = {CK_PAIRS_MEMBERS(CK_OF_PAIRS)};
+  return table;
+}
+
 // {keyword: comment}, for whoever looks for it in Python.
 template <typename Panel>
 py::dict comments() {
@@ -82,24 +90,24 @@ py::dict comments() {
   return all;
 }
 
-template <typename Panel>
-Panel make_panel(const py::kwargs& arguments) {
-  Panel panel;
-  const Keywords<Panel>& known = keywords<Panel>();
+template <typename Owner>
+Owner from_keywords(const py::dict& arguments) {
+  Owner owner;
+  const Keywords<Owner>& known = keywords<Owner>();
   for (const std::pair<py::handle, py::handle> item : arguments) {
     Py_ssize_t size = 0;
     const char* name = PyUnicode_AsUTF8AndSize(item.first.ptr(), &size);
     if (!name) throw py::error_already_set();
     const auto found = known.find(std::string_view(name, static_cast<size_t>(size)));
-    if (found == known.end()) throw py::type_error("a panel has no member " + std::string(name));
-    found->second.set(panel, item.second);
+    if (found == known.end()) throw py::type_error("there is no member " + std::string(name));
+    found->second.set(owner, item.second);
   }
-  return panel;
+  return owner;
 }
 
 template <typename Panel, void (*Pass)(const Panel&)>
 void run(const py::kwargs& arguments) {
-  const Panel panel = make_panel<Panel>(arguments);
+  const Panel panel = from_keywords<Panel>(arguments);
   py::gil_scoped_release release;
   Pass(panel);
 }
@@ -121,6 +129,12 @@ class Arguments {
   void read(double& value) { value = number(); }
   void read(bool& value) { value = PyObject_IsTrue(*next_++) != 0; }
 
+  // Of the pairs, all but the diagonal, which most matrices have: {member: integer}, or None.
+  void read_pairs(ck::Pairs& value) {
+    const py::handle given = *next_++;
+    if (!given.is_none()) value = from_keywords<ck::Pairs>(py::cast<py::dict>(given));
+  }
+
   // None: no diagonal.
   void read_diagonal(int64_t& value) {
     value = *next_ == Py_None ? ck::kNoDiagonal : integer(*next_);
@@ -128,9 +142,8 @@ class Arguments {
   }
 
   void read_matrix(ck::Matrix& m) {
-    read(m.scores), read(m.weights), read(m.rows), read(m.cols), read_diagonal(m.pairs.diagonal);
-    read(m.pairs.columns), read(m.pairs.columns_count), read(m.pairs.col_bias), read(m.positives);
-    read_diagonal(m.offset), read(m.scale), read(m.bias);
+    read(m.scores), read(m.weights), read(m.rows), read(m.cols), read_pairs(m.pairs), read_diagonal(m.pairs.diagonal);
+    read(m.positives), read_diagonal(m.offset), read(m.scale), read(m.bias);
   }
 
  private:
@@ -144,7 +157,7 @@ class Arguments {
 };
 
 void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 17);
+  Arguments arguments(values, count, 15);
   ck::Matrix m;
   bool both, symmetric;
   arguments.read_matrix(m);
@@ -156,7 +169,7 @@ void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
 }
 
 void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 23);
+  Arguments arguments(values, count, 21);
   ck::PairTerm term;
   ck::Matrix m;
   ck::GivenSide row, col;

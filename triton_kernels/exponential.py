@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .pair_terms import LOG2_E, PairTerm, exp, exp2, multiply_add
+from .pairs import offsets, with_columns
 
 __all__ = ["EXPONENTIAL"]
 
@@ -95,23 +96,18 @@ def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
 
 @triton.jit
 def _usual(
-    scores, col_bias, referred, scale, bias,
-    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
+    scores, pairs, of_cols, referred, scale, bias,
+    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     row_gain = tl.zeros([scores.shape[0]], tl.float32)
     col_gain = tl.zeros([scores.shape[1]], tl.float32)
     if WEIGHTS:
         shift, slope, offset, unit, row_gain, col_gain = referred
     else:
-        highest = scores
-        if BIASED:
-            highest += (col_bias / scale)[None, :]
+        highest = with_columns(scores, scale, pairs, of_cols)
         shift = tl.max(tl.max(highest, 1), 0) * scale + bias
         slope, offset, unit = _line(scale, bias, shift)
-    if BIASED:
-        e = exp2(multiply_add(scores, slope, (col_bias * LOG2_E - offset)[None, :]))
-    else:
-        e = exp2(multiply_add(scores, slope, -offset))
+    e = exp2(multiply_add(scores, slope, offsets(-offset, pairs, of_cols)))
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows

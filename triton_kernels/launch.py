@@ -25,6 +25,7 @@ from .configs import (
 )
 from .exponential import EXPONENTIAL
 from .merge import merge_kernel
+from .pairs import Pairs
 from .persistent import LINE
 from .persistent_launch import copies_by_tma, multiprocessors, start_tiles
 from .score import rest_kernel, score_kernel
@@ -72,19 +73,6 @@ class Vectors(NamedTuple):
     gain: Tensor | None = None
     #: the state is memory that nobody has written
     fresh: bool = False
-
-
-class Pairs(NamedTuple):
-    """Which pairs of a panel count; None where nothing is said."""
-
-    #: of the panel's row i, its column i + diagonal is left out
-    diagonal: int | None = None
-    #: [R, K] columns of the whole matrix that rows leave out
-    columns: Tensor | None = None
-    #: [C] added to the logits of a column
-    col_bias: Tensor | None = None
-    #: the panel's first column in the whole matrix
-    first_column: int = 0
 
 
 class Scratch(NamedTuple):
@@ -187,13 +175,7 @@ def run_panel(
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     sizes = Scratch.of(tile, n, m)
     row_partials, col_partials, params_partials, unusual, referred = scratch[: sum(sizes)].split_with_sizes(sizes)
-    columns, diagonal = 0 if pairs.columns is None else pairs.columns.shape[1], pairs.diagonal
-    values = (
-        params,
-        None if diagonal is None else min(max(diagonal, -n), m),  # past the panel's ends there are no pairs
-        pairs.columns if columns else None, pairs.first_column, pairs.col_bias,
-        row.normalizer, row.gain, col.normalizer, col.gain,
-    )  # fmt: skip
+    values = params, *pairs.arguments(n, m), row.normalizer, row.gain, col.normalizer, col.gain
     outputs = (
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
@@ -206,7 +188,7 @@ def run_panel(
         *(0 if v.normalizer is None else v.normalizer.stride(0) for v in (row, col)),
     )  # fmt: skip
     constants = {
-        "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": columns,
+        "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": pairs.width,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
         "INPUT_PRECISION": "ieee" if precision == "ieee" else "tf32",
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,

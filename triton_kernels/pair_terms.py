@@ -32,8 +32,8 @@ class PairTerm(NamedTuple):
     line: Any
     #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
     refer_gain: Any
-    #: (scores, biases of columns, referred, scale, bias, flags, BIASED: there are such biases) -> w *
-    #: factor, row shift, row sum, col shift, col sum, which are right if they are fair
+    #: (scores, pairs, what is loaded of the columns, referred, scale, bias, flags) -> w * factor, row shift, row sum,
+    #: col shift, col sum, which are right if they are fair
     usual: Any
     #: (z, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any tile, with z = -inf where a pair
     #: does not count

@@ -1,26 +1,102 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
 `pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr), with None for what is not said, which then
-costs nothing. A further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that
-adds to the logits of a column into `col_biases`.
+costs nothing; `of_cols` is what was loaded of a tile's columns. Kernels hand both through, and pair terms ask here. A
+further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to the logits
+of a column into what stands beside `load_columns`.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["col_biases", "every_pair_counts", "leave_out"]
+from .pair_terms import LOG2_E
+
+__all__ = [
+    "Pairs",
+    "column_counts",
+    "every_pair_counts",
+    "leave_out",
+    "load_columns",
+    "logits",
+    "offsets",
+    "with_columns",
+]
+
+
+class Pairs(NamedTuple):
+    """Which pairs of a panel count; None where nothing is said."""
+
+    #: of the panel's row i, its column i + diagonal is left out
+    diagonal: int | None = None
+    #: [R, K] columns of the whole matrix that rows leave out
+    columns: Tensor | None = None
+    #: the panel's first column in the whole matrix
+    first_column: int = 0
+    #: [C] added to the logits of a column
+    col_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, pairs: Any) -> Pairs:
+        """What is said of a panel, with the diagonal counted from its own rows and columns."""
+        diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
+        return cls(diagonal, pairs.columns, pairs.first_column, pairs.col_bias)
+
+    @property
+    def width(self) -> int:
+        """Columns that a row leaves out."""
+        return 0 if self.columns is None else self.columns.shape[1]
+
+    def arguments(self, rows: int, cols: int) -> tuple[Any, ...]:
+        """The same as a kernel's arguments for a panel of this size: past its ends there are no pairs."""
+        diagonal = None if self.diagonal is None else min(max(self.diagonal, -rows), cols)
+        return diagonal, self.columns if self.width else None, self.first_column, self.col_bias
 
 
 @triton.jit
-def col_biases(pairs, cols, C):
+def load_columns(pairs, cols, C):
     """What is added to the logits of these columns [N]; [1] of zero where nothing is."""
     _, _, _, col_bias_ptr = pairs
     if col_bias_ptr is None:
         return tl.zeros([1], tl.float32)
     else:  # noqa: RET505 (the compiler would see both)
         return tl.load(col_bias_ptr + cols, mask=cols < C, other=0.0)
+
+
+@triton.jit
+def logits(scores, scale, bias, pairs, cols, C):
+    """The logits of a tile of these columns."""
+    z = scores * scale + bias
+    return z + load_columns(pairs, cols, C)[None, :]
+
+
+@triton.jit
+def with_columns(scores, scale, pairs, of_cols):
+    """A tile's scores with what is added to a column's logits, in units of a score."""
+    _, _, _, col_bias_ptr = pairs
+    if col_bias_ptr is not None:
+        scores += (of_cols / scale)[None, :]
+    return scores
+
+
+@triton.jit
+def offsets(offset, pairs, of_cols):
+    """An offset in units of log 2 with what is added to a column's logits [1, N]; itself if that is nothing."""
+    _, _, _, col_bias_ptr = pairs
+    if col_bias_ptr is None:
+        return offset
+    else:  # noqa: RET505 (the compiler would see both)
+        return (of_cols * LOG2_E + offset)[None, :]
+
+
+@triton.jit
+def column_counts(cols, C, of_cols):
+    """Which columns have a logit at all."""
+    return (cols < C) & (of_cols > -float("inf"))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import col_biases, every_pair_counts
+from .pairs import every_pair_counts, load_columns
 from .score import finish_tile, load_params, tile_place
 
 __all__ = ["LINE", "persistent_kernel", "refer_kernel"]
@@ -178,7 +178,7 @@ def _finish_part(
     col0 = col_block * scores.shape[1]
     rows = row0 + tl.arange(0, scores.shape[0])
     cols = col0 + tl.arange(0, scores.shape[1])
-    col_bias = col_biases(pairs, cols, C)
+    of_cols = load_columns(pairs, cols, C)
     complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
     row_gain = tl.zeros([scores.shape[0]], tl.float32)
     col_gain = tl.zeros([scores.shape[1]], tl.float32)
@@ -188,7 +188,7 @@ def _finish_part(
         col_gain = tl.load(col_referred_ptr + cols, mask=cols < C, other=0.0)
     referred = (line[0], line[1], line[2], line[3], row_gain, col_gain)
     w = finish_tile(
-        scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor,
+        scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor,
         row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
         TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip

@@ -45,10 +45,8 @@ def start_tiles(
 
     referred: float32 for the line and the gains of rows and columns.
     """
-    params, diagonal, columns, first_column, col_bias, row_normalizer, row_gain, col_normalizer, col_gain = (
-        score_arguments[:9]
-    )
-    factor, row_partials, col_partials, params_partials, unusual = score_arguments[9:]
+    params, *pairs, row_normalizer, row_gain, col_normalizer, col_gain = score_arguments[:-5]
+    factor, row_partials, col_partials, params_partials, unusual = score_arguments[-5:]
     (n, d), m = x.shape, y.shape[0]
     term, has_row, has_col = constants["TERM"], constants["ROW"], constants["COL"]
     line = row_referred = col_referred = None
@@ -69,7 +67,7 @@ def start_tiles(
         Arguments(
             _blocks_of(x, tile.block_m, tile.block_k), _blocks_of(y, tile.block_n, tile.block_k),
             None if weights is None else _blocks_of(weights, tile.block_m, tile.part.block_n),
-            params, diagonal, columns, first_column, col_bias, line,
+            params, *pairs, line,
             row_referred if has_row else None, col_referred if has_col else None, factor,
             row_partials, col_partials, params_partials, unusual, n, m, d,
         ),

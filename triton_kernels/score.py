@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import col_biases, every_pair_counts, leave_out
+from .pairs import column_counts, every_pair_counts, leave_out, load_columns, logits
 
 __all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
 
@@ -95,17 +95,16 @@ def load_params(params_ptr):
 
 @triton.jit
 def finish_tile(
-    scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor, row_block, col_block, rows, cols,
+    scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block, rows, cols,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights, from its scores; its statistics and sums are stored, and whether it is unusual."""
-    _, _, _, col_bias_ptr = pairs
     if not complete:
         scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
     w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, col_bias, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS, col_bias_ptr is not None
+        scores, pairs, of_cols, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS
     )
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
     if WEIGHTS:
@@ -116,7 +115,7 @@ def finish_tile(
             tl.store(params_partials_ptr + 2 * block, dscale / factor)
             tl.store(params_partials_ptr + 2 * block + 1, tl.sum(tl.sum(w, 1), 0) / factor)
     if STATISTICS:
-        counts = (cols < C) & (col_bias > -float("inf"))
+        counts = column_counts(cols, C, of_cols)
         usual = usual & TERM.fair(row_sum, col_sum, rows < R, counts, ROW, COL)
         if row_partials_ptr is not None:
             _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
@@ -163,7 +162,7 @@ def score_kernel(
     cols = col0 + tl.arange(0, BLOCK_N)
     scale, bias, center = load_params(params_ptr)
     pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
-    col_bias = col_biases(pairs, cols, C)
+    of_cols = load_columns(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
     usual = (scale > 1e-18) & (scale < 1e18)
     factor = 1.0
@@ -180,7 +179,7 @@ def score_kernel(
         BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     w = finish_tile(
-        scores, complete, usual, pairs, col_bias, referred, scale, bias, center, factor, row_block, col_block,
+        scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block,
         rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
         TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip
@@ -244,8 +243,7 @@ def _any_tile(
         scores = _tile_product(
             x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
         )
-        z = scores * scale + bias
-        z += col_biases(pairs, cols, C)[None, :]
+        z = logits(scores, scale, bias, pairs, cols, C)
         z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
         col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
         w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .pair_terms import INTERPRETED, LOG2_E, PairTerm, exp2, multiply_add, reciprocal
+from .pairs import offsets
 
 __all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
 
@@ -84,15 +85,11 @@ def _refer_gain(side, shift):
 
 @triton.jit
 def _usual(
-    scores, col_bias, referred, scale, bias,
-    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, BIASED: tl.constexpr,
+    scores, pairs, of_cols, referred, scale, bias,
+    ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
-    offset = bias * LOG2_E
-    if BIASED:
-        z = scores * (scale * LOG2_E) + (col_bias * LOG2_E + offset)[None, :]
-    else:
-        z = scores * (scale * LOG2_E) + offset
+    z = scores * (scale * LOG2_E) + offsets(bias * LOG2_E, pairs, of_cols)
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..panels.pairs import Pairs
 from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
@@ -51,7 +52,7 @@ class WholeMatrix(Protocol):
     @property
     def symmetric(self) -> bool: ...
     @property
-    def col_bias(self) -> Tensor | None: ...
+    def pairs(self) -> Pairs: ...
 
 
 class SoftmaxGains(NamedTuple):

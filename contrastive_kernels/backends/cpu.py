@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from .base import Backend, WholeMatrix
-from .native import MISSING, common_fields, score_fields, search_fields, weight_fields
+from .native import MISSING, common_fields, pair_fields, score_fields, search_fields, weight_fields
 from .products import default_weights_dtype, score_product
 
 if MISSING is None:
@@ -88,8 +89,9 @@ def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:
     rows, cols = scores.shape
     address = scores.data_ptr()
     return (
-        address, address, rows, cols, 0 if problem.symmetric else None, 0, 0, _address(problem.col_bias),
-        _address(problem.index), problem.offset, _number(problem.scale), _number(problem.bias),
+        address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs),
+        0 if problem.symmetric else None, _address(problem.index), problem.offset,
+        _number(problem.scale), _number(problem.bias),
     )  # fmt: skip
 
 

@@ -18,24 +18,29 @@ except ImportError as error:
 else:
     MISSING = None
 
-__all__ = ["DTYPES", "MISSING", "common_fields", "score_fields", "search_fields", "weight_fields"]
+__all__ = ["DTYPES", "MISSING", "common_fields", "pair_fields", "score_fields", "search_fields", "weight_fields"]
 
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_PAIRS = tuple(field.name for field in fields(Pairs))
+_PAIRS = Pairs._fields
 _SEARCH = tuple(field.name for field in fields(SearchPanel) if field.name not in {f.name for f in fields(Panel)})
 
 
 def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
     """What every operation needs beside the scores: the parameters, which pairs count, and the states."""
-    values = {"term": term.code, "params": panel.params.data_ptr(), **_members(panel.pairs, _PAIRS)}
+    values = {"term": term.code, "params": panel.params.data_ptr(), **pair_fields(panel.pairs)}
     for name, side in (("row", panel.row), ("col", panel.col)):
         if side.state is not None:  # a plain sum has no shift
             if term.state_rows == 2:
                 values[f"{name}_shift"] = _address(side.state[0])
             values[f"{name}_sum"] = _address(side.state[-1])
     return values
+
+
+def pair_fields(pairs: Pairs) -> dict[str, int]:
+    """What is said of pairs."""
+    return _members(pairs, _PAIRS)
 
 
 def score_fields(scores: Tensor) -> dict[str, int]:

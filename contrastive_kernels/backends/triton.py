@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..panels.pairs import Pairs
+from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
@@ -98,7 +98,7 @@ class TritonBackend(Backend):
         """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
         if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
             return None
-        if (problem.index is not None) != problem.symmetric or problem.col_bias is not None:
+        if (problem.index is not None) != problem.symmetric or problem.pairs is not EVERY_PAIR:
             return None
         if size.dtype != torch.float32 and size.device.type == "cuda" and not _ADDS_IN_FLOAT32:
             return None
@@ -246,7 +246,7 @@ def _capability(device: torch.device) -> int:
 def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
     with _on(panel.x.device):
         _kernels().run_panel(
-            term.name, panel.x, panel.y, panel.params, _pairs(panel.pairs),
+            term.name, panel.x, panel.y, panel.params, _kernels().Pairs.of(panel.pairs),
             _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs,
         )  # fmt: skip
 
@@ -261,12 +261,6 @@ def _is_current(device: torch.device) -> bool:
 
 
 _NOTHING_TO_DO = contextlib.nullcontext()
-
-
-def _pairs(pairs: Pairs) -> Any:
-    """The same with the diagonal counted from the panel's own rows and columns."""
-    diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
-    return _kernels().Pairs(diagonal, pairs.columns, pairs.col_bias, pairs.first_column)
 
 
 def _vectors(side: Side) -> Any:

@@ -249,7 +249,7 @@ def _add_positives_to_rows(matrix: ScoreMatrix, dx: Sums, i: slice, coefficients
 def positive_logits(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
     """z_i,p(i) [N] from the positives' dot products, with what their columns add."""
     z_pos = matrix.params[0] * dots + matrix.params[1]
-    return z_pos if matrix.col_bias is None else z_pos + matrix.positives.of_columns(matrix.col_bias, len(dots))
+    return matrix.pairs.add_to(z_pos, matrix.positives.columns(len(dots)))
 
 
 def positive_dots(matrix: ScoreMatrix) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends
 from ..arguments.options import DEFAULT_ENGINE, Engine
 from ..backends import Backend
-from ..panels.pairs import Pairs
+from ..panels.pairs import EVERY_PAIR, Pairs
 from ..panels.panel import in_pieces
 from ..panels.size import Size, multiprocessors, score_dtype, workspace_for
 from ..panels.terms import PairTerm
@@ -45,11 +45,9 @@ class Positives:
             return Positives(index=self.index[rows])
         return Positives(None if self.offset is None else self.offset + rows.start)
 
-    def of_columns(self, vector: Tensor, rows: int) -> Tensor:
-        """The entries [N] of a vector [M] at the rows' positives; 0 where a row has none."""
-        if self.index is None:
-            return vector[self._shifted(slice(0, rows))]
-        return self.coefficients(vector[self.index.clamp(min=0)])
+    def columns(self, rows: int) -> slice | Tensor:
+        """Where the rows' positives lie; the last column stands for that of a row without one."""
+        return self._shifted(slice(0, rows)) if self.index is None else self.index
 
     def coefficients(self, values: Tensor) -> Tensor:
         """values [N], with 0 where a row has no positive."""
@@ -75,8 +73,8 @@ class Positives:
 class Problem:
     """One score matrix z = scale * x yT + bias, which of its pairs count, and who computes it.
 
-    A new member that is a tensor joins `tensors`; operators, autograd and the driver take it from there. Nobody writes
-    to one, but it is not frozen: that would triple the time of making it.
+    What is said of pairs joins `Pairs`, any other tensor `tensors`; operators, autograd and the driver take it from
+    there. Nobody writes to one, but it is not frozen: that would triple the time of making it.
     """
 
     #: [N, D], [M, D] of one dtype and device
@@ -91,13 +89,13 @@ class Problem:
     index: Tensor | None = None
     #: y is x, and no row is its own negative
     symmetric: bool = False
-    #: [M] added to the logits of a column, in the dtype of the scores
-    col_bias: Tensor | None = None
+    #: what is said of the pairs beside
+    pairs: Pairs = EVERY_PAIR
     engine: Engine = DEFAULT_ENGINE
 
     def tensors(self) -> tuple[Any, ...]:
         """What autograd sees. (A number in a tensor's place stays one.)"""
-        return self.x, self.y, self.scale, self.bias, self.index, self.col_bias
+        return self.x, self.y, self.scale, self.bias, self.index, *self.pairs.tensors
 
     def statics(self) -> tuple[Any, ...]:
         """The rest, but for the offset, which may be symbolic; printable."""
@@ -106,9 +104,10 @@ class Problem:
     @classmethod
     def of(cls, tensors: tuple[Any, ...], offset: int | None, statics: tuple[Any, ...]) -> Problem:
         """The problem of these tensors and statics."""
-        x, y, scale, bias, index, col_bias = tensors
+        x, y, scale, bias, index, *of_pairs = tensors
         symmetric, backend, workspace_bytes = statics
-        return cls(x, y, scale, bias, offset, index, symmetric, col_bias, Engine(backend, workspace_bytes))
+        engine = Engine(backend, workspace_bytes)
+        return cls(x, y, scale, bias, offset, index, symmetric, Pairs.of(of_pairs), engine)
 
     def with_numbers_as_tensors(self) -> Problem:
         """The same with scale and bias as 0-d tensors, which operators want."""
@@ -171,8 +170,8 @@ class ScoreMatrix:
     workspace_bytes: int
     #: y is x, and no row is its own negative: panels above the diagonal serve their mirror images too
     symmetric: bool = False
-    #: [M] added to the logits of a column
-    col_bias: Tensor | None = None
+    #: what is said of the pairs beside
+    pairs: Pairs = EVERY_PAIR
     #: the gradients' dtype, if it is not the operands'
     gradient_dtype: torch.dtype | None = None
     #: [N, M] the whole matrix of dot products, where it is small and was kept
@@ -210,7 +209,7 @@ class ScoreMatrix:
             x = y if problem.symmetric else backend.operand(x)
         return cls(
             term, x, y, params, problem.positives, backend, problem.workspace_bytes,
-            problem.symmetric, problem.col_bias, gradient_dtype, scores, dots=dots,
+            problem.symmetric, problem.pairs, gradient_dtype, scores, dots=dots,
         )  # fmt: skip
 
     @property
@@ -228,11 +227,11 @@ class ScoreMatrix:
             is_band=True,
         )
 
-    def pairs(self) -> Pairs:
-        """What is left out: the positives and, of a symmetric matrix, every row's own column."""
+    def negatives(self) -> Pairs:
+        """The pairs without the positives and, of a symmetric matrix, every row's own column."""
         index = self.positives.index
         diagonal = 0 if self.symmetric else self.positives.offset
-        return Pairs(diagonal, None if index is None else index[:, None], self.col_bias)
+        return self.pairs.leaving_out(diagonal, None if index is None else index[:, None])
 
     def size(self) -> Size:
         """What the shape of the panels depends on."""
@@ -247,8 +246,8 @@ class ScoreMatrix:
 Outputs = tuple[Any, ...]
 
 
-#: Tensors that a problem itself has: x, y, scale, bias, index, col_bias.
-PROBLEM_TENSORS = 6
+#: Tensors that a problem itself has: x, y, scale, bias, index, and those of its pairs.
+PROBLEM_TENSORS = 5 + len(EVERY_PAIR.tensors)
 
 
 @dataclass(slots=True)  # frozen ones take three times as long to make

@@ -58,7 +58,7 @@ class Workspace:
         self.weights = self._room(buffers * rows * (self.stride or cols) if self.separate else 0, self.weights_dtype)
         scratch = backend.scratch(rows, cols, size) if backend.wants_scratch and rows and cols else 0
         self.scratch = self._room(scratch, torch.float32)
-        self.pairs = matrix.pairs()
+        self.pairs = matrix.negatives()
         self.x_block = x[:0]
         self.factor = matrix.params[:1]
         self.rescale: Tensor | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.base import Prepared
 from ..engine import strategy
+from ..panels.pairs import EVERY_PAIR
 from .shared import Call
 
 __all__ = ["prepared_for"]
@@ -40,7 +41,7 @@ def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Pre
     dtype, extras = x.dtype, tuple([v is not None for v in call.extras])
     key = (
         kind, share, both, x.shape, y.shape, dtype, x.device, _dtype(problem.scale), _dtype(problem.bias), extras,
-        problem.offset, problem.index is None, problem.symmetric, problem.col_bias is None, engine, call.needs,
+        problem.offset, problem.index is None, problem.symmetric, problem.pairs is EVERY_PAIR, engine, call.needs,
         _float32_setting() if dtype is torch.float32 else None,
     )  # fmt: skip
     try:

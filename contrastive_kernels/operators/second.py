@@ -92,8 +92,7 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     """The logits of some rows (turned: columns) with excluded pairs at -inf [R, M], and their positives' [R]."""
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
     z = problem.scale * (x[rows] @ (x if problem.symmetric else y).T) + problem.bias
-    if problem.col_bias is not None:
-        z = z + (problem.col_bias[rows, None] if turned else problem.col_bias)
+    z = problem.pairs.add_to(z.T, rows).T if turned else problem.pairs.add_to(z, slice(None))
     here = torch.arange(rows.start, rows.stop, device=x.device)
     columns = torch.arange(z.shape[1], device=x.device)
     masks = [columns == here[:, None]] if problem.symmetric else []

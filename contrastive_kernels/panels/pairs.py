@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Pairs"]
+__all__ = ["EVERY_PAIR", "Pairs"]
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """What is said of the pairs of a matrix, or of a block of it; None where nothing is. Backends apply all of it.
 
-    The members have the same names in ``csrc/include/members.h`` and in ``triton_kernels/launch.py``.
+    The members have the same names in ``csrc/include/members.h`` and in ``triton_kernels/pairs.py``. It travels as one
+    object from a problem to the kernels, and only what applies it looks inside. (A tuple, which Dynamo takes as a
+    default.)
     """
 
     #: of row i of the whole matrix, column i + diagonal is left out
@@ -28,6 +30,17 @@ class Pairs:
     #: where this block begins in the whole matrix
     first_row: int = 0
     first_column: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that a differentiable problem may say of its pairs, as :meth:`of` takes them."""
+        return (self.col_bias,)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> Pairs:
+        """What these tensors say."""
+        (col_bias,) = tensors
+        return EVERY_PAIR if col_bias is None else cls(col_bias=col_bias)
 
     def block(self, rows: slice, cols: slice) -> Pairs:
         """The same of a block of this one's rows and columns."""
@@ -44,3 +57,15 @@ class Pairs:
             self.first_row + rows.start,
             self.first_column + cols.start,
         )
+
+    def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
+        """The same of a whole matrix, of which so far no single pair is left out, without these."""
+        return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
+
+    def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
+        """Logits [..., n] of these n columns, with what is added to a column's; the same tensor if that is nothing."""
+        return z if self.col_bias is None else z + self.col_bias[columns]
+
+
+#: Nothing is said: every pair counts, and its logit is scale * score + bias.
+EVERY_PAIR = Pairs()

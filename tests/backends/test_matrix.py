@@ -86,10 +86,13 @@ class Matrix:
         return value.detach(), weights + weights.T if self.symmetric else weights, dparams
 
     def arguments(self, scores, weights):
-        columns = 0 if self.columns is None else self.columns.shape[1]
+        said = {"columns": self.columns, "col_bias": self.col_bias}
+        pairs = {name: address(vector) for name, vector in said.items() if vector is not None}
+        if self.columns is not None:
+            pairs["columns_count"] = self.columns.shape[1]
         return (
-            address(scores), address(weights), *scores.shape, self.diagonal, address(self.columns), columns,
-            address(self.col_bias), address(self.positives), self.offset, *self.params,
+            address(scores), address(weights), *scores.shape, pairs or None, self.diagonal, address(self.positives),
+            self.offset, *self.params,
         )  # fmt: skip
 
     def softmax(self, both, in_place=False, wanted=True, threads=1):

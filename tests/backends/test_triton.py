@@ -196,7 +196,7 @@ def test_launchers_arguments_compile(started):
     params, scratch = torch.ones(3), torch.zeros(100_000)
     weights, dparams = torch.zeros(n, 320, dtype=torch.bfloat16)[:, :m], torch.zeros(2, dtype=torch.float64)
     row, col = torch.zeros(2, n), torch.zeros(2, m)
-    columns = launch.Pairs(None, torch.zeros(n, 1, dtype=torch.int64), col[0], 7)
+    columns = launch.Pairs(None, torch.zeros(n, 1, dtype=torch.int64), 7, col[0])
     both = launch.Vectors(row), launch.Vectors(col)
     launch.run_panel("exponential", x, y, params, columns, *both, scratch)
     sides = launch.Vectors(None, row, row[0]), launch.Vectors(None, col, col[0])

@@ -13,6 +13,7 @@ from contrastive_kernels.operators.logsumexp import logsumexp
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_loss
 from contrastive_kernels.operators.softmax_loss import softmax_loss
 from contrastive_kernels.operators.weighted_sum import exponential_sums
+from contrastive_kernels.panels.pairs import Pairs
 
 #: One call of the backend, a band, and small panels.
 WORKSPACES = {"one call": 2**26, "band": 16 * 130 * 150 - 1, "panels": 300_000}
@@ -61,7 +62,7 @@ def test_value_and_gradients(loss, backend, workspace):
     engine = Engine(backend, WORKSPACES[workspace] * (4 if backend == "torch" and workspace == "panels" else 1))
     (x, y, scale), bias = parts(torch.float32)
     rest = torch.linspace(3.0, 4.0, len(x))
-    value = streamed(loss, Problem(x, y, scale, offset=0, col_bias=bias, engine=engine), rest)
+    value = streamed(loss, Problem(x, y, scale, offset=0, pairs=Pairs(col_bias=bias), engine=engine), rest)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, y, scale)]
     want = dense(loss, *exact, bias.double(), rest.double())
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)

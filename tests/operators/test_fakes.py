@@ -21,6 +21,7 @@ from contrastive_kernels.operators.shared import ABSENT_DIMS, operator_arguments
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
 from contrastive_kernels.operators.weighted_sum import weighted_sum
+from contrastive_kernels.panels.pairs import Pairs
 
 OPERATORS = torch.ops.contrastive_kernels
 DEVICE = torch.device("cuda:0")
@@ -98,7 +99,7 @@ def calls(
         yield sigmoid_losses, square, (gain,), (reduction,)
         yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
-    biased = Problem(x, other, scale, bias, offset=0, col_bias=fakes.tensor(m), engine=engine)
+    biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
 
