@@ -1,10 +1,10 @@
-"""How far a call walks through the house: files entered, Python calls, and downwards only."""
+"""How far a call walks through the house: files entered, Python calls, and downwards only; where a vector is known."""
 
 import sys
 
 import pytest
 import torch
-from house import ROOMS, room_of
+from house import ROOMS, ROOT, room_of
 
 import contrastive_kernels as ck
 
@@ -52,3 +52,15 @@ def test_clip_loss_walks_downwards_through_few_files(options, files, most):
         if above is not None:
             rooms = [ROOMS.index(room_of(each.replace("/", "."))) for each in (above, file)]
             assert rooms[0] <= rooms[1], f"{above} calls {name} of {file}, which is above it"
+
+
+def test_a_vector_that_goes_into_a_logit_is_known_in_few_files():
+    """The bias of columns on all backends; all other files hand on what says it."""
+    sources = {
+        path.resolve()
+        for folder in ("contrastive_kernels", "csrc", "triton_kernels")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".h", ".cpp", ".cu"}
+    }
+    knowing = sorted(str(path.relative_to(ROOT)) for path in sources if "col_bias" in path.read_text())
+    assert 0 < len(knowing) <= 8, f"{len(knowing)} files: {', '.join(knowing)}"
