@@ -1,6 +1,6 @@
 """The Triton backend in Triton's interpreter, on CPU tensors: a program, for the interpreter is chosen at import.
 
-    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | whole | hostile | launches
+    python tests/interpreted.py panels | persistent | float32 | float16 | bfloat16 | whole | exact | hostile | launches
 
 It prints what fails and exits with 1 then.
 """
@@ -20,7 +20,8 @@ if __name__ == "__main__":  # not where pytest looks for doctests: the whole pro
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from problems import BY_NAME, PROBLEMS, engine_options, make_inputs, run
+from exact import EQUAL, assert_exact, equal
+from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 from triton.runtime import interpreter
 
@@ -52,6 +53,9 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "negative-scale": ("nt_xent",),
         "identical": ("clip_loss",),
         "huge": ("clip_loss", "sigmoid", "decomposable_pair"),
+        "common-100": ("clip_loss", "nt_xent", "decomposable_pair"),
+        "common-256": ("info_nce", "sigmoid"),
+        "common-block": ("decomposable",),
         "outliers": ("clip_loss", "decomposable_pair"),
         "siglip-start": None,
         "misaligned": ("clip_loss",),
@@ -201,6 +205,22 @@ def problems_of(dtype: torch.dtype) -> list[str]:
     return failures
 
 
+def exact() -> list[str]:
+    """What fails of equal logits: prepared, and in panels with the products of the gradients behind them."""
+    failures = []
+    for name in EQUAL:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_inputs(equal(name, 8), dtype)
+            for loss in ALL:
+                for reduction in ("mean", "none"):
+                    outcome = run(ck, inputs, loss, dtype, reduction=reduction, backend="triton")
+                    try:
+                        assert_exact(inputs, loss, reduction, outcome)
+                    except AssertionError as error:
+                        failures.append(f"{name} {loss} {reduction} {dtype}: {error}")
+    return failures
+
+
 def whole() -> list[str]:
     """What fails of means and sums of small matrices, which are prepared; and of second derivatives and kept graphs."""
     from contrastive_kernels._triton import whole_launch
@@ -337,7 +357,7 @@ if __name__ == "__main__":
     if what == "launches":
         print(json.dumps(launches()))
         sys.exit()
-    named = {"hostile": hostile, "panels": panels, "persistent": persistent, "whole": whole}
+    named = {"exact": exact, "hostile": hostile, "panels": panels, "persistent": persistent, "whole": whole}
     failed = named[what]() if what in named else problems_of(getattr(torch, what))
     print("\n".join(failed))
     sys.exit(bool(failed))

@@ -27,7 +27,9 @@ TESTS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 
 
-@pytest.mark.parametrize("what", ["panels", "persistent", "float32", "float16", "bfloat16", "whole", "hostile"])
+@pytest.mark.parametrize(
+    "what", ["panels", "persistent", "float32", "float16", "bfloat16", "whole", "exact", "hostile"]
+)
 def test_interpreted(what):
     """The real driver and the one rule, with the kernels in Triton's interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
