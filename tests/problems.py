@@ -173,6 +173,8 @@ PROBLEMS = (
     Problem("nearly-solved", "loss 1e-3: a positive in the stream loses its digits",
             n=257, d=256, scale=13.0, features="solved"),
     Problem("identical", "all rows equal: loss log N, similarity gradients cancel", features="identical"),
+    Problem("equal-summands", "gradients of 0 made of 260 equal numbers, which round alike",
+            n=130, d=2, scale=0.03, features="identical"),
     Problem("all-negative", "every score near -1: a maximum of 0 would underflow",
             temperature=0.005, features="opposed"),
     Problem("unnormalised", "rows of norm 8, logits of hundreds", temperature=0.07, features="normal"),

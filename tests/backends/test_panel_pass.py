@@ -186,7 +186,7 @@ def test_rows_without_negatives_weigh_nothing(backend):
 
 @pytest.mark.parametrize("rows, cols", [(1, 1), (2, 1), (1, 2), (40, 40)])
 def test_rows_of_nothing_beside_small_normalizers(backend, rows, cols):
-    """A row and a column whose one pair is left out: gains referred to a shift of 0 would be infinite, times nothing."""
+    """A row and a column without a pair: their gains against a shift of 0 would be infinite, and that times 0 NaN."""
     scores = torch.full((rows, cols), -100.0)
     columns = torch.full((rows, cols), -1)  # row 0 leaves all columns out, and column 0 has row 0 alone
     columns[0], columns[1:, 0] = torch.arange(cols), 0
