@@ -257,7 +257,7 @@ def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
     raise ValueError(problem.features)
 
 
-def _lay_out(v: Tensor, layout: str) -> Tensor:
+def lay_out(v: Tensor, layout: str) -> Tensor:
     """The same values in another layout; the padding is NaN, so that a read of it shows."""
     n, d = v.shape
     match layout:
@@ -294,7 +294,7 @@ def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
 def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     """The problem's arguments; features in `dtype`, the rest in the dtype of scores."""
     g = torch.Generator().manual_seed(problem.seed)
-    x, y = (_lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
+    x, y = (lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
     n, m, score = len(x), len(y), score_dtype(dtype)
     positives = problem.positives
     if positives == "index":
