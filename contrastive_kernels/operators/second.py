@@ -94,8 +94,8 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     z = problem.scale * (x[rows] @ (x if problem.symmetric else y).T) + problem.bias
     if problem.col_bias is not None:
         z = z + (problem.col_bias[rows, None] if turned else problem.col_bias)
-    here = torch.arange(rows.start, rows.stop, device=x.device)
-    columns = torch.arange(z.shape[1], device=x.device)
+    here = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)
+    columns = torch.arange(z.shape[1], dtype=torch.int64, device=x.device)
     masks = [columns == here[:, None]] if problem.symmetric else []
     positive = None
     if problem.index is not None:
