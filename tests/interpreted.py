@@ -181,6 +181,9 @@ def panels(backend: OnScores | None = None, chosen: slice = slice(None)) -> list
     small["high-and-scaled"] = Case(65, 131, level=1e4, params=(0.7, 0.0, 0.0))
     runs = [(name, partial(check, backend, case)) for name, case in small.items() for check in checks]
     runs.append(("without negatives", partial(tests.test_rows_without_negatives_weigh_nothing, backend)))
+    for rows, cols in ((1, 1), (2, 1), (1, 2), (40, 40)):
+        check = partial(tests.test_rows_of_nothing_beside_small_normalizers, backend, rows, cols)
+        runs.append((f"{rows} x {cols}", check))
     for name, check in runs[chosen]:
         try:
             check()

@@ -173,6 +173,8 @@ PROBLEMS = (
     Problem("nearly-solved", "loss 1e-3: a positive in the stream loses its digits",
             n=257, d=256, scale=13.0, features="solved"),
     Problem("identical", "all rows equal: loss log N, similarity gradients cancel", features="identical"),
+    Problem("equal-summands", "gradients of 0 made of 260 equal numbers, which round alike",
+            n=130, d=2, scale=0.03, features="identical"),
     Problem("all-negative", "every score near -1: a maximum of 0 would underflow",
             temperature=0.005, features="opposed"),
     Problem("unnormalised", "rows of norm 8, logits of hundreds", temperature=0.07, features="normal"),
@@ -255,7 +257,7 @@ def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
     raise ValueError(problem.features)
 
 
-def _lay_out(v: Tensor, layout: str) -> Tensor:
+def lay_out(v: Tensor, layout: str) -> Tensor:
     """The same values in another layout; the padding is NaN, so that a read of it shows."""
     n, d = v.shape
     match layout:
@@ -292,7 +294,7 @@ def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
 def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     """The problem's arguments; features in `dtype`, the rest in the dtype of scores."""
     g = torch.Generator().manual_seed(problem.seed)
-    x, y = (_lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
+    x, y = (lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
     n, m, score = len(x), len(y), score_dtype(dtype)
     positives = problem.positives
     if positives == "index":

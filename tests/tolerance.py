@@ -13,6 +13,11 @@ for dx, and accordingly for the rest. The row's weight is sum_j |w_ij|, w = dL/d
 in it: what scale * max|y| is multiplied by. The second term is the rounding of the logits themselves, each of which
 carries it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another.
 
+Where rows are equal, a gradient is a sum of equal numbers, and additions of equal numbers round alike: errors do not
+level out but add up, to anything between 0 and half a rounding of every partial sum. This too is one throw of a die,
+decided by the last digits of w, and the same for all rows, so that the root mean square is as large as the maximum.
+"Torch's errors" in such gradients are therefore at least half of that bound (which the rule doubles).
+
 Tensor cores do not add in IEEE float32: after every 16 features they cut the sum off, toward zero. Over D features that
 becomes a bias, and every product on that GPU has it. So where they multiply (16 bits, and float32 if torch allows TF32;
 never IEEE float32 or float64), "torch's errors" are the larger of the above and those of the reference from the scores
@@ -55,7 +60,39 @@ def expected(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) ->
         return truth, errors.map(lambda name, error: error * ratio)
     torch_result = problems.run(reference, make_inputs(problem, dtype), loss, torch.float32, reduction=reduction)
     rounded = torch_result.map(lambda name, result: result.to(dtype) if name in ("x", "y") else result)
-    return truth, rounded.map(lambda name, result: (result.double() - truth[name]).abs())
+    errors = rounded.map(lambda name, result: (result.double() - truth[name]).abs())
+    alike = _rounded_alike(problem, loss, dtype, reduction, truth.value)
+    return truth, errors.map(lambda name, error: torch.maximum(error, alike[name] / 2) if name in alike else error)
+
+
+def _rounded_alike(problem: Problem, loss: str, dtype: torch.dtype, reduction: str, value: Tensor) -> dict[str, Tensor]:
+    """What float32 sums of dx and dy may be off by because their summands are equal [N, 1], [M, 1]."""
+    inputs = make_inputs(problem, dtype)
+    x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double().abs()
+    if loss == "nt_xent":
+        x = y = torch.cat([x, y])
+    repeated_x, repeated_y = _repeated(x), _repeated(y)
+    if not (repeated_x.any() or repeated_y.any()):
+        return {}
+    w = _pair_weights(inputs, loss, reduction, problems.upstream_like(value, problem.seed))
+
+    def bound(w: Tensor, other: Tensor, repeated: Tensor) -> Tensor:
+        partial = torch.maximum(w.clamp(min=0).cumsum(1), (-w).clamp(min=0).cumsum(1))
+        half = torch.finfo(inputs.scale.dtype).eps / 2
+        return half * scale * other.abs().max() * (partial * repeated).sum(1)
+
+    by_x, by_y = bound(w, y, repeated_y), bound(w.T, x, repeated_x)
+    if loss == "nt_xent":
+        by_x, by_y = (by_x + by_y).view(2, -1)
+    return {"x": by_x[:, None], "y": by_y[:, None]}
+
+
+def _repeated(v: Tensor) -> Tensor:
+    """Which rows are there more than once [n]."""
+    if not len(v):
+        return torch.zeros(0, dtype=torch.bool)
+    _, inverse, counts = torch.unique(v, dim=0, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
 
 
 @cache

@@ -251,13 +251,14 @@ def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, si
 
     The temperature is 0.07 and the normalisers are near the rows' own: tiles take the branch that nearly all take.
     """
-    x, y = (torch.nn.functional.normalize(torch.randn(side, features, device=device)).to(dtype) for _ in range(2))
-    state, gain = torch.zeros(2, side, device=device), torch.ones(side, device=device)
-    normalizer = torch.zeros(2, side, device=device)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    x, y = (torch.nn.functional.normalize(torch.randn(side, features, **made)).to(dtype) for _ in range(2))
+    state, gain = torch.zeros(2, side, **made), torch.ones(side, **made)
+    normalizer = torch.zeros(2, side, **made)
     normalizer[1] = math.log(side)
-    params = torch.zeros(3, device=device)
+    params = torch.zeros(3, **made)
     params[0] = 1 / 0.07
-    scratch = torch.empty(sum(Scratch.of(Tile(64, 64, 16, 4, 1), side, side)), device=device)
+    scratch = torch.empty(sum(Scratch.of(Tile(64, 64, 16, 4, 1), side, side)), **made)
     weighs, both = work != "reduce", work != "weights"
     row = Vectors(state if work in ("reduce", "fused") else None, *((normalizer, gain) if weighs else (None, None)))
     col = row if both else Vectors()

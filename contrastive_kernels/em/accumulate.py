@@ -61,7 +61,8 @@ class _Accumulator:
         value = torch.zeros((), dtype=log_u.dtype, device=x.device)
         for direction in range(log_u.shape[1]):
             if len(x) > 1:
-                value = value + self._block(new, new, k, direction, here, torch.arange(len(x), device=x.device))
+                itself = torch.arange(len(x), dtype=torch.int64, device=x.device)
+                value = value + self._block(new, new, k, direction, here, itself)
             if across:
                 twice = new.doubled()
                 for there, rows in enumerate(self.earlier):

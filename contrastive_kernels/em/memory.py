@@ -119,7 +119,7 @@ class NormalizerMemory(Tables):
         if storage is None:
             shape = (num_samples, directions)
             tables = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in TABLES.items()}
-            unvisited = torch.full((directions,), num_samples, device=tables["visits"].device)
+            unvisited = torch.full((directions,), num_samples, dtype=torch.int64, device=tables["visits"].device)
         else:
             wanted = Manifest(num_samples, directions, self.step, self.floor)
             self._folder = folder = Folder(storage.absolute(), wanted, read_only)
@@ -424,14 +424,14 @@ def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
     index = index.contiguous()
     ordered, order = torch.sort(index, stable=True)
     last = order[torch.searchsorted(ordered, index, right=True) - 1]
-    return last, last == torch.arange(len(index), device=index.device)
+    return last, last == torch.arange(len(index), dtype=torch.int64, device=index.device)
 
 
 def _survey(folder: Folder) -> Tensor:
     """Samples that a folder's tables have never met [d]; a folder with values that no update leaves is refused."""
     log_mean, visits = folder.tables["log_mean"], folder.tables["visits"]
     if folder.new:
-        return torch.full(visits.shape[1:], len(visits), device=visits.device)
+        return torch.full(visits.shape[1:], len(visits), dtype=torch.int64, device=visits.device)
     try:
         return survey(log_mean, visits)
     except ValueError as error:

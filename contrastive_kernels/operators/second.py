@@ -93,8 +93,8 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
     z = problem.scale * (x[rows] @ (x if problem.symmetric else y).T) + problem.bias
     z = problem.pairs.add_to(z.T, rows).T if turned else problem.pairs.add_to(z, slice(None))
-    here = torch.arange(rows.start, rows.stop, device=x.device)
-    columns = torch.arange(z.shape[1], device=x.device)
+    here = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)
+    columns = torch.arange(z.shape[1], dtype=torch.int64, device=x.device)
     masks = [columns == here[:, None]] if problem.symmetric else []
     positive = None
     if problem.index is not None:

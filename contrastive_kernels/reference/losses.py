@@ -121,7 +121,7 @@ def nt_xent(
     """
     n = len(z1)
     views = torch.cat([z1, z2])
-    itself = torch.arange(2 * n, device=views.device)
+    itself = torch.arange(2 * n, dtype=torch.int64, device=views.device)
     z = (logit_scale * (views @ views.T)).masked_fill(itself[:, None] == itself, -torch.inf)
     both = None if weight is None else weight.repeat(2)
     return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1)), both, reduction)
@@ -215,7 +215,7 @@ def decomposable(
     given = [None] * len(normalizers) if positive_logits is None else _one_or_both(positive_logits)
     z = logit_scale * (x @ y.T)
     nowhere = positive_logits is not None and positives is None
-    held = torch.full((len(x),), -1, device=x.device) if nowhere else _positive_indices(x, positives)
+    held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device) if nowhere else _positive_indices(x, positives)
     log_k = log_or_minus_infinity(negative_scale)
     losses, log_zs = [], []
     for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
@@ -249,12 +249,13 @@ def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:
     """p(i) as indices [N]."""
     if isinstance(positives, Tensor):
         return positives
-    return torch.arange(len(x), device=x.device) + (positives or 0)
+    return torch.arange(len(x), dtype=torch.int64, device=x.device) + (positives or 0)
 
 
 def _mask(z: Tensor, positives: Tensor) -> Tensor:
     """z with every row's positive at -inf; an index of -1 masks nothing."""
-    return z.masked_fill(torch.arange(z.shape[1], device=z.device) == positives[:, None], -torch.inf)
+    columns = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
+    return z.masked_fill(columns == positives[:, None], -torch.inf)
 
 
 def _logsumexp(z: Tensor) -> Tensor:

@@ -210,9 +210,10 @@ def ranks(x: Tensor, y: Tensor, positives: Tensor) -> Tensor:
         Ranks from 0, [N] int64; -1 for a query without positives.
     """
     if not len(y):
-        return torch.full((len(x),), -1, device=x.device)
+        return torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     scores = x @ y.T
-    is_positive = (positives[:, :, None] == torch.arange(len(y), device=y.device)).any(1)
+    documents = torch.arange(len(y), dtype=torch.int64, device=y.device)
+    is_positive = (positives[:, :, None] == documents).any(1)
     best = scores.masked_fill(~is_positive, -torch.inf).amax(1, keepdim=True)
     before = (~(scores < best) & ~is_positive).sum(1)
     return before.masked_fill(~is_positive.any(1), -1)

@@ -54,7 +54,9 @@ __device__ __forceinline__ bool choose_shifts(const Panel& p, const ThreadPlace&
   const float normalizer_shift = WEIGHTS && e.inside ? side.normalizer_shift[e.at] : 0.0f;
   const float normalizer_rest = WEIGHTS && e.inside ? side.normalizer_rest[e.at] : 0.0f;
   const float rounded = normalizer_as_shift(normalizer_shift, normalizer_rest);
-  float shift = SUMS ? finite_shift(merged_maximum(m, e)) : rounded;
+  const float maximum = SUMS ? merged_maximum(m, e) : rounded;
+  const bool nothing = SUMS && maximum == -__builtin_inff();
+  float shift = SUMS ? finite_shift(maximum) : rounded;
   float low = __builtin_inff(), high = -__builtin_inff(), lowest = __builtin_inff();
   if (e.inside) {
     low = smaller(low, shift);
@@ -75,6 +77,8 @@ __device__ __forceinline__ bool choose_shifts(const Panel& p, const ThreadPlace&
     lowest = smaller(lowest, m.lowest_normalizer[k]);
   }
   const bool shared = share_shift(low, high, lowest);
+  // a row of nothing that shares no shift gets its normaliser: against 0 the gain might overflow, times nothing NaN
+  if (WEIGHTS && nothing && rounded - rounded == 0.0f) shift = rounded;
   shift = shared ? high : shift;
   m.shift[threadIdx.x] = shift;
   if (WEIGHTS)

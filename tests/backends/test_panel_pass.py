@@ -22,6 +22,7 @@ from panels import (
 
 from contrastive_kernels import backends
 from contrastive_kernels.backends import cuda
+from contrastive_kernels.panels.pairs import Pairs
 from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 
@@ -181,3 +182,22 @@ def test_rows_without_negatives_weigh_nothing(backend):
         assert weights.isfinite().all() and dparams.isfinite().all()
         others = case.logits() - case.normalizers[0].double().sum(0)[:, None]
         assert (weights[0].double() - 1.3 * gains[0][0] * others[0].exp()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 1), (2, 1), (1, 2), (40, 40)])
+def test_rows_of_nothing_beside_small_normalizers(backend, rows, cols):
+    """A row and a column without a pair: their gains against a shift of 0 would be infinite, and that times 0 NaN."""
+    scores = torch.full((rows, cols), -100.0)
+    columns = torch.full((rows, cols), -1)  # row 0 leaves all columns out, and column 0 has row 0 alone
+    columns[0], columns[1:, 0] = torch.arange(cols), 0
+    normalizers = [torch.stack([torch.full((n,), -100.0), torch.full((n,), 0.5)]) for n in (rows, cols)]
+    sides = [Side(torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]), v, torch.full((n,), 8.0))
+             for n, v in zip((rows, cols), normalizers)]  # fmt: skip
+    weights, dparams = torch.empty_like(scores), torch.zeros(2, dtype=torch.float64)
+    backend.weight_panel(EXPONENTIAL, make_panel(
+        scores, (1.0, 0.0), Pairs(None, columns, None, None, None, 0, 0), weights, *sides, dparams
+    ))  # fmt: skip
+    want = torch.full((rows, cols), 16.0).double() * torch.tensor(-0.5).exp()
+    want[0], want[:, 0] = 0.0, 0.0
+    torch.testing.assert_close(weights.double(), want, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(dparams, torch.stack([-100 * want.sum(), want.sum()]), rtol=1e-5, atol=0.0)

@@ -130,7 +130,12 @@ def truth_of(loss: str, problem: Problem, way: Way) -> tuple[Inputs, Outcome, Ou
     else:
         plain = run(module, inputs, loss, torch.float32, reduction=way.reduction)
         rounded = plain.map(lambda name, v: v.to(way.dtype) if name in ("x", "y") else v)
-        errors = rounded.map(lambda name, v: (v.double() - truth[name]).abs())
+        of_length = {"x": _lengths(inputs.x)[:, None], "y": _lengths(inputs.y)[:, None]}
+        errors = rounded.map(
+            lambda name, v: torch.maximum(
+                (v.double() - truth[name]).abs(), expected[1][name] / of_length.get(name, 1.0)
+            )
+        )
     # a gradient leaves its loss and then its norm: two roundings, of rows that are as many times smaller
     longer = {name: 2 * floors[name] / _lengths(v)[:, None] for name, v in (("x", inputs.x), ("y", inputs.y))}
     return inputs, truth, errors, floors | longer

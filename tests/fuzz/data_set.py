@@ -23,6 +23,7 @@ class Rule:
     weights: str | float = "stored"
     max_ratio: float | str | None = None
     first_visit: str = "reduce"
+    safeguard: float | None = None
     step: float = 1.0
     floor: float = 0.1
     reduction: str = "mean"
@@ -109,12 +110,18 @@ def _log_z(
     return torch.maximum(log_z, of_mean(own) - math.log(max(bound, 1.0)))
 
 
-def memory_after(rule: Rule, memory: Any, index: Tensor, columns: slice, found: Tensor) -> tuple[Tensor, Tensor]:
+def memory_after(
+    rule: Rule, memory: Any, index: Tensor, columns: slice, found: Tensor, negatives: int
+) -> tuple[Tensor, Tensor]:
     """log_mean and visits [num_samples, d] after a visit; of a sample that comes twice, the last one counts."""
     log_mean, visits = memory.log_mean.clone(), memory.visits.clone()
     for row, sample in enumerate(index.tolist()):
         before = memory.log_mean[sample, columns], memory.visits[sample, columns]
         if found[row].isfinite().all():
-            log_mean[sample, columns] = rule.average(*before, found[row])
+            average = rule.average(*before, found[row])
+            if rule.safeguard is not None:  # the part of the sum that the batch has seen
+                seen = found[row] + math.log(negatives / (rule.num_samples - 1))
+                average = torch.maximum(average, seen - rule.safeguard)
+            log_mean[sample, columns] = average
             visits[sample, columns] = before[1] + 1
     return log_mean, visits

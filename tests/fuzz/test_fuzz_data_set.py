@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from asked import assert_near, fits, settings_of, workspace_of
+from asked import Normalizing, assert_near, fits, settings_of, workspace_of
 from data_set import Batch, Rule, loss_of_scores, memory_after
 from drawn import FEATURES, LAYOUTS, REDUCTIONS, ROWS, Way, ways_of
 from fuzzing import fuzzed
@@ -55,6 +55,7 @@ def steps(draw):
         weights=draw(st.sampled_from(("stored", "stored", "updated", "batch", 3.0))),
         max_ratio=draw(st.sampled_from((None, None, 1.5, *(("partial sum",) if negatives == "dataset" else ())))),
         first_visit=draw(st.sampled_from(("reduce", "skip"))),
+        safeguard=draw(st.sampled_from((None, *((0.0, 1.0) if negatives == "dataset" else ())))),
         step=draw(st.sampled_from((1.0, 0.5))),
         floor=draw(st.sampled_from((0.1, 0.9))),
         reduction=draw(st.sampled_from(REDUCTIONS)),
@@ -96,8 +97,9 @@ class Case:
         """With the memory as it is before the step."""
         more = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
         loss = ck.DatasetContrastiveLoss(
-            **asdict(self.step.rule), directions=self.step.directions, backend=self.way.backend, **more
-        )
+            **asdict(self.step.rule), directions=self.step.directions, backend=self.way.backend,
+            normalize=self.way.normalize, **more,
+        )  # fmt: skip
         for _ in range(self.step.visits):
             loss.memory.update(self.known, self.stored)
         return loss.train(self.step.trains)
@@ -130,7 +132,8 @@ class Case:
         generator = self.generator()
         drawn = [draw_log_weights(column, step.rule.shape, generator) for column in log_mean.T]
         leaves = self.leaves(dtype, NAMES)
-        z = leaves["scale"] * (leaves["x"] @ leaves["y"].T)
+        x, y = (self.unit(leaves[name]) for name in ("x", "y"))
+        z = leaves["scale"] * (x @ y.T)
         z.retain_grad()
         batch = Batch(log_mean, visits, torch.stack(drawn, 1))
         value, found, largest = loss_of_scores(
@@ -138,8 +141,13 @@ class Case:
         )
         value.backward(torch.ones_like(value) if of_value else self.upstream(value))
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
-        after = memory_after(step.rule, memory, self.index, columns, found.double())
+        negatives = z.shape[1] - (not step.given)
+        after = memory_after(step.rule, memory, self.index, columns, found.double(), negatives)
         return value.detach(), gradients, z.grad.abs(), after, largest
+
+    def unit(self, v: torch.Tensor) -> torch.Tensor:
+        """Features as they are multiplied."""
+        return Normalizing(self.way.dtype).unit(v) if self.way.normalize else v
 
     def generator(self) -> torch.Generator:
         """Of the draws of u."""
@@ -154,6 +162,7 @@ class Case:
         """The rule's floors as in tolerance.py, and the largest rounding of a logit."""
         inputs, eps = self.inputs, torch.finfo(self.way.dtype).eps
         x, y, scale = (v.double() for v in (inputs.x, inputs.y, inputs.scale.abs()))
+        x, y, eps = self.unit(x), self.unit(y), 2 * eps if self.way.normalize else eps
         score_eps = torch.finfo(inputs.scale.dtype).eps
         logits = scale * x.norm(dim=1)[:, None] * y.norm(dim=1)
         rounding = LOGIT_UNITS * score_eps * (logits + largest + 1)

@@ -30,6 +30,8 @@ class Search:
     positives: int | str | None
     #: ids of rows and columns are their numbers modulo these
     ids: tuple[int, int] | None
+    #: a square is given those of the rows alone, as one tensor
+    one_of_ids: bool
     scale: float
 
     def positives_of(self, n: int, m: int, several: bool) -> torch.Tensor | int | None:
@@ -58,7 +60,7 @@ def searches(draw):
     )
     integers = draw(st.booleans())
     ids = draw(st.sampled_from((None, None, (3, 5), (1, 1), (7, 1000))))
-    return Search(problem, integers, positives, ids, draw(st.sampled_from(SCALES)))
+    return Search(problem, integers, positives, ids, draw(st.booleans()), draw(st.sampled_from(SCALES)))
 
 
 def features_of(search: Search, way: Way) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +84,7 @@ def left_out(search: Search, n: int, m: int) -> torch.Tensor:
     mask = torch.arange(m) == where[:, None]
     if search.ids is not None:
         rows, cols = (torch.arange(k) % modulus for k, modulus in zip((n, m), search.ids))
+        cols = rows if search.one_of_ids and n == m else cols
         mask |= rows[:, None] == cols
     return mask
 
@@ -111,7 +114,8 @@ def ask(search: Search, way: Way, function, *more, several=False, excluded=True,
     x, y = features_of(search, way)
     options = {"positives": search.positives_of(len(x), len(y), several), "normalize": way.normalize}
     if excluded and search.ids is not None:
-        options["exclude"] = tuple(torch.arange(len(v)) % modulus for v, modulus in zip((x, y), search.ids))
+        ids = tuple(torch.arange(len(v)) % modulus for v, modulus in zip((x, y), search.ids))
+        options["exclude"] = ids[0] if search.one_of_ids and len(x) == len(y) else ids
 
     def call(size: int | None = None):
         given = options | ({} if size is None else {"workspace_bytes": size})

@@ -108,6 +108,23 @@ def test_package_code(name):
             assert node.exc.func.id != "Exception", f"{name}:{line}: raise what it is"
 
 
+#: Of torch; what they make has the user's default dtype and lies on the default device unless they are told.
+FACTORIES = {"arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand"}
+FACTORIES |= {"randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
+
+
+@pytest.mark.parametrize(
+    "path", [*MODULES.values(), *sorted((ROOT / "triton_kernels").glob("*.py"))], ids=lambda path: path.stem
+)
+def test_allocations_name_dtype_and_device(path):
+    """A scratch of bfloat16 where float32 is meant is written beyond its end."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
+            told = {keyword.arg for keyword in node.keywords}
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            assert not of_torch or None in told or told >= {"dtype", "device"}, f"{path}:{node.lineno}: {told}"
+
+
 CPP = [path for path in project_files({".cpp", ".h", ".cu", ".cuh"}) if (ROOT / "csrc") in path.parents]
 
 
