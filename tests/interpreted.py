@@ -273,6 +273,19 @@ def elsewhere() -> list[str]:
         for name, other in zip(("turned", "shifted"), found[1:]):
             if not torch.equal(found[0], other):
                 failures.append(f"{loss}: gradients differ where saved tensors come back {name}")
+    return failures + other_dtypes()
+
+
+def other_dtypes() -> list[str]:
+    """What fails where scale and bias have a dtype of their own."""
+    failures = []
+    x, y = (torch.nn.functional.normalize(torch.randn(9, 16)).requires_grad_() for _ in range(2))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        leaves = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (5.0, -2.0)]
+        found = [torch.autograd.grad(ck.sigmoid(x, y, *leaves, backend=b), leaves) for b in ("triton", "torch")]
+        for ours, theirs in zip(*found):
+            if ours.dtype != dtype or not torch.allclose(ours, theirs, rtol=max(1e-5, torch.finfo(dtype).eps)):
+                failures.append(f"sigmoid: {ours} is not {theirs} for scale or bias of {dtype}")
     return failures
 
 
