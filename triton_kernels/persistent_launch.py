@@ -20,9 +20,13 @@ _BLOCK, _SAMPLE = 1024, 1024
 
 
 def copies_by_tma(*operands: Tensor) -> bool:
-    """Whether the TMA unit can copy blocks of these matrices: rows without gaps that begin at multiples of 16 bytes."""
+    """Whether the TMA unit can copy blocks of these matrices, whose rows follow each other at multiples of 16 bytes."""
     return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]  # a matrix of one row may be a part of an expanded one
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        for t in operands
     )
 
 

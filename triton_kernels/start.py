@@ -114,5 +114,5 @@ def may_start_directly() -> bool:
     """Whether kernels may start without Triton's own way: of a known version, and no profiler wants to hear of it."""
     if INTERPRETED or knobs is None or not _DIRECT_VERSIONS[0] <= TRITON_VERSION <= _DIRECT_VERSIONS[1]:
         return False
-    hook = knobs.runtime.launch_enter_hook
-    return hook is None or not getattr(hook, "calls", True)
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return not any(hook is not None and getattr(hook, "calls", True) for hook in hooks)

@@ -243,7 +243,10 @@ def totals_kernel(
 @triton.jit
 def _store_scaled(out_ptr, dparam_ptr, upstream):
     """A gradient of scale or bias, in its own dtype."""
-    tl.store(out_ptr, (tl.load(dparam_ptr) * upstream).to(out_ptr.dtype.element_ty))
+    gradient = tl.load(dparam_ptr) * upstream
+    if out_ptr.dtype.element_ty != tl.float64:  # the interpreter has no way from float64 to bfloat16 but this
+        gradient = gradient.to(tl.float32)
+    tl.store(out_ptr, gradient.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["upstream_ptr", "N", "M", "offset"])

@@ -212,8 +212,16 @@ class _Prepared(torch.autograd.Function):
             upstreams = (upstream, *[None] * (primitive.results - 1))
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
-            found = prepared.backward(*tensors[:4], kept, upstream)
+            x, y = map(_readable, tensors[:2])
+            found = prepared.backward(x, y, *tensors[2:4], [_readable(t) for t in kept], upstream)
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+def _readable(saved: Tensor) -> Tensor:
+    """A saved tensor as what is prepared reads it: hooks may have given its values another layout or place."""
+    if not saved.is_contiguous():
+        saved = saved.contiguous()
+    return saved.clone() if saved.data_ptr() & 15 else saved
 
 
 def _run(call: Call, prepared: Prepared) -> Outputs:

@@ -71,11 +71,14 @@ def test_not_without_knobs(monkeypatch):
     assert twice(Kernel.usual()) == {"by Triton": 2, "directly": 0}
 
 
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 @pytest.mark.parametrize("hook", [lambda metadata: None, SimpleNamespace(calls=[print])], ids=["function", "chain"])
-def test_not_where_a_profiler_listens(hook, monkeypatch):
-    monkeypatch.setattr(start, "knobs", SimpleNamespace(runtime=SimpleNamespace(launch_enter_hook=hook)))
+def test_not_where_a_profiler_listens(hook, name, monkeypatch):
+    runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
+    setattr(runtime, name, hook)
+    monkeypatch.setattr(start, "knobs", SimpleNamespace(runtime=runtime))
     assert twice(Kernel.usual()) == {"by Triton": 2, "directly": 0}
-    start.knobs.runtime.launch_enter_hook = None
+    setattr(runtime, name, None)
     assert twice(Kernel.usual()) == {"by Triton": 1, "directly": 1}
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import offline
 import triton.testing
 
-from contrastive_kernels._triton import configs, launch, tuning, vector_launch
+from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
@@ -36,6 +36,16 @@ def test_interpreted(what):
     command = [sys.executable, str(TESTS / "interpreted.py"), what]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_what_the_tma_unit_copies():
+    """One row of an expanded matrix is contiguous for torch, and has a stride of 0, which a descriptor must not have."""
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    expanded = x[0].expand(4, 64)[:1]
+    assert expanded.is_contiguous() and not persistent_launch.copies_by_tma(expanded)
+    assert persistent_launch.copies_by_tma(x, x[:1], x[:, :9], x[:, 8:])
+    assert not persistent_launch.copies_by_tma(x, x[:, 1:])
+    assert not persistent_launch.copies_by_tma(x[:, :9].contiguous())
 
 
 def require(capability):
