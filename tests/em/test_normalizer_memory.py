@@ -150,7 +150,7 @@ def test_no_step_waits_for_the_host():
     memory.update(index, torch.zeros(4, 2, device="meta"), lower_bound=torch.zeros(4, 2, device="meta"))
     memory.read(index)
     assert memory.cold
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="meta tensor"):
         bool(memory.unvisited.any())
 
 

@@ -98,7 +98,7 @@ def test_other_sizes_are_named(tmp_path, samples, directions, hint):
 
 
 def test_nothing_is_opened_where_nothing_is(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="absent"):
         ck.NormalizerMemory.open(tmp_path / "absent")
     for read_only in (False, True):
         with pytest.raises(FileNotFoundError, match=r"expected a memory.*memory\.json"):
@@ -256,7 +256,7 @@ def test_a_second_writer_gets_an_error_at_once(tmp_path):
             call()
 
     def another():
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(BlockingIOError, match="no other writer"):
             ck.NormalizerMemory.open(tmp_path)
 
     assert faults.in_child(another) == 0
@@ -289,7 +289,7 @@ def test_a_fork_neither_writes_nor_gives_the_lock_back(tmp_path):
         memory.close()
 
     assert faults.in_child(child) == 0
-    with pytest.raises(BlockingIOError):
+    with pytest.raises(BlockingIOError, match="no other writer"):
         ck.NormalizerMemory.open(tmp_path)
     check(memory)
 

@@ -114,7 +114,7 @@ def test_a_constructor_that_fails_leaves_nothing(tmp_path, from_then_on):
 
 def test_an_option_that_does_not_fit_leaves_nothing(tmp_path):
     for options in ({"shape": 0.0}, {"weights": "mean"}, {"step": 2.0}, {"directions": 3}, {"backend": "none"}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=next(iter(options))):
             ck.DatasetContrastiveLoss(10, storage=tmp_path / "folder", **options)
     assert names(tmp_path) == []
 
