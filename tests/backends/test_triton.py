@@ -37,7 +37,7 @@ def test_interpreted(what):
 
 
 def test_what_the_tma_unit_copies():
-    """One row of an expanded matrix is contiguous for torch, and has a stride of 0, which a descriptor must not have."""
+    """One row of an expanded matrix is contiguous for torch; its stride is 0, which a descriptor must not have."""
     x = torch.zeros(4, 64, dtype=torch.bfloat16)
     expanded = x[0].expand(4, 64)[:1]
     assert expanded.is_contiguous() and not persistent_launch.copies_by_tma(expanded)
