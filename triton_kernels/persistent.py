@@ -39,7 +39,8 @@ def _refer_side(
     if normalizer_ptr is not None:
         own_shift = tl.load(normalizer_ptr + index, mask=inside, other=0.0)
         rest = tl.load(normalizer_ptr + stride + index, mask=inside, other=0.0)
-    tl.store(out_ptr + index, TERM.refer_gain((own_shift, rest, gain), shift) * unit, mask=inside)
+    # first the factor, which is large where gains are small and weights float16: then none falls subnormal
+    tl.store(out_ptr + index, TERM.refer_gain((own_shift, rest, gain * unit), shift), mask=inside)
 
 
 @triton.jit(do_not_specialize=["R", "C", "row_normalizer_stride", "col_normalizer_stride"])
