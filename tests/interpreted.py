@@ -350,7 +350,23 @@ def hostile() -> list[str]:
             value.backward()
             if value.isfinite() or (poison != poison and not x.grad[-1].isnan().all()):
                 failures.append(f"{loss}: {poison} in x gives {value.item()}")
-    return failures + rounding()
+    return failures + lazy_negatives() + rounding()
+
+
+def lazy_negatives() -> list[str]:
+    """What fails of tensors whose negation torch has put off, as features, scale, weights and from upstream."""
+    x, y = (torch.nn.functional.normalize(torch.randn(5, 8)) for _ in range(2))
+    results = []
+    for late in (torch.neg, torch._neg_view):
+        for reduction in ("mean", "none"):
+            a, b = late(-x).requires_grad_(), y.clone().requires_grad_()
+            scale, weight = late(torch.tensor(-5.0)), late(-torch.arange(1.0, 6.0))
+            loss = ck.clip_loss(a, b, scale, weight=weight, reduction=reduction, backend="triton")
+            loss.backward(late(torch.full_like(loss, -0.5)))
+            results += [loss.detach(), a.grad, b.grad]
+    half = len(results) // 2
+    same = [torch.equal(a, b) for a, b in zip(results[:half], results[half:])]
+    return [] if all(same) else [f"lazy negatives are read with the wrong sign: {same}"]
 
 
 def rounding() -> list[str]:

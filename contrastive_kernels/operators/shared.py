@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..arguments.checks import autocasts
 from ..backends.base import Prepared
@@ -74,6 +75,11 @@ class Primitive:
         call = Call(problem, extras, settings, needs)
         if torch.compiler.is_compiling() or not _is_plain(problem.x):
             return self._read(self._by_operator(call))
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(tensors)
+        if True in [isinstance(t, Tensor) and t.is_neg() for t in tensors]:  # the engine reads memory as it is
+            tensors = tuple([t.resolve_neg() if isinstance(t, Tensor) else t for t in tensors])
+            call = Call.of(tensors, problem.offset, call.statics)
         if torch._C._are_functorch_transforms_active():
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if True in needs:
@@ -213,12 +219,27 @@ class _Prepared(torch.autograd.Function):
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
             x, y = map(_readable, tensors[:2])
-            found = prepared.backward(x, y, *tensors[2:4], [_readable(t) for t in kept], upstream)
+            found = prepared.backward(x, y, *tensors[2:4], [_readable(t) for t in kept], _settled(upstream))
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+def _refuse_tangents(tensors: Sequence[Any]) -> None:
+    """Forward mode is not there: a tangent would be lost in silence."""
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "contrastive_kernels: no forward-mode derivatives; torch.func.jacrev and backward() have them in reverse"
+        )
+
+
+def _settled(upstream: Tensor) -> Tensor:
+    """What comes from upstream in memory as it is: torch knows of lazy negatives, and of zeros without memory."""
+    return upstream.resolve_neg().clone() if upstream.is_neg() or upstream._is_zerotensor() else upstream
 
 
 def _readable(saved: Tensor) -> Tensor:
     """A saved tensor as what is prepared reads it: hooks may have given its values another layout or place."""
+    if saved.is_neg():
+        saved = saved.resolve_neg()
     if not saved.is_contiguous():
         saved = saved.contiguous()
     return saved.clone() if saved.data_ptr() & 15 else saved
@@ -256,6 +277,7 @@ def _gradients(
         return _Gradients.apply(primitive, offset, statics, len(kept), *tensors, *kept, *results)
     if primitive.comes_with_value(kept, needs):
         return primitive.scaled(needs, tensors, kept, results[0])
+    results = tuple([None if g is None else _settled(g) for g in results])
     return _without_autocast(primitive.gradients, Call.of(tensors, offset, statics), kept, results)
 
 

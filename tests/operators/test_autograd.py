@@ -320,3 +320,30 @@ def test_the_host_reads_no_tensor(loss, monkeypatch):
             call(loss, *leaves, *rest, **options).sum().backward()
     if loss == "decomposable":
         call(loss, *leaves, *rest, shape=0.5, return_log_normalizer=True)[0].backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_forward_mode_is_refused(backend):
+    """A tangent would be lost in silence."""
+    x, y = (torch.nn.functional.normalize(torch.randn(5, 8)) for _ in range(2))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ck.clip_loss(dual, y.requires_grad_(), 5.0, backend=backend)
+        assert ck.clip_loss(x, y, 5.0, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_lazy_negatives_and_zeros(backend):
+    """Tensors whose negation torch has put off, and zeros that have no memory."""
+    x, y = (torch.nn.functional.normalize(torch.randn(5, 8)) for _ in range(2))
+    results = []
+    for late in (torch.neg, torch._neg_view):
+        a, b = late(-x).requires_grad_(), y.clone().requires_grad_()
+        loss = ck.clip_loss(a, b, late(torch.tensor(-5.0)), backend=backend)
+        loss.backward(late(torch.tensor(-0.5)), retain_graph=True)
+        results.append((loss, a.grad.clone(), b.grad.clone()))
+        (zero,) = torch.autograd.grad(loss, b, torch._efficientzerotensor(()))
+        assert not zero.any()
+    for found, wanted in zip(*results):
+        assert torch.equal(found, wanted)
