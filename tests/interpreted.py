@@ -261,7 +261,8 @@ def whole() -> list[str]:
     for number, problem in enumerate(p for p in PROBLEMS if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
         for dtype in (torch.float32, torch.bfloat16):
             inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]
-            for loss in problem.losses:
+            losses = problem.losses  # in bfloat16 one of them: only the product's operands are others
+            for loss in losses if dtype == torch.float32 else (losses[number % len(losses)],):
                 options = engine_options(inputs, loss, "triton")
                 try:
                     outcome = run(ck, inputs, loss, dtype, reduction=reduction, **options)
