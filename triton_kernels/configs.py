@@ -143,11 +143,11 @@ _TABLE: dict[tuple[int, str], tuple[Tile, Tile, Tile, Tile]] = {
 
 #: (family, precision, work, term): persistent tiles, for panels that fill the GPU.
 _PERSISTENT: dict[tuple[int, str, str, str], PersistentTile] = {
-    (90, "16-bit", "reduce", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 1, 2),
-    (90, "16-bit", "weights", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
-    (90, "16-bit", "both", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
-    (90, "16-bit", "fused", "exponential"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
-    (90, "16-bit", "fused", "sigmoid"): PersistentTile(128, 128, 64, 4, 3, 8, 2, 2),
+    (90, "16-bit", "reduce", "exponential"): PersistentTile(128, 128, 64, 4, 3, programs=2),
+    (90, "16-bit", "weights", "exponential"): PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
+    (90, "16-bit", "both", "exponential"): PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
+    (90, "16-bit", "fused", "exponential"): PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
+    (90, "16-bit", "fused", "sigmoid"): PersistentTile(128, 128, 64, 4, 3, parts=2, programs=2),
 }
 
 

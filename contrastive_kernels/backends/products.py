@@ -11,7 +11,11 @@ from torch import Tensor
 
 from ..panels.panel import Panel
 
-__all__ = ["default_weights_dtype", "score_product"]
+__all__ = ["ADDS_IN_FLOAT32", "default_weights_dtype", "score_product"]
+
+#: torch 2.10 adds 16-bit products to float32 sums without rounding them in between (on CUDA). 2.8 and 2.9 have the
+#: overload too, but want sums of the operands' dtype (pytorch#167931).
+ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
 
 
 def default_weights_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

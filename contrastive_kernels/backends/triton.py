@@ -15,6 +15,7 @@ from ..panels.panel import Panel, Route, Side, present
 from ..panels.size import Size
 from ..panels.terms import PairTerm
 from .base import Backend, Prepared, SoftmaxGains, WholeMatrix
+from .products import ADDS_IN_FLOAT32
 
 __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 
@@ -100,7 +101,7 @@ class TritonBackend(Backend):
             return None
         if (problem.index is not None) != problem.symmetric or problem.pairs is not EVERY_PAIR:
             return None
-        if size.dtype != torch.float32 and size.device.type == "cuda" and not _ADDS_IN_FLOAT32:
+        if size.dtype != torch.float32 and size.device.type == "cuda" and not ADDS_IN_FLOAT32:
             return None
         from .._triton import whole_launch
 
@@ -188,10 +189,6 @@ class _OnDevice:
             return self.prepared.backward(*arguments)
         with torch.cuda.device(self.device):
             return self.prepared.backward(*arguments)
-
-
-#: torch's 16-bit products with float32 results; see engine/workspace.py.
-_ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
 
 
 @cache

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..backends.products import ADDS_IN_FLOAT32
 from ..panels.panel import Panel
 from ..panels.size import blocks, score_dtype
 from .matrix import ScoreMatrix
@@ -141,7 +142,7 @@ class Workspace:
         beta = 0 if fresh else 1
         if not self.rounded:
             torch.addmm(sums, weights, block_in_operand_dtype.to(self.dtype), beta=beta, out=sums)
-        elif weights.is_cuda and _ADDS_IN_FLOAT32:
+        elif weights.is_cuda and ADDS_IN_FLOAT32:
             torch.addmm(sums, weights, block, out_dtype=torch.float32, beta=beta, out=sums)
         elif weights.dtype == torch.float16:  # their products pass float16's largest number
             torch.addmm(sums, weights.to(self.dtype), block.to(self.dtype), beta=beta, out=sums)
@@ -159,8 +160,3 @@ _panel_shape = lru_cache(maxsize=256)(panel_shape)
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for nothing."""
     return torch.empty(0, dtype=dtype, device=device)
-
-
-#: torch 2.10 adds 16-bit products to float32 sums without rounding them in between (on CUDA). 2.8 and 2.9 have the
-#: overload too, but want sums of the operands' dtype (pytorch#167931).
-_ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"
