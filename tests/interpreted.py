@@ -20,6 +20,8 @@ if __name__ == "__main__":  # not where pytest looks for doctests: the whole pro
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import triton
+import triton.language as tl
 from exact import EQUAL, assert_exact, equal
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
@@ -27,6 +29,7 @@ from triton.runtime import interpreter
 
 import contrastive_kernels as ck
 from contrastive_kernels import backends
+from contrastive_kernels._triton.sigmoid import FACTORS, sum_by_products
 from contrastive_kernels.panels.panel import Panel
 from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import PairTerm
@@ -351,7 +354,7 @@ def hostile() -> list[str]:
             value.backward()
             if value.isfinite() or (poison != poison and not x.grad[-1].isnan().all()):
                 failures.append(f"{loss}: {poison} in x gives {value.item()}")
-    return failures + lazy_negatives() + rounding()
+    return failures + lazy_negatives() + rounding() + products()
 
 
 def lazy_negatives() -> list[str]:
@@ -368,6 +371,24 @@ def lazy_negatives() -> list[str]:
     half = len(results) // 2
     same = [torch.equal(a, b) for a, b in zip(results[:half], results[half:])]
     return [] if all(same) else [f"lazy negatives are read with the wrong sign: {same}"]
+
+
+@triton.jit
+def products_kernel(e_ptr, out_ptr, FACTORS: tl.constexpr):
+    rows = tl.arange(0, 16)
+    e = tl.load(e_ptr + rows[:, None] * 128 + tl.arange(0, 128)[None, :])
+    tl.store(out_ptr + rows, sum_by_products(e, FACTORS))
+
+
+def products() -> list[str]:
+    """What fails of logarithms of products, which compiled kernels take in place of sums of logarithms."""
+    e = torch.exp(-torch.linspace(0, 40, 16)[:, None] * (0.5 + torch.rand(16, 128)))
+    e[0] = 1.0
+    found = torch.empty(16)
+    products_kernel[(1,)](e, found, FACTORS=FACTORS)
+    wanted = e.double().log1p().sum(1)
+    error = ((found.double() - wanted).abs() / wanted).max().item()
+    return [] if error < 1e-6 else [f"sums by products are off by {error}"]
 
 
 def rounding() -> list[str]:

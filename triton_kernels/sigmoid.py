@@ -8,7 +8,7 @@ import triton.language as tl
 from .pair_terms import INTERPRETED, LOG2_E, PairTerm, exp2, multiply_add, reciprocal
 from .pairs import offsets
 
-__all__ = ["SIGMOID", "sigmoid_from", "softplus_from"]
+__all__ = ["FACTORS", "SIGMOID", "sigmoid_from", "softplus_from", "sum_by_products"]
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _log1p_unit(e):
 
 
 #: Factors 1 + e of at most 2 whose product is far from overflowing.
-_FACTORS = tl.constexpr(64)
+FACTORS = tl.constexpr(64)
 
 
 @triton.jit
@@ -46,14 +46,19 @@ def _log1p(u):
 
 
 @triton.jit
-def _sum_log1p(e, FACTORS: tl.constexpr):
+def sum_by_products(e, FACTORS: tl.constexpr):
     """sum_j log(1 + e_ij) [M] for e in [0, 1]: of FACTORS of them at a time, the logarithm of their product."""
-    if INTERPRETED:  # whose reductions by a function of ours take minutes
+    factors: tl.constexpr = min(e.shape[1], FACTORS)
+    parts = tl.reshape(e, [e.shape[0], e.shape[1] // factors, factors])
+    return tl.sum(_log1p(tl.reduce(parts, 2, _join)), 1)
+
+
+@triton.jit
+def _sum_log1p(e, FACTORS: tl.constexpr):
+    if INTERPRETED:  # whose reductions by a function of ours take minutes; a small one is tested
         return tl.sum(_log1p_unit(e), 1)
     else:  # noqa: RET505 (the compiler would see both)
-        factors: tl.constexpr = min(e.shape[1], FACTORS)
-        parts = tl.reshape(e, [e.shape[0], e.shape[1] // factors, factors])
-        return tl.sum(_log1p(tl.reduce(parts, 2, _join)), 1)
+        return sum_by_products(e, FACTORS)
 
 
 @triton.jit
@@ -96,7 +101,7 @@ def _usual(
     w = z
     if STATISTICS:
         e = exp2(-tl.abs(z))
-        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e, _FACTORS)
+        row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e, FACTORS)
     if WEIGHTS:  # another exponential takes less than to choose by z's sign
         w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
     return w, rows, row_sum, cols, cols
