@@ -59,7 +59,9 @@ class Pairs(NamedTuple):
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
-        """The same of a whole matrix, of which so far no single pair is left out, without these."""
+        """The same of a whole matrix without these as well; one of both may be left out already."""
+        diagonal = self.diagonal if diagonal is None else diagonal
+        columns = self.columns if columns is None else columns
         return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
 
     def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
