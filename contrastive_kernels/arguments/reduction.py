@@ -36,9 +36,7 @@ def row_gains(weight: Any, length: int, x: Tensor, reduction: str, repeats: int 
 def gains_or_weights(
     weight: Any, length: int, x: Tensor, reduction: str, ranks: object, repeats: int = 1
 ) -> Tensor | None:
-    """The gains; where several ranks share the mean, the weights of this rank's rows."""
-    if weight is None:
-        return None
+    """The gains of rows; where several ranks share the mean, the weights of this rank's."""
     if ranks is not None:
         return row_weights(weight, length, x)
     return row_gains(weight, length, x, reduction, repeats)

@@ -55,18 +55,19 @@ class Grid(Route):
     def _pairs(self, first_row: int, first_col: int) -> Pairs:
         """What is said of the block's pairs, in which this rank's own ones begin there."""
         own, problem = self._own, self._own.problem
-        col_bias = problem.pairs.col_bias
-        if col_bias is not None:
-            col_bias = self._col.all_gather(col_bias, self._cols)
-        alone = sum(self._rows) == len(problem.x) and not own.mirrored
-        if alone and problem.index is None:  # the block's rows are this rank's
-            return Pairs(None if problem.offset is None else problem.offset + first_col, col_bias=col_bias)
+        pairs = problem.pairs.mapped(
+            lambda vector: self._row.all_gather(vector, self._rows),
+            lambda vector: self._col.all_gather(vector, self._cols),
+        )
+        alone = sum(self._rows) == len(problem.x)
+        if alone and problem.index is None and not own.mirrored:  # the block's rows are this rank's
+            return pairs.leaving_out(None if problem.offset is None else problem.offset + first_col, None)
         excluded = own.excluded()
         if excluded is None:
-            return Pairs(col_bias=col_bias)
+            return pairs
         columns = excluded.new_full((sum(self._rows), excluded.shape[1]), -1)
         columns[first_row : first_row + len(excluded)] = torch.where(excluded < 0, excluded, excluded + first_col)
-        return Pairs(columns=columns, col_bias=col_bias)
+        return pairs.leaving_out(None, columns)
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states over the whole matrix of this rank's rows and columns."""

@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..arguments.checks import check_flag, shown
+from ..arguments.checks import shown
 from .transport import Transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "Sizes", "check_distribution", "check_group", "ranks_of", "tell"]
-
-GRADIENTS = ("average", "sum")
-STRATEGIES = ("auto", "grid", "ring")
+__all__ = ["Ranks", "Sizes", "check_group", "ranks_of", "tell"]
 
 #: Bytes of a message that says what went wrong on a rank.
 _MESSAGE = 1024
@@ -48,7 +45,7 @@ class Ranks:
     group : ProcessGroup
         All of them.
     gradients : {"average", "sum"}
-        What they hold of the features' gradients; see :func:`check_distribution`.
+        What they hold of the features' gradients; as :func:`contrastive_kernels.info_nce` has it.
     strategy : {"auto", "grid", "ring"}
         How their rows meet.
     uneven : bool
@@ -195,22 +192,11 @@ def _grid_groups(group: dist.ProcessGroup, rows: int) -> _Pair:
     return one, other
 
 
-def check_distribution(gradients: Any, strategy: Any, uneven: Any) -> None:
-    """The arguments beside the group."""
-    for name, value, known in (("gradients", gradients, GRADIENTS), ("strategy", strategy, STRATEGIES)):
-        if not isinstance(value, str) or value not in known:
-            expected = " or ".join(map(repr, known)) if len(known) == 2 else ", ".join(map(repr, known))
-            raise ValueError(f"{name}: expected {expected}; got {shown(value)}")
-    check_flag(uneven, "uneven")
-
-
-def ranks_of(group: Any, gradients: Any, strategy: Any, uneven: Any) -> Ranks | None:
+def ranks_of(group: Any, gradients: str, strategy: str, uneven: bool) -> Ranks | None:
     """The ranks that share a loss; None where this process computes alone."""
-    if (gradients, strategy) != ("average", "auto") or uneven is not False:
-        check_distribution(gradients, strategy, uneven)
+    check_group(group)
     if group is None or group is False:
         return None
-    check_group(group)
     if isinstance(group, str):
         found = _default(group)
     elif isinstance(group, dist.ProcessGroup):

@@ -8,13 +8,14 @@ under way while this one's are multiplied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..engine.gradients import Wanted
-from ..panels.pairs import EVERY_PAIR, Pairs
+from ..panels.pairs import Pairs
 from ..panels.panel import Side
 from .group import Ranks, Sizes
 from .route import Block, Made, Own, Route, merged
@@ -23,7 +24,7 @@ from .transport import Arrival
 __all__ = ["Ring"]
 
 #: Messages between the same two ranks that may overtake each other.
-_COLUMNS, _VECTORS, _STATE, _SUMS = range(4)
+_COLUMNS, _VECTORS, _PAIRS, _STATE, _SUMS = range(5)
 
 
 class _Guest(NamedTuple):
@@ -31,10 +32,13 @@ class _Guest(NamedTuple):
 
     #: whose they are
     rank: int
-    y: Tensor
     #: [k, m] what goes with them, one vector below the other
     vectors: Tensor
     block: Block
+
+
+def _as_it_is(vector: Any) -> Any:
+    return vector
 
 
 class Ring(Route):
@@ -47,36 +51,33 @@ class Ring(Route):
     def _trip(self, vectors: Tensor) -> Iterator[_Guest]:
         """Every rank's columns, this one's first, with the vectors [k, m] that go with them."""
         own, rank, size = self._own, self._all.rank, self._all.size
-        y, col_bias = own.problem.y.contiguous(), own.problem.pairs.col_bias
-        if col_bias is not None:
-            vectors = torch.cat([vectors, col_bias[None]])
+        y, pairs = own.problem.y.contiguous(), own.problem.pairs
         for step in range(size):
             here, following = (rank - step) % size, (rank - step - 1) % size
-            coming = None
+            coming, m = None, self._sizes.cols[following]
             if step + 1 < size:
-                m = self._sizes.cols[following]
                 coming = (
                     self._all.pass_on(y, (m, y.shape[1]), _COLUMNS),
-                    self._all.pass_on(vectors, (len(vectors), m), _VECTORS) if len(vectors) else None,
+                    self._all.pass_on(vectors, (len(vectors), m), _VECTORS),
+                    pairs.mapped(_as_it_is, partial(self._all.pass_on, arriving=(m,), tag=_PAIRS)),
                 )
-            bias = None if col_bias is None else vectors[-1].contiguous()
-            pairs = self._pairs() if here == rank else EVERY_PAIR
-            block = Block(own, own.problem.x, y, pairs._replace(col_bias=bias), keeps=False)
-            yield _Guest(here, y, vectors, block)
+            said = self._leaving_out(pairs) if here == rank else pairs
+            yield _Guest(here, vectors, Block(own, own.problem.x, y, said, keeps=False))
             if coming is not None:
-                y = coming[0].wait()
-                vectors = vectors[:, :0].new_empty(len(vectors), len(y)) if coming[1] is None else coming[1].wait()
+                y, vectors = coming[0].wait(), coming[1].wait()
+                pairs = coming[2].mapped(_as_it_is, Arrival.wait)
 
-    def _pairs(self) -> Pairs:
-        """What is said of the pairs of this rank's rows and columns."""
+    def _leaving_out(self, pairs: Pairs) -> Pairs:
+        """What is said of the pairs of this rank's rows and columns, among which the positives are."""
         own = self._own
         if own.problem.index is None and not own.mirrored:
-            return Pairs(own.problem.offset)
-        return Pairs(columns=own.excluded())
+            return pairs.leaving_out(own.problem.offset, None)
+        return pairs.leaving_out(None, own.excluded())
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states over the whole matrix of this rank's rows and columns."""
-        term, rows, travelling = self._own.term, [], None
+        term, travelling = self._own.term, None
+        rows: list[Tensor] = []
         no_vectors = params.new_empty(0, len(self._own.problem.y))
         for guest in self._trip(no_vectors):
             row, col = guest.block.statistics(params, cols=cols)
@@ -103,18 +104,18 @@ class Ring(Route):
         if col.gain is not None and col.normalizer is not None:
             given.insert(0, col.normalizer)
         vectors = torch.cat(given) if given else params.new_empty(0, len(own.problem.y))
-        total, states = Made(None, None, None), []
-        travelling, sums = None, None
+        total, travelling, sums = Made(None, None, None), None, None
+        states: list[Tensor] = []
         for guest in self._trip(vectors):
             n = len(vectors)
             side = Side() if not n else Side(None, guest.vectors[: n - 1] if n > 1 else None, guest.vectors[n - 1])
             made = guest.block.gradients(params, row, side, wanted, fold=fold)
             total = _sum(total, made)
-            if fold:
+            if fold and made.row is not None:
                 states.append(made.row)
                 if made.col is not None:
                     travelling = self._merge_and_pass(guest, made.col, travelling)
-            if wanted.y:
+            if made.dy is not None:
                 sums = self._add_and_pass(guest, made.dy, sums)
         row_state = merged(torch.stack(states), own.term) if fold else None
         return Made(total.dx, None if sums is None else sums.wait(), total.dparams, row_state, travelling)

@@ -19,6 +19,7 @@ from ..arguments.checks import (
     check_reduction,
     check_scale,
     check_vector,
+    is_shared,
     require_equal_lengths,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
@@ -52,7 +53,7 @@ def decomposable(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-    group: Any = None,
+    group: Any | None = None,
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
@@ -130,7 +131,8 @@ def decomposable(
     >>> torch.allclose(ck.decomposable(x, y, 5.0, log_z), ck.info_nce(x, y, 5.0))
     True
     """
-    ranks = ranks_of(group, gradients, strategy, uneven)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize)
@@ -142,7 +144,7 @@ def decomposable(
         log_k = log_or_minus_infinity(k)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
-        gain = gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+        gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
     except (TypeError, ValueError) as error:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments.checks import check_backend, check_flag, check_reduction, check_workspace
+from ..arguments.checks import check_backend, check_distribution, check_flag, check_reduction, check_workspace
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import check_distribution, check_group
+from ..distributed.group import check_group
 
 __all__ = ["PAIR_NAMES", "Loss"]
 
@@ -26,7 +26,7 @@ class Loss(nn.Module):
         normalize: bool = False,
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-        group: Any = "auto",
+        group: Any | None = "auto",
         gradients: str = "average",
         strategy: str = "auto",
         uneven: bool = False,

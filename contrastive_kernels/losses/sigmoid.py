@@ -12,6 +12,7 @@ from ..arguments.checks import (
     check_flag,
     check_reduction,
     check_scale,
+    is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import gains_or_weights
@@ -36,7 +37,7 @@ def sigmoid(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-    group: Any = None,
+    group: Any | None = None,
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
@@ -82,13 +83,14 @@ def sigmoid(
     >>> round(ck.sigmoid(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 5)
     0.69328
     """
-    ranks = ranks_of(group, gradients, strategy, uneven)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
         scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
         problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
-        gains = gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError) as error:
         tell(ranks, error, image_features)
         raise

@@ -14,6 +14,7 @@ from ..arguments.checks import (
     check_positives,
     check_reduction,
     check_scale,
+    is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import gains_or_weights
@@ -38,7 +39,7 @@ def info_nce(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-    group: Any = None,
+    group: Any | None = None,
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
@@ -109,14 +110,15 @@ def info_nce(
     >>> round(ck.info_nce(queries, documents, 10.0).item(), 6)
     0.000182
     """
-    ranks = ranks_of(group, gradients, strategy, uneven)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize)
         index, offset = check_positives(positives, x, y)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
-        gains = gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError) as error:
         tell(ranks, error, x)
         raise
@@ -135,7 +137,7 @@ def clip_loss(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-    group: Any = None,
+    group: Any | None = None,
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
@@ -185,13 +187,14 @@ def clip_loss(
     >>> round(loss.item(), 5), tuple(features.grad.shape)
     (0.02001, (4, 4))
     """
-    ranks = ranks_of(group, gradients, strategy, uneven)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         problem = Problem(x, y, scale, offset=0, engine=engine)
-        gains = gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError) as error:
         tell(ranks, error, image_features)
         raise
@@ -210,7 +213,7 @@ def nt_xent(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
-    group: Any = None,
+    group: Any | None = None,
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
@@ -259,13 +262,14 @@ def nt_xent(
     >>> round(ck.nt_xent(torch.eye(3), torch.eye(3), 2.0).item(), 3)
     0.433
     """
-    ranks = ranks_of(group, gradients, strategy, uneven)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction)
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
-        gains = gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
+        gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
     except (TypeError, ValueError) as error:
         tell(ranks, error, z1)
         raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,20 @@ class Pairs(NamedTuple):
         """What these tensors say."""
         (col_bias,) = tensors
         return EVERY_PAIR if col_bias is None else cls(col_bias=col_bias)
+
+    def mapped(self, of_rows: Callable[[Any], Any], of_cols: Callable[[Any], Any]) -> Pairs:
+        """The same of other rows and columns: what these functions make of the vectors of rows, and of columns."""
+
+        def made(function: Callable[[Any], Any], vector: Tensor | None) -> Any:
+            return None if vector is None else function(vector)
+
+        return Pairs(
+            self.diagonal,
+            self.columns,
+            made(of_cols, self.col_bias),
+            made(of_rows, self.row_ids),
+            made(of_cols, self.col_ids),
+        )
 
     def block(self, rows: slice, cols: slice) -> Pairs:
         """The same of a block of this one's rows and columns."""
