@@ -121,6 +121,12 @@ class Ranks:
             )
         return sizes
 
+    def agree_on_rows(self, call: str, x: Tensor, *about: tuple[str, Any]) -> Sizes:
+        """The same of matching rows x [n, D]."""
+        shared = [("features", x.shape[1]), ("dtype", x.dtype), ("gradients", self.gradients)]
+        shared.append(("differentiated", torch.is_grad_enabled() and x.requires_grad))
+        return self.agree(call, (*shared, *about), x, len(x), len(x))
+
     def fail(self, error: Exception, features: Any) -> None:
         """Tells the others that this rank raises, and why: they raise the same."""
         device = features.device if isinstance(features, Tensor) else torch.device("cpu")

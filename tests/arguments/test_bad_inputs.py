@@ -85,7 +85,15 @@ FINE = {
     # the world may be there once the module is called
     *(
         (name, "group", "a world that is not there")
-        for name in ("ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss")
+        for name in (
+            "ClipLoss",
+            "DecomposableLoss",
+            "InfoNCELoss",
+            "NTXentLoss",
+            "SigmoidLoss",
+            "MultimodalContrastiveLoss",
+            "LatentStructureLoss",
+        )
     ),
 }
 
