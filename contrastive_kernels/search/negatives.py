@@ -76,8 +76,8 @@ def sample_negatives(
     Returns
     -------
     Tensor
-        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; -1 where no candidate is left. A
-        score of NaN is never drawn.
+        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; -1 where no candidate is left.
+        A score of NaN is never drawn.
 
     Raises
     ------
