@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arguments.checks import autocasts
 from ..arguments.reduction import row_gains
@@ -26,6 +25,7 @@ from .group import Ranks, Sizes
 from .ring import Ring
 from .route import Made, Own, Route
 from .rules import Rule
+from .sums import once
 
 __all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
 
@@ -60,6 +60,7 @@ class _OverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, route: Route, problem: Problem, gain: Tensor, *tensors: Any) -> Tensor:
         ctx.work, ctx.like = work, [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in tensors]
+        ctx.save_for_backward(*[t for t in tensors if isinstance(t, Tensor)])
         rule, wants = work.rule, True in work.needs
         with _no_autocast(problem.x):
             if work.reduction == "none":
@@ -75,8 +76,11 @@ class _OverRanks(torch.autograd.Function):
             return route.total(counted.sum(dtype=torch.float64)).to(losses.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates them meets an error
+            with torch.no_grad():
+                gradients = _OverRanks.backward(ctx, upstream.detach())
+            return once(gradients, [*ctx.saved_tensors, upstream])
         work, factor = ctx.work, None
         if work.reduction == "none":  # single rows' gradients from upstream, and no factor
             route, problem, kept, gain = ctx.kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,9 +58,28 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, sums: Sums) -> Tensor:
         ctx.sums = sums
+        ctx.save_for_backward(own)
         return sums._forward.sum(own.double()).to(own.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.sums.factor(upstream), None
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        with torch.no_grad():
+            found = (ctx.sums.factor(upstream), None)
+        return once(found, [*ctx.saved_tensors, upstream]) if torch.is_grad_enabled() else found
+
+
+def once(gradients: Sequence[Tensor | None], of: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients that say so where somebody differentiates them again; they are functions of these tensors."""
+    there = [g for g in gradients if g is not None]
+    marked = iter(_Once.apply(len(there), *there, *of))
+    return tuple([None if g is None else next(marked) for g in gradients])
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([g.clone() for g in tensors[:count]])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("contrastive_kernels: second derivatives over several ranks are not implemented")
