@@ -58,6 +58,8 @@ KINDS: dict[str, Kind] = {
     "step": bad.positive_part,
     "floor": bad.part,
     "directions": bad.directions,
+    "world": bad.positive_count,
+    "links": bad.positive_number,
     "direction": bad.direction,
     **dict.fromkeys(("storage", "folder"), bad.folder),
     "negatives": bad.notional,
