@@ -207,7 +207,7 @@ def check_workspace(workspace_bytes: Any) -> int | None:
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
     """An int of at least so much that torch takes."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an int; got {_kind(value)}")
     if value < least:
         raise ValueError(f"{name}: expected {what or f'at least {least}'}; got {shown(value)}")
     if value > _LARGEST_INT:
@@ -219,7 +219,7 @@ def check_flag(value: Any, name: str) -> bool:
     """A bool: the string "False" would count as true."""
     if value is True or value is False:
         return bool(value)
-    raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
+    raise TypeError(f"{name}: expected a bool; got {_kind(value)}")
 
 
 def check_generator(generator: Any, device: torch.device | None = None) -> torch.Generator | None:
@@ -262,6 +262,12 @@ def shown(value: Any) -> str:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: Any) -> str:
+    """A type's name as messages show it: NumPy's bool is no bool."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_backend(backend: Any) -> str:
