@@ -37,6 +37,7 @@ __all__ = [
     "check_workspace",
     "is_number",
     "normalized",
+    "recomputing",
     "require_equal_lengths",
     "require_one_process",
     "require_vector",
@@ -230,7 +231,26 @@ def check_generator(generator: Any, device: torch.device | None = None) -> torch
         raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
     if device is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one of device {device}; got one of {generator.device}")
+    if recomputing() and not _is_default(generator):
+        raise RuntimeError(
+            "generator: expected None under activation checkpointing, which runs the forward pass again and restores "
+            "the default generators alone; what this one draws now differs from what the loss was made of"
+        )
     return generator
+
+
+def recomputing() -> bool:
+    """Whether autograd's engine runs: only a recomputation calls a loss within backward."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and not torch.compiler.is_compiling() and current() != -1
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    """Whether it is one of torch's own."""
+    default = torch.default_generator if generator.device.type == "cpu" else None
+    if generator.device.type == "cuda":
+        default = torch.cuda.default_generators[generator.device.index or 0]
+    return generator is default
 
 
 def check_device(device: Any, *, here: bool = False) -> torch.device:

@@ -20,6 +20,7 @@ from ..arguments.checks import (
     check_reduction,
     check_vector,
     check_workspace,
+    recomputing,
     require_one_process,
     shown,
 )
@@ -27,7 +28,7 @@ from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_we
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
 from .accumulate import accumulate
-from .expectation import Expectation, check_choice, check_expectation, check_negatives, recomputing, wide
+from .expectation import Expectation, check_choice, check_expectation, check_negatives, wide
 from .memory import NormalizerMemory
 from .normalizers import Batch, found_by_batch, positive_term, row_normalizers
 

@@ -33,7 +33,8 @@ class Asked:
         function = getattr(ck, name)
 
         def call(x: Tensor, y: Tensor, *rest: Any, **options: Any) -> Tensor:
-            way = None if self.way.within == "vmap" and "generator" in options else self.way.within
+            drawn = "generator" in options  # which vmap does not allow, and a checkpoint refuses
+            way = None if self.way.within in ("vmap", "checkpoint") and drawn else self.way.within
             asked = through(way, function)
             return asked(x, y, *map(self._number, rest), normalize=self.way.normalize, **options)
 
