@@ -6,6 +6,7 @@ The panels themselves are in test_panel_pass.py.
 from __future__ import annotations
 
 import os
+
 import emulated
 import pytest
 import torch
