@@ -236,7 +236,7 @@ int64_t run_instruction_set(unsigned seed) {
     for (const int64_t cols : {rows, rows + 1, rows + 40})
       for (int bits = 0; bits < 128; ++bits)
         for (const int64_t excluded : {0, 1, 3}) {
-          if ((rows > 40 && bits % 5 != excluded) || (bits + rows + excluded) % options.every != 0) continue;
+          if ((rows > 40 && bits % 5 != excluded) || (bits + rows + excluded + seed) % options.every != 0) continue;
           const Variant v = {(bits & 1) != 0,  (bits & 2) != 0,  (bits & 4) != 0,
                              (bits & 8) != 0,  (bits & 16) != 0, (bits & 32) != 0,
                              (bits & 64) != 0, excluded,         static_cast<int64_t>(random() % 3 + 1)};

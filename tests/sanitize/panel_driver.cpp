@@ -365,7 +365,8 @@ int64_t run_instruction_set(unsigned seed) {
     const auto [rows, cols] = shapes[k];
     // large panels take turns: each variant meets many of them
     const size_t step = (rows * cols < 300 ? 1 : 11) * options.every;
-    for (size_t v = k % step; v < variants.size(); v += step, ++panels) run_case(variants[v], rows, cols, random);
+    for (size_t v = (k + seed) % step; v < variants.size(); v += step, ++panels)
+      run_case(variants[v], rows, cols, random);
   }
   for (const int64_t n : sizes) {
     Buffer<float> x(n), out(n);

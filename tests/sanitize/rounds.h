@@ -1,5 +1,6 @@
 // How much a driver does: `PROGRAM [ROUNDS [CALLERS [EVERY [FAULT]]]]`. Each round has other numbers; so many callers
-// at once do them; one case of EVERY is taken. A fault proves that the sanitizer is live:
+// at once do them; one case of EVERY is taken, another one in the next round. A fault proves that the sanitizer is
+// live:
 //   overrun    scores one element short: a read past the end;
 //   undefined  a signed overflow;
 //   race       barriers let all pass, where teams.cpp is linked in.
