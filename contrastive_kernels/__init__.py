@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import reference, reference_structure
+from .backends.native import require_fresh as _require_fresh
 from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .losses import (
     ClipLoss,
@@ -67,3 +68,5 @@ __all__ = [
     "sigmoid",
     "why_not",
 ]
+
+_require_fresh(__version__)

@@ -18,6 +18,8 @@ _INF = tl.constexpr(float("inf"))
 #: Normalisers of a usual tile lie this close to the largest one: what then underflows of a row is below e^(40 - 87) of
 #: its weights.
 _SPREAD = tl.constexpr(40.0)
+#: The smallest normal number. A gain that is referred to a far lower shift keeps its digits down to here.
+_TINY = tl.constexpr(2.0**-126)
 #: Sums against a usual tile's shift are at least this: what underflowed was below 128 * 2^-126 / 1e-25 of it, and the
 #: shift lies within e^58 of the row's largest term.
 _SMALLEST_SUM = tl.constexpr(1e-25)
@@ -66,10 +68,14 @@ def _referred_gain(side, shift):
 
 @triton.jit
 def _refer_gain(side, shift):
-    """The same, and infinite where the normaliser lies so far from the shift that exponentials might underflow."""
+    """The same, and infinite where digits would be lost.
+
+    The normaliser lies so far from the shift that exponentials might underflow, or the referred gain is subnormal.
+    """
     own_shift, rest, gain = side
-    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) & (rest != _INF) & (gain != 0)
-    return tl.where(far, _INF, _referred_gain(side, shift))
+    referred = _referred_gain(side, shift)
+    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) | (tl.abs(referred) < _TINY)
+    return tl.where(far & (rest != _INF) & (gain != 0), _INF, referred)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def decomposable(
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
         Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
-        generators: leave this None there.
+        generators: leave this None there, or backward raises.
     return_log_normalizer : bool
         Also return the batch's own log Z_i, in the form of ``log_normalizer``, not differentiable.
     reduction : {"mean", "sum", "none"}

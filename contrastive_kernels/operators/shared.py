@@ -34,6 +34,7 @@ __all__ = [
     "Call",
     "Outputs",
     "Primitive",
+    "SecondGradients",
     "as_tensor",
     "empty_like_scores",
     "like",
@@ -73,6 +74,10 @@ class Primitive:
         if problem.symmetric:  # y is x, whose gradient is the whole one
             needs = (needs[0], False, *needs[2:])
         call = Call(problem, extras, settings, needs)
+        if not torch.compiler.is_compiling() and True in [_is_named_only(type(t)) for t in tensors]:
+            tensors = tuple([t.as_subclass(Tensor) if _is_named_only(type(t)) else t for t in tensors])
+            call = Call.of(tensors, problem.offset, call.statics)
+            problem = call.problem
         if torch.compiler.is_compiling() or not _is_plain(problem.x):
             return self._read(self._by_operator(call))
         if forward_ad._current_level >= 0:
@@ -136,6 +141,13 @@ def _is_plain(x: Tensor) -> bool:
     """Whether the engine may read a tensor's memory: no subclass, nothing that records or fakes operations."""
     kind = type(x)
     return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _is_named_only(kind: type) -> bool:
+    """Whether a type is a subclass of Tensor that changes no operation, whose memory is a tensor's."""
+    if kind is Tensor or kind is torch.nn.Parameter or not issubclass(kind, Tensor):
+        return False
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _without_autocast(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
@@ -310,7 +322,17 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_Transformable.apply, info, in_dims, inputs)
+        return _loop(_turn, info, in_dims, inputs)
+
+
+def _turn(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+    """A turn of vmap, whose tensors require gradients of autograd outside: those of a batch do not tell."""
+    (symmetric, *_), needs = statics[0], statics[2]
+    grad = torch.is_grad_enabled()
+    told = [grad and isinstance(t, Tensor) and t.requires_grad for t in tensors]
+    needs = tuple([a or (b and not (symmetric and i == 1)) for i, (a, b) in enumerate(zip(needs, told))])
+    found: Outputs = _Transformable.apply(primitive, offset, (*statics[:2], needs), *tensors)
+    return found
 
 
 class _Gradients(torch.autograd.Function):
@@ -338,7 +360,7 @@ class _Gradients(torch.autograd.Function):
             return (None,) * (4 + len(tensors))
         count = len(tensors) - kept_count - primitive.results
         given = (*tensors[:count], *tensors[count + kept_count :], *cotangents)
-        found = _SecondGradients.apply(primitive, offset, statics, *given)
+        found = SecondGradients.apply(primitive, offset, statics, *given)
         return (None, None, None, None, *found[:count], *(None,) * kept_count, *found[count:])
 
     @staticmethod
@@ -346,7 +368,7 @@ class _Gradients(torch.autograd.Function):
         return _loop(_Gradients.apply, info, in_dims, inputs)
 
 
-class _SecondGradients(torch.autograd.Function):
+class SecondGradients(torch.autograd.Function):
     """The gradients of the gradients, block by block of rows; nothing beyond."""
 
     @staticmethod
@@ -369,7 +391,7 @@ class _SecondGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_SecondGradients.apply, info, in_dims, inputs)
+        return _loop(SecondGradients.apply, info, in_dims, inputs)
 
 
 def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:

@@ -111,4 +111,8 @@ bool has_tensor_cores(int device);
 
 }  // namespace cuda
 
+// What the library was compiled from: the package's version, and what stands for all of csrc/.
+const char* version();
+const char* sources();
+
 }  // namespace ck

@@ -42,6 +42,9 @@ CASES = [
     case("x", "float16, bfloat16, float32 or float64", "float8", ck.info_nce,
          X.to(torch.float8_e4m3fn), Y.to(torch.float8_e4m3fn), 1.0, normalize=True, error=TypeError),
     case("normalize", "bool", "str", ck.nt_xent, X, Y, 1.0, normalize="no", error=TypeError),
+    case("normalize", "bool", "numpy.bool", ck.nt_xent, X, Y, 1.0, normalize=X.numpy()[0, 0] > 0, error=TypeError),
+    case("workspace_bytes", "int", "numpy.int64", ck.nt_xent, X, Y, 1.0, workspace_bytes=LONG.numpy()[0],
+         error=TypeError),
     case("y", "dense", "torch.sparse_coo", ck.info_nce, X, Y.to_sparse(), 1.0, error=TypeError),
     # the scale and the bias
     case("logit_scale", "float or a tensor of one element", "str", ck.clip_loss, X, Y, "1.0", error=TypeError),

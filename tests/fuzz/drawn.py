@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from problems import CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, Problem, differentiable
+from within import WAYS
 
 import contrastive_kernels as ck
 
@@ -46,6 +47,8 @@ class Way:
     normalize: bool = False
     default_dtype: torch.dtype = torch.float32
     threads: int = 1
+    #: a way of tests/within.py
+    within: str | None = None
 
 
 @st.composite
@@ -113,6 +116,7 @@ def ways_of(draw: Any, loss: str | None = None) -> Way:
         normalize=draw(st.booleans()),
         default_dtype=draw(st.sampled_from((torch.float32, torch.float32, torch.float64, torch.bfloat16))),
         threads=draw(st.sampled_from((1, 2))),
+        within=draw(st.sampled_from((None,) * len(WAYS) + WAYS)) if names else None,
     )
 
 
