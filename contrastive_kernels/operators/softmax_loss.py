@@ -143,7 +143,7 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
     problem, (_, both), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
     value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
-    return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
+    return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
 
 
 def _prepared(call: Call) -> Prepared | None:
@@ -208,13 +208,13 @@ def _fake(call: Call) -> Outputs:
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     want_x, want_y, _ = call.wants
     if how.gradients_come_with_the_value:
-        whole = how.place is Place.WHOLE  # whose gradients of scale and bias cost nothing
-        saved = dtype if whole else saved
+        whole = how.place is Place.WHOLE
+        saved, of_params = (dtype, dtype) if whole else (saved, torch.float64)
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
-            *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+            *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
             None, None, None, None,
         )  # fmt: skip
     if True not in call.needs:
