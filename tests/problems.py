@@ -191,6 +191,8 @@ PROBLEMS = (
     Problem("common-256", "logits of 65,536 that differ by one", features="shifted", length=256.0, **COMMON),
     Problem("common-100-panels", "the same in panels", n=130, features="shifted", length=100.0, small_panels=True,
             **COMMON),
+    Problem("common-index", "the same, positives shared and anywhere", n=130, m=33, features="shifted", length=100.0,
+            positives="index", losses=ONE_WAY, **COMMON),
     Problem("common-block", "given positive logits of that size",
             features="shifted", length=100.0, block="all", scale=1.0, losses=DECOMPOSABLE),
     # memory layouts

@@ -55,6 +55,8 @@ def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
+    if normalize is False and _need_no_change(x, y, matching):
+        return x, y
     _, features = check_matrix(x, names[0])
     _, others = check_matrix(y, names[1])
     if features != others:
@@ -76,6 +78,19 @@ def check_features(
     if matching:
         require_equal_lengths(x, y, names)
     return x, y
+
+
+def _need_no_change(x: Any, y: Any, matching: bool) -> bool:
+    """Whether two plain matrices on the CPU are what is asked for: overhead dominates small batches."""
+    if type(x) is not Tensor or type(y) is not Tensor or not x.is_cpu or not y.is_cpu:
+        return False
+    dtype, strided = x.dtype, torch.strided
+    if dtype not in _DTYPES or y.dtype is not dtype or x.layout is not strided or y.layout is not strided:
+        return False
+    if x.is_nested or y.is_nested or x.dim() != 2 or y.dim() != 2 or torch.is_autocast_enabled("cpu"):
+        return False
+    (rows, features), (others, width) = x.shape, y.shape
+    return bool(0 < features == width) and not (matching and rows != others)
 
 
 def check_matrix(value: Any, name: str) -> torch.Size:

@@ -42,10 +42,17 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, x.mm(y.t())
 
 
-def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy from the weights [N, M] of all pairs, positives included."""
-    want_x, want_y, _ = call.wants
-    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
+def whole_gradients(
+    call: Call, weights: Tensor, x: Tensor, y: Tensor, dscale: float, dbias: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included."""
+    want_x, want_y, want_scale, want_bias = call.needs[:4]
+    return (
+        weights.mm(y) if want_x else None,
+        weights.t().mm(x) if want_y else None,
+        weights.new_full((), dscale) if want_scale else None,
+        weights.new_full((), dbias) if want_bias else None,
+    )
 
 
 def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:

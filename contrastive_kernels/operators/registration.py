@@ -18,7 +18,6 @@ from .shared import (
     Outputs,
     Primitive,
     SecondGradients,
-    as_tensor,
     empty_like_scores,
     pack,
 )
@@ -100,7 +99,7 @@ def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) 
 
 def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors that share no memory: an empty one stands for what is not wanted."""
-    found = [empty_like_scores(like) if t is None else as_tensor(t, like) for t in outputs]
+    found = [empty_like_scores(like) if t is None else t for t in outputs]
     return tuple([t if t.dim() else t.clone() for t in found])
 
 

@@ -79,7 +79,7 @@ def _forward(call: Call) -> Outputs:
     if _in_one_call(call):
         x, y, scores = whole_scores(problem)
         value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
-        return value, *whole_gradients(call, scores, x, y), *params
+        return value, *whole_gradients(call, scores, x, y, *params)
     matrix, gain = _matrix(call), _gains(call)
     dots = positive_dots(matrix)
     if reduction != "none" and True in call.needs:
@@ -110,13 +110,13 @@ def _fake(call: Call) -> Outputs:
     x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
     if reduction == "none":
         return x.new_empty(x.shape[0], dtype=dtype), None, None, None, None
-    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
-    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
+    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+        *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
     )
 
 

@@ -6,6 +6,7 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from ..engine.driver import (
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
+from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Side
-from ..panels.size import saved_dtype, score_dtype
+from ..panels.size import blocks, saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
 from .prepared import prepared_for
@@ -100,6 +102,8 @@ def _forward(call: Call) -> Outputs:
     if how.place is Place.WHOLE:
         return _in_one_call(call, backend)
     problem, (reduction, both) = call.problem, call.settings
+    if how.place is Place.BAND and _bands_are_whole(call, backend):
+        return _in_one_call_a_band(call, backend, how.rows)
     saved, scores = saved_dtype(problem.x.dtype), None
     if how.place is Place.KEPT:
         scores = problem.x.new_empty(
@@ -143,7 +147,33 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
     problem, (_, both), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
     value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
-    return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
+    return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
+
+
+def _bands_are_whole(call: Call, backend: Backend) -> bool:
+    """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
+    problem, (_, both) = call.problem, call.settings
+    one_way = not both and not problem.symmetric and problem.pairs is EVERY_PAIR
+    return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
+
+
+def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
+    """Bands of some rows: the backend gives each one's value and weights in one call."""
+    problem, (gain,), (want_x, want_y, _) = call.problem, call.extras, call.wants
+    x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
+    dx, dy = torch.empty_like(x) if want_x else None, torch.empty_like(y) if want_y else None
+    scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
+    for i in blocks(len(x), rows):
+        weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
+        band = replace(problem, x=x[i], y=y, offset=positives.offset, index=positives.index)
+        value, *params = backend.softmax_matrix(weights, band, None if gain is None else gain[i], _share(call), False)
+        totals = [total + part for total, part in zip(totals, (value.item(), *params))]
+        if dx is not None:
+            torch.mm(weights, y, out=dx[i])
+        if dy is not None:
+            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else dy.addmm_(weights.T, x[i])
+    found = torch.tensor(totals, dtype=torch.float64, device=x.device)
+    return found[0].to(x.dtype), dx, dy, *params_of(call, found[1:]), None, None, None, None
 
 
 def _prepared(call: Call) -> Prepared | None:
@@ -208,13 +238,13 @@ def _fake(call: Call) -> Outputs:
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     want_x, want_y, _ = call.wants
     if how.gradients_come_with_the_value:
-        whole = how.place is Place.WHOLE  # whose gradients of scale and bias cost nothing
-        saved = dtype if whole else saved
+        whole = how.place is Place.WHOLE
+        saved, of_params = (dtype, dtype) if whole else (saved, torch.float64)
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
-            *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+            *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
             None, None, None, None,
         )  # fmt: skip
     if True not in call.needs:

@@ -232,7 +232,7 @@ def _whole(call: Call) -> Outputs:
         sides = zip(_gains(call), found, given, call.needs[-2:])
         of_logits = [-gain * _ratio(own, n) if need and n is not None else None for gain, own, n, need in sides]
     padded = [*of_logits, None, None][:2]
-    return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, *padded, *_both(found), dots
+    return value, None, *whole_gradients(call, scores, x, y, dscale, dbias), *padded, *_both(found), dots
 
 
 def _fake(call: Call) -> Outputs:
@@ -248,14 +248,14 @@ def _fake(call: Call) -> Outputs:
     if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
-    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
-    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
+    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),
         None,
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+        *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
         x.new_empty(n, dtype=dtype) if call.needs[-2] else None,
         x.new_empty(m, dtype=dtype) if call.needs[-1] else None,
         *found,
