@@ -27,6 +27,7 @@ from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
+from .tensors import is_named_only, readable, settled
 
 __all__ = [
     "ABSENT_DIMS",
@@ -69,7 +70,7 @@ class Primitive:
         """The results and what callers read beside; what is not wanted is None, or an empty tensor under a compiler."""
         tensors, grad = (*problem.tensors(), *extras), torch.is_grad_enabled()
         if not torch.compiler.is_compiling() and not {type(t) for t in tensors} <= _PLAIN:
-            tensors = tuple([t.as_subclass(Tensor) if _is_named_only(type(t)) else t for t in tensors])
+            tensors = tuple([t.as_subclass(Tensor) if is_named_only(type(t)) else t for t in tensors])
             named = Call.of(tensors, problem.offset, (problem.statics(), settings, ()))
             problem, extras = named.problem, named.extras
         if torch.compiler.is_compiling() or not _is_plain(problem.x):
@@ -145,21 +146,14 @@ def _may_give_away(upstream: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and upstream.item() == 1.0 and not _keeps_graph()
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the engine may read a tensor's memory: no subclass, nothing that records or fakes operations."""
-    kind = type(x)
-    return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
-
-
 #: What a tensor, or a number in its place, usually is.
 _PLAIN = {Tensor, torch.nn.Parameter, float, type(None)}
 
 
-def _is_named_only(kind: type) -> bool:
-    """Whether a type is a subclass of Tensor that changes no operation, whose memory is a tensor's."""
-    if kind is Tensor or kind is torch.nn.Parameter or not issubclass(kind, Tensor):
-        return False
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+def _is_plain(x: Tensor) -> bool:
+    """Whether the engine may read a tensor's memory: no subclass, nothing that records or fakes operations."""
+    kind = type(x)
+    return (kind is Tensor or kind is torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _without_autocast(function: Callable[..., Outputs], call: Call, *rest: Any) -> Outputs:
@@ -258,8 +252,8 @@ class _Prepared(torch.autograd.Function):
             upstreams = (upstream, *[None] * (primitive.results - 1))
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
-            x, y = map(_readable, tensors[:2])
-            found = prepared.backward(x, y, *tensors[2:4], [_readable(t) for t in kept], _settled(upstream))
+            x, y = map(readable, tensors[:2])
+            found = prepared.backward(x, y, *tensors[2:4], [readable(t) for t in kept], settled(upstream))
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
@@ -269,20 +263,6 @@ def _refuse_tangents(tensors: Sequence[Any]) -> None:
         raise NotImplementedError(
             "contrastive_kernels: no forward-mode derivatives; torch.func.jacrev and backward() have them in reverse"
         )
-
-
-def _settled(upstream: Tensor) -> Tensor:
-    """What comes from upstream in memory as it is: torch knows of lazy negatives, and of zeros without memory."""
-    return upstream.resolve_neg().clone() if upstream.is_neg() or upstream._is_zerotensor() else upstream
-
-
-def _readable(saved: Tensor) -> Tensor:
-    """A saved tensor as what is prepared reads it: hooks may have given its values another layout or place."""
-    if saved.is_neg():
-        saved = saved.resolve_neg()
-    if not saved.is_contiguous():
-        saved = saved.contiguous()
-    return saved.clone() if saved.data_ptr() & 15 else saved
 
 
 def _run(call: Call, prepared: Prepared) -> Outputs:
@@ -308,7 +288,7 @@ def _gradients(
         return _Gradients.apply(primitive, offset, statics, len(kept), *tensors, *kept, *results)
     if primitive.comes_with_value(kept, needs):
         return primitive.scaled(needs, tensors, kept, results[0])
-    results = tuple([None if g is None else _settled(g) for g in results])
+    results = tuple([None if g is None else settled(g) for g in results])
     return _without_autocast(primitive.gradients, Call.of(tensors, offset, statics), kept, results)
 
 

@@ -171,7 +171,7 @@ def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
         if dx is not None:
             torch.mm(weights, y, out=dx[i])
         if dy is not None:
-            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else dy.addmm_(weights.T, x[i])
+            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else torch.addmm(dy, weights.T, x[i], out=dy)
     found = torch.tensor(totals, dtype=torch.float64, device=x.device)
     return found[0].to(x.dtype), dx, dy, *params_of(call, found[1:]), None, None, None, None
 
