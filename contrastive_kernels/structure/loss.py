@@ -142,8 +142,6 @@ class SeparationHead(nn.Module):
         return nn.functional.normalize(self.layers(features), dim=-1)
 
 
-_GIVEN_BY_THE_MODULE = ("return_terms", "group", "gradients", "strategy", "uneven")
-
 #: What an option of a regulariser is checked by.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     name: partial(check_number, name=name, positive=False)
@@ -155,6 +153,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "backend": check_backend,
     "workspace_bytes": check_workspace,
 }
+
+_GIVEN_BY_THE_MODULE = ("return_terms", "group", "gradients", "strategy", "uneven")
 
 
 def _options(given: Any, name: str, function: Callable[..., Any]) -> dict[str, Any]:
