@@ -64,6 +64,11 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "very-stale": ("decomposable_pair",),
         "stale-panels": ("decomposable_pair",),
         "drawn-wide": ("decomposable",),
+        "ids": None,
+        "ids-panels": ("clip_loss", "nt_xent"),
+        "ids-sigmoid-wide": None,
+        "ids-far-apart": ("clip_loss", "sigmoid", "decomposable_pair"),
+        "ids-equal": ("nt_xent", "sigmoid"),
     },
     "float16": {
         "base": None,
@@ -73,6 +78,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "zero-weights": ("clip_loss",),
         "sparse-weights": ("decomposable",),
         "rather-stale": None,
+        "ids-solved": ("clip_loss", "sigmoid"),
     },
     "bfloat16": {
         "base": None,

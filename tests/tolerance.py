@@ -242,7 +242,8 @@ def from_scores(
     itself = torch.eye(z.shape[1], dtype=torch.float64)
     if loss == "nt_xent":
         positives = torch.arange(len(z)).roll(len(z) // 2)
-        value = reference.info_nce(z, itself, 1.0, positives=positives, weight=weight, reduction=reduction)
+        ids = None if inputs.ids is None else inputs.ids[0].repeat(2)
+        value = reference.info_nce(z, itself, 1.0, positives=positives, ids=ids, weight=weight, reduction=reduction)
     else:
         value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)
     value.backward(problems.upstream_like(value, inputs.problem.seed) if upstream is None else upstream)

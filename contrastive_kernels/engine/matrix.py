@@ -17,7 +17,7 @@ from ..panels.panel import in_pieces
 from ..panels.size import Size, multiprocessors, score_dtype, workspace_for
 from ..panels.terms import PairTerm
 
-__all__ = ["Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
+__all__ = ["PROBLEM_TENSORS", "Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +223,7 @@ class ScoreMatrix:
             self,
             x=self.x[rows],
             positives=self.positives.band(rows),
+            pairs=self.pairs.of_rows(rows),
             scores=scores[: rows.stop - rows.start],
             is_band=True,
         )

@@ -22,11 +22,13 @@ from ..arguments.checks import (
     require_equal_lengths,
     require_one_process,
 )
+from ..arguments.ids import pairs_of_ids
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
+from ..panels.pairs import EVERY_PAIR
 from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -43,6 +45,7 @@ def decomposable(
     negative_scale: float = 1.0,
     positive_logits: Tensor | Sequence[Tensor] | None = None,
     positives: int | Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -81,6 +84,8 @@ def decomposable(
     positives : int or Tensor, optional
         As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
         positive is not among the columns.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`; with two directions they are left out of both.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
@@ -132,7 +137,15 @@ def decomposable(
     shape, c, k = _check_rule(shape, positive_constant, negative_scale)
     log_k = log_or_minus_infinity(k)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+    problem = Problem(
+        x,
+        y,
+        scale,
+        offset=offset,
+        index=index,
+        pairs=EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y),
+        engine=engine,
+    )
     gain = row_gains(weight, x.shape[0], x, reduction)
     check_generator(generator, x.device)
     check_flag(return_log_normalizer, "return_log_normalizer")
@@ -281,6 +294,7 @@ class DecomposableLoss(Loss):
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M]).
 
@@ -297,6 +311,7 @@ class DecomposableLoss(Loss):
             log_normalizer,
             positive_logits=positive_logits,
             positives=positives,
+            ids=ids,
             weight=weight,
             generator=generator,
             **self.options,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..arguments.checks import (
@@ -12,10 +14,12 @@ from ..arguments.checks import (
     check_scale,
     require_one_process,
 )
+from ..arguments.ids import pairs_of_ids
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
 from ..engine.matrix import Problem
 from ..operators.sigmoid_loss import sigmoid_loss
+from ..panels.pairs import EVERY_PAIR
 from .module import PAIR_NAMES, Loss
 
 __all__ = ["SigmoidLoss", "sigmoid"]
@@ -27,6 +31,7 @@ def sigmoid(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
+    ids: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -38,9 +43,12 @@ def sigmoid(
     Parameters
     ----------
     image_features, text_features : Tensor
-        Matching rows [N, D] of one dtype and device.
+        Matching rows [N, D] of one dtype and device; with ``ids`` any rows [N, D] and [M, D].
     logit_scale, logit_bias : float or Tensor
         z = logit_scale * <x, y> + logit_bias; both may be tensors of one element that require gradients.
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the images [N] and of the texts [M], one tensor for both where N == M: the matching pairs are
+        those of equal ids, several of a row or none. Without ids, image i matches text i.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -75,9 +83,10 @@ def sigmoid(
     0.69328
     """
     check_reduction(reduction)
-    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
     scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
-    problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
+    offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of_ids(ids, x, y))
+    problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
     return sigmoid_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
@@ -112,8 +121,9 @@ class SigmoidLoss(Loss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Matching rows [N, D].
+        """Matching rows [N, D]; with ids any rows [N, D] and [M, D].
 
         Raises
         ------
@@ -123,5 +133,5 @@ class SigmoidLoss(Loss):
         require_one_process("SigmoidLoss")
         check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = sigmoid(image_features, text_features, logit_scale, bias, weight=weight, **self.options)
+        loss = sigmoid(image_features, text_features, logit_scale, bias, ids=ids, weight=weight, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss

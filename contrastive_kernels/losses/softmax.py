@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,12 @@ from ..arguments.checks import (
     check_scale,
     require_one_process,
 )
+from ..arguments.ids import pairs_of_ids, pairs_of_samples
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import row_gains
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
+from ..panels.pairs import EVERY_PAIR
 from .module import PAIR_NAMES, Loss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
@@ -29,6 +33,7 @@ def info_nce(
     logit_scale: float | Tensor,
     *,
     positives: int | Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -49,6 +54,10 @@ def info_nce(
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]).
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
+        equals the row's is no negative of it. Labels, captions that occur twice, users, documents. The row's own
+        positive counts whatever its id.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -94,7 +103,8 @@ def info_nce(
     x, y = check_features(x, y, ("x", "y"), normalize)
     index, offset = check_positives(positives, x, y)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+    pairs = EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y)
+    problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
     return softmax_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
 
@@ -103,6 +113,7 @@ def clip_loss(
     text_features: Tensor,
     logit_scale: float | Tensor,
     *,
+    ids: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -117,6 +128,9 @@ def clip_loss(
         Matching rows [N, D] of one dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
+        equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
     weight : Tensor, optional
         Weights of the pairs [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -157,7 +171,9 @@ def clip_loss(
     check_reduction(reduction)
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    problem = Problem(x, y, scale, offset=0, engine=engine)
+    problem = Problem(
+        x, y, scale, offset=0, pairs=EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y), engine=engine
+    )
     return softmax_loss(
         problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction, both=True
     )
@@ -168,6 +184,7 @@ def nt_xent(
     z2: Tensor,
     logit_scale: float | Tensor,
     *,
+    ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -182,6 +199,8 @@ def nt_xent(
         Two views of the same samples [N, D] of one dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    ids : Tensor, optional
+        Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -225,7 +244,8 @@ def nt_xent(
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     gains = row_gains(weight, n, views, reduction, repeats=2)
-    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, engine=engine)
+    pairs = EVERY_PAIR if ids is None else pairs_of_samples(ids, z1)
+    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
     return softmax_loss(problem, gains, reduction)
 
 
@@ -258,6 +278,7 @@ class InfoNCELoss(Loss):
         logit_scale: float | Tensor,
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Anchors [N, D], candidates [M, D].
 
@@ -267,7 +288,7 @@ class InfoNCELoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("InfoNCELoss")
-        return info_nce(x, y, logit_scale, positives=positives, weight=weight, **self.options)
+        return info_nce(x, y, logit_scale, positives=positives, ids=ids, weight=weight, **self.options)
 
 
 class ClipLoss(Loss):
@@ -301,6 +322,7 @@ class ClipLoss(Loss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients.
 
@@ -311,7 +333,7 @@ class ClipLoss(Loss):
         """
         require_one_process("ClipLoss")
         check_flag(output_dict, "output_dict")
-        loss = clip_loss(image_features, text_features, logit_scale, weight=weight, **self.options)
+        loss = clip_loss(image_features, text_features, logit_scale, ids=ids, weight=weight, **self.options)
         if logit_bias is not None:
             bias = check_scale(image_features, logit_bias, "logit_bias")
             if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
@@ -340,7 +362,14 @@ class NTXentLoss(Loss):
     torch.Size([8])
     """
 
-    def forward(self, z1: Tensor, z2: Tensor, logit_scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        logit_scale: float | Tensor,
+        weight: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
         """Two views of the same samples [N, D].
 
         Raises
@@ -349,4 +378,4 @@ class NTXentLoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("NTXentLoss")
-        return nt_xent(z1, z2, logit_scale, weight=weight, **self.options)
+        return nt_xent(z1, z2, logit_scale, ids=ids, weight=weight, **self.options)

@@ -1,5 +1,6 @@
 """The sigmoid loss: sum_j softplus(z_ij) over a row's negatives + softplus(-z_i,p(i)).
 
+Where pairs have ids, those of equal ids are positives too, within the stream: softplus(-z_ij).
 Its weights depend on nothing but the pair's own score, so one pass gives value and gradients of a sum.
 """
 
@@ -12,7 +13,7 @@ from torch.nn.functional import logsigmoid, softplus
 from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, positive_dots, positive_logits, statistics_pass
-from ..engine.gradients import Wanted
+from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
@@ -32,7 +33,7 @@ def sigmoid_loss(problem: Problem, gain: Tensor | None, reduction: str) -> Tenso
     Parameters
     ----------
     problem : Problem
-        Every row has a positive.
+        Every row has a positive, or none has one beside those of its id.
     gain : Tensor, optional
         Weights of the rows [N] in the dtype of the scores; with a mean, as shares of 1.
     reduction : {"mean", "sum", "none"}
@@ -81,11 +82,10 @@ def _forward(call: Call) -> Outputs:
         value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
         return value, *whole_gradients(call, scores, x, y), *params
     matrix, gain = _matrix(call), _gains(call)
-    dots = positive_dots(matrix)
     if reduction != "none" and True in call.needs:
-        return _pass(call, matrix, dots, gain)
+        return _pass(call, matrix, gain)
     rows, _ = statistics_pass(matrix, cols=False)
-    losses = gain * (rows[0] - logsigmoid(positive_logits(matrix, dots)))
+    losses = gain * _losses(rows, matrix)
     return losses if reduction == "none" else losses.sum(), None, None, None, None
 
 
@@ -94,13 +94,30 @@ def _matrix(call: Call) -> ScoreMatrix:
     return ScoreMatrix.of(problem, SIGMOID, problem.backend(), saved_dtype(problem.x.dtype))
 
 
-def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
-    """The losses' weighted sum, and its gradients."""
-    z_pos, state = positive_logits(matrix, dots), neutral_state(matrix, len(dots))
-    dz_pos = -torch.sigmoid(-z_pos) * gain
-    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
+def _losses(state: Tensor, matrix: ScoreMatrix) -> Tensor:
+    """The rows' losses [N], from the sums over the stream [1, N]."""
+    if not matrix.positives.exist:
+        return state[0]
+    return state[0] - logsigmoid(positive_logits(matrix, positive_dots(matrix)))
+
+
+def _weigh(call: Call, matrix: ScoreMatrix, gain: Tensor) -> tuple[Gradients, Tensor]:
+    """The gradients of sum_i gain_i loss_i, and the rows' sums over the stream."""
+    state, wanted = neutral_state(matrix, len(gain)), Wanted(*call.wants)
+    side = Side(state, None, gain)
+    if not matrix.positives.exist:
+        return gradient_pass(matrix, side, Side(), wanted), state
+    dots = positive_dots(matrix)
+    dz_pos = -torch.sigmoid(-positive_logits(matrix, dots)) * gain
+    made = gradient_pass(matrix, side, Side(), wanted, dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
-    value = (gain * (state[0] - logsigmoid(z_pos))).sum()
+    return made, state
+
+
+def _pass(call: Call, matrix: ScoreMatrix, gain: Tensor) -> Outputs:
+    """The losses' weighted sum, and its gradients."""
+    made, state = _weigh(call, matrix, gain)
+    value = (gain * _losses(state, matrix)).sum()
     return value, made.dx, made.dy, *params_of(call, made.dparams)
 
 
@@ -125,19 +142,16 @@ def _fake(call: Call) -> Outputs:
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The pass with upstream's gains: every row has a factor of its own."""
-    matrix, gain = _matrix(call), _gains(call) * upstream[0]
-    dots = positive_dots(matrix)
-    dz_pos = -torch.sigmoid(-positive_logits(matrix, dots)) * gain
-    state = neutral_state(matrix, len(dots))
-    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
-    add_positive_params(matrix, made, dz_pos, dots)
+    made, _ = _weigh(call, _matrix(call), _gains(call) * upstream[0])
     return gradients_of(call, made)
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows, or their sum, in operations of torch."""
-    z, z_pos = dense_logits(call.problem, rows, turned)
-    losses = softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
+    z, z_pos = dense_logits(call.problem, rows, turned, signed=True)
+    losses = softplus(z, threshold=1e9).sum(1)
+    if call.problem.positives.exist:
+        losses = losses - logsigmoid(z_pos)
     (gain,), (reduction,) = call.extras, call.settings
     losses = _share(call) * losses if gain is None else gain[rows] * losses
     return (losses if reduction == "none" else losses.sum(),)

@@ -14,7 +14,7 @@ from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, positive_logits, statistics_pass
 from ..engine.gradients import Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.matrix import PROBLEM_TENSORS, Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
@@ -294,8 +294,8 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     return (None, values) if turned else (values, None)
 
 
-#: x, y, scale, bias, and the logits of the rows' and the columns' positives.
-_MADE = (0, 1, 2, 3, 10, 11)
+#: x, y, scale, bias, and the logits of the rows' and the columns' positives, which come after four other extras.
+_MADE = (0, 1, 2, 3, PROBLEM_TENSORS + 4, PROBLEM_TENSORS + 5)
 
 weighted_sum = register(
     Primitive(

@@ -24,7 +24,7 @@ class Pairs(NamedTuple):
     columns: Tensor | None = None
     #: [M] added to the logits of a column, in the dtype of the scores; -inf leaves the column out
     col_bias: Tensor | None = None
-    #: [N], [M] int64: pairs of equal ids are left out (of searches)
+    #: [N], [M] int64: pairs of equal ids: left out of exponentials and searches, and positives of the sigmoid term
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
     #: where this block begins in the whole matrix
@@ -34,13 +34,15 @@ class Pairs(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that a differentiable problem may say of its pairs, as :meth:`of` takes them."""
-        return (self.col_bias,)
+        return self.col_bias, self.row_ids, self.col_ids
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Pairs:
         """What these tensors say."""
-        (col_bias,) = tensors
-        return EVERY_PAIR if col_bias is None else cls(col_bias=col_bias)
+        col_bias, row_ids, col_ids = tensors
+        if col_bias is None and row_ids is None:
+            return EVERY_PAIR
+        return cls(col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
 
     def block(self, rows: slice, cols: slice) -> Pairs:
         """The same of a block of this one's rows and columns."""
@@ -65,6 +67,17 @@ class Pairs(NamedTuple):
     def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
         """Logits [..., n] of these n columns, with what is added to a column's; the same tensor if that is nothing."""
         return z if self.col_bias is None else z + self.col_bias[columns]
+
+    def of_rows(self, rows: slice) -> Pairs:
+        """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""
+        return self if self.row_ids is None else self._replace(row_ids=self.row_ids[rows])
+
+    def alike(self, rows: slice, turned: bool = False) -> Tensor | None:
+        """Which pairs of these rows (turned: columns) have equal ids [R, M]; None where nobody has ids."""
+        if self.row_ids is None or self.col_ids is None:
+            return None
+        own, others = (self.col_ids, self.row_ids) if turned else (self.row_ids, self.col_ids)
+        return own[rows, None] == others
 
 
 #: Nothing is said: every pair counts, and its logit is scale * score + bias.

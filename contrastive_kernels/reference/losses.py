@@ -34,16 +34,22 @@ Scale = float | Tensor
 LogNormalizer = Tensor | Sequence[Tensor]
 
 
+Ids = Tensor | Sequence[Tensor]
+
+
 def info_nce(
     x: Tensor,
     y: Tensor,
     logit_scale: Scale,
     *,
     positives: int | Tensor | None = None,
+    ids: Ids | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """InfoNCE in one direction [1]_: loss_i = softplus(logsumexp_{j != p(i)} z_ij - z_i,p(i)).
+    """InfoNCE in one direction [1]_: loss_i = softplus(logsumexp_{j in N(i)} z_ij - z_i,p(i)).
+
+    N(i) are all columns but p(i) and, with ids, those of the row's id.
 
     Parameters
     ----------
@@ -53,6 +59,8 @@ def info_nce(
         The inverse temperature.
     positives : int or Tensor, optional
         p(i): an offset (p(i) = i + offset; 0 by default) or indices [N].
+    ids : Tensor or pair of Tensor, optional
+        Integers of the rows [N] and the columns [M]; one tensor for both.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -64,7 +72,8 @@ def info_nce(
         A scalar, or [N].
     """
     p = _positive_indices(x, positives)
-    return _reduce(_softmax_losses(logit_scale * (x @ y.T), p), weight, reduction)
+    alike = _alike(ids)
+    return _reduce(_softmax_losses(logit_scale * (x @ y.T), p, alike), weight, reduction)
 
 
 def clip_loss(
@@ -72,6 +81,7 @@ def clip_loss(
     text_features: Tensor,
     logit_scale: Scale,
     *,
+    ids: Ids | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -83,6 +93,8 @@ def clip_loss(
         Matching rows [N, D].
     logit_scale : float or Tensor
         The inverse temperature.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`, in both directions.
     weight : Tensor, optional
         Weights of the pairs [N].
     reduction : {"mean", "sum", "none"}
@@ -95,11 +107,19 @@ def clip_loss(
     """
     z = logit_scale * (image_features @ text_features.T)
     p = _positive_indices(image_features, None)
-    return _reduce((_softmax_losses(z, p) + _softmax_losses(z.T, p)) / 2, weight, reduction)
+    alike = _alike(ids)
+    turned = None if alike is None else alike.T
+    return _reduce((_softmax_losses(z, p, alike) + _softmax_losses(z.T, p, turned)) / 2, weight, reduction)
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, logit_scale: Scale, *, weight: Tensor | None = None, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: Scale,
+    *,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """NT-Xent [3]_: InfoNCE of 2N views against one another, each view left out of its own denominator.
 
@@ -109,6 +129,8 @@ def nt_xent(
         Two views of the same samples [N, D].
     logit_scale : float or Tensor
         The inverse temperature.
+    ids : Tensor, optional
+        Integers of the samples [N]: views of equal ones are left out too.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -124,7 +146,8 @@ def nt_xent(
     itself = torch.arange(2 * n, dtype=torch.int64, device=views.device)
     z = (logit_scale * (views @ views.T)).masked_fill(itself[:, None] == itself, -torch.inf)
     both = None if weight is None else weight.repeat(2)
-    return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1)), both, reduction)
+    alike = None if ids is None else _alike(torch.cat([ids, ids]))
+    return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1), alike), both, reduction)
 
 
 def sigmoid(
@@ -133,6 +156,7 @@ def sigmoid(
     logit_scale: Scale,
     logit_bias: Scale,
     *,
+    ids: Ids | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -144,6 +168,8 @@ def sigmoid(
         Matching rows [N, D].
     logit_scale, logit_bias : float or Tensor
         z = logit_scale * <x, y> + logit_bias.
+    ids : Tensor or pair of Tensor, optional
+        Integers of the rows [N] and the columns [M]: the matching pairs are those of equal ones, and not the diagonal.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -155,7 +181,9 @@ def sigmoid(
         A scalar, or [N].
     """
     z = logit_scale * (image_features @ text_features.T) + logit_bias
-    sign = 2 * torch.eye(len(z), dtype=z.dtype, device=z.device) - 1
+    alike = _alike(ids)
+    matching = torch.eye(len(z), dtype=torch.bool, device=z.device) if alike is None else alike
+    sign = 2 * matching.to(z.dtype) - 1
     return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
 
 
@@ -170,6 +198,7 @@ def decomposable(
     negative_scale: float = 1.0,
     positive_logits: LogNormalizer | None = None,
     positives: int | Tensor | None = None,
+    ids: Ids | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -197,6 +226,8 @@ def decomposable(
         z_i,p(i) where the columns do not hold row i's positive.
     positives : int or Tensor, optional
         As in :func:`info_nce`; with ``positive_logits``, an index of -1 says that the columns do not hold it.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the rows [N].
     generator : torch.Generator, optional
@@ -217,13 +248,14 @@ def decomposable(
     nowhere = positive_logits is not None and positives is None
     held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device) if nowhere else _positive_indices(x, positives)
     log_k = log_or_minus_infinity(negative_scale)
-    losses, log_zs = [], []
-    for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
+    losses, log_zs, alike = [], [], _alike(ids)
+    masks = (None, None) if alike is None else (alike, alike.T)
+    for scores, log_zbar, z_pos, mask in zip((z, z.T), normalizers, given, masks):
         log_zbar = log_zbar.detach().to(z.dtype)
         log_weight = draw_log_weights(log_zbar, shape, generator)
         if z_pos is None:
             z_pos = scores.gather(1, held[:, None])[:, 0]
-        h = _mask(scores, held) - z_pos[:, None]
+        h = _mask(scores, held, mask) - z_pos[:, None]
         log_u = log_weight - log_zbar
         exponents = h + (log_u + log_k)[:, None]
         if weight is not None:  # a row that does not count must not overflow, neither in its value nor in gradients
@@ -252,10 +284,19 @@ def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:
     return torch.arange(len(x), dtype=torch.int64, device=x.device) + (positives or 0)
 
 
-def _mask(z: Tensor, positives: Tensor) -> Tensor:
-    """z with every row's positive at -inf; an index of -1 masks nothing."""
+def _alike(ids: Ids | None) -> Tensor | None:
+    """Which rows and columns have equal ids [N, M]."""
+    if ids is None:
+        return None
+    rows, cols = (ids, ids) if isinstance(ids, Tensor) else ids
+    return rows[:, None] == cols
+
+
+def _mask(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
+    """z with every row's positive, and what is alike, at -inf; an index of -1 masks nothing."""
     columns = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
-    return z.masked_fill(columns == positives[:, None], -torch.inf)
+    out = columns == positives[:, None]
+    return z.masked_fill(out if alike is None else out | alike, -torch.inf)
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -267,10 +308,13 @@ def _logsumexp(z: Tensor) -> Tensor:
     return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
 
 
-def _softmax_losses(z: Tensor, positives: Tensor) -> Tensor:
-    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1."""
+def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
+    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1.
+
+    So is what is alike [N, M].
+    """
     z_pos = z.gather(1, positives[:, None])[:, 0]
-    return -logsigmoid(z_pos - _logsumexp(_mask(z, positives)))
+    return -logsigmoid(z_pos - _logsumexp(_mask(z, positives, alike)))
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -33,7 +33,7 @@ KINDS: dict[str, Kind] = {
     "positive_logits": bad.vector,
     "weight": bad.weight,
     "positives": bad.positives,
-    "exclude": bad.ids,
+    **dict.fromkeys(("exclude", "ids"), bad.ids),
     "index": bad.samples,
     "generator": bad.generator,
     **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit"), bad.word),

@@ -89,6 +89,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
         layout=draw(st.sampled_from(LAYOUTS)),
         positives=positives,
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
+        ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,
         decomposable=tuple(options),

@@ -102,6 +102,15 @@ def calls(
     biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
+    ids = Pairs(row_ids=fakes.tensor(n, dtype=torch.int64), col_ids=fakes.tensor(m, dtype=torch.int64))
+    for reduction in ("mean", "none"):
+        yield (
+            softmax_losses,
+            Problem(x, other, scale, bias, index=index, pairs=ids, engine=engine),
+            (c,),
+            (reduction, False),
+        )
+        yield sigmoid_losses, Problem(x, other, scale, bias, pairs=ids, engine=engine), (None,), (reduction,)
 
 
 def is_fixed(fakes: Fakes, size: int | SymInt) -> bool:
