@@ -65,6 +65,9 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "stale-panels": ("decomposable_pair",),
         "drawn-wide": ("decomposable",),
         "ids": None,
+        "candidate-bias": None,
+        "padded": ("info_nce", "sigmoid", "decomposable"),
+        "biased-zero-scale": ("info_nce",),
         "ids-panels": ("clip_loss", "nt_xent"),
         "ids-sigmoid-wide": None,
         "ids-far-apart": ("clip_loss", "sigmoid", "decomposable_pair"),
@@ -79,6 +82,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "sparse-weights": ("decomposable",),
         "rather-stale": None,
         "ids-solved": ("clip_loss", "sigmoid"),
+        "candidate-bias": ("info_nce",),
     },
     "bfloat16": {
         "base": None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["features_of", "ids_of", "lay_out", "weights_of"]
+__all__ = ["biases_of", "features_of", "ids_of", "lay_out", "weights_of"]
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -95,3 +95,15 @@ def ids_of(problem: Any, n: int, m: int, g: torch.Generator) -> tuple[Tensor, Te
         case "different":
             return torch.arange(n), torch.arange(n, n + m)
     raise ValueError(problem.ids)
+
+
+def biases_of(problem: Any, m: int, g: torch.Generator) -> Tensor | None:
+    """What is added to the candidates' logits [M]."""
+    match problem.candidate_bias:
+        case None:
+            return None
+        case "normal":
+            return torch.randn(m, generator=g)
+        case "padded":
+            return torch.randn(m, generator=g).masked_fill(torch.rand(m, generator=g) < 0.2, -torch.inf)
+    raise ValueError(problem.candidate_bias)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from made import features_of, ids_of, lay_out, weights_of
+from made import biases_of, features_of, ids_of, lay_out, weights_of
 from torch import Tensor
 
 import contrastive_kernels
@@ -23,6 +23,9 @@ ONE_WAY = ("info_nce", "decomposable")
 PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
 DECOMPOSABLE = ("decomposable", "decomposable_pair")
 ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
+
+#: Those that take biases of candidates.
+BIASED = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable")
 
 #: Backends of CPU tensors. The others run on GPUs (test_gpu.py), or in an interpreter of their own (test_triton.py).
 CPU_BACKENDS = ("cpu", "torch")
@@ -58,6 +61,8 @@ class Problem:
     #: None, or the ids of rows and columns: "shared" (a third as many as rows, negative and large ones among them),
     #: "equal" or "different"
     ids: str | None = None
+    #: None, or what is added to the candidates' logits: "normal", or "padded" (-inf among them)
+    candidate_bias: str | None = None
     #: panels as small as the engine takes them, so that several are walked in both directions
     small_panels: bool = False
     workspace_bytes: int | None = None
@@ -99,6 +104,7 @@ class Inputs:
     positives: int | Tensor | None = None
     weight: Tensor | None = None
     ids: tuple[Tensor, Tensor] | None = None
+    candidate_bias: Tensor | None = None
     log_normalizer: tuple[Tensor, Tensor] | None = None
     positive_logits: tuple[Tensor, Tensor] | None = None
     decomposable: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +116,8 @@ class Inputs:
         options["weight"] = self.weight
         if self.ids is not None:
             options["ids"] = self.ids[0] if loss == "nt_xent" else self.ids
+        if self.candidate_bias is not None:
+            options.setdefault("candidate_bias", self.candidate_bias.to(score_dtype(x.dtype)))
         if loss == "sigmoid":
             return module.sigmoid(x, y, scale, bias, **options)
         if loss in ("clip_loss", "nt_xent"):
@@ -226,6 +234,20 @@ PROBLEMS = (
     Problem("ids-far-apart", "rows and columns with normalisers far apart",
             n=130, scale=1.0, features="outliers", ids="shared"),
     Problem("ids-equal", "no negatives: softmax losses are 0, gradients too", n=33, ids="equal"),
+    # what is added to the candidates' logits
+    Problem("candidate-bias", "log q, say, with its gradient", candidate_bias="normal", losses=BIASED),
+    Problem("padded", "some candidates are padding, and so are some rows' positives",
+            n=130, ids="shared", weight="sparse", candidate_bias="padded", small_panels=True, losses=BIASED),
+    Problem("padded-kept", "the same with kept scores",
+            n=257, d=1000, candidate_bias="padded", workspace_bytes=16 * 257**2, losses=BIASED),
+    Problem("padded-index", "the same with shared positives", n=130, m=33, positives="index", candidate_bias="padded",
+            losses=ONE_WAY),
+    Problem("padded-wide", "more texts than images", n=33, m=150, ids="shared", candidate_bias="padded",
+            losses=("sigmoid",)),
+    Problem("biased-block", "given positive logits, which have no bias", block="all", candidate_bias="padded",
+            losses=("decomposable",)),
+    Problem("biased-zero-scale", "the biases' gradient does not come of the scores'",
+            scale=0.0, candidate_bias="normal", losses=BIASED),
     Problem("ids-different", "nothing is left out, and the sigmoid loss has no positives", n=33, ids="different"),
     # the decomposable loss
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
@@ -262,6 +284,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
         positives=positives,
         weight=weights_of(problem, g),
         ids=ids_of(problem, n, m, g),
+        candidate_bias=biases_of(problem, m, g),
         decomposable=dict(problem.decomposable),
     )
     if problem.block is not None:
@@ -326,15 +349,20 @@ def run(
     **options: Any,
 ) -> Outcome:
     """The loss of `module` on the inputs in `dtype` (a layout is kept where it is their own), forward and backward."""
-    names = differentiable(loss) if needs is None else needs
+    names = (*differentiable(loss), "candidate_bias") if needs is None else needs
     features = {"x": inputs.x, "y": inputs.y}
     if dtype != inputs.x.dtype:
         features = {name: v.to(dtype) for name, v in features.items()}
     scalars = {name: v.to(score_dtype(dtype)) for name, v in (("scale", inputs.scale), ("bias", inputs.bias))}
     leaves = {name: v.detach().requires_grad_(name in names) for name, v in (features | scalars).items()}
-    value = inputs.call(module, loss, *leaves.values(), **options)
+    biased = {}
+    if inputs.candidate_bias is not None:
+        bias = inputs.candidate_bias.to(score_dtype(dtype)).detach().clone()
+        biased = {"candidate_bias": bias.requires_grad_("candidate_bias" in names)}
+    value = inputs.call(module, loss, *leaves.values(), **biased, **options)
     upstream = upstream_like(value, inputs.problem.seed).to(value)
-    if names:
+    leaves |= biased
+    if value.requires_grad:
         torch.autograd.backward(value, upstream)
     return Outcome(value.detach(), {name: leaf.grad for name, leaf in leaves.items()})
 

@@ -47,7 +47,7 @@ class TorchBackend(Backend):
             centered = panel.scores - panel.params[2]
             panel.dparams[0] += centered.mul_(w).sum(dtype=panel.dparams.dtype)
             panel.dparams[1] += w.sum(dtype=panel.dparams.dtype)
-        torch.mul(w, panel.params[0], out=w)
+        torch.mul(w, panel.params[0] if panel.factor is None else panel.factor, out=w)
         panel.weights.copy_(w)
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:

@@ -22,8 +22,8 @@ from ..arguments.checks import (
     require_equal_lengths,
     require_one_process,
 )
-from ..arguments.ids import pairs_of_ids
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, without_padding
 from ..arguments.reduction import row_gains
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
@@ -46,6 +46,7 @@ def decomposable(
     positive_logits: Tensor | Sequence[Tensor] | None = None,
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -86,6 +87,8 @@ def decomposable(
         positive is not among the columns.
     ids : Tensor or pair of Tensor, optional
         As in :func:`info_nce`; with two directions they are left out of both.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
@@ -137,15 +140,14 @@ def decomposable(
     shape, c, k = _check_rule(shape, positive_constant, negative_scale)
     log_k = log_or_minus_infinity(k)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    problem = Problem(
-        x,
-        y,
-        scale,
-        offset=offset,
-        index=index,
-        pairs=EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y),
-        engine=engine,
-    )
+    pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+    if pairs.adds:
+        if len(sides) == 2:
+            raise ValueError(
+                "candidate_bias: expected None with a pair of log_normalizer, which trains both directions"
+            )
+        x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+    problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
     gain = row_gains(weight, x.shape[0], x, reduction)
     check_generator(generator, x.device)
     check_flag(return_log_normalizer, "return_log_normalizer")
@@ -295,6 +297,7 @@ class DecomposableLoss(Loss):
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M]).
 
@@ -312,6 +315,7 @@ class DecomposableLoss(Loss):
             positive_logits=positive_logits,
             positives=positives,
             ids=ids,
+            candidate_bias=candidate_bias,
             weight=weight,
             generator=generator,
             **self.options,

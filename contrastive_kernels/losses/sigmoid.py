@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..arguments.checks import (
@@ -14,8 +16,8 @@ from ..arguments.checks import (
     check_scale,
     require_one_process,
 )
-from ..arguments.ids import pairs_of_ids
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, without_padding
 from ..arguments.reduction import row_gains
 from ..engine.matrix import Problem
 from ..operators.sigmoid_loss import sigmoid_loss
@@ -32,6 +34,7 @@ def sigmoid(
     logit_bias: float | Tensor,
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -49,6 +52,9 @@ def sigmoid(
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [M], one tensor for both where N == M: the matching pairs are
         those of equal ids, several of a row or none. Without ids, image i matches text i.
+    candidate_bias : Tensor, optional
+        Added to the logits of the texts [M], matching or not. It may require a gradient. A text of -inf is padding: its
+        features are not used, not even if they are NaN; without ids, so is its image, which is left out of the mean.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -85,7 +91,12 @@ def sigmoid(
     check_reduction(reduction)
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
     scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
-    offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of_ids(ids, x, y))
+    offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of(ids, None, x, y))
+    if candidate_bias is not None:
+        of_pairs = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+        pairs = pairs_of(of_pairs if ids is None else ids, candidate_bias, x, y)  # in the stream, which leaves out
+        x, y, weight = without_padding(x, y, pairs, offset, None, weight)
+        offset = None
     problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
     return sigmoid_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
@@ -122,6 +133,7 @@ class SigmoidLoss(Loss):
         output_dict: bool = False,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]; with ids any rows [N, D] and [M, D].
 
@@ -133,5 +145,6 @@ class SigmoidLoss(Loss):
         require_one_process("SigmoidLoss")
         check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = sigmoid(image_features, text_features, logit_scale, bias, ids=ids, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        loss = sigmoid(image_features, text_features, logit_scale, bias, **members, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss

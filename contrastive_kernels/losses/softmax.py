@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,15 @@ from ..arguments.checks import (
     check_engine,
     check_features,
     check_flag,
+    check_pair,
     check_positives,
     check_reduction,
     check_scale,
     require_one_process,
 )
-from ..arguments.ids import pairs_of_ids, pairs_of_samples
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.reduction import row_gains
+from ..arguments.pairs import check_ids, pairs_of, pairs_of_samples, without_padding
+from ..arguments.reduction import row_gains, row_weights
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
@@ -34,6 +36,7 @@ def info_nce(
     *,
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -58,6 +61,10 @@ def info_nce(
         Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
         equals the row's is no negative of it. Labels, captions that occur twice, users, documents. The row's own
         positive counts whatever its id.
+    candidate_bias : Tensor, optional
+        Added to the logits of the candidates [M], the positives' too: -log q of a candidate drawn with probability q,
+        say. It may require a gradient. A candidate of -inf is padding: its features are not used, not even if they are
+        NaN, and a row whose own positive is padding is left out of the mean; its loss is 0.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -103,7 +110,9 @@ def info_nce(
     x, y = check_features(x, y, ("x", "y"), normalize)
     index, offset = check_positives(positives, x, y)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    pairs = EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y)
+    pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+    if pairs.adds:
+        x, y, weight = without_padding(x, y, pairs, offset, index, weight)
     problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
     return softmax_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
 
@@ -114,6 +123,7 @@ def clip_loss(
     logit_scale: float | Tensor,
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -131,6 +141,9 @@ def clip_loss(
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
         equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
+    candidate_bias : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
+        one tensor of both. The directions are two passes then: twice the products.
     weight : Tensor, optional
         Weights of the pairs [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -170,13 +183,29 @@ def clip_loss(
     """
     check_reduction(reduction)
     x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+    if candidate_bias is not None:
+        return _one_way_each(
+            x, y, logit_scale, ids, candidate_bias, weight=weight, reduction=reduction, backend=backend,
+            workspace_bytes=workspace_bytes,
+        )  # fmt: skip
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     problem = Problem(
-        x, y, scale, offset=0, pairs=EVERY_PAIR if ids is None else pairs_of_ids(ids, x, y), engine=engine
+        x, y, scale, offset=0, pairs=EVERY_PAIR if ids is None else pairs_of(ids, None, x, y), engine=engine
     )
     return softmax_loss(
         problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction, both=True
     )
+
+
+def _one_way_each(x: Tensor, y: Tensor, scale: float | Tensor, ids: Any, candidate_bias: Any, **options: Any) -> Tensor:
+    """The mean of both directions, whose candidates have biases of their own."""
+    of_x, of_y = (
+        (candidate_bias,) * 2 if isinstance(candidate_bias, Tensor) else check_pair(candidate_bias, "candidate_bias")
+    )
+    row_ids, col_ids = check_ids(ids, "ids", x, y)
+    rows, cols = (None, None) if row_ids is None or col_ids is None else ((row_ids, col_ids), (col_ids, row_ids))
+    there = info_nce(x, y, scale, ids=rows, candidate_bias=of_y, **options)
+    return (there + info_nce(y, x, scale, ids=cols, candidate_bias=of_x, **options)) / 2
 
 
 def nt_xent(
@@ -185,6 +214,7 @@ def nt_xent(
     logit_scale: float | Tensor,
     *,
     ids: Tensor | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -201,6 +231,9 @@ def nt_xent(
         Multiplies the dot products: the inverse temperature, not its logarithm.
     ids : Tensor, optional
         Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
+        products.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -243,10 +276,21 @@ def nt_xent(
     n = z1.shape[0]
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
-    gains = row_gains(weight, n, views, reduction, repeats=2)
-    pairs = EVERY_PAIR if ids is None else pairs_of_samples(ids, z1)
-    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
-    return softmax_loss(problem, gains, reduction)
+    if candidate_bias is None:
+        pairs = EVERY_PAIR if ids is None else pairs_of_samples(ids, None, z1)
+        gains = row_gains(weight, n, views, reduction, repeats=2)
+        problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
+        return softmax_loss(problem, gains, reduction)
+    pairs = pairs_of_samples(ids, candidate_bias, z1)
+    views, _, both = without_padding(views, views, pairs, None, index, _twice(weight, n, z1))
+    problem = Problem(views, views, scale, index=index, pairs=pairs, engine=engine)
+    return softmax_loss(problem, row_gains(both, 2 * n, views, reduction), reduction)
+
+
+def _twice(weight: Any, n: int, x: Tensor) -> Tensor | None:
+    """The weights of samples [N] as those of their views [2N]."""
+    weights = row_weights(weight, n, x)
+    return None if weights is None else weights.repeat(2)
 
 
 class InfoNCELoss(Loss):
@@ -279,6 +323,7 @@ class InfoNCELoss(Loss):
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor:
         """Anchors [N, D], candidates [M, D].
 
@@ -288,7 +333,13 @@ class InfoNCELoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("InfoNCELoss")
-        return info_nce(x, y, logit_scale, positives=positives, ids=ids, weight=weight, **self.options)
+        members: dict[str, Any] = {
+            "positives": positives,
+            "ids": ids,
+            "candidate_bias": candidate_bias,
+            "weight": weight,
+        }
+        return info_nce(x, y, logit_scale, **members, **self.options)
 
 
 class ClipLoss(Loss):
@@ -323,6 +374,7 @@ class ClipLoss(Loss):
         output_dict: bool = False,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients.
 
@@ -333,7 +385,8 @@ class ClipLoss(Loss):
         """
         require_one_process("ClipLoss")
         check_flag(output_dict, "output_dict")
-        loss = clip_loss(image_features, text_features, logit_scale, ids=ids, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
         if logit_bias is not None:
             bias = check_scale(image_features, logit_bias, "logit_bias")
             if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
@@ -369,6 +422,7 @@ class NTXentLoss(Loss):
         logit_scale: float | Tensor,
         weight: Tensor | None = None,
         ids: Tensor | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor:
         """Two views of the same samples [N, D].
 
@@ -378,4 +432,5 @@ class NTXentLoss(Loss):
             In a process group of more than one: the negatives of the other processes would be left out.
         """
         require_one_process("NTXentLoss")
-        return nt_xent(z1, z2, logit_scale, ids=ids, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        return nt_xent(z1, z2, logit_scale, **members, **self.options)

@@ -109,6 +109,7 @@ def dense_logits(problem: Problem, rows: slice, turned: bool, *, signed: bool = 
     else:
         held = positive.clamp(min=0)[:, None]
         z_pos = z.gather(1, held)[:, 0].masked_fill(positive < 0, 0.0)
+        z_pos = z_pos.masked_fill(z_pos == -torch.inf, 0.0)  # a bias leaves it out: of a row that must not count
         masks.append(columns == positive[:, None])
     alike = problem.pairs.alike(rows, turned)
     if alike is not None and signed:

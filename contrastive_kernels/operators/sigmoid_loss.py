@@ -13,12 +13,12 @@ from torch.nn.functional import logsigmoid, softplus
 from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, positive_dots, positive_logits, statistics_pass
-from ..engine.gradients import Gradients, Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.gradients import Gradients
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import SIGMOID
-from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, wanted_of, whole_gradients, whole_scores
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits
@@ -63,8 +63,10 @@ def _gains(call: Call) -> Tensor:
 def _in_one_call(call: Call) -> bool:
     (reduction,), x, y = call.settings, call.problem.x, call.problem.y
     workspace_bytes = call.problem.workspace_bytes
-    return reduction != "none" and strategy.fits_one_call(
-        call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes
+    return (
+        reduction != "none"
+        and not call.needs[COL_BIAS]
+        and strategy.fits_one_call(call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes)
     )
 
 
@@ -75,18 +77,18 @@ def _prepared(call: Call) -> Prepared | None:
 
 
 def _forward(call: Call) -> Outputs:
-    """The loss; dx, dy, dscale, dbias of a sum."""
+    """The loss; dx, dy, dscale, dbias, dcandidates of a sum."""
     problem, (reduction,), backend = call.problem, call.settings, call.problem.backend()
     if _in_one_call(call):
         x, y, scores = whole_scores(problem)
         value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
-        return value, *whole_gradients(call, scores, x, y), *params
+        return value, *whole_gradients(call, scores, x, y), *params, None
     matrix, gain = _matrix(call), _gains(call)
     if reduction != "none" and True in call.needs:
         return _pass(call, matrix, gain)
     rows, _ = statistics_pass(matrix, cols=False)
     losses = gain * _losses(rows, matrix)
-    return losses if reduction == "none" else losses.sum(), None, None, None, None
+    return losses if reduction == "none" else losses.sum(), *(None,) * 5
 
 
 def _matrix(call: Call) -> ScoreMatrix:
@@ -103,7 +105,7 @@ def _losses(state: Tensor, matrix: ScoreMatrix) -> Tensor:
 
 def _weigh(call: Call, matrix: ScoreMatrix, gain: Tensor) -> tuple[Gradients, Tensor]:
     """The gradients of sum_i gain_i loss_i, and the rows' sums over the stream."""
-    state, wanted = neutral_state(matrix, len(gain)), Wanted(*call.wants)
+    state, wanted = neutral_state(matrix, len(gain)), wanted_of(call)
     side = Side(state, None, gain)
     if not matrix.positives.exist:
         return gradient_pass(matrix, side, Side(), wanted), state
@@ -118,7 +120,7 @@ def _pass(call: Call, matrix: ScoreMatrix, gain: Tensor) -> Outputs:
     """The losses' weighted sum, and its gradients."""
     made, state = _weigh(call, matrix, gain)
     value = (gain * _losses(state, matrix)).sum()
-    return value, made.dx, made.dy, *params_of(call, made.dparams)
+    return value, made.dx, made.dy, *params_of(call, made.dparams), made.dcandidates
 
 
 def _fake(call: Call) -> Outputs:
@@ -126,7 +128,7 @@ def _fake(call: Call) -> Outputs:
     problem, (reduction,) = call.problem, call.settings
     x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
     if reduction == "none":
-        return x.new_empty(x.shape[0], dtype=dtype), None, None, None, None
+        return x.new_empty(x.shape[0], dtype=dtype), *(None,) * 5
     whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
     saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
     return (
@@ -134,6 +136,7 @@ def _fake(call: Call) -> Outputs:
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
         *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+        y.new_empty(y.shape[0], dtype=dtype) if call.needs[COL_BIAS] else None,
     )
 
 
@@ -161,13 +164,13 @@ sigmoid_losses = register(
     Primitive(
         "sigmoid_loss",
         results=1,
-        outputs=5,
+        outputs=6,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: False,
         prepared=_prepared,
-        made=(0, 1, 2, 3),
+        made=(0, 1, 2, 3, COL_BIAS),
     )
 )

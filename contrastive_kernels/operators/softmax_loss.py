@@ -24,12 +24,12 @@ from ..engine.driver import (
     statistics_pass,
 )
 from ..engine.gradients import Gradients, Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, wanted_of, whole_gradients, whole_scores
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
@@ -65,7 +65,8 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
     """Who computes it, and how."""
     problem, (reduction, both) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
-    summed = reduction != "none"
+    # the gradient of the columns' biases comes of a pass of its own
+    summed = reduction != "none" and not call.needs[COL_BIAS]
     if summed and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
         return backend, _WHOLE
     found = find(
@@ -106,7 +107,7 @@ def _forward(call: Call) -> Outputs:
             problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
         )
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
-    if matrix.dots is not None and scores is None:
+    if matrix.dots is not None and scores is None and not problem.pairs.adds:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)
@@ -236,7 +237,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The gradient pass."""
     *_, row, col, dots, scores = kept
     backend, _ = _strategy(call)
-    if backend.vectors and len(dots) and call.problem.y.shape[0]:
+    if backend.vectors and len(dots) and call.problem.y.shape[0] and not call.problem.pairs.adds:
         return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
@@ -246,7 +247,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
     row_side = softmax_side(row, row_gain)
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
-    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
+    made = gradient_pass(matrix, row_side, col_side, wanted_of(call), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
     return gradients_of(call, made)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["EVERY_PAIR", "Pairs"]
@@ -64,9 +65,21 @@ class Pairs(NamedTuple):
         """The same of a whole matrix, of which so far no single pair is left out, without these."""
         return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
 
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to the columns' logits."""
+        return self.col_bias is not None
+
     def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
         """Logits [..., n] of these n columns, with what is added to a column's; the same tensor if that is nothing."""
         return z if self.col_bias is None else z + self.col_bias[columns]
+
+    def add_to_positives(self, z: Tensor, columns: slice | Tensor) -> Tensor:
+        """The same of positives [n]; nothing is added where the bias leaves one out, of a row that must not count."""
+        if self.col_bias is None:
+            return z
+        added = self.col_bias[columns]
+        return z + added.masked_fill(added == -torch.inf, 0.0)
 
     def of_rows(self, rows: slice) -> Pairs:
         """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""

@@ -44,6 +44,7 @@ def info_nce(
     *,
     positives: int | Tensor | None = None,
     ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -61,6 +62,8 @@ def info_nce(
         p(i): an offset (p(i) = i + offset; 0 by default) or indices [N].
     ids : Tensor or pair of Tensor, optional
         Integers of the rows [N] and the columns [M]; one tensor for both.
+    candidate_bias : Tensor, optional
+        Added to the columns' logits [M]. -inf: the column is padding; so is a row whose positive it is, with loss 0.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -72,8 +75,9 @@ def info_nce(
         A scalar, or [N].
     """
     p = _positive_indices(x, positives)
-    alike = _alike(ids)
-    return _reduce(_softmax_losses(logit_scale * (x @ y.T), p, alike), weight, reduction)
+    x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
+    z = _biased(logit_scale * (x @ y.T), candidate_bias)
+    return _reduce(_softmax_losses(z, p, _alike(ids)), weight, reduction)
 
 
 def clip_loss(
@@ -82,6 +86,7 @@ def clip_loss(
     logit_scale: Scale,
     *,
     ids: Ids | None = None,
+    candidate_bias: Tensor | Sequence[Tensor] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -95,6 +100,8 @@ def clip_loss(
         The inverse temperature.
     ids : Tensor or pair of Tensor, optional
         As in :func:`info_nce`, in both directions.
+    candidate_bias : Tensor or pair of Tensor, optional
+        Of the images and of the texts, as candidates; one tensor for both.
     weight : Tensor, optional
         Weights of the pairs [N].
     reduction : {"mean", "sum", "none"}
@@ -105,6 +112,15 @@ def clip_loss(
     Tensor
         A scalar, or [N].
     """
+    if candidate_bias is not None:
+        of_images, of_texts = (candidate_bias,) * 2 if isinstance(candidate_bias, Tensor) else candidate_bias
+        there = back = ids
+        if ids is not None and not isinstance(ids, Tensor):
+            back = (ids[1], ids[0])
+        x, y = image_features, text_features
+        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, weight=weight, reduction=reduction)
+        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, weight=weight, reduction=reduction)
+        return (first + second) / 2
     z = logit_scale * (image_features @ text_features.T)
     p = _positive_indices(image_features, None)
     alike = _alike(ids)
@@ -118,6 +134,7 @@ def nt_xent(
     logit_scale: Scale,
     *,
     ids: Tensor | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -131,6 +148,8 @@ def nt_xent(
         The inverse temperature.
     ids : Tensor, optional
         Integers of the samples [N]: views of equal ones are left out too.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, of the samples [N].
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -144,10 +163,12 @@ def nt_xent(
     n = len(z1)
     views = torch.cat([z1, z2])
     itself = torch.arange(2 * n, dtype=torch.int64, device=views.device)
-    z = (logit_scale * (views @ views.T)).masked_fill(itself[:, None] == itself, -torch.inf)
-    both = None if weight is None else weight.repeat(2)
+    p = (itself + n) % max(2 * n, 1)
+    both, bias = (None if v is None else v.repeat(2) for v in (weight, candidate_bias))
+    views, others, both = _without_padding(views, views, bias, p, both)
+    z = _biased(logit_scale * (views @ others.T), bias).masked_fill(itself[:, None] == itself, -torch.inf)
     alike = None if ids is None else _alike(torch.cat([ids, ids]))
-    return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1), alike), both, reduction)
+    return _reduce(_softmax_losses(z, p, alike), both, reduction)
 
 
 def sigmoid(
@@ -157,6 +178,7 @@ def sigmoid(
     logit_bias: Scale,
     *,
     ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -170,6 +192,8 @@ def sigmoid(
         z = logit_scale * <x, y> + logit_bias.
     ids : Tensor or pair of Tensor, optional
         Integers of the rows [N] and the columns [M]: the matching pairs are those of equal ones, and not the diagonal.
+    candidate_bias : Tensor, optional
+        Added to the columns' logits [M]. -inf: the column's pairs are left out; so is, without ids, its row.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -180,11 +204,17 @@ def sigmoid(
     Tensor
         A scalar, or [N].
     """
-    z = logit_scale * (image_features @ text_features.T) + logit_bias
     alike = _alike(ids)
+    own = _positive_indices(image_features, None) if alike is None else None
+    x, y, weight = _without_padding(image_features, text_features, candidate_bias, own, weight)
+    z = logit_scale * (x @ y.T) + logit_bias
     matching = torch.eye(len(z), dtype=torch.bool, device=z.device) if alike is None else alike
     sign = 2 * matching.to(z.dtype) - 1
-    return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
+    if candidate_bias is None:
+        return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
+    padding = candidate_bias == -torch.inf
+    losses = -logsigmoid(sign * (z + candidate_bias.masked_fill(padding, 0.0)))
+    return _reduce(losses.masked_fill(padding, 0.0).sum(1), weight, reduction)
 
 
 def decomposable(
@@ -199,6 +229,7 @@ def decomposable(
     positive_logits: LogNormalizer | None = None,
     positives: int | Tensor | None = None,
     ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -228,6 +259,8 @@ def decomposable(
         As in :func:`info_nce`; with ``positive_logits``, an index of -1 says that the columns do not hold it.
     ids : Tensor or pair of Tensor, optional
         As in :func:`info_nce`.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
         Weights of the rows [N].
     generator : torch.Generator, optional
@@ -244,9 +277,10 @@ def decomposable(
     """
     normalizers = _one_or_both(log_normalizer)
     given = [None] * len(normalizers) if positive_logits is None else _one_or_both(positive_logits)
-    z = logit_scale * (x @ y.T)
     nowhere = positive_logits is not None and positives is None
     held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device) if nowhere else _positive_indices(x, positives)
+    x, y, weight = _without_padding(x, y, candidate_bias, held, weight)
+    z = _biased(logit_scale * (x @ y.T), candidate_bias)
     log_k = log_or_minus_infinity(negative_scale)
     losses, log_zs, alike = [], [], _alike(ids)
     masks = (None, None) if alike is None else (alike, alike.T)
@@ -254,7 +288,7 @@ def decomposable(
         log_zbar = log_zbar.detach().to(z.dtype)
         log_weight = draw_log_weights(log_zbar, shape, generator)
         if z_pos is None:
-            z_pos = scores.gather(1, held[:, None])[:, 0]
+            z_pos = _positive_logits(scores, held)
         h = _mask(scores, held, mask) - z_pos[:, None]
         log_u = log_weight - log_zbar
         exponents = h + (log_u + log_k)[:, None]
@@ -292,6 +326,31 @@ def _alike(ids: Ids | None) -> Tensor | None:
     return rows[:, None] == cols
 
 
+def _biased(z: Tensor, candidate_bias: Tensor | None) -> Tensor:
+    """Logits [N, M] with what is added to the columns'."""
+    return z if candidate_bias is None else z + candidate_bias
+
+
+def _without_padding(
+    x: Tensor, y: Tensor, candidate_bias: Tensor | None, positives: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, y with zeros, and weights [N] with 0, for columns of -inf and rows whose positive they are."""
+    if candidate_bias is None:
+        return x, y, weight
+    padding = candidate_bias.detach() == -torch.inf
+    idle = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if positives is not None:
+        idle = padding[positives.clamp(min=0)] & (positives >= 0)
+    weight = torch.ones(len(x), dtype=x.dtype, device=x.device) if weight is None else weight
+    return x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0), weight.masked_fill(idle, 0.0)
+
+
+def _positive_logits(z: Tensor, positives: Tensor) -> Tensor:
+    """z_i,p(i) [N]; of padding, whose row does not count, 0."""
+    z_pos = z.gather(1, positives[:, None])[:, 0]
+    return z_pos.masked_fill(z_pos == -torch.inf, 0.0)
+
+
 def _mask(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
     """z with every row's positive, and what is alike, at -inf; an index of -1 masks nothing."""
     columns = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
@@ -313,7 +372,7 @@ def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None = None) -
 
     So is what is alike [N, M].
     """
-    z_pos = z.gather(1, positives[:, None])[:, 0]
+    z_pos = _positive_logits(z, positives)
     return -logsigmoid(z_pos - _logsumexp(_mask(z, positives, alike)))
 
 

@@ -15,7 +15,7 @@ from ..arguments.checks import (
     check_workspace,
     scale_tensor,
 )
-from ..arguments.ids import check_ids
+from ..arguments.pairs import check_ids
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..operators.search import best_column
 

@@ -17,9 +17,11 @@ static void add_biases(const float* __restrict bias, int64_t cols, float* __rest
   for (int64_t j = 0; j < cols; ++j) z[j] += bias[j];
 }
 
-// One logit of a column, with what is added to it.
-static inline float add_to_logit(const Pairs& pairs, int64_t column, float z) {
-  return pairs.col_bias ? z + pairs.col_bias[column] : z;
+// A positive's logit with what is added to its column's: nothing where that leaves it out, of a row that must not
+// count.
+static inline float add_to_positive(const Pairs& pairs, int64_t column, float z) {
+  const float bias = pairs.col_bias ? pairs.col_bias[column] : 0.0f;
+  return bias == -__builtin_inff() ? z : z + bias;
 }
 
 // Puts the gap where the columns' ids are the row's.

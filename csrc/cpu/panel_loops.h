@@ -117,7 +117,7 @@ template <class Term, bool SUMS, typename Out, bool IDS = false>
 static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
-  const float scale = p.params[0], center = p.params[2];
+  const float factor = p.factor ? *p.factor : p.params[0], center = p.params[2];
   const float* __restrict col_shift = s.col_shift;
   const float* __restrict col_gain = s.col_gain;
   float* __restrict col_sum = s.col_sum;
@@ -143,7 +143,7 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
         if (Term::kSigned && IDS) w = ids[j] == id ? -w : w;
         dscale += w * (score[j] - center);
         dbias += w;
-        store_weight(out, j, w * scale);
+        store_weight(out, j, w * factor);
       }
     }
     if (SUMS && Term::kRow) s.row_sum[i] = sum;
@@ -288,7 +288,7 @@ static void gather_run(const Matrix& m, const int64_t* positives, float* dots, f
     const int64_t j = positives[i];
     if (j < 0) continue;
     dots[i] = m.scores[i * m.cols + j];
-    z_pos[i] = add_to_logit(m.pairs, j, dots[i] * m.scale + m.bias);
+    z_pos[i] = add_to_positive(m.pairs, j, dots[i] * m.scale + m.bias);
   }
 }
 

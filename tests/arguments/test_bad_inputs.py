@@ -30,7 +30,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("image_independent_aug", "text_independent_aug"), bad.features),
     **dict.fromkeys(("logit_scale", "logit_bias", "independent_logit_scale"), bad.scale),
     "log_normalizer": bad.normalizer,
-    "positive_logits": bad.vector,
+    **dict.fromkeys(("positive_logits", "candidate_bias"), bad.vector),
     "weight": bad.weight,
     "positives": bad.positives,
     **dict.fromkeys(("exclude", "ids"), bad.ids),

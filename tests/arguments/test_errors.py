@@ -92,6 +92,13 @@ CASES = [
     case("ids", "samples' ids [N]", "tuple", ck.nt_xent, X, Y, 1.0, ids=(LONG, LONG), error=TypeError),
     case("ids", "device cpu", "meta", ck.decomposable, X, Y, 1.0, ROWS, ids=LONG.to("meta")),
     case("image_features and text_features", "same number of rows", "4 and 6", ck.sigmoid, X, Z, 1.0, 0.0),
+    # what is added to the candidates' logits
+    case("candidate_bias", "shape [6]", "[4]", ck.info_nce, X, Z, 1.0, candidate_bias=ROWS),
+    case("candidate_bias", "floating-point", "torch.int64", ck.nt_xent, X, Y, 1.0, candidate_bias=LONG,
+         error=TypeError),
+    case("candidate_bias", "pair of tensors", "float", ck.clip_loss, X, Y, 1.0, candidate_bias=0.5, error=TypeError),
+    case("candidate_bias", "None", "pair of log_normalizer", ck.decomposable, X, Y, 1.0, (ROWS, ROWS),
+         candidate_bias=ROWS),
     # the decomposable loss
     case("log_normalizer", "shape [4]", "[6]", ck.decomposable, X, Y, 1.0, torch.zeros(6)),
     case("log_normalizer", "pair of tensors", "float", ck.decomposable, X, Y, 1.0, 0.0, error=TypeError),

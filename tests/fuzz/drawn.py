@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from problems import CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, Problem, differentiable
+from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, Problem, differentiable
 
 import contrastive_kernels as ck
 
@@ -90,6 +90,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
         positives=positives,
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
         ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
+        candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,
         decomposable=tuple(options),
@@ -101,7 +102,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
 def ways_of(draw: Any, loss: str | None = None) -> Way:
     """How to put it. Without a loss: a search, of which nothing is differentiated."""
     backend = draw(st.sampled_from(BACKENDS))
-    names = () if loss is None else differentiable(loss)
+    names = () if loss is None else (*differentiable(loss), *(("candidate_bias",) if loss in BIASED else ()))
     frozen = draw(st.sets(st.sampled_from(names))) if names and draw(st.booleans()) else set()
     return Way(
         dtype=draw(st.sampled_from(DTYPES if backend == "torch" else DTYPES[:-1])),
