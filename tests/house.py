@@ -14,12 +14,12 @@ PACKAGE = ROOT / "contrastive_kernels"
 # The rooms, from the roof down: a module imports from its own room and from rooms below.
 ROOMS = [
     "integrations",
-    "distributed",
     "structure",
     "em",
     "losses",
     "search",
     "planning",
+    "distributed",
     "operators",
     "engine",
     "arguments",
@@ -29,7 +29,7 @@ ROOMS = [
     "draws",
 ]
 #: Rooms that the house's plan has and that are still to be built.
-UNBUILT = {"integrations", "distributed"}
+UNBUILT = {"integrations"}
 #: Public names of former places; they and the package itself stand above all rooms.
 FORMER_PLACES = {"functional", "reference_structure", "retrieval", "sampling", "specs", "structure_losses"}
 TOPS = {"", "__main__"} | FORMER_PLACES

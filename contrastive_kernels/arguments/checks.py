@@ -22,6 +22,7 @@ __all__ = [
     "check_count",
     "check_dense",
     "check_device",
+    "check_distribution",
     "check_engine",
     "check_features",
     "check_flag",
@@ -36,6 +37,7 @@ __all__ = [
     "check_vector",
     "check_workspace",
     "is_number",
+    "is_shared",
     "normalized",
     "require_equal_lengths",
     "require_one_process",
@@ -329,6 +331,26 @@ def scale_tensor(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor:
 def check_engine(backend: Any, workspace_bytes: Any) -> Engine:
     """The engine's two arguments."""
     return Engine(check_backend(backend), check_workspace(workspace_bytes))
+
+
+def check_distribution(gradients: Any, strategy: Any, uneven: Any) -> None:
+    """How several processes share a loss, beside which."""
+    if not isinstance(gradients, str) or gradients not in ("average", "sum"):
+        raise ValueError(f"gradients: expected 'average' or 'sum'; got {shown(gradients)}")
+    if not isinstance(strategy, str) or strategy not in ("auto", "grid", "ring"):
+        raise ValueError(f"strategy: expected 'auto', 'grid' or 'ring'; got {shown(strategy)}")
+    check_flag(uneven, "uneven")
+
+
+def is_shared(group: Any, gradients: Any, strategy: Any, uneven: Any) -> bool:
+    """Whether other processes may have a part in a loss; checks what is said of them beside the group."""
+    check_distribution(gradients, strategy, uneven)
+    if group is None or group is False:
+        return False
+    if isinstance(group, str) and group == "auto":
+        distributed = torch.distributed
+        return distributed.is_available() and distributed.is_initialized()
+    return True
 
 
 def require_one_process(name: str) -> None:

@@ -11,7 +11,7 @@ from ..panels.pairs import Pairs
 from .checks import check_dense, check_vector
 from .reduction import row_weights
 
-__all__ = ["check_ids", "pairs_of", "pairs_of_samples", "without_padding"]
+__all__ = ["check_ids", "pairs_of", "pairs_of_samples", "require_alone", "with_biases", "without_padding"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -38,10 +38,17 @@ def check_ids(ids: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor | None,
 
 def pairs_of(ids: Any, candidate_bias: Any, x: Tensor, y: Tensor) -> Pairs:
     """What ids, and biases [M] of the candidates y [M, D], say of a loss's pairs."""
-    bias = candidate_bias
-    if bias is not None:
-        bias = check_vector(bias, "candidate_bias", y.shape[0], x, differentiable=True)
+    bias = None if candidate_bias is None else _checked_bias(candidate_bias, x, y)
     return Pairs.of((bias, *check_ids(ids, "ids", x, y)))
+
+
+def with_biases(pairs: Pairs, candidate_bias: Any, x: Tensor, y: Tensor) -> Pairs:
+    """The same pairs of x [N, D] and y [M, D] with biases [M] of the candidates."""
+    return Pairs.of((_checked_bias(candidate_bias, x, y), *pairs.tensors[1:]))
+
+
+def _checked_bias(value: Any, x: Tensor, y: Tensor) -> Tensor:
+    return check_vector(value, "candidate_bias", y.shape[0], x, differentiable=True)
 
 
 def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor) -> Pairs:
@@ -82,3 +89,13 @@ def without_padding(
         weights = torch.ones(x.shape[0], dtype=bias.dtype, device=x.device)
     x, y = x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0)
     return x, y, weights.masked_fill(idle, 0.0)
+
+
+def require_alone(ranks: object, **members: Any) -> None:
+    """What ranks of a process group cannot share yet; leaving it out silently would train another loss."""
+    for name, value in members.items():
+        if ranks is not None and value is not None:
+            raise NotImplementedError(
+                f"{name}: expected None in a process group; got {type(value).__name__}. group=None computes the loss "
+                "of this process's rows: gather the others' with their gradients"
+            )

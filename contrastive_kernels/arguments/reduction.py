@@ -11,7 +11,7 @@ from ..panels.size import score_dtype
 from .checks import require_vector
 from .options import DEFAULT_WORKSPACE_BYTES
 
-__all__ = ["DEFAULT_WORKSPACE_BYTES", "reduce_losses", "row_gains", "row_weights"]
+__all__ = ["DEFAULT_WORKSPACE_BYTES", "gains_or_weights", "reduce_losses", "row_gains", "row_weights"]
 
 
 def row_weights(weight: Any, length: int, x: Tensor) -> Tensor | None:
@@ -31,6 +31,15 @@ def row_gains(weight: Any, length: int, x: Tensor, reduction: str, repeats: int 
     if repeats == 1:
         return gains
     return gains.repeat(repeats) / (repeats if reduction == "mean" else 1)
+
+
+def gains_or_weights(
+    weight: Any, length: int, x: Tensor, reduction: str, ranks: object, repeats: int = 1
+) -> Tensor | None:
+    """The gains of rows; where several ranks share the mean, the weights of this rank's."""
+    if ranks is not None:
+        return row_weights(weight, length, x)
+    return row_gains(weight, length, x, reduction, repeats)
 
 
 def reduce_losses(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

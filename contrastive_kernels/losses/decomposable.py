@@ -19,12 +19,15 @@ from ..arguments.checks import (
     check_reduction,
     check_scale,
     check_vector,
+    is_shared,
     require_equal_lengths,
-    require_one_process,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import pairs_of, without_padding
-from ..arguments.reduction import row_gains
+from ..arguments.pairs import pairs_of, require_alone, without_padding
+from ..arguments.reduction import gains_or_weights
+from ..distributed.group import ranks_of, tell
+from ..distributed.losses import over_ranks
+from ..distributed.rules import Ratio
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
@@ -54,6 +57,10 @@ def decomposable(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """The decomposable contrastive loss: InfoNCE as a sum of weighted sub-losses over pairs.
 
@@ -98,8 +105,9 @@ def decomposable(
         Also return the batch's own log Z_i, in the form of ``log_normalizer``, not differentiable.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
-    normalize, backend, workspace_bytes
-        As in :func:`info_nce`.
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
+        As in :func:`info_nce`; with a `group`, ``log_normalizer`` and ``positive_logits`` are of this rank's rows, and
+        ``positives`` count among its own columns.
 
     Returns
     -------
@@ -116,7 +124,7 @@ def decomposable(
     One pass gives value and gradients: 3 products (``reduction="none"``: 4). The weights exp(log Z_i - log Zbar_i) of a
     stale normaliser are unbounded: from some 88 nats on, value and gradients of that row overflow.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -131,26 +139,33 @@ def decomposable(
     >>> torch.allclose(ck.decomposable(x, y, 5.0, log_z), ck.info_nce(x, y, 5.0))
     True
     """
-    check_reduction(reduction)
-    x, y = check_features(x, y, ("x", "y"), normalize)
-    sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
-    index, offset = (None, None)
-    if positive_logits is None or positives is not None:
-        index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
-    shape, c, k = _check_rule(shape, positive_constant, negative_scale)
-    log_k = log_or_minus_infinity(k)
-    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
-    if pairs.adds:
-        if len(sides) == 2:
-            raise ValueError(
-                "candidate_bias: expected None with a pair of log_normalizer, which trains both directions"
-            )
-        x, y, weight = without_padding(x, y, pairs, offset, index, weight)
-    problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
-    gain = row_gains(weight, x.shape[0], x, reduction)
-    check_generator(generator, x.device)
-    check_flag(return_log_normalizer, "return_log_normalizer")
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction)
+        x, y = check_features(x, y, ("x", "y"), normalize)
+        sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
+        index, offset = (None, None)
+        if positive_logits is None or positives is not None:
+            index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
+        shape, c, k = _check_rule(shape, positive_constant, negative_scale)
+        log_k = log_or_minus_infinity(k)
+        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+        if pairs.adds:
+            if len(sides) == 2:
+                raise ValueError(
+                    "candidate_bias: expected None with a pair of log_normalizer, which trains both directions"
+                )
+            x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+        problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+        check_generator(generator, x.device)
+        check_flag(return_log_normalizer, "return_log_normalizer")
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, x)
+        raise
+    require_alone(ranks, candidate_bias=candidate_bias)
 
     log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
     # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
@@ -164,6 +179,14 @@ def decomposable(
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
     logits = [logit for _, logit in sides if logit is not None] or None
+    if ranks is not None:
+        rule = Ratio(rests, logits, constant - excess)
+        about = (("directions", len(sides)), ("positive_logits given", logits is not None))
+        loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
+        normalizers, dots = rule.normalizers, rule.dots
+        if not return_log_normalizer:
+            return loss
+        return loss, _own_log_normalizers(normalizers, problem, dots, sides, log_k, c)
     sums = exponential_sums(problem, rests, logits, gain, reduction, values_alone=not return_log_normalizer)
     if reduction == "none":
         rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2
@@ -173,9 +196,7 @@ def decomposable(
         loss = sums.values + _weighted(constant, excess, gain, reduction)
     if not return_log_normalizer:
         return loss
-    found = zip(sums.normalizers, sides)
-    own = [_own_log_normalizer(normalizer, problem, sums.dots, given, log_k, c) for normalizer, (_, given) in found]
-    return loss, ((own[0], own[1]) if len(own) == 2 else own[0])
+    return loss, _own_log_normalizers(sums.normalizers, problem, sums.dots, sides, log_k, c)
 
 
 def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tuple[float | None, float, float]:
@@ -202,6 +223,20 @@ def _constant(log_u: Tensor, c: float) -> Tensor:
         return -log_u
     u = torch.exp(log_u)
     return (u if c == 1 else u * c) - log_u
+
+
+def _own_log_normalizers(
+    normalizers: list[Tensor],
+    problem: Problem,
+    dots: Tensor,
+    sides: list[tuple[Tensor, Tensor | None]],
+    log_k: float,
+    c: float,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The batch's own log Z of rows, or a pair with that of columns."""
+    found = zip(normalizers, sides)
+    own = [_own_log_normalizer(normalizer, problem, dots, given, log_k, c) for normalizer, (_, given) in found]
+    return (own[0], own[1]) if len(own) == 2 else own[0]
 
 
 def _own_log_normalizer(
@@ -259,6 +294,8 @@ class DecomposableLoss(Loss):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -299,14 +336,7 @@ class DecomposableLoss(Loss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M]).
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("DecomposableLoss")
+        """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
         return decomposable(
             x,
             y,

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments.checks import check_backend, check_flag, check_reduction, check_workspace
+from ..arguments.checks import check_backend, check_distribution, check_flag, check_reduction, check_workspace
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..distributed.group import check_group
 
 __all__ = ["PAIR_NAMES", "Loss"]
 
@@ -25,6 +26,10 @@ class Loss(nn.Module):
         normalize: bool = False,
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+        group: Any | None = "auto",
+        gradients: str = "average",
+        strategy: str = "auto",
+        uneven: bool = False,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -32,7 +37,12 @@ class Loss(nn.Module):
             "normalize": check_flag(normalize, "normalize"),
             "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
+            "group": check_group(group),
+            "gradients": gradients,
+            "strategy": strategy,
+            "uneven": uneven,
         }
+        check_distribution(gradients, strategy, uneven)
 
     def extra_repr(self) -> str:
         """The options, as they print."""

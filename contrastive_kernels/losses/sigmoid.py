@@ -14,11 +14,14 @@ from ..arguments.checks import (
     check_flag,
     check_reduction,
     check_scale,
-    require_one_process,
+    is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import pairs_of, without_padding
-from ..arguments.reduction import row_gains
+from ..arguments.pairs import pairs_of, require_alone, without_padding
+from ..arguments.reduction import gains_or_weights
+from ..distributed.group import ranks_of, tell
+from ..distributed.losses import over_ranks
+from ..distributed.rules import Sigmoid
 from ..engine.matrix import Problem
 from ..operators.sigmoid_loss import sigmoid_loss
 from ..panels.pairs import EVERY_PAIR
@@ -40,6 +43,10 @@ def sigmoid(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """SigLIP's loss: every pair is a binary decision, softplus(-z) for matching pairs and softplus(z) for others.
 
@@ -59,7 +66,7 @@ def sigmoid(
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
         "mean" divides the sum over all pairs by N, "none" gives the row sums [N]. The mean of no pairs is 0.
-    normalize, backend, workspace_bytes
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
 
     Returns
@@ -76,7 +83,7 @@ def sigmoid(
     -----
     One pass gives value and gradients: 3 products ("none": 4, for its gradients depend on what comes from upstream).
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -88,17 +95,27 @@ def sigmoid(
     >>> round(ck.sigmoid(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 5)
     0.69328
     """
-    check_reduction(reduction)
-    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
-    scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
-    offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of(ids, None, x, y))
-    if candidate_bias is not None:
-        of_pairs = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
-        pairs = pairs_of(of_pairs if ids is None else ids, candidate_bias, x, y)  # in the stream, which leaves out
-        x, y, weight = without_padding(x, y, pairs, offset, None, weight)
-        offset = None
-    problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
-    return sigmoid_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction)
+        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
+        scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
+        offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of(ids, None, x, y))
+        if candidate_bias is not None:  # positives in the stream, which leaves out
+            of_pairs = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+            pairs = pairs_of(of_pairs if ids is None else ids, candidate_bias, x, y)
+            x, y, weight = without_padding(x, y, pairs, offset, None, weight)
+            offset = None
+        problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, image_features)
+        raise
+    require_alone(ranks, ids=ids, candidate_bias=candidate_bias)
+    if ranks is not None:
+        return over_ranks(Sigmoid(), ranks, "sigmoid", problem, gains, reduction)
+    return sigmoid_loss(problem, gains, reduction)
 
 
 class SigmoidLoss(Loss):
@@ -114,6 +131,8 @@ class SigmoidLoss(Loss):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -135,14 +154,7 @@ class SigmoidLoss(Loss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Matching rows [N, D]; with ids any rows [N, D] and [M, D].
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("SigmoidLoss")
+        """Matching rows [N, D]; with ids any rows [N, D] and [M, D]."""
         check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}

@@ -12,18 +12,21 @@ from ..arguments.checks import (
     check_engine,
     check_features,
     check_flag,
-    check_pair,
     check_positives,
     check_reduction,
     check_scale,
-    require_one_process,
+    is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_ids, pairs_of, pairs_of_samples, without_padding
-from ..arguments.reduction import row_gains, row_weights
+from ..arguments.pairs import pairs_of, pairs_of_samples, require_alone, without_padding
+from ..arguments.reduction import gains_or_weights
+from ..distributed.group import ranks_of, tell
+from ..distributed.losses import over_ranks
+from ..distributed.rules import Softmax
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
+from .biased import pairs_with_biases, views_with_biases
 from .module import PAIR_NAMES, Loss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
@@ -42,6 +45,10 @@ def info_nce(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """InfoNCE in one direction: each row of ``x`` finds its positive among the rows of ``y``.
 
@@ -76,6 +83,17 @@ def info_nce(
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
         whichever is less.
+    group : ProcessGroup, DeviceMesh or "world", optional
+        The ranks whose rows make up the batch; None: this process's rows alone. "world" is the default group, "auto"
+        the same if it has more than one rank, False the same as None. A mesh of two dimensions is the grid.
+    gradients : {"average", "sum"}
+        What ranks hold of the gradients. "average": times the number of ranks, for whoever averages parameters'
+        gradients over ranks, as DistributedDataParallel and FSDP do. "sum": every rank its share.
+    strategy : {"auto", "grid", "ring"}
+        How ranks' rows meet: the grid waits less, the ring needs less memory; "auto" is the grid while gathered blocks
+        take at most an eighth of the memory.
+    uneven : bool
+        Ranks may have different numbers of rows. On CUDA the host then waits for their sizes.
 
     Returns
     -------
@@ -93,7 +111,7 @@ def info_nce(
     a mean or a sum where the workspace holds the scores of 512 rows: gradients then come with the value, and are kept.
     The positive is left out of the streamed sum and added in float32, so that a nearly solved batch keeps its digits.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -106,15 +124,25 @@ def info_nce(
     >>> round(ck.info_nce(queries, documents, 10.0).item(), 6)
     0.000182
     """
-    check_reduction(reduction)
-    x, y = check_features(x, y, ("x", "y"), normalize)
-    index, offset = check_positives(positives, x, y)
-    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
-    if pairs.adds:
-        x, y, weight = without_padding(x, y, pairs, offset, index, weight)
-    problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
-    return softmax_loss(problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction)
+        x, y = check_features(x, y, ("x", "y"), normalize)
+        index, offset = check_positives(positives, x, y)
+        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+        if pairs.adds:
+            x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+        problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, x)
+        raise
+    if ranks is not None:
+        require_alone(ranks, candidate_bias=candidate_bias)
+        return over_ranks(Softmax(), ranks, "info_nce", problem, gains, reduction)
+    return softmax_loss(problem, gains, reduction)
 
 
 def clip_loss(
@@ -129,6 +157,10 @@ def clip_loss(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """CLIP's symmetric loss: the mean of InfoNCE from images to texts and from texts to images.
 
@@ -148,7 +180,7 @@ def clip_loss(
         Weights of the pairs [N], not differentiated.
     reduction : {"mean", "sum", "none"}
         "none" gives every pair's mean of both directions. The mean of no pairs is 0.
-    normalize, backend, workspace_bytes
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
 
     Returns
@@ -166,7 +198,7 @@ def clip_loss(
     One pass gives the normalisers of rows and columns, a second one the gradients: 4 products, O(N D) memory. Where all
     scores fit a quarter of the workspace they are made once for a mean or a sum: 3 products.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -181,31 +213,24 @@ def clip_loss(
     >>> round(loss.item(), 5), tuple(features.grad.shape)
     (0.02001, (4, 4))
     """
-    check_reduction(reduction)
-    x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction)
+        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
+        problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, image_features)
+        raise
     if candidate_bias is not None:
-        return _one_way_each(
-            x, y, logit_scale, ids, candidate_bias, weight=weight, reduction=reduction, backend=backend,
-            workspace_bytes=workspace_bytes,
-        )  # fmt: skip
-    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-    problem = Problem(
-        x, y, scale, offset=0, pairs=EVERY_PAIR if ids is None else pairs_of(ids, None, x, y), engine=engine
-    )
-    return softmax_loss(
-        problem, None if weight is None else row_gains(weight, x.shape[0], x, reduction), reduction, both=True
-    )
-
-
-def _one_way_each(x: Tensor, y: Tensor, scale: float | Tensor, ids: Any, candidate_bias: Any, **options: Any) -> Tensor:
-    """The mean of both directions, whose candidates have biases of their own."""
-    of_x, of_y = (
-        (candidate_bias,) * 2 if isinstance(candidate_bias, Tensor) else check_pair(candidate_bias, "candidate_bias")
-    )
-    row_ids, col_ids = check_ids(ids, "ids", x, y)
-    rows, cols = (None, None) if row_ids is None or col_ids is None else ((row_ids, col_ids), (col_ids, row_ids))
-    there = info_nce(x, y, scale, ids=rows, candidate_bias=of_y, **options)
-    return (there + info_nce(y, x, scale, ids=cols, candidate_bias=of_x, **options)) / 2
+        require_alone(ranks, candidate_bias=candidate_bias)
+        return pairs_with_biases(problem, candidate_bias, weight, reduction)
+    if ranks is not None:
+        return over_ranks(Softmax(both_ways=True), ranks, "clip_loss", problem, gains, reduction)
+    return softmax_loss(problem, gains, reduction, both=True)
 
 
 def nt_xent(
@@ -220,6 +245,10 @@ def nt_xent(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """NT-Xent, SimCLR's loss: two views of every sample against all 2N views, each left out of its own denominator.
 
@@ -238,7 +267,7 @@ def nt_xent(
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
         "none" gives [2N], the views of ``z1`` first. The mean of no views is 0.
-    normalize, backend, workspace_bytes
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
 
     Returns
@@ -257,7 +286,7 @@ def nt_xent(
     products of InfoNCE on the same 2N rows. Where all scores fit a quarter of the workspace they are made once for a
     mean or a sum.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -270,27 +299,30 @@ def nt_xent(
     >>> round(ck.nt_xent(torch.eye(3), torch.eye(3), 2.0).item(), 3)
     0.433
     """
-    check_reduction(reduction)
-    z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
-    scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
-    n = z1.shape[0]
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction)
+        z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
+        scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
+        n = z1.shape[0]
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)
+        gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, z1)
+        raise
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
-    if candidate_bias is None:
-        pairs = EVERY_PAIR if ids is None else pairs_of_samples(ids, None, z1)
-        gains = row_gains(weight, n, views, reduction, repeats=2)
-        problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
-        return softmax_loss(problem, gains, reduction)
-    pairs = pairs_of_samples(ids, candidate_bias, z1)
-    views, _, both = without_padding(views, views, pairs, None, index, _twice(weight, n, z1))
-    problem = Problem(views, views, scale, index=index, pairs=pairs, engine=engine)
-    return softmax_loss(problem, row_gains(both, 2 * n, views, reduction), reduction)
-
-
-def _twice(weight: Any, n: int, x: Tensor) -> Tensor | None:
-    """The weights of samples [N] as those of their views [2N]."""
-    weights = row_weights(weight, n, x)
-    return None if weights is None else weights.repeat(2)
+    if ranks is not None:
+        require_alone(ranks, candidate_bias=candidate_bias)
+        problem = Problem(views, views, scale, index=index, pairs=pairs, engine=engine)
+        return over_ranks(Softmax(mirrored=True), ranks, "nt_xent", problem, gains, reduction, repeats=2)
+    if pairs.adds:
+        return views_with_biases(
+            Problem(views, views, scale, index=index, pairs=pairs, engine=engine), weight, reduction
+        )
+    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
+    return softmax_loss(problem, gains, reduction)
 
 
 class InfoNCELoss(Loss):
@@ -306,6 +338,8 @@ class InfoNCELoss(Loss):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -325,21 +359,9 @@ class InfoNCELoss(Loss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
     ) -> Tensor:
-        """Anchors [N, D], candidates [M, D].
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("InfoNCELoss")
-        members: dict[str, Any] = {
-            "positives": positives,
-            "ids": ids,
-            "candidate_bias": candidate_bias,
-            "weight": weight,
-        }
-        return info_nce(x, y, logit_scale, **members, **self.options)
+        """Anchors [N, D], candidates [M, D]."""
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        return info_nce(x, y, logit_scale, positives=positives, **members, **self.options)
 
 
 class ClipLoss(Loss):
@@ -355,6 +377,8 @@ class ClipLoss(Loss):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -376,14 +400,7 @@ class ClipLoss(Loss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients.
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("ClipLoss")
+        """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         check_flag(output_dict, "output_dict")
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
@@ -407,6 +424,8 @@ class NTXentLoss(Loss):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -424,13 +443,6 @@ class NTXentLoss(Loss):
         ids: Tensor | None = None,
         candidate_bias: Tensor | None = None,
     ) -> Tensor:
-        """Two views of the same samples [N, D].
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("NTXentLoss")
+        """Two views of the same samples [N, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         return nt_xent(z1, z2, logit_scale, **members, **self.options)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class Pairs(NamedTuple):
             return EVERY_PAIR
         return cls(col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
 
+    def mapped(self, of_rows: Callable[[Any], Any], of_cols: Callable[[Any], Any]) -> Pairs:
+        """The same of other rows and columns: what these functions make of the vectors of rows, and of columns."""
+
+        def made(function: Callable[[Any], Any], vector: Tensor | None) -> Any:
+            return None if vector is None else function(vector)
+
+        return Pairs(
+            self.diagonal,
+            self.columns,
+            made(of_cols, self.col_bias),
+            made(of_rows, self.row_ids),
+            made(of_cols, self.col_ids),
+        )
+
     def block(self, rows: slice, cols: slice) -> Pairs:
         """The same of a block of this one's rows and columns."""
 
@@ -62,7 +76,9 @@ class Pairs(NamedTuple):
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
-        """The same of a whole matrix, of which so far no single pair is left out, without these."""
+        """The same of a whole matrix without these as well; one of both may be left out already."""
+        diagonal = self.diagonal if diagonal is None else diagonal
+        columns = self.columns if columns is None else columns
         return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
 
     @property
@@ -80,6 +96,10 @@ class Pairs(NamedTuple):
             return z
         added = self.col_bias[columns]
         return z + added.masked_fill(added == -torch.inf, 0.0)
+
+    def turned(self) -> Pairs:
+        """What ids say of the transposed matrix."""
+        return Pairs.of((None, self.col_ids, self.row_ids))
 
     def of_rows(self, rows: slice) -> Pairs:
         """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""

@@ -204,6 +204,11 @@ def flag() -> dict[str, Any]:
     }
 
 
+def group() -> dict[str, Any]:
+    """The ranks that share a loss."""
+    return word() | {"a world that is not there": "world", "a list of ranks": [0, 1]}
+
+
 def count() -> dict[str, Any]:
     return {
         "negative": -1,

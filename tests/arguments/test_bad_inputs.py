@@ -36,8 +36,9 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("exclude", "ids"), bad.ids),
     "index": bad.samples,
     "generator": bad.generator,
-    **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit"), bad.word),
-    **dict.fromkeys(("normalize", "return_log_normalizer", "return_terms", "output_dict"), bad.flag),
+    **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit", "gradients", "strategy"), bad.word),
+    **dict.fromkeys(("normalize", "return_log_normalizer", "return_terms", "output_dict", "uneven"), bad.flag),
+    "group": bad.group,
     **dict.fromkeys(("include_positive", "read_only", "across"), bad.flag),
     **dict.fromkeys(("workspace_bytes", "d", "features", "side", "num_samples"), bad.positive_count),
     **dict.fromkeys(("in_features", "out_features", "hidden_features"), bad.positive_count),
@@ -81,6 +82,11 @@ FINE = {
     ),
     ("DatasetContrastiveLoss.e_step", "index", "too long"),
     ("NormalizerMemory.read", "index", "too long"),
+    # the world may be there once the module is called
+    *(
+        (name, "group", "a world that is not there")
+        for name in ("ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss")
+    ),
 }
 
 #: Arguments of a call that is right, by name; "callable.argument" where it differs.

@@ -13,6 +13,7 @@ from problems import BIASED, CPU_BACKENDS, call
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.arguments.pairs import require_alone
 
 BIAS = torch.tensor([0.3, -0.7, 1.1, 0.0, -2.0], dtype=torch.float64)
 
@@ -172,6 +173,13 @@ def test_modules_take_it(module):
     }[module]  # fmt: skip
     leaves, rest = make(loss)
     assert torch.equal(module()(*leaves, *rest, candidate_bias=BIAS), call(loss, *leaves, *rest, candidate_bias=BIAS))
+
+
+def test_ranks_of_a_group_cannot_share_it_yet():
+    require_alone(None, candidate_bias=BIAS)
+    require_alone(object(), candidate_bias=None)
+    with pytest.raises(NotImplementedError, match=r"candidate_bias: expected None in a process group; got Tensor"):
+        require_alone(object(), ids=None, candidate_bias=BIAS)
 
 
 def test_clip_takes_one_for_each_side():

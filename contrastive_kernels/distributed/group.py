@@ -1,0 +1,263 @@
+"""Which ranks share a loss, and their agreement on what they are about to compute."""
+
+from __future__ import annotations
+
+import os
+import struct
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..arguments.checks import shown
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Ranks", "Sizes", "check_group", "ranks_of", "tell"]
+
+#: Bytes of a message that says what went wrong on a rank.
+_MESSAGE = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the ranks have agreed on."""
+
+    #: rows and columns of every rank
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    #: of the device with the least, in bytes
+    memory: int
+
+
+class Ranks:
+    """The ranks that share a loss.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        All of them.
+    gradients : {"average", "sum"}
+        What they hold of the features' gradients; as :func:`contrastive_kernels.info_nce` has it.
+    strategy : {"auto", "grid", "ring"}
+        How their rows meet.
+    uneven : bool
+        They may have different numbers of rows.
+    mesh : tuple, optional
+        The number of rows of a grid, and the groups of the row and the column that this rank is in; by default they
+        are chosen and made on demand.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        gradients: str,
+        strategy: str,
+        uneven: bool,
+        mesh: tuple[int, dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    ) -> None:
+        self.group, self.gradients, self.strategy, self.uneven, self.mesh = group, gradients, strategy, uneven, mesh
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def transport(self, call: str) -> Transport:
+        """Between all of them."""
+        return Transport(self.group, call)
+
+    def grid(self, rows: int, call: str) -> tuple[Transport, Transport]:
+        """Between this rank's row of a grid of so many rows, and between its column.
+
+        Ranks are laid out row by row. Every rank makes the group of its row first, so that nobody waits for one that
+        makes another.
+        """
+        if self.mesh is not None:
+            return Transport(self.mesh[1], call), Transport(self.mesh[2], call)
+        made = _grids.setdefault(self.group, {})
+        if rows not in made:
+            made[rows] = _grid_groups(self.group, rows)
+        return Transport(made[rows][0], call), Transport(made[rows][1], call)
+
+    # ---- agreement ----
+
+    def agree(self, call: str, about: Sequence[Any], x: Tensor, rows: int, cols: int) -> Sizes:
+        """All ranks' sizes, once they are about to compute the same.
+
+        Parameters
+        ----------
+        call : str
+            The name of the loss.
+        about : sequence
+            What must be the same everywhere: (name, value) pairs that print.
+        x : Tensor
+            Of the device and dtype.
+        rows, cols : int
+            Of this rank.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if one of them is about to compute something else, or has failed before. On CUDA without
+            `uneven` nothing is exchanged, for the host would wait.
+        """
+        if not x.is_cpu and not self.uneven:
+            return Sizes((rows,) * self.size, (cols,) * self.size, memory_of(x.device))
+        text = "; ".join(f"{name}={value}" for name, value in (("loss", call), *about))
+        found = self._headers(zlib.crc32(text.encode()), rows, cols, memory_of(x.device), failed=False, device=x.device)
+        sizes = Sizes(tuple(h[1] for h in found), tuple(h[2] for h in found), min(h[3] for h in found))
+        failed = any(h[4] for h in found)
+        if failed or len({h[0] for h in found}) > 1:
+            self._raise_together("" if failed else text, x.device, failed=failed)
+        uneven = len(set(sizes.rows)) > 1 or len(set(sizes.cols)) > 1
+        if uneven and not self.uneven:
+            raise ValueError(
+                f"uneven: expected True where ranks have different numbers of rows; got False with {list(sizes.rows)}"
+                + (f" rows and {list(sizes.cols)} candidates" if sizes.cols != sizes.rows else " rows")
+            )
+        return sizes
+
+    def fail(self, error: Exception, features: Any) -> None:
+        """Tells the others that this rank raises, and why: they raise the same."""
+        device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+        if device.type != "cpu" and not self.uneven:
+            return
+        self._headers(0, 0, 0, 0, failed=True, device=device)
+        self._raise_together(f"{type(error).__name__}: {error}", device, failed=True)
+
+    def _headers(
+        self, what: int, rows: int, cols: int, memory: int, *, failed: bool, device: torch.device
+    ) -> list[tuple[int, ...]]:
+        """(what, rows, cols, memory, failed) of every rank."""
+        own = torch.tensor([[what, rows, cols, memory, int(failed), 0, 0, 0]], dtype=torch.int64, device=device)
+        found = self.transport("the agreement of ranks").all_gather(own[:, None], [1] * self.size)
+        return [tuple(line) for line in found[:, 0].tolist()]
+
+    def _raise_together(self, text: str, device: torch.device, *, failed: bool) -> None:
+        """The same error on every rank."""
+        texts = self._texts(text, device)
+        if failed:
+            said = [f"rank {rank} raised {t}" for rank, t in enumerate(texts) if t]
+            kind = TypeError if " raised TypeError: " in said[0] else ValueError
+            raise kind(f"group: expected every rank to reach the loss; {'; '.join(said)}")
+        first = next(t for t in texts if t != texts[0])
+        raise ValueError(
+            "group: expected the same loss of all ranks; got "
+            f"{_difference(texts[0], first)} on rank 0 and {_difference(first, texts[0])} on rank {texts.index(first)}"
+        )
+
+    def _texts(self, text: str, device: torch.device) -> list[str]:
+        """What every rank has to say."""
+        coded = text.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0")
+        own = torch.tensor(struct.unpack(f"{_MESSAGE}B", coded), dtype=torch.uint8, device=device)
+        found = self.transport("the agreement of ranks").all_gather(own[None, None], [1] * self.size)
+        return [bytes(line).rstrip(b"\0").decode(errors="replace") for line in found[:, 0].tolist()]
+
+
+def _difference(one: str, other: str) -> str:
+    """What one text says that the other does not."""
+    others = other.split("; ")
+    return "; ".join(part for part in one.split("; ") if part not in others) or one
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---- groups ----
+
+_Pair = tuple[dist.ProcessGroup, dist.ProcessGroup]
+
+#: The groups of a grid's rows and columns, by its number of rows; they end with the group that they divide.
+_grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _Pair]] = weakref.WeakKeyDictionary()
+
+
+def _grid_groups(group: dist.ProcessGroup, rows: int) -> _Pair:
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    cols = size // rows
+    a, b = divmod(rank, cols)
+    everyone = dist.get_process_group_ranks(group)
+    row = [everyone[a * cols + c] for c in range(cols)]
+    col = [everyone[r * cols + b] for r in range(rows)]
+    one, other = (
+        group if len(part) == size else dist.new_group(part, use_local_synchronization=True) for part in (row, col)
+    )
+    return one, other
+
+
+def ranks_of(group: Any, gradients: str, strategy: str, uneven: bool) -> Ranks | None:
+    """The ranks that share a loss; None where this process computes alone."""
+    check_group(group)
+    if group is None or group is False:
+        return None
+    if isinstance(group, str):
+        found = _default(group)
+    elif isinstance(group, dist.ProcessGroup):
+        found = group
+    else:
+        return _of_mesh(group, gradients, strategy, uneven)
+    if found is None or dist.get_world_size(found) == 1:
+        return None
+    return Ranks(found, gradients, strategy, uneven)
+
+
+def check_group(group: Any) -> Any:
+    """What may be a group, as it is; whether there is a default one is known where it is used."""
+    if group is None or group is False:
+        return group
+    if isinstance(group, str):
+        if group not in ("auto", "world"):
+            raise ValueError(f"group: expected 'auto' or 'world', or a process group; got {shown(group)}")
+        return group
+    if dist.is_available():
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: expected a group that this process belongs to; got one of others")
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(group, (dist.ProcessGroup, DeviceMesh)):
+            return group
+    raise TypeError(
+        f"group: expected None, False, 'auto', 'world', a ProcessGroup or a DeviceMesh; got {type(group).__name__}"
+    )
+
+
+def tell(ranks: Ranks | None, error: Exception, features: Any) -> None:
+    """Tells the other ranks, if there are any, that this one is about to raise."""
+    if ranks is not None:
+        ranks.fail(error, features)
+
+
+def _default(name: str) -> dist.ProcessGroup | None:
+    """The default group: of "auto", if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    if name == "world":
+        raise ValueError(
+            "group: expected a default process group, as torch.distributed.init_process_group makes it; got 'world' "
+            "without one"
+        )
+    return None
+
+
+def _of_mesh(mesh: DeviceMesh, gradients: str, strategy: str, uneven: bool) -> Ranks | None:
+    """The ranks of a mesh of one dimension, or of two, which are the grid's rows and columns."""
+    if mesh.ndim == 1:
+        only = mesh.get_group(0)
+        return None if dist.get_world_size(only) == 1 else Ranks(only, gradients, strategy, uneven)
+    everyone = list(range(dist.get_world_size()))
+    if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != everyone or dist.group.WORLD is None:
+        raise ValueError(
+            "group: expected a mesh of one dimension, or one of two that holds all ranks in their order; got a mesh "
+            f"of shape {list(mesh.mesh.shape)} with {len(everyone)} ranks"
+        )
+    if len(everyone) == 1:
+        return None
+    grid = (mesh.size(0), mesh.get_group(1), mesh.get_group(0))  # along a row the second coordinate changes
+    return Ranks(dist.group.WORLD, gradients, strategy, uneven, grid)

@@ -1,0 +1,213 @@
+"""The losses over the ranks of a group: exactly the one of the concatenated batch, with its gradients.
+
+Gradients of a mean or a sum are made together with the value, while the ranks' rows are at hand; the backward pass
+multiplies them by what the ranks' losses get from upstream.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..arguments.checks import autocasts
+from ..arguments.reduction import row_gains
+from ..engine.gradients import Wanted
+from ..engine.matrix import Problem
+from ..panels.size import saved_dtype, score_dtype
+from .grid import Grid, grid_rows
+from .group import Ranks, Sizes
+from .ring import Ring
+from .route import Made, Own, Route
+from .rules import Rule
+
+__all__ = ["over_ranks"]
+
+#: The part of a device's memory that gathered blocks and their gradients may take: a ring needs less, and waits more.
+GATHERED_SHARE = 8
+
+
+# ---- autograd ----
+
+
+@dataclass
+class _Work:
+    """One call: who computes what, with whom."""
+
+    rule: Rule
+    ranks: Ranks
+    call: str
+    reduction: str
+    #: whether gradients of x, y, scale, bias and the rule's own tensors are needed
+    needs: tuple[bool, ...]
+
+    @property
+    def wanted(self) -> Wanted:
+        """The same for the gradient pass; a mirrored one gives the whole gradient of x."""
+        x, y, scale, bias = self.needs[:4]
+        return Wanted(x, y, scale or bias)
+
+
+class _OverRanks(torch.autograd.Function):
+    """The loss; its gradients are made with it, except of single rows."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, route: Route, problem: Problem, gain: Tensor, *tensors: Any) -> Tensor:
+        ctx.work, ctx.like = work, [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in tensors]
+        rule, wants = work.rule, True in work.needs
+        with _no_autocast(problem.x):
+            if work.reduction == "none":
+                losses, kept = rule.losses(route, problem)
+                ctx.kept = (route, problem, kept, gain) if wants else None
+                return gain * losses
+            if wants:
+                losses, made = rule.both(route, problem, gain, work.wanted)
+                ctx.made = _rounded(made, problem)
+            else:
+                losses, _ = rule.losses(route, problem)
+            counted = losses.masked_fill(gain == 0, 0.0) * gain  # (a row that does not count may have overflowed)
+            return route.total(counted.sum(dtype=torch.float64)).to(losses.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        work, factor = ctx.work, None
+        if work.reduction == "none":  # single rows' gradients from upstream, and no factor
+            route, problem, kept, gain = ctx.kept
+            with _no_autocast(problem.x):
+                made = work.rule.gradients(route, problem, kept, gain * upstream, work.wanted)
+        else:
+            made = ctx.made
+            factor = work.ranks.transport(f"the backward pass of {work.call}").sum(upstream.double())
+            if work.ranks.gradients == "sum":
+                factor = factor / work.ranks.size
+        dscale, dbias = (None, None) if made.dparams is None else made.dparams
+        found: list[Tensor | None] = []
+        for gradient, need, like in zip((made.dx, made.dy, dscale, dbias, *made.extras), work.needs, ctx.like):
+            if not need or gradient is None:
+                found.append(None)
+                continue
+            if factor is not None:
+                gradient = gradient * factor.to(gradient.dtype)
+            found.append(gradient.to(like[1]).reshape(like[0]))
+        return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
+
+
+def _rounded(made: Made, problem: Problem) -> Made:
+    """The gradients as they wait for the factor from upstream."""
+    dtype = saved_dtype(problem.x.dtype)
+    dx, dy = (None if g is None else g.to(dtype) for g in (made.dx, made.dy))
+    return Made(dx, dy, made.dparams, extras=made.extras)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def over_ranks(
+    rule: Rule,
+    ranks: Ranks,
+    call: str,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    about: tuple[tuple[str, Any], ...] = (),
+    repeats: int = 1,
+) -> Tensor:
+    """A loss over the rows of all ranks.
+
+    Parameters
+    ----------
+    rule : Rule
+        The loss.
+    ranks : Ranks
+        Who shares it.
+    call : str
+        Its name.
+    problem : Problem
+        This rank's rows.
+    weight : Tensor, optional
+        Weights of its rows [n / repeats], as :func:`.row_weights` gives them.
+    reduction : {"mean", "sum", "none"}
+        Over all ranks' rows; "none" gives this rank's [n].
+    about : tuple
+        What else must be the same everywhere: (name, value) pairs.
+    repeats : int
+        Rows that a weight serves.
+    """
+    x, y = problem.x, problem.y
+    tensors = (x, None if rule.mirrored else y, problem.scale, problem.bias, *rule.extras)
+    grad = torch.is_grad_enabled()
+    needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+    sizes = ranks.agree(call, _described(ranks, problem, weight, reduction, needs, about), x, len(x), len(y))
+    own_x = x.detach()
+    plain = replace(problem, x=own_x, y=own_x if rule.mirrored else y.detach())
+    with torch.no_grad(), _no_autocast(x):
+        route = _route(ranks, Own(plain, rule.term, rule.mirrored), sizes, call, keeps=True in needs)
+        gain = _gains(ranks, call, sizes, weight, x, reduction, repeats)
+    loss: Tensor = _OverRanks.apply(_Work(rule, ranks, call, reduction, needs), route, plain, gain, *tensors)
+    return loss
+
+
+def _described(
+    ranks: Ranks,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    needs: tuple[bool, ...],
+    about: tuple[tuple[str, Any], ...],
+) -> list[tuple[str, Any]]:
+    """What must be the same on all ranks."""
+    wanted = [name for name, need in zip(("x", "y", "scale", "bias"), needs) if need]
+    described = [
+        ("features", problem.x.shape[1]), ("dtype", problem.x.dtype), ("reduction", reduction),
+        ("weights", "given" if weight is not None else None),
+        ("ids", "given" if problem.pairs.row_ids is not None else None), ("gradients of", "+".join(wanted)),
+        ("gradients", ranks.gradients), ("strategy", ranks.strategy), *about,
+    ]  # fmt: skip
+    if problem.x.is_cpu:  # where reading a number waits for nobody
+        for name, value in (("scale", problem.scale), ("bias", problem.bias)):
+            described.append((name, value.item() if isinstance(value, Tensor) else value))
+    return described
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would round the results of out=."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def _route(ranks: Ranks, own: Own, sizes: Sizes, call: str, *, keeps: bool) -> Route:
+    """The grid where its blocks fit their share of the memory, otherwise the ring."""
+    strategy = ranks.strategy
+    if strategy == "auto":
+        strategy = "grid" if gathered_bytes(ranks, own.problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
+    return Ring(ranks, own, sizes, call) if strategy == "ring" else Grid(ranks, own, sizes, call, keeps=keeps)
+
+
+def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:
+    """Bytes of the largest block of features and of its gradients' sums that a rank of the grid has."""
+    n, m = sum(sizes.rows), sum(sizes.cols)
+    rows = grid_rows(ranks.size, n, m, ranks.mesh and ranks.mesh[0])
+    x = problem.x
+    per_row = x.shape[1] * (x.dtype.itemsize + 2 * score_dtype(x.dtype).itemsize)
+    processes = ranks.size if x.device.type == "cpu" else 1  # which share a machine's memory
+    return (n // rows + m // (ranks.size // rows)) * per_row * processes
+
+
+def _gains(
+    ranks: Ranks, call: str, sizes: Sizes, weight: Tensor | None, x: Tensor, reduction: str, repeats: int
+) -> Tensor:
+    """dL/d(loss of row i) of this rank's rows [n]: those of the concatenated batch."""
+    total, dtype = sum(sizes.rows), score_dtype(x.dtype)
+    if weight is None:
+        share = 1.0 / max(total, 1) if reduction == "mean" else 1.0
+        return torch.full((len(x),), share, dtype=dtype, device=x.device)
+    counts = [n // repeats for n in sizes.rows]
+    every = ranks.transport(call).all_gather(weight, counts)
+    gains = row_gains(every, len(every), x, reduction, repeats)
+    assert gains is not None
+    start, n = sum(counts[: ranks.rank]), counts[ranks.rank]
+    parts = [gains[k * len(every) + start : k * len(every) + start + n] for k in range(repeats)]
+    return torch.cat(parts)

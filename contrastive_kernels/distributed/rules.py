@@ -1,0 +1,234 @@
+"""The rules: what a rank makes of the statistics of its own rows, loss by loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..engine.driver import normalizer_of, positive_dots, positive_logits, softmax_side
+from ..engine.gradients import Wanted
+from ..engine.matrix import Problem, ScoreMatrix
+from ..operators.weighted_sum import two_sum
+from ..panels.panel import Side
+from ..panels.size import blocks, score_dtype
+from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
+from .route import Made, Route
+
+__all__ = ["Ratio", "Rule", "Sigmoid", "Softmax"]
+
+#: Rows of which copies in the dtype of the scores are made at a time.
+_ROWS = 1024
+
+
+@dataclass
+class Kept:
+    """What the values of a loss leave for its gradients."""
+
+    #: [n] the positives' dot products and logits, [3] scale, bias and center
+    dots: Tensor
+    z_pos: Tensor
+    params: Tensor
+    #: [2, n], [2, m] normalisers of this rank's rows and columns
+    row: Tensor | None = None
+    col: Tensor | None = None
+
+
+class Rule(ABC):
+    """One loss, in terms of a rank's own rows."""
+
+    term: PairTerm
+    #: y is x
+    mirrored = False
+    #: tensors beside features, scale and bias that may want gradients
+    extras: tuple[Tensor, ...] = ()
+
+    def start(self, route: Route, problem: Problem, *, centered: bool) -> Kept:
+        """The positives of this rank's rows; `centered`: rows' weights sum to 0 with the positive's."""
+        own = ScoreMatrix.of(replace(problem, symmetric=False), self.term, problem.backend())
+        if own.positives.exist and len(own.x):
+            dots = positive_dots(own)
+        else:
+            dots = own.params.new_zeros(len(own.x))
+        params = own.params.clone()
+        if centered:  # the same on all ranks: weights sum to 0 over all of them
+            found = route.total(torch.stack([dots.double().sum(), dots.new_ones(()).double() * len(dots)]))
+            params[2] = found[0] / found[1].clamp(min=1)
+        return Kept(dots, positive_logits(own, dots) if len(own.x) else dots, params)
+
+    @abstractmethod
+    def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
+        """The losses of this rank's rows [n]."""
+
+    @abstractmethod
+    def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
+        """The gradients of sum_i gain_i loss_i over the rows of all ranks, of what this rank has."""
+
+    def both(self, route: Route, problem: Problem, gain: Tensor, wanted: Wanted) -> tuple[Tensor, Made]:
+        """Losses and gradients."""
+        losses, kept = self.losses(route, problem)
+        return losses, self.gradients(route, problem, kept, gain, wanted)
+
+
+class Softmax(Rule):
+    """softplus(n_i - z_i,p(i)); `both_ways`: its mean with the columns'; `mirrored`: columns are the rows."""
+
+    term = EXPONENTIAL
+
+    def __init__(self, *, both_ways: bool = False, mirrored: bool = False) -> None:
+        self.both_ways, self.mirrored = both_ways, mirrored
+
+    def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
+        """The losses of this rank's rows [n]."""
+        kept = self.start(route, problem, centered=True)
+        row, col = route.statistics(kept.params, cols=self.both_ways)
+        kept.row = normalizer_of(row)
+        losses = _softplus(kept.row, kept.z_pos)
+        if col is not None:
+            kept.col = normalizer_of(col)
+            losses = (losses + _softplus(kept.col, kept.z_pos)) / 2
+        return losses, kept
+
+    def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
+        """The gradients of sum_i gain_i loss_i."""
+        assert kept.row is not None
+        if self.both_ways:
+            gain = gain / 2
+        row_gain = gain * _probability(kept.row, kept.z_pos)
+        row, col, dz_pos = softmax_side(kept.row, row_gain), Side(), -row_gain
+        if self.mirrored:
+            col = row
+        elif kept.col is not None:
+            col_gain = gain * _probability(kept.col, kept.z_pos)
+            col, dz_pos = softmax_side(kept.col, col_gain), dz_pos - col_gain
+        made = route.gradients(kept.params, row, col, wanted, fold=False)
+        if self.mirrored and made.dparams is not None:
+            made.dparams /= 2  # every pair has been seen from its row and from its column
+        _add_positives(made, problem, kept, dz_pos, wanted, mirrored=self.mirrored)
+        return made
+
+
+class Sigmoid(Rule):
+    """sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))."""
+
+    term = SIGMOID
+
+    def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
+        """The losses of this rank's rows [n]."""
+        kept = self.start(route, problem, centered=False)
+        row, _ = route.statistics(kept.params, cols=False)
+        return row[0] - logsigmoid(kept.z_pos), kept
+
+    def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
+        """The gradients of sum_i gain_i loss_i."""
+        made = route.gradients(kept.params, Side(None, None, gain), Side(), wanted, fold=True)
+        _add_positives(made, problem, kept, -torch.sigmoid(-kept.z_pos) * gain, wanted)
+        return made
+
+    def both(self, route: Route, problem: Problem, gain: Tensor, wanted: Wanted) -> tuple[Tensor, Made]:
+        """Losses and gradients in one pass: weights depend on nothing but the pair's own score."""
+        kept = self.start(route, problem, centered=False)
+        made = self.gradients(route, problem, kept, gain, wanted)
+        assert made.row is not None
+        return made.row[0] - logsigmoid(kept.z_pos), made
+
+
+class Ratio(Rule):
+    """sum_j exp(z_ij - given_i) over negatives + constant_i; of two sides, the mean of rows' and columns'.
+
+    Parameters
+    ----------
+    rests : list of Tensor
+        Of this rank's rows [n], and perhaps of its columns: given = the positive's logit + rest.
+    logits : list of Tensor, optional
+        The positives' logits, as many, differentiable; without them they are the matrix's own.
+    constant : Tensor
+        Added to the losses [n].
+    """
+
+    term = EXPONENTIAL
+
+    def __init__(self, rests: list[Tensor], logits: list[Tensor] | None, constant: Tensor) -> None:
+        self.rests, self.constant = rests, constant
+        self.extras = tuple(logits or ())
+        self.relative = logits is None
+        #: what was found on the way: the normalisers (shift, rest) of rows, of columns, and the positives' dot products
+        self.normalizers: list[Tensor] = []
+        self.dots = constant
+
+    def _given(self, kept: Kept) -> list[Tensor]:
+        logits = [kept.z_pos] * len(self.rests) if self.relative else [logit.detach() for logit in self.extras]
+        return [torch.stack(two_sum(logit, rest)) for logit, rest in zip(logits, self.rests)]
+
+    def _values(self, states: tuple[Tensor | None, Tensor | None], kept: Kept) -> list[Tensor]:
+        """exp(found - given) of rows, and of columns; nothing found gives 0."""
+        self.normalizers = [normalizer_of(state) for state in states if state is not None]
+        self.dots = kept.dots
+        return [
+            torch.exp((found[0] - given[0]) + (found[1] - given[1]))
+            for found, given in zip(self.normalizers, self._given(kept))
+        ]
+
+    def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
+        """The losses of this rank's rows [n]."""
+        kept = self.start(route, problem, centered=self.relative)
+        values = self._values(route.statistics(kept.params, cols=len(self.rests) == 2), kept)
+        return torch.stack(values).mean(0) + self.constant, kept
+
+    def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
+        """The gradients of sum_i gain_i loss_i."""
+        return self._pass(route, problem, kept, gain, wanted)[1]
+
+    def both(self, route: Route, problem: Problem, gain: Tensor, wanted: Wanted) -> tuple[Tensor, Made]:
+        """Losses and gradients in one pass: normalisers are known before."""
+        kept = self.start(route, problem, centered=self.relative)
+        values, made = self._pass(route, problem, kept, gain, wanted)
+        return torch.stack(values).mean(0) + self.constant, made
+
+    def _pass(
+        self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted
+    ) -> tuple[list[Tensor], Made]:
+        given = self._given(kept)
+        gain = gain / len(given)
+        sides = [Side(None, each, gain) for each in given]
+        made = route.gradients(kept.params, sides[0], sides[1] if len(sides) == 2 else Side(), wanted, fold=True)
+        values = self._values((made.row, made.col), kept)
+        sums = [gain * each.masked_fill(gain == 0, 0.0) for each in values]
+        if self.relative:
+            _add_positives(made, problem, kept, -torch.stack(sums).sum(0), wanted)
+        else:
+            made.extras = tuple([-each for each in sums])
+        return values, made
+
+
+def _softplus(normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """softplus(n - z_pos) [n]: 0 without negatives."""
+    return -logsigmoid((z_pos - normalizer[0]) - normalizer[1])
+
+
+def _probability(normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """sigmoid(n - z_pos) [n]: the probability that is not the positive's."""
+    return torch.sigmoid((normalizer[0] - z_pos) + normalizer[1])
+
+
+def _add_positives(
+    made: Made, problem: Problem, kept: Kept, dz_pos: Tensor, wanted: Wanted, *, mirrored: bool = False
+) -> None:
+    """The positive pairs' part of a rank's gradients: both of a pair are on one rank."""
+    positives, n = problem.positives, len(dz_pos)
+    if made.dparams is not None:
+        made.dparams[0] += (dz_pos * (kept.dots - kept.params[2])).sum(dtype=made.dparams.dtype)
+        made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
+    if not positives.exist or not n:
+        return
+    values = positives.coefficients(dz_pos * kept.params[0])
+    sums = made.dx if mirrored else made.dy
+    dtype = score_dtype(problem.x.dtype)
+    for i in blocks(n, _ROWS):
+        if made.dx is not None and wanted.x:
+            made.dx[i].addcmul_(positives.select(problem.y, i).to(dtype), values[i, None])
+        if sums is not None and (wanted.y or mirrored):
+            positives.add_to(sums, i, problem.x[i].to(dtype), values[i])

@@ -1,0 +1,97 @@
+"""Every loss over the ranks of a group against one process, by the one rule: value, gradients, shapes of grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launch import run, succeeded
+from problems import PROBLEMS, engine_options
+from shards import Case, lose, together
+from tolerance import assert_outcome
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def options(problem, loss, dtype, strategy):
+    """The engine's for a problem, in the panels that it asks for."""
+    case = Case(problem.name, loss, dtype)
+    backend = "torch" if dtype == torch.float64 else None
+    found = engine_options(case.inputs(), loss, backend or "cpu")
+    return {**found, "backend": backend, "strategy": strategy}
+
+
+def check(cases, ranks, tmp_path):
+    """Asserts the rule for every case; all complaints at once."""
+    results = succeeded(run(ranks, lose, tmp_path, cases))
+    complaints = []
+    for i, case in enumerate(cases):
+        try:
+            outcome = together(case, [result[i] for result in results])
+            assert_outcome(case.inputs(), case.loss, case.reduction, outcome)
+        except AssertionError as error:
+            complaints.append(f"{case}: {error}")
+    assert not complaints, f"{len(complaints)} of {len(cases)}:\n" + "\n".join(complaints[:20])
+
+
+#: u is drawn on every rank for itself.
+SAME_DRAWS = [p for p in PROBLEMS if "shape" not in dict(p.decomposable)]
+
+
+@pytest.mark.parametrize("strategy", ["grid", "ring"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_problem(dtype, strategy, tmp_path):
+    """On three ranks, of which one has no rows: a grid of three rows, and a ring."""
+    cases = [
+        Case(problem.name, loss, dtype, gradients="sum", options=options(problem, loss, dtype, strategy))
+        for problem in SAME_DRAWS
+        for loss in problem.losses
+        if problem.candidate_bias is None and (problem.ids is None or loss != "sigmoid")
+    ]
+    check(cases, 3, tmp_path)
+
+
+LOSSES = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
+
+
+@pytest.mark.parametrize(
+    "ranks, mesh", [(1, None), (2, None), (4, None), (4, (4, 1)), (4, (1, 4)), (6, None), (6, (2, 3)), (6, (3, 2))]
+)
+def test_every_shape_of_grid(ranks, mesh, tmp_path):
+    """Of even and of uneven shards, with either rule of gradients, all reductions."""
+    cases = [
+        Case(
+            "panels", loss, torch.float64, reduction, gradients, mesh=mesh, uneven=uneven, options={"backend": "torch"}
+        )
+        for loss in LOSSES
+        for reduction in ("mean", "sum", "none")
+        for gradients in ("average", "sum")
+        for uneven in (False, True)
+    ]
+    check(cases, ranks, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["grid", "ring"])
+def test_gradients_that_are_wanted(strategy, tmp_path):
+    """A frozen tower, a scale that is a parameter or not, nothing at all."""
+    needs = [("x",), ("y",), ("scale",), ("x", "scale"), ("x", "y"), ()]
+    cases = [
+        Case("sparse-weights", loss, torch.float32, reduction, needs=need, options={"strategy": strategy})
+        for loss in LOSSES
+        for reduction in ("mean", "none")
+        for need in needs
+    ]
+    check(cases, 2, tmp_path)
+
+
+def test_two_runs_agree_bitwise(tmp_path):
+    cases = [
+        Case("panels", loss, dtype, options={"strategy": strategy})
+        for loss in LOSSES
+        for dtype in (torch.float32, torch.bfloat16)
+        for strategy in ("grid", "ring")
+    ]
+    for one in succeeded(run(4, lose, tmp_path, [*cases, *cases])):
+        for first, second in zip(one[: len(cases)], one[len(cases) :]):
+            assert torch.equal(first.value, second.value)
+            for name, gradient in first.gradients.items():
+                assert gradient is None or torch.equal(gradient, second.gradients[name]), name
