@@ -13,6 +13,7 @@ from .losses import (
     clip_loss,
     decomposable,
     info_nce,
+    log_sum_exp,
     nt_xent,
     sigmoid,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "hardest_negatives",
     "info_nce",
     "list_backends",
+    "log_sum_exp",
     "multimodal_contrastive",
     "nt_xent",
     "plan",

@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 
-__all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "nt_xent", "sigmoid"]
+__all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "log_sum_exp", "nt_xent", "sigmoid"]
 
 
 Scale = float | Tensor
@@ -304,6 +304,40 @@ def decomposable(
     if not return_log_normalizer:
         return loss
     return loss, (tuple(log_zs) if len(log_zs) == 2 else log_zs[0])
+
+
+def log_sum_exp(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Scale,
+    *,
+    positives: int | Tensor | None = None,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
+) -> Tensor:
+    """log sum_j exp(z_ij) [N] over the columns but the row's positive, if any, and those of its id.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Anchors [N, D] and candidates [M, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    positives : int or Tensor, optional
+        An offset, or indices [N] with -1 for none; by default no row has one.
+    ids, candidate_bias
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor
+        [N]; -inf, with gradient 0, for a row of nothing.
+    """
+    held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    if positives is not None:
+        held = _positive_indices(x, positives)
+    x, y, _ = _without_padding(x, y, candidate_bias, None, None)
+    return _logsumexp(_mask(_biased(logit_scale * (x @ y.T), candidate_bias), held, _alike(ids)))
 
 
 def _one_or_both(value: LogNormalizer) -> list[Tensor]:
