@@ -66,6 +66,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "drawn-wide": ("decomposable",),
         "ids": None,
         "candidate-bias": None,
+        "dcl-softmax": None,
         "padded": ("info_nce", "sigmoid", "decomposable"),
         "biased-zero-scale": ("info_nce",),
         "ids-panels": ("clip_loss", "nt_xent"),

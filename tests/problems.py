@@ -63,6 +63,8 @@ class Problem:
     ids: str | None = None
     #: None, or what is added to the candidates' logits: "normal", or "padded" (-inf among them)
     candidate_bias: str | None = None
+    #: of a softmax loss: the denominator has the positive
+    include_positive: bool = True
     #: panels as small as the engine takes them, so that several are walked in both directions
     small_panels: bool = False
     workspace_bytes: int | None = None
@@ -116,6 +118,8 @@ class Inputs:
         options["weight"] = self.weight
         if self.ids is not None:
             options["ids"] = self.ids[0] if loss == "nt_xent" else self.ids
+        if not self.problem.include_positive:
+            options["include_positive"] = False
         if self.candidate_bias is not None:
             options.setdefault("candidate_bias", self.candidate_bias.to(score_dtype(x.dtype)))
         if loss == "sigmoid":
@@ -248,6 +252,19 @@ PROBLEMS = (
             losses=("decomposable",)),
     Problem("biased-zero-scale", "the biases' gradient does not come of the scores'",
             scale=0.0, candidate_bias="normal", losses=BIASED),
+    # denominators without the positive
+    Problem("dcl-softmax", "no positive in the denominator: the loss may be negative",
+            include_positive=False, losses=SOFTMAX),
+    Problem("dcl-panels", "the same in panels, of some pairs", n=257, include_positive=False, ids="shared",
+            weight="sparse", small_panels=True, losses=SOFTMAX),
+    Problem("dcl-band", "the same in bands", n=550, d=16, include_positive=False, losses=("info_nce", "clip_loss")),
+    Problem("dcl-solved", "a nearly solved batch: it goes on", n=257, d=256, scale=13.0, features="solved",
+            include_positive=False, losses=SOFTMAX),
+    Problem("dcl-common", "logits of 1e4 that differ by one", features="shifted", length=100.0,
+            include_positive=False, losses=SOFTMAX, **COMMON),
+    Problem("dcl-padded", "with biases of the candidates, and padding",
+            n=130, include_positive=False, candidate_bias="padded", losses=SOFTMAX),
+    Problem("dcl-alone", "no negatives: 0", n=5, include_positive=False, ids="equal", losses=SOFTMAX),
     Problem("ids-different", "nothing is left out, and the sigmoid loss has no positives", n=33, ids="different"),
     # the decomposable loss
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),

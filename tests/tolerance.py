@@ -191,7 +191,7 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     elif loss in problems.DECOMPOSABLE:
         added = torch.cat(inputs.log_normalizer).double().abs().max() if len(x) else 0.0
         logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * added
-    if inputs.candidate_bias is not None:
+    if inputs.candidate_bias is not None and inputs.candidate_bias.numel():
         largest = inputs.candidate_bias.nan_to_num(neginf=0.0).abs().max().double()
         logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * largest
 
@@ -252,6 +252,7 @@ def from_scores(
         ids = None if inputs.ids is None else inputs.ids[0].repeat(2)
         bias = None if inputs.candidate_bias is None else inputs.candidate_bias.double().repeat(2)
         options = {"positives": positives, "ids": ids, "candidate_bias": bias, "weight": weight}
+        options["include_positive"] = inputs.problem.include_positive
         value = reference.info_nce(z, itself, 1.0, **options, reduction=reduction)
     else:
         value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)

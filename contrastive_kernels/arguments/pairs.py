@@ -94,8 +94,9 @@ def without_padding(
 def require_alone(ranks: object, **members: Any) -> None:
     """What ranks of a process group cannot share yet; leaving it out silently would train another loss."""
     for name, value in members.items():
-        if ranks is not None and value is not None:
+        if ranks is not None and value is not None and value is not True:
+            expected, got = ("True", "False") if value is False else ("None", type(value).__name__)
             raise NotImplementedError(
-                f"{name}: expected None in a process group; got {type(value).__name__}. group=None computes the loss "
-                "of this process's rows: gather the others' with their gradients"
+                f"{name}: expected {expected} in a process group; got {got}. group=None computes the loss of this "
+                "process's rows: gather the others' with their gradients"
             )

@@ -27,7 +27,7 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases, views_with_biases
-from .module import PAIR_NAMES, Loss
+from .module import PAIR_NAMES, SoftmaxLoss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
 
@@ -40,6 +40,7 @@ def info_nce(
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -72,6 +73,9 @@ def info_nce(
         Added to the logits of the candidates [M], the positives' too: -log q of a candidate drawn with probability q,
         say. It may require a gradient. A candidate of -inf is padding: its features are not used, not even if they are
         NaN, and a row whose own positive is padding is left out of the mean; its loss is 0.
+    include_positive : bool
+        False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
+        positive's logit (DCL), which may be negative, and 0 for a row without negatives.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -127,7 +131,7 @@ def info_nce(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
         x, y = check_features(x, y, ("x", "y"), normalize)
         index, offset = check_positives(positives, x, y)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
@@ -140,9 +144,9 @@ def info_nce(
         tell(ranks, error, x)
         raise
     if ranks is not None:
-        require_alone(ranks, candidate_bias=candidate_bias)
+        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
         return over_ranks(Softmax(), ranks, "info_nce", problem, gains, reduction)
-    return softmax_loss(problem, gains, reduction)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
 def clip_loss(
@@ -152,6 +156,7 @@ def clip_loss(
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -176,6 +181,8 @@ def clip_loss(
     candidate_bias : Tensor or pair of Tensor, optional
         As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
         one tensor of both. The directions are two passes then: twice the products.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -216,7 +223,7 @@ def clip_loss(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
@@ -226,11 +233,12 @@ def clip_loss(
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        require_alone(ranks, candidate_bias=candidate_bias)
-        return pairs_with_biases(problem, candidate_bias, weight, reduction)
+        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
+        return pairs_with_biases(problem, candidate_bias, weight, reduction, include_positive)
     if ranks is not None:
+        require_alone(ranks, include_positive=include_positive)
         return over_ranks(Softmax(both_ways=True), ranks, "clip_loss", problem, gains, reduction)
-    return softmax_loss(problem, gains, reduction, both=True)
+    return softmax_loss(problem, gains, reduction, both=True, include_positive=include_positive)
 
 
 def nt_xent(
@@ -240,6 +248,7 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -263,6 +272,8 @@ def nt_xent(
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
         products.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -302,7 +313,7 @@ def nt_xent(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
@@ -313,33 +324,28 @@ def nt_xent(
         raise
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
+    mirrored = ranks is None and not pairs.adds
+    offset = n if mirrored else None
+    problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if ranks is not None:
-        require_alone(ranks, candidate_bias=candidate_bias)
-        problem = Problem(views, views, scale, index=index, pairs=pairs, engine=engine)
+        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
         return over_ranks(Softmax(mirrored=True), ranks, "nt_xent", problem, gains, reduction, repeats=2)
     if pairs.adds:
-        return views_with_biases(
-            Problem(views, views, scale, index=index, pairs=pairs, engine=engine), weight, reduction
-        )
-    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, pairs=pairs, engine=engine)
-    return softmax_loss(problem, gains, reduction)
+        return views_with_biases(problem, weight, reduction, include_positive)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
-class InfoNCELoss(Loss):
+class InfoNCELoss(SoftmaxLoss):
     """InfoNCE in one direction; see :func:`contrastive_kernels.info_nce`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -364,21 +370,17 @@ class InfoNCELoss(Loss):
         return info_nce(x, y, logit_scale, positives=positives, **members, **self.options)
 
 
-class ClipLoss(Loss):
+class ClipLoss(SoftmaxLoss):
     """CLIP's symmetric loss, called as open_clip calls its own; see :func:`contrastive_kernels.clip_loss`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -411,21 +413,17 @@ class ClipLoss(Loss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class NTXentLoss(Loss):
+class NTXentLoss(SoftmaxLoss):
     """NT-Xent, SimCLR's loss; see :func:`contrastive_kernels.nt_xent`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the views' losses [2N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------

@@ -13,11 +13,13 @@ References
 .. [4] X. Zhai, B. Mustafa, A. Kolesnikov, L. Beyer, "Sigmoid loss for language image pre-training", ICCV 2023.
 .. [5] C. Chen, J. Zhang, Y. Xu, L. Chen, J. Duan, Y. Chen, S. Tran, B. Zeng, T. Chilimbi, "Why do we need large
    batch sizes in contrastive learning? A gradient-bias perspective", NeurIPS 2022.
+.. [6] C.-H. Yeh, C.-Y. Hong, Y.-C. Hsu, T.-L. Liu, Y. Chen, Y. LeCun, "Decoupled contrastive learning", ECCV 2022.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ def info_nce(
     positives: int | Tensor | None = None,
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -64,6 +67,8 @@ def info_nce(
         Integers of the rows [N] and the columns [M]; one tensor for both.
     candidate_bias : Tensor, optional
         Added to the columns' logits [M]. -inf: the column is padding; so is a row whose positive it is, with loss 0.
+    include_positive : bool
+        False: loss_i = logsumexp_{j in N(i)} z_ij - z_i,p(i) [6]_, and 0 without negatives.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -77,7 +82,7 @@ def info_nce(
     p = _positive_indices(x, positives)
     x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
     z = _biased(logit_scale * (x @ y.T), candidate_bias)
-    return _reduce(_softmax_losses(z, p, _alike(ids)), weight, reduction)
+    return _reduce(_softmax_losses(z, p, _alike(ids), include_positive), weight, reduction)
 
 
 def clip_loss(
@@ -87,6 +92,7 @@ def clip_loss(
     *,
     ids: Ids | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -102,6 +108,8 @@ def clip_loss(
         As in :func:`info_nce`, in both directions.
     candidate_bias : Tensor or pair of Tensor, optional
         Of the images and of the texts, as candidates; one tensor for both.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N].
     reduction : {"mean", "sum", "none"}
@@ -118,14 +126,16 @@ def clip_loss(
         if ids is not None and not isinstance(ids, Tensor):
             back = (ids[1], ids[0])
         x, y = image_features, text_features
-        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, weight=weight, reduction=reduction)
-        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, weight=weight, reduction=reduction)
+        options: dict[str, Any] = {"include_positive": include_positive, "weight": weight, "reduction": reduction}
+        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, **options)
+        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, **options)
         return (first + second) / 2
     z = logit_scale * (image_features @ text_features.T)
     p = _positive_indices(image_features, None)
     alike = _alike(ids)
     turned = None if alike is None else alike.T
-    return _reduce((_softmax_losses(z, p, alike) + _softmax_losses(z.T, p, turned)) / 2, weight, reduction)
+    there = _softmax_losses(z, p, alike, include_positive)
+    return _reduce((there + _softmax_losses(z.T, p, turned, include_positive)) / 2, weight, reduction)
 
 
 def nt_xent(
@@ -135,6 +145,7 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -150,6 +161,8 @@ def nt_xent(
         Integers of the samples [N]: views of equal ones are left out too.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N].
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -168,7 +181,7 @@ def nt_xent(
     views, others, both = _without_padding(views, views, bias, p, both)
     z = _biased(logit_scale * (views @ others.T), bias).masked_fill(itself[:, None] == itself, -torch.inf)
     alike = None if ids is None else _alike(torch.cat([ids, ids]))
-    return _reduce(_softmax_losses(z, p, alike), both, reduction)
+    return _reduce(_softmax_losses(z, p, alike, include_positive), both, reduction)
 
 
 def sigmoid(
@@ -401,13 +414,14 @@ def _logsumexp(z: Tensor) -> Tensor:
     return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
 
 
-def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
+def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None, include_positive: bool) -> Tensor:
     """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1.
 
     So is what is alike [N, M].
     """
     z_pos = _positive_logits(z, positives)
-    return -logsigmoid(z_pos - _logsumexp(_mask(z, positives, alike)))
+    n = _logsumexp(_mask(z, positives, alike))
+    return -logsigmoid(z_pos - n) if include_positive else (n - z_pos).masked_fill(n == -torch.inf, 0.0)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

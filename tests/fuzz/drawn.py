@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, Problem, differentiable
+from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, SOFTMAX, Problem, differentiable
 
 import contrastive_kernels as ck
 
@@ -90,6 +90,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
         positives=positives,
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
         ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
+        include_positive=loss not in SOFTMAX or draw(st.sampled_from((True, True, False))),
         candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,

@@ -93,9 +93,9 @@ def calls(
     indexed = Problem(x, other, scale, bias, index=index, engine=engine)
     views = Problem(x, x, scale, bias, index=index, symmetric=True, engine=engine)
     for reduction, gain in (("mean", None), ("sum", c), ("none", c)):
-        yield softmax_losses, square, (gain,), (reduction, True)
-        yield softmax_losses, indexed, (gain,), (reduction, False)
-        yield softmax_losses, views, (gain,), (reduction, False)
+        yield softmax_losses, square, (gain,), (reduction, True, reduction != "sum")
+        yield softmax_losses, indexed, (gain,), (reduction, False, True)
+        yield softmax_losses, views, (gain,), (reduction, False, True)
         yield sigmoid_losses, square, (gain,), (reduction,)
         yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
