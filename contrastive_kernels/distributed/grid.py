@@ -38,7 +38,7 @@ class Grid(Route):
 
     def __init__(self, ranks: Ranks, own: Own, sizes: Sizes, call: str, *, keeps: bool) -> None:
         problem, rank = own.problem, ranks.rank
-        self._own, self._sizes = own, sizes
+        self._own = own
         self._all = ranks.transport(call)
         rows = grid_rows(ranks.size, sum(sizes.rows), sum(sizes.cols), ranks.mesh and ranks.mesh[0])
         self._row, self._col = ranks.grid(rows, call)
@@ -77,10 +77,10 @@ class Grid(Route):
     def _merge(self, row: Tensor | None, col: Tensor | None) -> tuple[Tensor, Tensor | None]:
         term = self._own.term
         assert row is not None
-        rows = merged(self._row.to_owners(row.T, self._rows).transpose(1, 2), term)
+        rows = merged(self._row.to_owners(row.T[:, None], self._rows)[:, :, 0].transpose(1, 2), term)
         if col is None:
             return rows, None
-        return rows, merged(self._col.to_owners(col.T, self._cols).transpose(1, 2), term)
+        return rows, merged(self._col.to_owners(col.T[:, None], self._cols)[:, :, 0].transpose(1, 2), term)
 
     def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
         """The gradients of this rank's rows and columns."""
@@ -98,10 +98,6 @@ class Grid(Route):
     def total(self, own: Tensor) -> Tensor:
         """The sum over ranks."""
         return self._all.sum(own)
-
-    def join(self, own: Tensor, cols: bool = False) -> Tensor:
-        """A vector's parts of all ranks."""
-        return self._all.all_gather(own, self._sizes.cols if cols else self._sizes.rows)
 
 
 def _gathered(side: Side, transport: Transport, sizes: Sequence[int]) -> Side:

@@ -66,6 +66,14 @@ class Ranks:
         self.group, self.gradients, self.strategy, self.uneven, self.mesh = group, gradients, strategy, uneven, mesh
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    def device(self, wanted: torch.device | None = None) -> torch.device:
+        """Where tensors are to be sent from: the wanted device if the group serves it."""
+        wanted = torch.device("cpu") if wanted is None else wanted
+        kinds = {kind.type for kind in self.group._device_types}
+        if wanted.type in kinds or not kinds:
+            return wanted
+        return torch.device("cuda", torch.cuda.current_device()) if "cuda" in kinds else torch.device(kinds.pop())
+
     def transport(self, call: str) -> Transport:
         """Between all of them."""
         return Transport(self.group, call)
@@ -120,6 +128,12 @@ class Ranks:
                 + (f" rows and {list(sizes.cols)} candidates" if sizes.cols != sizes.rows else " rows")
             )
         return sizes
+
+    def agree_on_rows(self, call: str, x: Tensor, *about: tuple[str, Any]) -> Sizes:
+        """The same of matching rows x [n, D]."""
+        shared = [("features", x.shape[1]), ("dtype", x.dtype), ("gradients", self.gradients)]
+        shared.append(("differentiated", torch.is_grad_enabled() and x.requires_grad))
+        return self.agree(call, (*shared, *about), x, len(x), len(x))
 
     def fail(self, error: Exception, features: Any) -> None:
         """Tells the others that this rank raises, and why: they raise the same."""

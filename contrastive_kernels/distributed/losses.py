@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arguments.checks import autocasts
 from ..arguments.reduction import row_gains
+from ..engine.driver import normalizer_of
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
 from ..panels.size import saved_dtype, score_dtype
+from ..panels.terms import EXPONENTIAL
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
 from .ring import Ring
 from .route import Made, Own, Route
 from .rules import Rule
+from .sums import once
 
-__all__ = ["over_ranks"]
+__all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
 
 #: The part of a device's memory that gathered blocks and their gradients may take: a ring needs less, and waits more.
 GATHERED_SHARE = 8
@@ -58,6 +60,7 @@ class _OverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, route: Route, problem: Problem, gain: Tensor, *tensors: Any) -> Tensor:
         ctx.work, ctx.like = work, [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in tensors]
+        ctx.save_for_backward(*[t for t in tensors if isinstance(t, Tensor)])
         rule, wants = work.rule, True in work.needs
         with _no_autocast(problem.x):
             if work.reduction == "none":
@@ -73,8 +76,11 @@ class _OverRanks(torch.autograd.Function):
             return route.total(counted.sum(dtype=torch.float64)).to(losses.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates them meets an error
+            with torch.no_grad():
+                gradients = _OverRanks.backward(ctx, upstream.detach())
+            return once(gradients, [*ctx.saved_tensors, upstream])
         work, factor = ctx.work, None
         if work.reduction == "none":  # single rows' gradients from upstream, and no factor
             route, problem, kept, gain = ctx.kept
@@ -150,6 +156,20 @@ def over_ranks(
     return loss
 
 
+@torch.no_grad()
+def normalizers_over_ranks(
+    ranks: Ranks, call: str, problem: Problem, *, cols: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The log-sum-exps of this rank's rows over all ranks' columns [2, n], and of its columns [2, m]: (shift, rest)."""
+    x, y = problem.x.detach(), problem.y.detach()
+    sizes = ranks.agree(call, _described(ranks, problem, None, "none", (), (("columns", cols),)), x, len(x), len(y))
+    with _no_autocast(x):
+        plain = replace(problem, x=x, y=y)
+        route = _route(ranks, Own(plain, EXPONENTIAL), sizes, call, keeps=False)
+        row, col = route.statistics(plain.params(), cols=cols)
+    return normalizer_of(row), None if col is None else normalizer_of(col)
+
+
 def _described(
     ranks: Ranks,
     problem: Problem,
@@ -194,6 +214,16 @@ def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:
     per_row = x.shape[1] * (x.dtype.itemsize + 2 * score_dtype(x.dtype).itemsize)
     processes = ranks.size if x.device.type == "cpu" else 1  # which share a machine's memory
     return (n // rows + m // (ranks.size // rows)) * per_row * processes
+
+
+def reduce_over_ranks(
+    ranks: Ranks, call: str, losses: Tensor, weight: Tensor | None, reduction: str, x: Tensor
+) -> Tensor:
+    """What is added to this rank's losses [n] outside of the stream, reduced like them; without gradient."""
+    sizes = ranks.agree(call, (("reduction", reduction), ("weights", weight is not None)), x, len(x), len(x))
+    gain = _gains(ranks, call, sizes, weight, x, reduction, 1)
+    losses = losses.masked_fill(gain == 0, 0.0) * gain
+    return losses if reduction == "none" else ranks.transport(call).sum(losses.sum())
 
 
 def _gains(

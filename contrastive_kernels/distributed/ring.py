@@ -7,8 +7,7 @@ under way while this one's are multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,28 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Side
 from .group import Ranks, Sizes
 from .route import Block, Made, Own, Route, merged
-from .transport import Arrival
+from .transport import Arrival, Transport
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "travel"]
 
-#: Messages between the same two ranks that may overtake each other.
-_COLUMNS, _VECTORS, _PAIRS, _STATE, _SUMS = range(5)
+#: Tags of messages beside those of `travel`, which counts its tensors from 0: some may overtake each other.
+_STATE, _SUMS = 16, 17
+
+
+def travel(transport: Transport, cols: Sequence[int], own: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Every rank's tensors [m, ...], this rank's first, the next ones under way: (whose, the tensors).
+
+    `cols`: the numbers m of all ranks, which all go through to the end.
+    """
+    here, rank, size = list(own), transport.rank, transport.size
+    for step in range(size):
+        guest, following = (rank - step) % size, (rank - step - 1) % size
+        coming: list[Arrival] = []
+        if step + 1 < size:
+            coming = [transport.pass_on(v, (cols[following], *v.shape[1:]), tag) for tag, v in enumerate(here)]
+        yield guest, here
+        if coming:
+            here = [arrival.wait() for arrival in coming]
 
 
 class _Guest(NamedTuple):
@@ -32,13 +47,9 @@ class _Guest(NamedTuple):
 
     #: whose they are
     rank: int
-    #: [k, m] what goes with them, one vector below the other
-    vectors: Tensor
+    #: their normaliser and gain, if these are known
+    side: Side
     block: Block
-
-
-def _as_it_is(vector: Any) -> Any:
-    return vector
 
 
 class Ring(Route):
@@ -48,24 +59,21 @@ class Ring(Route):
         self._own, self._sizes = own, sizes
         self._all = ranks.transport(call)
 
-    def _trip(self, vectors: Tensor) -> Iterator[_Guest]:
-        """Every rank's columns, this one's first, with the vectors [k, m] that go with them."""
-        own, rank, size = self._own, self._all.rank, self._all.size
-        y, pairs = own.problem.y.contiguous(), own.problem.pairs
-        for step in range(size):
-            here, following = (rank - step) % size, (rank - step - 1) % size
-            coming, m = None, self._sizes.cols[following]
-            if step + 1 < size:
-                coming = (
-                    self._all.pass_on(y, (m, y.shape[1]), _COLUMNS),
-                    self._all.pass_on(vectors, (len(vectors), m), _VECTORS),
-                    pairs.mapped(_as_it_is, partial(self._all.pass_on, arriving=(m,), tag=_PAIRS)),
-                )
-            said = self._leaving_out(pairs) if here == rank else pairs
-            yield _Guest(here, vectors, Block(own, own.problem.x, y, said, keeps=False))
-            if coming is not None:
-                y, vectors = coming[0].wait(), coming[1].wait()
-                pairs = coming[2].mapped(_as_it_is, Arrival.wait)
+    def _trip(self, side: Side) -> Iterator[_Guest]:
+        """Every rank's columns, this one's first, with what goes with them."""
+        own, said = self._own, list[Tensor]()
+        own.problem.pairs.mapped(_as_it_is, said.append)
+        vectors = [] if side.gain is None else [side.gain]
+        if side.gain is not None and side.normalizer is not None:
+            vectors.append(side.normalizer.T[:, None])  # (no matrix of features)
+        for rank, (y, *rest) in travel(self._all, self._sizes.cols, [own.problem.y, *said, *vectors]):
+            of_columns, given = iter(rest), rest[len(said) :]
+            pairs = own.problem.pairs.mapped(_as_it_is, lambda _, of_columns=of_columns: next(of_columns))  # type: ignore[misc]
+            if rank == self._all.rank:
+                pairs = self._leaving_out(pairs)
+            normalizer = given[1][:, 0].T.contiguous() if len(given) == 2 else None
+            guests = Side(None, normalizer, given[0]) if given else Side()
+            yield _Guest(rank, guests, Block(own, own.problem.x, y, pairs, keeps=False))
 
     def _leaving_out(self, pairs: Pairs) -> Pairs:
         """What is said of the pairs of this rank's rows and columns, among which the positives are."""
@@ -76,15 +84,30 @@ class Ring(Route):
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states over the whole matrix of this rank's rows and columns."""
-        term, travelling = self._own.term, None
         rows: list[Tensor] = []
-        no_vectors = params.new_empty(0, len(self._own.problem.y))
-        for guest in self._trip(no_vectors):
+        travelling = None
+        for guest in self._trip(Side()):
             row, col = guest.block.statistics(params, cols=cols)
             rows.append(row)
             if col is not None:
                 travelling = self._merge_and_pass(guest, col, travelling)
-        return merged(torch.stack(rows), term), travelling
+        return merged(torch.stack(rows), self._own.term), travelling
+
+    def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
+        """The gradients of this rank's rows and columns."""
+        states: list[Tensor] = []
+        total, travelling, sums = Made(None, None, None), None, None
+        for guest in self._trip(col):
+            made = guest.block.gradients(params, row, guest.side, wanted, fold=fold)
+            total = _sum(total, made)
+            if fold and made.row is not None:
+                states.append(made.row)
+                if made.col is not None:
+                    travelling = self._merge_and_pass(guest, made.col, travelling)
+            if made.dy is not None:
+                sums = self._add_and_pass(guest, made.dy, sums)
+        row_state = merged(torch.stack(states), self._own.term) if fold else None
+        return Made(total.dx, None if sums is None else sums.wait(), total.dparams, row_state, travelling)
 
     def _merge_and_pass(self, guest: _Guest, col: Tensor, arrived: Tensor | None) -> Tensor:
         """Adds to the state of a guest's columns and sends it on; gives that of the next one's, at last of one's own.
@@ -95,30 +118,7 @@ class Ring(Route):
             assert arrived is not None
             col = merged(torch.stack([arrived, col]), self._own.term)
         following = self._sizes.cols[(guest.rank - 1) % self._all.size]
-        return self._all.pass_on(col, (len(col), following), _STATE).wait()
-
-    def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
-        """The gradients of this rank's rows and columns."""
-        own = self._own
-        given = [] if col.gain is None else [col.gain[None]]
-        if col.gain is not None and col.normalizer is not None:
-            given.insert(0, col.normalizer)
-        vectors = torch.cat(given) if given else params.new_empty(0, len(own.problem.y))
-        total, travelling, sums = Made(None, None, None), None, None
-        states: list[Tensor] = []
-        for guest in self._trip(vectors):
-            n = len(vectors)
-            side = Side() if not n else Side(None, guest.vectors[: n - 1] if n > 1 else None, guest.vectors[n - 1])
-            made = guest.block.gradients(params, row, side, wanted, fold=fold)
-            total = _sum(total, made)
-            if fold and made.row is not None:
-                states.append(made.row)
-                if made.col is not None:
-                    travelling = self._merge_and_pass(guest, made.col, travelling)
-            if made.dy is not None:
-                sums = self._add_and_pass(guest, made.dy, sums)
-        row_state = merged(torch.stack(states), own.term) if fold else None
-        return Made(total.dx, None if sums is None else sums.wait(), total.dparams, row_state, travelling)
+        return self._all.pass_on(col[None], (1, len(col), following), _STATE).wait()[0]
 
     def _add_and_pass(self, guest: _Guest, dy: Tensor, arriving: Arrival | None) -> Arrival:
         """Adds to the gradient's sums of a guest's columns and sends them on; those of the next one's are coming."""
@@ -132,9 +132,9 @@ class Ring(Route):
         """The sum over ranks."""
         return self._all.sum(own)
 
-    def join(self, own: Tensor, cols: bool = False) -> Tensor:
-        """A vector's parts of all ranks."""
-        return self._all.all_gather(own, self._sizes.cols if cols else self._sizes.rows)
+
+def _as_it_is(vector: Any) -> Any:
+    return vector
 
 
 def _sum(total: Made, made: Made) -> Made:

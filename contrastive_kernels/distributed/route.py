@@ -141,10 +141,6 @@ class Route(ABC):
     def total(self, own: Tensor) -> Tensor:
         """The sum over ranks of a few numbers, added in their order."""
 
-    @abstractmethod
-    def join(self, own: Tensor, cols: bool = False) -> Tensor:
-        """A vector's parts of all ranks, one after the other; of their columns instead of their rows."""
-
 
 def merged(parts: Tensor, term: PairTerm) -> Tensor:
     """One state [k, n] of several ranks' states of the same rows [ranks, k, n]."""

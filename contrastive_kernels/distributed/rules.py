@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..engine.driver import normalizer_of, positive_dots, positive_logits, softmax_side
+from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..operators.weighted_sum import two_sum
@@ -18,7 +18,7 @@ from ..panels.size import blocks, score_dtype
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .route import Made, Route
 
-__all__ = ["Ratio", "Rule", "Sigmoid", "Softmax"]
+__all__ = ["LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
 
 #: Rows of which copies in the dtype of the scores are made at a time.
 _ROWS = 1024
@@ -108,6 +108,29 @@ class Softmax(Rule):
         if self.mirrored and made.dparams is not None:
             made.dparams /= 2  # every pair has been seen from its row and from its column
         _add_positives(made, problem, kept, dz_pos, wanted, mirrored=self.mirrored)
+        return made
+
+
+class LogSumExp(Rule):
+    """The log-sum-exp of a row of x against x itself, without its own place."""
+
+    term = EXPONENTIAL
+    mirrored = True
+
+    def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
+        """Those of this rank's rows [n]; -inf where there is no other row."""
+        kept = self.start(route, problem, centered=False)
+        row, _ = route.statistics(kept.params, cols=False)
+        kept.row = normalizer_of(row)
+        return log_sums(kept.row), kept
+
+    def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
+        """The gradients of sum_i gain_i loss_i."""
+        assert kept.row is not None
+        side = softmax_side(kept.row, gain)
+        made = route.gradients(kept.params, side, side, wanted, fold=False)
+        if made.dparams is not None:
+            made.dparams /= 2  # every pair has been seen from its row and from its column
         return made
 
 

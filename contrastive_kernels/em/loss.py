@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments.checks import (
     check_backend,
     check_count,
+    check_distribution,
     check_features,
     check_flag,
     check_generator,
@@ -20,10 +21,13 @@ from ..arguments.checks import (
     check_reduction,
     check_vector,
     check_workspace,
+    is_shared,
     require_one_process,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from ..distributed.group import Ranks, check_group, ranks_of, tell
+from ..distributed.losses import reduce_over_ranks
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
 from .accumulate import accumulate
@@ -70,6 +74,9 @@ class DatasetContrastiveLoss(nn.Module):
         The memory's, see :class:`NormalizerMemory`.
     reduction, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.decomposable`.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        Each draws u for its own rows, and all hold the same memory.
 
     Raises
     ------
@@ -127,8 +134,16 @@ class DatasetContrastiveLoss(nn.Module):
         normalize: bool = False,
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+        group: Any | None = "auto",
+        gradients: str = "average",
+        strategy: str = "auto",
+        uneven: bool = False,
     ) -> None:
         super().__init__()
+        check_distribution(gradients, strategy, uneven)
+        self.over: dict[str, Any] = {
+            "group": check_group(group), "gradients": gradients, "strategy": strategy, "uneven": uneven
+        }  # fmt: skip
         self.shape = None if shape is None else check_number(shape, "shape", positive=True)
         self.negatives = check_negatives(negatives)
         self.include_positive = check_flag(include_positive, "include_positive")
@@ -153,7 +168,9 @@ class DatasetContrastiveLoss(nn.Module):
             "workspace_bytes": check_workspace(workspace_bytes),
         }
         # last: it makes files, and an option that does not fit shall leave none
-        self.memory = NormalizerMemory(num_samples, directions, step=step, floor=floor, device=device, storage=storage)
+        self.memory = NormalizerMemory(
+            num_samples, directions, step=step, floor=floor, device=device, storage=storage, group=group
+        )
 
     def extra_repr(self) -> str:
         """The options, as they print."""
@@ -209,10 +226,7 @@ class DatasetContrastiveLoss(nn.Module):
             For arguments that do not fit.
         RuntimeError
             Within the recomputation of activation checkpointing, and in training with a memory that cannot be written.
-        NotImplementedError
-            Within a process group of more than one.
         """
-        require_one_process(type(self).__name__)
         if recomputing():
             raise RuntimeError(
                 "DatasetContrastiveLoss: called again by activation checkpointing, which would draw u and move "
@@ -223,9 +237,20 @@ class DatasetContrastiveLoss(nn.Module):
             x, y, logit_scale, expectation, positives=positives, positive_logits=positive_logits, weight=weight
         )
         if self.training:
-            columns = max(len(y) - (positive_logits is None), 0)
+            columns = None if self.safeguard is None else max(self._columns(x, y) - (positive_logits is None), 0)
             self.update(expectation, found, columns=columns)
         return loss
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks whose rows make up a batch."""
+        return ranks_of(**self.over) if is_shared(**self.over) else None
+
+    def _columns(self, x: Tensor, y: Tensor) -> int:
+        """How many rows of y there are on all ranks."""
+        ranks = self._ranks()
+        if ranks is None:
+            return len(y)
+        return sum(ranks.agree(type(self).__name__, (("features", x.shape[1]),), x, len(x), len(y)).cols)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -255,20 +280,25 @@ class DatasetContrastiveLoss(nn.Module):
 
         A pure function, which may be computed again. Arguments as in :meth:`forward`.
         """
-        x, y = check_features(x, y, ("x", "y"), self.normalize)
-        expectation = check_expectation(expectation).to(x.device)
-        two = expectation.log_mean.shape[1] == 2
-        if len(expectation.index) != len(x):
-            raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
-        if two and not (positives is None and positive_logits is None and len(x) == len(y)):
-            raise ValueError(
-                "direction: expected one of the memory's directions where x and y are not pairs of rows; got None, "
-                f"with {len(x)} and {len(y)} rows, positives {type(positives).__name__} and positive_logits "
-                f"{type(positive_logits).__name__}"
-            )
-        batch = Batch(x, y, logit_scale, positives, positive_logits, two)
+        ranks = self._ranks()
+        try:
+            x, y = check_features(x, y, ("x", "y"), self.normalize)
+            expectation = check_expectation(expectation).to(x.device)
+            two = expectation.log_mean.shape[1] == 2
+            if len(expectation.index) != len(x):
+                raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
+            if two and not (positives is None and positive_logits is None and len(x) == len(y)):
+                raise ValueError(
+                    "direction: expected one of the memory's directions where x and y are not pairs of rows; got None, "
+                    f"with {len(x)} and {len(y)} rows, positives {type(positives).__name__} and positive_logits "
+                    f"{type(positive_logits).__name__}"
+                )
+            weight = row_weights(weight, len(x), x)
+        except (TypeError, ValueError) as error:
+            tell(ranks, error, x)
+            raise
+        batch = Batch(x, y, logit_scale, positives, positive_logits, two, ranks, self._columns(x, y))
         negatives = batch.negatives
-        weight = row_weights(weight, len(x), x)
         if negatives < 1:
             nothing = x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
             alone = reduce_losses(nothing, None, self.reduction)
@@ -285,12 +315,16 @@ class DatasetContrastiveLoss(nn.Module):
         streamed, own = decomposable(
             x, y, logit_scale, sides, positive_constant=0.0, negative_scale=notional / negatives,
             positive_logits=positive_logits, positives=positives, weight=weight, return_log_normalizer=True,
-            reduction=self.reduction, **self.engine,
+            reduction=self.reduction, **self.engine, **(self.over if ranks is not None else {}),
         )  # fmt: skip
         rest = positive_term(self.include_positive, log_u) - expected_excess(self.shape)
         if weight is not None:
             rest = rest.masked_fill((weight == 0)[:, None], 0.0)
-        loss = streamed + reduce_losses(rest.mean(1), weight, self.reduction)
+        if ranks is None:
+            loss = streamed + reduce_losses(rest.mean(1), weight, self.reduction)
+        else:
+            name = type(self).__name__
+            loss = streamed + reduce_over_ranks(ranks, name, rest.mean(1), weight, self.reduction, x)
         found = torch.stack(list(own) if isinstance(own, Sequence) else [own], 1)
         dtype = wide(x.device)
         return loss, found.to(dtype) + (z_pos.to(dtype) - math.log(notional))[:, None]
@@ -322,11 +356,10 @@ class DatasetContrastiveLoss(nn.Module):
         positive_logits: Tensor | None = None,
     ) -> None:
         """Visits the samples of a batch without a loss: one product. Arguments as in :meth:`forward`."""
-        require_one_process(type(self).__name__)
         x, y = check_features(x, y, ("x", "y"), self.normalize)
         expectation = self.e_step(index, direction=direction)
         two = expectation.log_mean.shape[1] == 2
-        batch = Batch(x, y, logit_scale, positives, positive_logits, two)
+        batch = Batch(x, y, logit_scale, positives, positive_logits, two, self._ranks(), self._columns(x, y))
         if positive_logits is not None:
             check_vector(positive_logits, "positive_logits", len(x), x, differentiable=True)
         if len(expectation.index) != len(x):
@@ -380,7 +413,7 @@ class DatasetContrastiveLoss(nn.Module):
 
         Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
         """
-        require_one_process(type(self).__name__)
+        require_one_process(f"{type(self).__name__}.accumulate")
         if not (self.weights == "stored" or isinstance(self.weights, float)) or self.max_ratio is not None:
             raise ValueError(
                 "accumulate: expected weights known before the batch ('stored' or a number) and no max_ratio; "

@@ -13,14 +13,16 @@ from ..arguments.checks import (
     check_device,
     check_flag,
     check_folder,
-    require_one_process,
+    is_shared,
     shown,
 )
+from ..distributed.group import Ranks, check_group, ranks_of, tell
 from .expectation import ratio_of, wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
-from .statistics import NormalizerStatistics, averages, observe
+from .ranks import gathered_visits, opened_together, written_by_one
+from .statistics import NormalizerStatistics, averages, last_of_each, observe
 from .storage import Folder, peek
-from .tables import Tables, survey
+from .tables import Tables, survey_folder
 
 __all__ = ["NormalizerMemory", "NormalizerStatistics"]
 
@@ -50,6 +52,9 @@ class NormalizerMemory(Tables):
         there is taken up again. This process is its only writer until :meth:`close`, or until the memory is gone.
     read_only : bool
         Map the memory of another process, without the right to write. See :meth:`open`.
+    group : ProcessGroup or str, optional
+        The ranks whose batches' visits all of them enter: as in :func:`contrastive_kernels.info_nce`, by default all
+        ranks of the default process group, if there is one. With a `storage` one rank of every machine writes it.
 
     Raises
     ------
@@ -105,8 +110,10 @@ class NormalizerMemory(Tables):
         device: torch.device | str | None = None,
         storage: str | Path | None = None,
         read_only: bool = False,
+        group: Any | None = "auto",
     ) -> None:
         super().__init__()
+        self.group = check_group(group)
         self.step, self.floor = check_rule(directions, step, floor)
         check_samples(num_samples, 1)
         device = None if device is None else check_device(device, here=storage is None)
@@ -122,11 +129,14 @@ class NormalizerMemory(Tables):
             unvisited = torch.full((directions,), num_samples, dtype=torch.int64, device=tables["visits"].device)
         else:
             wanted = Manifest(num_samples, directions, self.step, self.floor)
-            self._folder = folder = Folder(storage.absolute(), wanted, read_only)
-            tables, unvisited = folder.tables, _survey(folder)
+            ranks = None if read_only else self._ranks()
+            if ranks is None:
+                self._folder = folder = Folder(storage.absolute(), wanted, read_only)
+            else:
+                self._folder = folder = opened_together(ranks, storage.absolute(), wanted)
+            tables, unvisited = folder.tables, survey_folder(folder)
         self.log_mean, self.visits, self.unvisited = tables["log_mean"], tables["visits"], unvisited
         self.running = torch.zeros(directions, 6, dtype=torch.float64, device=unvisited.device)
-        # the host's copy of unvisited arrives when it arrives
         self._cold = True
         self._arriving: tuple[Tensor, Any] | None = None
 
@@ -197,6 +207,8 @@ class NormalizerMemory(Tables):
         """Whether some sample may not have been met yet; the host learns of the last one with a delay."""
         if self._cold and self._arriving is not None:
             value, event = self._arriving
+            if event is not None and self._ranks() is not None:
+                event.synchronize()  # all ranks are to know the same
             if event is None or event.query():
                 self._cold = bool((value > 0).any())
                 self._arriving = None
@@ -260,21 +272,37 @@ class NormalizerMemory(Tables):
             As :meth:`read`, and for a ``found`` of another shape.
         RuntimeError
             As the constructor says.
-        NotImplementedError
-            Within a process group of more than one.
-        """
-        require_one_process("NormalizerMemory.update")
-        with self._guard:
-            self._require("update", write=True)
-            rows, columns = self._check_index(index), self._columns(direction)
-            found = self._check_found(found, "found", len(rows), columns)
-            bound = None if lower_bound is None else self._check_found(lower_bound, "lower_bound", len(rows), columns)
-            if len(rows):
-                self._visit(rows, columns, found, bound)
 
-    def _visit(self, rows: Tensor, columns: slice, found: Tensor, bound: Tensor | None) -> None:
+        Notes
+        -----
+        With a `group` all ranks call it together, with as many samples as each has, and all of them enter all visits.
+        """
+        ranks = self._ranks()
+        with self._guard:
+            try:
+                self._require("update", write=ranks is None)
+                rows, columns = self._check_index(index), self._columns(direction)
+                found = self._check_found(found, "found", len(rows), columns)
+                if (bound := lower_bound) is not None:
+                    bound = self._check_found(bound, "lower_bound", len(rows), columns)
+            except (TypeError, ValueError, RuntimeError) as error:
+                tell(ranks, error, index)
+                raise
+            if ranks is not None:
+                rows, found, bound = gathered_visits(ranks, rows, found, bound, columns)
+            if len(rows):
+                self._visit(rows, columns, found, bound, ranks)
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks that share the memory."""
+        shared = is_shared(self.group, "sum", "auto", True)
+        return ranks_of(self.group, "sum", "auto", True) if shared else None
+
+    def _visit(
+        self, rows: Tensor, columns: slice, found: Tensor, bound: Tensor | None, ranks: Ranks | None = None
+    ) -> None:
         """Moves samples [N] to what was found [N, d]; whatever may fail comes before the first write."""
-        last, first = _last_of_each(rows)
+        last, first = last_of_each(rows)
         found = found[last]
         stored, visits = self.log_mean[rows, columns], self.visits[rows, columns]
         usable, known = found.isfinite(), (visits > 0) & stored.isfinite()
@@ -290,8 +318,10 @@ class NormalizerMemory(Tables):
         moved = torch.where(usable, moved, stored)
         # duplicates write the same values, so that their order does not matter. A process that dies in between leaves
         # a mean with one visit too few, never a visit without its mean
-        self.log_mean[rows, columns] = moved
-        self.visits[rows, columns] = visited
+        with written_by_one(ranks, self._folder) as writes:
+            if writes:
+                self.log_mean[rows, columns] = moved
+                self.visits[rows, columns] = visited
         self.unvisited[columns] -= met
         self.running[columns] = running
         self._tell_host()
@@ -417,23 +447,3 @@ class NormalizerMemory(Tables):
             self._arriving = (value, event)
         else:
             self._arriving = (self.unvisited.clone(), None)
-
-
-def _last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row's sample occurs last [N], and whether the row is that one [N]; the same in every run."""
-    index = index.contiguous()
-    ordered, order = torch.sort(index, stable=True)
-    last = order[torch.searchsorted(ordered, index, right=True) - 1]
-    return last, last == torch.arange(len(index), dtype=torch.int64, device=index.device)
-
-
-def _survey(folder: Folder) -> Tensor:
-    """Samples that a folder's tables have never met [d]; a folder with values that no update leaves is refused."""
-    log_mean, visits = folder.tables["log_mean"], folder.tables["visits"]
-    if folder.new:
-        return torch.full(visits.shape[1:], len(visits), dtype=torch.int64, device=visits.device)
-    try:
-        return survey(log_mean, visits)
-    except ValueError as error:
-        folder.close()
-        raise ValueError(f"storage: {error}; in {folder.path}") from None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import check_engine, check_positives, check_scale
+from ..distributed.group import Ranks
+from ..distributed.losses import normalizers_over_ranks
 from ..draws.gamma import log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.logsumexp import normalizers
@@ -40,11 +42,15 @@ class Batch:
     positives: int | Tensor | None
     positive_logits: Tensor | None
     two: bool
+    #: who shares it, and the number of all ranks' columns
+    ranks: Ranks | None = None
+    columns: int = 0
 
     @property
     def negatives(self) -> int:
         """Of every row."""
-        return len(self.y) - (self.positive_logits is None)
+        columns = len(self.y) if self.ranks is None else self.columns
+        return columns - (self.positive_logits is None)
 
     def positive_scores(self) -> Tensor:
         """z_i,p(i) [N] in the dtype of the scores."""
@@ -75,7 +81,11 @@ def found_by_batch(batch: Batch, engine: dict[str, Any]) -> Tensor:
     index, offset = (None, None) if batch.positive_logits is not None else check_positives(batch.positives, x, y)
     options = check_engine(engine["backend"], engine["workspace_bytes"])
     problem = Problem(x, y, check_scale(x, batch.logit_scale), offset=offset, index=index, engine=options)
-    sides = [n for n in normalizers(problem, cols=batch.two) if n is not None]
+    if batch.ranks is None:
+        found = normalizers(problem, cols=batch.two)
+    else:
+        found = normalizers_over_ranks(batch.ranks, "DatasetContrastiveLoss", problem, cols=batch.two)
+    sides = [n for n in found if n is not None]
     sums = torch.stack([shift + rest for shift, rest in (n.to(wide(x.device)) for n in sides)], 1)
     return sums - math.log(max(batch.negatives, 1))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NormalizerStatistics", "averages", "observe"]
+__all__ = ["NormalizerStatistics", "averages", "last_of_each", "observe"]
 
 
 #: Share of the running statistics that one update replaces.
@@ -70,3 +70,11 @@ def averages(running: Tensor) -> dict[str, tuple[float, ...]]:
         "largest": tuple(largest.tolist()),
         "effective": tuple((ratio.square() / ratio_square).tolist()),
     }
+
+
+def last_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row's sample occurs last [N], and whether the row is that one [N]; the same in every run."""
+    index = index.contiguous()
+    ordered, order = torch.sort(index, stable=True)
+    last = order[torch.searchsorted(ordered, index, right=True) - 1]
+    return last, last == torch.arange(len(index), dtype=torch.int64, device=index.device)

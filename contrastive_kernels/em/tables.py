@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .storage import Folder
 
-__all__ = ["Tables", "survey"]
+__all__ = ["Tables", "survey", "survey_folder"]
 
 
 #: Samples that are looked at a time.
@@ -110,6 +110,7 @@ class Tables(nn.Module):
         super().__setstate__(state)
         self._guard = threading.RLock()
         self.__dict__.setdefault("_folder", None)
+        self.__dict__.setdefault("group", "auto")
         for name, dtype in _DTYPES.items():
             value: Any = self._buffers.pop(name) if name in self._buffers else getattr(self, name)  # buffers in 0.1.0
             # a copy made in inference mode could not be updated outside of it
@@ -206,3 +207,15 @@ def survey(log_mean: Tensor, visits: Tensor) -> Tensor:
             )
         met += counts.count_nonzero(0)
     return len(visits) - met
+
+
+def survey_folder(folder: Folder) -> Tensor:
+    """Samples that a folder's tables have never met [d]; a folder with values that no update leaves is refused."""
+    log_mean, visits = folder.tables["log_mean"], folder.tables["visits"]
+    if folder.new:
+        return torch.full(visits.shape[1:], len(visits), dtype=torch.int64, device=visits.device)
+    try:
+        return survey(log_mean, visits)
+    except ValueError as error:
+        folder.close()
+        raise ValueError(f"storage: {error}; in {folder.path}") from None

@@ -7,17 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..arguments.checks import (
-    check_backend,
+    check_engine,
     check_features,
     check_generator,
     check_positives,
-    check_workspace,
+    is_shared,
     scale_tensor,
 )
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
 from ..arguments.pairs import check_ids
-from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..distributed.group import Ranks, ranks_of, tell
+from ..distributed.search import best_of_all_ranks
+from ..engine.search import Search
 from ..operators.search import best_column
+from ..panels.pairs import Pairs
+from ..panels.size import workspace_for
+from ..panels.terms import GUMBEL_MAX, MAXIMUM
 
 __all__ = ["hardest_negatives", "sample_negatives"]
 
@@ -33,6 +40,8 @@ def sample_negatives(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    uneven: bool = False,
 ) -> Tensor:
     """For every row of ``x`` a row of ``y`` drawn in proportion to exp(logit_scale * <x_i, y_j>), never its positive.
 
@@ -61,11 +70,14 @@ def sample_negatives(
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
         whichever is less.
+    group, uneven
+        As in :func:`contrastive_kernels.info_nce`. Equal seeds on rank 0 draw what one process would.
 
     Returns
     -------
     Tensor
-        Rows of ``y``, int64 [N]; -1 where no candidate is left. A score of NaN is never drawn.
+        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; -1 where no candidate is left.
+        A score of NaN is never drawn.
 
     Raises
     ------
@@ -79,7 +91,8 @@ def sample_negatives(
     and j alone (Philox4x32-10, see docs/structures.md), so that it depends neither on the panels nor on the backend:
     two backends differ only where rounding decides between two candidates. No gradient.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` the candidates are those of all ranks, in their order; ``positives`` still count among the rank's own
+    ``y``. Candidates travel from rank to rank: no rank holds more than two ranks' ones.
 
     References
     ----------
@@ -94,12 +107,19 @@ def sample_negatives(
     >>> bool((index != torch.arange(4)).all()), index.shape
     (True, torch.Size([4]))
     """
-    check_generator(generator)
-    x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
-    params = _params(scale_tensor(x, logit_scale))
+    ranks = _ranks(group, uneven)
+    try:
+        check_generator(generator)
+        x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
+        params, engine = _params(scale_tensor(x, logit_scale)), check_engine(backend, workspace_bytes)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, x)
+        raise
     device = x.device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device).to(x.device)
-    return best_column(x, y, params, excluded, *ids, seed, check_backend(backend), check_workspace(workspace_bytes))
+    if ranks is not None:
+        return _over_ranks(ranks, "sample_negatives", x, y, params, excluded, ids, seed, engine)
+    return best_column(x, y, params, excluded, *ids, seed, *engine)
 
 
 def _params(scale: Tensor) -> Tensor:
@@ -116,6 +136,8 @@ def hardest_negatives(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    uneven: bool = False,
 ) -> Tensor:
     """For every row of ``x`` the row of ``y`` with the largest <x_i, y_j> that is not its positive.
 
@@ -125,14 +147,14 @@ def hardest_negatives(
         Anchors [N, D]; float16, bfloat16, float32 or float64.
     y : Tensor
         Candidates [M, D] of the same dtype and device.
-    positives, exclude, normalize, backend, workspace_bytes
+    positives, exclude, normalize, backend, workspace_bytes, group, uneven
         As in :func:`sample_negatives`.
 
     Returns
     -------
     Tensor
-        Rows of ``y``, int64 [N]; the first one of equal scores, -1 where no candidate is left. A score of NaN is
-        passed over.
+        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; the first one of equal scores,
+        -1 where no candidate is left. A score of NaN is passed over.
 
     Raises
     ------
@@ -143,7 +165,8 @@ def hardest_negatives(
     -----
     One product of 2 N M D flop, memory O(N) beside the inputs and the workspace. No gradient.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` the candidates are those of all ranks, in their order; ``positives`` still count among the rank's own
+    ``y``. Candidates travel from rank to rank: no rank holds more than two ranks' ones.
 
     References
     ----------
@@ -159,9 +182,42 @@ def hardest_negatives(
     >>> ck.hardest_negatives(x, x, exclude=torch.tensor([7, 7, 5]))
     tensor([2, 2, 1])
     """
-    x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
-    params = _params(scale_tensor(x, 1.0))
-    return best_column(x, y, params, excluded, *ids, None, check_backend(backend), check_workspace(workspace_bytes))
+    ranks = _ranks(group, uneven)
+    try:
+        x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
+        params, engine = _params(scale_tensor(x, 1.0)), check_engine(backend, workspace_bytes)
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, x)
+        raise
+    if ranks is not None:
+        return _over_ranks(ranks, "hardest_negatives", x, y, params, excluded, ids, None, engine)
+    return best_column(x, y, params, excluded, *ids, None, *engine)
+
+
+def _ranks(group: Any, uneven: Any) -> Ranks | None:
+    return ranks_of(group, "sum", "ring", uneven) if is_shared(group, "sum", "ring", uneven) else None
+
+
+def _over_ranks(
+    ranks: Ranks,
+    call: str,
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    excluded: Tensor,
+    ids: tuple[Tensor | None, Tensor | None],
+    seed: Tensor | None,
+    engine: Engine,
+) -> Tensor:
+    """The same among the candidates of all ranks."""
+    about = (("features", x.shape[1]), ("dtype", x.dtype), ("exclude", "given" if ids[0] is not None else None))
+    sizes = ranks.agree(call, about, x, len(x), len(y))
+    term = MAXIMUM if seed is None else GUMBEL_MAX
+    backend = backends.choose(engine.backend or None, x.device, x.dtype, term)
+    pairs = Pairs(None, excluded.contiguous(), row_ids=ids[0], col_ids=ids[1])
+    workspace = workspace_for(x.device, engine.workspace_bytes)
+    search = Search(term, x.contiguous(), y.contiguous(), params, pairs, backend, workspace, seed)
+    return best_of_all_ranks(ranks, call, sizes, search)
 
 
 def _checked(

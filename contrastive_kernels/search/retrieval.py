@@ -17,10 +17,13 @@ from ..arguments.checks import (
     check_features,
     check_positives,
     check_workspace,
+    is_shared,
 )
 from ..arguments.index import checked_index
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
+from ..distributed.group import ranks_of, tell
+from ..distributed.search import Corpus
 from ..engine.search import panel_side
 from ..operators.search import count_ranks
 from ..panels.size import score_dtype, workspace_for
@@ -70,6 +73,8 @@ def retrieval_metrics(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    uneven: bool = False,
 ) -> RetrievalMetrics:
     """Recall@k, median rank and mean reciprocal rank of queries against documents, ordered by <x_i, y_j>.
 
@@ -91,6 +96,8 @@ def retrieval_metrics(
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores; by default 64 MiB, and on a GPU 512 MiB or 1/64 of its memory,
         whichever is less.
+    group, uneven
+        As in :func:`contrastive_kernels.info_nce`.
 
     Returns
     -------
@@ -112,7 +119,8 @@ def retrieval_metrics(
     the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
     inputs and the workspace, and a copy of the queries that are counted again.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` queries and documents are those of all ranks, ``positives`` count among a rank's own documents, and
+    ``ranks`` are those of its own queries. Documents travel from rank to rank: none holds more than two ranks' ones.
 
     Examples
     --------
@@ -122,42 +130,59 @@ def retrieval_metrics(
     >>> found.recall, found.median_rank, found.ranks.tolist()
     ({1: 0.3333333333333333, 3: 1.0}, 3.0, [0, 2, 2])
     """
-    cuts = _cut_offs(k)
-    x, y = check_features(x, y, ("x", "y"), normalize)
-    options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
-    index = _positives(positives, x, y)
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # known before it may be needed
-    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options)
-    if score_dtype(x.dtype) != wide and bool(uncertain.any()):
+    shared = is_shared(group, "sum", "ring", uneven)
+    processes = ranks_of(group, "sum", "ring", uneven) if shared else None
+    try:
+        cuts = _cut_offs(k)
+        x, y = check_features(x, y, ("x", "y"), normalize)
+        options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
+        index = _positives(positives, x, y)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # before it may be needed
+    except (TypeError, ValueError) as error:
+        tell(processes, error, x)
+        raise
+    corpus = None
+    if processes is not None:
+        about = (("features", x.shape[1]), ("dtype", x.dtype))
+        sizes = processes.agree("retrieval_metrics", about, x, len(x), len(y))
+        corpus = Corpus(processes, "retrieval_metrics", sizes, y)
+    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options, corpus)
+    again = uncertain.any() if corpus is None else corpus.largest(uncertain.sum())
+    if score_dtype(x.dtype) != wide and bool(again):
         rows = uncertain.nonzero()[:, 0]
-        ranks[rows] = _ranks(x[rows], y, index[rows], wide, "", options[1])[0]
-    there = (index >= 0).any(1)
-    places = ranks[there].double().cpu() + 1
+        ranks[rows] = _ranks(x[rows], y, index[rows], wide, "", options[1], corpus)[0]
+    ranks = ranks.masked_fill(~(index >= 0).any(1), -1)
+    every = ranks if corpus is None else corpus.joined(ranks)
+    places = every[every >= 0].double().cpu() + 1
     return RetrievalMetrics(
         recall={cut: (places <= cut).double().mean().item() for cut in cuts},
         median_rank=places.quantile(0.5).item() if 0 < len(places) < 2**24 else places.median().item(),
         mean_reciprocal_rank=(1 / places).mean().item(),
-        ranks=ranks.masked_fill(~there, -1),
+        ranks=ranks,
     )
 
 
 def _ranks(
-    x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, backend: str, workspace_bytes: int
+    x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, backend: str, workspace_bytes: int, corpus: Corpus | None
 ) -> tuple[Tensor, Tensor]:
     """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
     best = _best_positive(x, y, index, dtype, workspace_bytes)
     lengths = _lengths(y)
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
-    size = _lengths(x) * longest
+    size = _lengths(x) * (longest if corpus is None else corpus.largest(longest))
     rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
     slack = rounding * size.to(dtype)
-    below, above = count_ranks(x, y, index, best - slack, best + slack, backend, workspace_bytes)
+    bounds = best - slack, best + slack
+    if corpus is None:
+        below, above = count_ranks(x, y, index, *bounds, backend, workspace_bytes)
+    else:
+        below, above = corpus.count(x, index, *bounds, backend, workspace_bytes)
     ordered = index.sort(1).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    others = y.shape[0] - ((ordered >= 0) & ~repeated).sum(1)
+    others = (y.shape[0] if corpus is None else corpus.size) - ((ordered >= 0) & ~repeated).sum(1)
     return others - below, others - below > above
 
 

@@ -61,6 +61,9 @@ def brownian_bridge(
     mean is infinite for a uniform t. Under t ~ Beta(2, 2) it is finite, and the same in expectation as a uniform t with
     the constant weight 3, which varies less: that is what "sampled" does. A fixed t has the weight 1.
 
+    A mean over samples: it compares no two of them, and needs no `group`. Averaged over ranks with as many samples
+    each, its gradients are those of the mean over all.
+
     Antipodal ends at t = 1/2 have no mean direction: a mean shorter than 1e-3 is divided by 1e-3 instead of by its
     length, so that gradients stay finite.
 

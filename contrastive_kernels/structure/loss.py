@@ -12,14 +12,17 @@ from ..arguments.checks import (
     check_backend,
     check_count,
     check_dense,
+    check_distribution,
     check_flag,
     check_number,
     check_scale,
     check_workspace,
-    require_one_process,
+    is_shared,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..distributed.group import check_group, ranks_of, tell
+from ..distributed.sums import Sums
 from .bridge import brownian_bridge
 from .geometry import geometric_consistency
 from .multimodal import multimodal_contrastive
@@ -39,6 +42,8 @@ class MultimodalContrastiveLoss(nn.Module):
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
         Bound of the memory that holds panels of scores.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -54,12 +59,21 @@ class MultimodalContrastiveLoss(nn.Module):
         normalize: bool = False,
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+        group: Any | None = "auto",
+        gradients: str = "average",
+        strategy: str = "auto",
+        uneven: bool = False,
     ) -> None:
         super().__init__()
+        check_distribution(gradients, strategy, uneven)
         self.options: dict[str, Any] = {
             "normalize": check_flag(normalize, "normalize"),
             "backend": check_backend(backend) or None,
             "workspace_bytes": check_workspace(workspace_bytes),
+            "group": check_group(group),
+            "gradients": gradients,
+            "strategy": strategy,
+            "uneven": uneven,
         }
 
     def extra_repr(self) -> str:
@@ -74,14 +88,7 @@ class MultimodalContrastiveLoss(nn.Module):
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
     ) -> Tensor:
-        """Matching rows [N, D]; without views, what is left is CLIP's loss.
-
-        Raises
-        ------
-        NotImplementedError
-            In a process group of more than one: the negatives of the other processes would be left out.
-        """
-        require_one_process("MultimodalContrastiveLoss")
+        """Matching rows [N, D]; without views, what is left is CLIP's loss."""
         return multimodal_contrastive(image, text, image_aug, text_aug, logit_scale, **self.options)
 
 
@@ -133,12 +140,15 @@ class SeparationHead(nn.Module):
         return nn.functional.normalize(self.layers(features), dim=-1)
 
 
+_GIVEN_BY_THE_MODULE = ("return_terms", "group", "gradients", "strategy", "uneven")
+
+
 def _options(given: Any, name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """Keyword arguments that a function has beside its features; their values it checks itself."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected a dict or None; got {type(given).__name__}")
     parameters = inspect.signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_terms"]
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN_BY_THE_MODULE]
     unknown = [key for key in given or {} if key not in known]
     if unknown:
         raise ValueError(f"{name}: expected some of {', '.join(known)}; got {shown(unknown[0])}")
@@ -162,13 +172,15 @@ class LatentStructureLoss(nn.Module):
         Weight of :func:`contrastive_kernels.geometric_consistency`; 0: left out.
     separation_options, bridge_options, geometry_options : dict, optional
         Further keyword arguments of the three functions, such as ``{"t": "sampled"}``.
+    group, gradients, strategy, uneven
+        As in :func:`contrastive_kernels.info_nce`, of the regularisers and the default base; by default all ranks of
+        the default process group, if there is one. A base that is given has its own.
 
     Notes
     -----
     The paper prints no weights. CyCLIP's, for what is geometry here, is 0.25.
 
-    All terms but the bridge compare the samples of a batch with one another. The batch is what is given: features of
-    several processes have to be gathered, with their gradients, before.
+    All terms but the bridge compare the samples of a batch with one another: those of all ranks.
 
     References
     ----------
@@ -194,11 +206,19 @@ class LatentStructureLoss(nn.Module):
         separation_options: dict[str, Any] | None = None,
         bridge_options: dict[str, Any] | None = None,
         geometry_options: dict[str, Any] | None = None,
+        group: Any | None = "auto",
+        gradients: str = "average",
+        strategy: str = "auto",
+        uneven: bool = False,
     ) -> None:
         super().__init__()
+        check_distribution(gradients, strategy, uneven)
+        self.over: dict[str, Any] = {
+            "group": check_group(group), "gradients": gradients, "strategy": strategy, "uneven": uneven
+        }  # fmt: skip
         if base is not None and not callable(base):
             raise TypeError(f"base: expected a loss module or None; got {type(base).__name__}")
-        self.base = MultimodalContrastiveLoss() if base is None else base
+        self.base = MultimodalContrastiveLoss(**self.over) if base is None else base
         weights = {"separation": separation, "bridge": bridge, "geometry": geometry}
         self.weights = {name: check_number(weight, name, positive=False) for name, weight in weights.items()}
         self.separation_options = _options(separation_options, "separation_options", feature_separation)
@@ -252,10 +272,7 @@ class LatentStructureLoss(nn.Module):
         ------
         TypeError, ValueError
             For arguments that do not fit, and for features that a regulariser needs and that are not given.
-        NotImplementedError
-            In a process group of more than one: the other processes' samples would be left out.
         """
-        require_one_process("LatentStructureLoss")
         if isinstance(self.base, MultimodalContrastiveLoss):
             base = self.base(image, text, logit_scale, image_aug, text_aug)
         else:
@@ -272,16 +289,27 @@ class LatentStructureLoss(nn.Module):
             check_scale(image, independent_logit_scale, "independent_logit_scale")
             result = feature_separation(
                 image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
-                independent_logit_scale, return_terms=True, **self.separation_options,
+                independent_logit_scale, return_terms=True, **self.separation_options, **self.over,
             )  # fmt: skip
             values["separation"], terms = result
             parts = {f"separation/{name}": value for name, value in terms.items()}
         if self.weights["bridge"]:
-            values["bridge"] = brownian_bridge(image, text, image_aug, text_aug, **self.bridge_options)
+            values["bridge"] = self._bridge(image, text, image_aug, text_aug)
         if self.weights["geometry"]:
-            values["geometry"] = geometric_consistency(image, text, image_aug, text_aug, **self.geometry_options)
+            over = {name: value for name, value in self.over.items() if name != "strategy"} | self.geometry_options
+            values["geometry"] = geometric_consistency(image, text, image_aug, text_aug, **over)
         loss = base
         for name, value in values.items():
             if name != "base":
                 loss = loss + self.weights[name] * value
         return {"loss": loss, **{name: value.detach() for name, value in values.items()}, **parts}
+
+    def _bridge(self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None) -> Tensor:
+        """The bridge's mean over the samples of all ranks."""
+        ranks = ranks_of(**self.over) if is_shared(**self.over) else None
+        try:
+            own = brownian_bridge(image, text, image_aug, text_aug, **self.bridge_options)
+        except (TypeError, ValueError) as error:
+            tell(ranks, error, image)
+            raise
+        return own if ranks is None else Sums.of(ranks, "brownian_bridge", image).mean(own * len(image))

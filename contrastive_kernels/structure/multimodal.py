@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ..arguments.checks import (
     check_features,
+    is_shared,
     require_equal_lengths,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..distributed.group import ranks_of, tell
 from ..losses.softmax import clip_loss, info_nce
 
 __all__ = ["multimodal_contrastive"]
@@ -26,6 +28,10 @@ def multimodal_contrastive(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """The four-way contrastive loss: the mean of InfoNCE from V to T, T to V, V to Va and T to Ta.
 
@@ -38,7 +44,7 @@ def multimodal_contrastive(
         a momentum encoder without gradient. A view that is None leaves its term out of the mean.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
-    normalize, backend, workspace_bytes
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`contrastive_kernels.info_nce`.
 
     Returns
@@ -55,7 +61,7 @@ def multimodal_contrastive(
     -----
     Three streams: the two cross-modal terms share one. O(N D) memory.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -69,12 +75,26 @@ def multimodal_contrastive(
     >>> round(ck.multimodal_contrastive(features, features, features, features, 5.0).item(), 5)
     0.02001
     """
-    options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
-    check_features(image, text, ("image", "text"), normalize, matching=True)
-    total, terms = 2 * clip_loss(image, text, logit_scale, **options), 2
-    for feature, view, name in ((image, image_aug, "image_aug"), (text, text_aug, "text_aug")):
-        if view is not None:
-            check_features(feature, view, (name.removesuffix("_aug"), name), False)
-            require_equal_lengths(feature, view, (name.removesuffix("_aug"), name))
-            total, terms = total + info_nce(feature, view, logit_scale, **options), terms + 1
-    return total / terms
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    views = [
+        (feature, view, name)
+        for feature, view, name in ((image, image_aug, "image"), (text, text_aug, "text"))
+        if view is not None
+    ]
+    try:
+        check_features(image, text, ("image", "text"), normalize, matching=True)
+        for feature, view, name in views:
+            check_features(feature, view, (name, f"{name}_aug"), False)
+            require_equal_lengths(feature, view, (name, f"{name}_aug"))
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, image)
+        raise
+    options: dict[str, Any] = {
+        "normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes,
+        "group": group, "gradients": gradients, "strategy": strategy, "uneven": uneven,
+    }  # fmt: skip
+    total = 2 * clip_loss(image, text, logit_scale, **options)
+    for feature, view, _ in views:
+        total = total + info_nce(feature, view, logit_scale, **options)
+    return total / (2 + len(views))

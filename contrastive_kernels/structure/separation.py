@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale
+from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale, is_shared
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..distributed.group import ranks_of, tell
+from ..distributed.losses import over_ranks
+from ..distributed.rules import LogSumExp
+from ..distributed.sums import Sums
 from ..engine.matrix import Problem
 from ..losses import info_nce
 from ..operators.logsumexp import logsumexp
@@ -34,6 +38,10 @@ def feature_separation(
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Deep feature separation: independent features hold what is orthogonal to the shared ones, and are spread out.
 
@@ -58,7 +66,7 @@ def feature_separation(
         exp(-2 |u - v|^2) of unit vectors; at least 0.
     return_terms : bool
         Also return the three terms, unweighted and detached, by the names of their weights.
-    normalize, backend, workspace_bytes
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`contrastive_kernels.info_nce`.
 
     Returns
@@ -77,7 +85,7 @@ def feature_separation(
     its symmetric tables only one half is computed; the pairs of a sample with itself count, and are added outside.
     A term of weight 0 is not computed.
 
-    Rows of this process alone count, in a process group too: gather features before, with their gradients.
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
 
     References
     ----------
@@ -95,50 +103,64 @@ def feature_separation(
     >>> {name: round(value.item(), 4) for name, value in terms.items()}
     {'orthogonality': 0.0, 'contrast': 0.0002, 'uniformity': 0.7291}
     """
-    weights = {"orthogonality": orthogonality, "contrast": contrast, "uniformity": uniformity}
-    weights = {name: check_number(value, name, positive=False) for name, value in weights.items()}
-    features = {
-        "image": image,
-        "text": text,
-        "image_independent": image_independent,
-        "text_independent": text_independent,
-    }
-    views = {"image_independent_aug": image_independent_aug, "text_independent_aug": text_independent_aug}
-    (v, t, vi, ti), _ = matching(features, views, normalize)
-    # (terms that would check them may have weight 0)
-    check_engine(backend, workspace_bytes)
-    check_scale(v, logit_scale)
-    check_flag(return_terms, "return_terms")
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        weights = {"orthogonality": orthogonality, "contrast": contrast, "uniformity": uniformity}
+        weights = {name: check_number(value, name, positive=False) for name, value in weights.items()}
+        features = {
+            "image": image,
+            "text": text,
+            "image_independent": image_independent,
+            "text_independent": text_independent,
+        }
+        views = {"image_independent_aug": image_independent_aug, "text_independent_aug": text_independent_aug}
+        (v, t, vi, ti), _ = matching(features, views, normalize)
+        # (terms that would check them may have weight 0)
+        check_engine(backend, workspace_bytes)
+        check_scale(v, logit_scale)
+        check_flag(return_terms, "return_terms")
+    except (TypeError, ValueError) as error:
+        tell(ranks, error, image)
+        raise
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
+    there = [name for name, view in views.items() if view is not None]
+    sums = None if ranks is None else Sums.of(ranks, "feature_separation", v, ("weights", weights), ("views", there))
     terms: dict[str, Tensor] = {}
     if weights["orthogonality"]:
         squares = (v * vi).sum(1).square().sum() + (t * ti).sum(1).square().sum()
-        terms["orthogonality"] = squares / max(v.shape[0], 1)
+        terms["orthogonality"] = squares / max(v.shape[0], 1) if sums is None else sums.mean(squares)
     if weights["contrast"]:
         pairs = ((image_independent, image_independent_aug), (text_independent, text_independent_aug))
-        losses = [info_nce(own, view, logit_scale, **options) for own, view in pairs if view is not None]
+        over: dict[str, Any] = {"group": group, "gradients": gradients, "strategy": strategy, "uneven": uneven}
+        losses = [info_nce(own, view, logit_scale, **options, **over) for own, view in pairs if view is not None]
         if losses:
             terms["contrast"] = torch.stack(losses).sum()
     if weights["uniformity"]:
-        terms["uniformity"] = _uniformity(image_independent, text_independent, options)
+        terms["uniformity"] = _uniformity(image_independent, text_independent, options, sums)
     loss = v.new_zeros(())
     for name, value in terms.items():
         loss = loss + weights[name] * value
     return (loss, {name: value.detach() for name, value in terms.items()}) if return_terms else loss
 
 
-def _uniformity(image: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
+def _uniformity(image: Tensor, text: Tensor, options: dict[str, Any], sums: Sums | None) -> Tensor:
     """log (1/N) sum_jk (G(V_j, V_k) + G(T_j, T_k)), a scalar; 0 for no rows."""
     names = ("image_independent", "text_independent")
     image, text = check_features(image, text, names, options["normalize"])
     engine = check_engine(options["backend"], options["workspace_bytes"])
     exponents = []
     for features in (image, text):
-        others = logsumexp(Problem(features, features, 4.0, -4.0, symmetric=True, engine=engine))
+        problem = Problem(features, features, 4.0, -4.0, symmetric=sums is None, engine=engine)
+        if sums is None:
+            others = logsumexp(problem)
+        else:
+            others = over_ranks(LogSumExp(), sums.ranks, "uniformity", problem, None, "none")
         itself = 4 * features.to(others.dtype).square().sum(1) - 4
         exponents.append(torch.logaddexp(others, itself))
-    rows = image.shape[0]
+    rows = image.shape[0] if sums is None else sums.rows
     if rows == 0:
         return image.new_zeros((), dtype=score_dtype(image.dtype))
     count = torch.full((), float(rows), dtype=exponents[0].dtype, device=image.device)
-    return torch.logsumexp(torch.cat(exponents), 0) - count.log()
+    every = torch.cat(exponents)
+    return (torch.logsumexp(every, 0) if sums is None else sums.logsumexp(every)) - count.log()

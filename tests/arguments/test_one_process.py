@@ -1,4 +1,4 @@
-"""In a process group of more than one, modules refuse to leave out the other processes' rows without a word."""
+"""In a process group of more than one, no module computes with its own rows alone unless it is told to."""
 
 from __future__ import annotations
 
@@ -9,42 +9,48 @@ import torch
 from torch import nn
 
 import contrastive_kernels as ck
+from contrastive_kernels.distributed import group as groups
 
 FEATURES = torch.eye(4, 3)
 
-#: Of one sample each: nothing of other processes is left out.
+#: Of one sample each: there is nothing of other processes to leave out.
 LOCAL = {"SeparationHead"}
-#: Their rows are those of all ranks (tests/distributed).
-SHARED = {"ClipLoss", "DecomposableLoss", "InfoNCELoss", "NTXentLoss", "SigmoidLoss"}
 MAKE = {
-    "DatasetContrastiveLoss": lambda: ck.DatasetContrastiveLoss(10),
-    "DecomposableContrastiveLoss": lambda: ck.DecomposableContrastiveLoss(10),
-    # a base of the user's own is not asked either
-    "LatentStructureLoss": lambda: ck.LatentStructureLoss(lambda *features: pytest.fail("the base was called")),
+    "DatasetContrastiveLoss": lambda **over: ck.DatasetContrastiveLoss(10, **over),
+    "DecomposableContrastiveLoss": lambda **over: ck.DecomposableContrastiveLoss(10, **over),
 }
 VALUES = {"index": torch.arange(4), "log_normalizer": torch.zeros(4), "logit_scale": 5.0}
-MODULES = [
+MODULES = sorted(
     name
     for name in ck.__all__
     if isinstance(getattr(ck, name), type) and issubclass(getattr(ck, name), nn.Module) and name not in LOCAL
-]
+)
 
 
-@pytest.fixture
-def two_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+class Asked(Exception):
+    """The group was asked for."""
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"NormalizerMemory"} - SHARED))
-def test_modules_refuse(name, two_processes):
-    module = MAKE.get(name, getattr(ck, name))()
+def call(name, **over):
+    module = MAKE.get(name, getattr(ck, name))(**over)
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    with pytest.raises(NotImplementedError, match=rf"{type(module).__name__}: expected a single process; got .* of 2"):
-        module(*[VALUES.get(p.name, FEATURES) for p in required])
+    return module(*[VALUES.get(p.name, FEATURES) for p in required])
 
 
-def test_functions_serve_the_rows_that_they_are_given(two_processes):
-    """What a gather gives, with positives of this process."""
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "NormalizerMemory"])
+def test_modules_ask_the_default_group(name, monkeypatch):
+    def ask(*arguments):
+        raise Asked
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(groups, "_default", ask)
+    with pytest.raises(Asked):
+        call(name)
+    call(name, group=False)
+
+
+def test_functions_serve_the_rows_that_they_are_given(monkeypatch):
+    """What a gather of the user's own gives, with positives of this process."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert ck.info_nce(FEATURES[:2], FEATURES, 5.0, positives=2).isfinite()
     assert ck.clip_loss(FEATURES, FEATURES, 5.0).isfinite()

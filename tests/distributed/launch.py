@@ -1,10 +1,11 @@
-"""Processes that share a loss: started in a test, each runs one function, and what it returns comes back.
+"""Processes that share a loss: each runs a test's function, and what it returns comes back.
 
-The processes are forked from one that has imported torch already, so that six of them take as long as one.
+They are forked from one that has imported torch already, and stay for the next test; each test has a group of its own.
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import io
 import multiprocessing
@@ -32,66 +33,90 @@ class Failure:
     trace: str
 
 
-def run(ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any, seconds: float = 30) -> list[Any]:
+class _Worker:
+    """A process that waits for functions to run."""
+
+    def __init__(self) -> None:
+        self.pipe, there = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(there,), daemon=True)
+        self.process.start()
+        there.close()
+
+
+_workers: list[_Worker] = []
+
+
+def _dismiss() -> None:
+    for worker in _workers:
+        worker.process.kill()
+        worker.pipe.close()
+    for worker in _workers:
+        worker.process.join()
+    _workers.clear()
+
+
+atexit.register(_dismiss)
+
+
+def run(ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any, seconds: float = 60) -> list[Any]:
     """What a function(*arguments) of a module gives on every rank: its result, a Failure, or None if it died.
 
     `folder`: an empty one, where the ranks meet. `seconds`: the time-out of their group.
     """
-    pipes, processes = [], []
-    for rank in range(ranks):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(there, rank, ranks, folder, seconds, function, arguments))
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
+    while len(_workers) < ranks:
+        _workers.append(_Worker())
+    pipes: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(_workers[:ranks])}
+    for pipe, rank in pipes.items():
+        pipe.send((rank, ranks, folder, seconds, function))
+        pipe.send_bytes(_packed(arguments))
     results: list[Any] = [None] * ranks
-    left = dict(zip(pipes, range(ranks)))
+    left = dict(pipes)
     while left:
         ready = wait(list(left), timeout=10 * seconds)
         if not ready:
-            for process in processes:
-                process.kill()
+            _dismiss()
             raise AssertionError(f"ranks {sorted(left.values())} of {ranks} neither returned nor failed")
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = left.pop(pipe)
             try:
                 results[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
-            except EOFError:  # it died
+            except (EOFError, ConnectionResetError):  # it died
                 results[rank] = None
-    for process in processes:
-        process.join()
+    if any(result is None or isinstance(result, Failure) for result in results):
+        _dismiss()  # who waited in vain may have left something behind
     return results
 
 
-def _rank(
-    pipe: Connection,
-    rank: int,
-    ranks: int,
-    folder: Path,
-    seconds: float,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
+def _packed(value: Any) -> bytes:
+    message = io.BytesIO()  # (a pipe would send tensors as shared memory)
+    torch.save(value, message)
+    return message.getvalue()
+
+
+def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=ranks,
-            timeout=datetime.timedelta(seconds=seconds),
-        )
-        result = function(*arguments)
-    except BaseException as error:
-        result = Failure(type(error).__name__, str(error), traceback.format_exc())
-    message = io.BytesIO()  # (a pipe would send tensors as shared memory, which ends with this process)
-    torch.save(result, message)
-    pipe.send_bytes(message.getvalue())
-    pipe.close()
-    os._exit(0)  # (others may still be about to fail: no farewell between processes)
+    while True:
+        try:
+            rank, ranks, folder, seconds, function = pipe.recv()
+            arguments = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+        except EOFError:
+            os._exit(0)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=ranks,
+                timeout=datetime.timedelta(seconds=seconds),
+            )
+            result = function(*arguments)
+            result = (result,)
+            dist.destroy_process_group()
+        except BaseException as error:
+            result = Failure(type(error).__name__, str(error), traceback.format_exc())
+        pipe.send_bytes(_packed(result))
 
 
 def succeeded(results: list[Any]) -> list[Any]:
@@ -99,4 +124,4 @@ def succeeded(results: list[Any]) -> list[Any]:
     for rank, result in enumerate(results):
         assert not isinstance(result, Failure), f"rank {rank}: {result.trace}"
         assert result is not None, f"rank {rank} died"
-    return results
+    return [result[0] for result in results]

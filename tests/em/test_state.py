@@ -266,7 +266,7 @@ def test_growth_without_memory_changes_nothing(monkeypatch, number):
     still_works(memory, before)
 
 
-@pytest.mark.parametrize("name", ["observe", "_last_of_each"])
+@pytest.mark.parametrize("name", ["observe", "last_of_each"])
 def test_an_update_that_fails_changes_nothing(memory, monkeypatch, name):
     before = state(memory)
     with monkeypatch.context() as patch:
