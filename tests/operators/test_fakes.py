@@ -108,7 +108,7 @@ def calls(
             softmax_losses,
             Problem(x, other, scale, bias, index=index, pairs=ids, engine=engine),
             (c,),
-            (reduction, False),
+            (reduction, False, True),
         )
         yield sigmoid_losses, Problem(x, other, scale, bias, pairs=ids, engine=engine), (None,), (reduction,)
 
