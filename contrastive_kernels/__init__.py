@@ -14,6 +14,7 @@ from .losses import (
     clip_loss,
     decomposable,
     info_nce,
+    log_sum_exp,
     nt_xent,
     sigmoid,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "hardest_negatives",
     "info_nce",
     "list_backends",
+    "log_sum_exp",
     "multimodal_contrastive",
     "nt_xent",
     "plan",

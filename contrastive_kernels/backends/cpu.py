@@ -48,7 +48,8 @@ class CpuBackend(Backend):
         _C.reduce_panel(**_fields(term, panel))
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
-        _C.weight_panel(**_fields(term, panel), **weight_fields(panel))
+        factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
+        _C.weight_panel(**_fields(term, panel), **weight_fields(panel), **factor)
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
         _C.search_panel(**_fields(term, panel), **search_fields(panel))

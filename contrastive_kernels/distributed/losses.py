@@ -182,7 +182,8 @@ def _described(
     wanted = [name for name, need in zip(("x", "y", "scale", "bias"), needs) if need]
     described = [
         ("features", problem.x.shape[1]), ("dtype", problem.x.dtype), ("reduction", reduction),
-        ("weights", "given" if weight is not None else None), ("gradients of", "+".join(wanted)),
+        ("weights", "given" if weight is not None else None),
+        ("ids", "given" if problem.pairs.row_ids is not None else None), ("gradients of", "+".join(wanted)),
         ("gradients", ranks.gradients), ("strategy", ranks.strategy), *about,
     ]  # fmt: skip
     if problem.x.is_cpu:  # where reading a number waits for nobody

@@ -23,6 +23,7 @@ from ..arguments.checks import (
     require_equal_lengths,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -30,6 +31,7 @@ from ..distributed.rules import Ratio
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
+from ..panels.pairs import EVERY_PAIR
 from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -46,6 +48,8 @@ def decomposable(
     negative_scale: float = 1.0,
     positive_logits: Tensor | Sequence[Tensor] | None = None,
     positives: int | Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -88,6 +92,10 @@ def decomposable(
     positives : int or Tensor, optional
         As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
         positive is not among the columns.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`; with two directions they are left out of both.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
@@ -143,13 +151,21 @@ def decomposable(
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-        problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+        if pairs.adds:
+            if len(sides) == 2:
+                raise ValueError(
+                    "candidate_bias: expected None with a pair of log_normalizer, which trains both directions"
+                )
+            x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+        problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
         gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
     except (TypeError, ValueError) as error:
         tell(ranks, error, x)
         raise
+    require_alone(ranks, candidate_bias=candidate_bias)
 
     log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
     # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
@@ -317,6 +333,8 @@ class DecomposableLoss(Loss):
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
         return decomposable(
@@ -326,6 +344,8 @@ class DecomposableLoss(Loss):
             log_normalizer,
             positive_logits=positive_logits,
             positives=positives,
+            ids=ids,
+            candidate_bias=candidate_bias,
             weight=weight,
             generator=generator,
             **self.options,

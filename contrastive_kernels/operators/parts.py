@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.gradients import Gradients
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.gradients import Gradients, Wanted
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from .shared import Call, Outputs, like
 
 __all__ = [
     "add_positive_params",
     "gradients_of",
     "params_of",
+    "wanted_of",
     "whole_gradients",
     "whole_scores",
 ]
@@ -20,7 +21,8 @@ __all__ = [
 def gradients_of(call: Call, made: Gradients) -> Outputs:
     """What a gradient pass made, as gradients of the call's tensors."""
     dscale, dbias = (None, None) if made.dparams is None else made.dparams
-    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
+    found = [made.dx, made.dy, dscale, dbias, *[None] * (len(call.needs) - 4)]
+    found[COL_BIAS] = made.dcandidates
     wanted = zip(found, call.tensors, call.needs)
     return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
 
@@ -55,8 +57,15 @@ def whole_gradients(
     )
 
 
+def wanted_of(call: Call) -> Wanted:
+    """Which gradients a pass makes."""
+    return Wanted(*call.wants, call.needs[COL_BIAS])
+
+
 def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
-    """The positive pairs' part of the gradients of scale and bias."""
+    """The positive pairs' part of the gradients of scale, bias and the columns' biases."""
+    if made.dcandidates is not None:
+        matrix.positives.add_values(made.dcandidates, dz_pos)
     if made.dparams is not None:
         made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)

@@ -155,10 +155,11 @@ def assert_right(loss: str, problem: Problem, way: Way) -> None:
         for cached in (tolerance.expected, tolerance.floors, problems.make_inputs):
             cached.cache_clear()
     scores = problems.score_dtype(way.dtype)
-    for name in ("value", "x", "y", "scale", "bias"):
+    needs = [name for name in way.needs if name != "candidate_bias" or problem.candidate_bias is not None]
+    for name in ("value", "x", "y", "scale", "bias", *ours.gradients.keys() & {"candidate_bias"}):
         if name != "value":
-            assert (ours.gradients[name] is not None) == (name in way.needs), f"d{name}: expected for {way.needs} alone"
-            if name not in way.needs:
+            assert (ours.gradients[name] is not None) == (name in needs), f"d{name}: expected for {needs} alone"
+            if name not in needs:
                 continue
         assert ours[name].dtype == (way.dtype if name in ("x", "y") else scores), name
         assert_near(name, ours[name], truth[name], errors[name], floors[name])
