@@ -91,12 +91,10 @@ def without_padding(
     return x, y, weights.masked_fill(idle, 0.0)
 
 
-def require_alone(ranks: object, **members: Any) -> None:
+def require_alone(ranks: object, candidate_bias: object) -> None:
     """What ranks of a process group cannot share yet; leaving it out silently would train another loss."""
-    for name, value in members.items():
-        if ranks is not None and value is not None and value is not True:
-            expected, got = ("True", "False") if value is False else ("None", type(value).__name__)
-            raise NotImplementedError(
-                f"{name}: expected {expected} in a process group; got {got}. group=None computes the loss of this "
-                "process's rows: gather the others' with their gradients"
-            )
+    if ranks is not None and candidate_bias is not None:
+        raise NotImplementedError(
+            f"candidate_bias: expected None in a process group; got {type(candidate_bias).__name__}. group=None "
+            "computes the loss of this process's rows: gather the others' with their gradients"
+        )

@@ -142,6 +142,7 @@ def decomposable(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
+        require_alone(ranks, candidate_bias)
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
@@ -162,10 +163,9 @@ def decomposable(
         gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
         raise
-    require_alone(ranks, candidate_bias=candidate_bias)
 
     log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
     # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)

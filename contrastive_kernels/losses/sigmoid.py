@@ -98,6 +98,7 @@ def sigmoid(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
+        require_alone(ranks, candidate_bias)
         check_reduction(reduction)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
         scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
@@ -109,10 +110,9 @@ def sigmoid(
             offset = None
         problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
-    require_alone(ranks, ids=ids, candidate_bias=candidate_bias)
     if ranks is not None:
         return over_ranks(Sigmoid(), ranks, "sigmoid", problem, gains, reduction)
     return sigmoid_loss(problem, gains, reduction)

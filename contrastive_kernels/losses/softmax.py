@@ -132,6 +132,7 @@ def info_nce(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         x, y = check_features(x, y, ("x", "y"), normalize)
         index, offset = check_positives(positives, x, y)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
@@ -140,12 +141,12 @@ def info_nce(
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
         raise
     if ranks is not None:
-        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
-        return over_ranks(Softmax(), ranks, "info_nce", problem, gains, reduction)
+        rule = Softmax(include_positive=include_positive)
+        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, rule.about)
     return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
@@ -224,20 +225,20 @@ def clip_loss(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
         return pairs_with_biases(problem, candidate_bias, weight, reduction, include_positive)
     if ranks is not None:
-        require_alone(ranks, include_positive=include_positive)
-        return over_ranks(Softmax(both_ways=True), ranks, "clip_loss", problem, gains, reduction)
+        rule = Softmax(both_ways=True, include_positive=include_positive)
+        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, rule.about)
     return softmax_loss(problem, gains, reduction, both=True, include_positive=include_positive)
 
 
@@ -314,12 +315,13 @@ def nt_xent(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, z1)
         raise
     views = torch.cat([z1, z2])
@@ -328,8 +330,8 @@ def nt_xent(
     offset = n if mirrored else None
     problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if ranks is not None:
-        require_alone(ranks, candidate_bias=candidate_bias, include_positive=include_positive)
-        return over_ranks(Softmax(mirrored=True), ranks, "nt_xent", problem, gains, reduction, repeats=2)
+        rule = Softmax(mirrored=True, include_positive=include_positive)
+        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, rule.about, repeats=2)
     if pairs.adds:
         return views_with_biases(problem, weight, reduction, include_positive)
     return softmax_loss(problem, gains, reduction, include_positive=include_positive)

@@ -37,7 +37,7 @@ from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
 
-__all__ = ["softmax_loss", "softmax_losses"]
+__all__ = ["row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
 
 
 def softmax_loss(
@@ -129,9 +129,9 @@ def _forward(call: Call) -> Outputs:
         return value, made.dx, made.dy, *params_of(call, made.dparams), None, None, None, None
     row_state, col_state = statistics_pass(matrix, cols=both)
     row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
-    losses = _losses(row, z_pos, include)
+    losses = row_losses(row, z_pos, include)
     if col is not None:
-        losses = losses + _losses(col, z_pos, include)
+        losses = losses + row_losses(col, z_pos, include)
     losses = gain * losses
     if True not in call.needs:
         return losses if reduction == "none" else losses.sum(), *(None,) * 8
@@ -200,7 +200,7 @@ def _centered_dots(matrix: ScoreMatrix) -> Tensor:
     return dots
 
 
-def _losses(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
+def row_losses(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
     """softplus(n - z_pos) [N] or, without the positive, n - z_pos; n = shift + rest. 0 without negatives."""
     shift, rest = normalizer
     if include:
@@ -208,7 +208,7 @@ def _losses(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
     return ((shift - z_pos) + rest).masked_fill(rest == -torch.inf, 0.0)
 
 
-def _softmax(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
+def row_softmax(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
     """The derivative by n [N]: sigmoid(n - z_pos), the probability that is not the positive's; without it 1."""
     shift, rest = normalizer
     if include:
@@ -231,8 +231,8 @@ class _Found:
 
     def _side(self, i: slice, state: Tensor) -> Side:
         normalizer = normalizer_of(state)
-        self.losses[i] += _losses(normalizer, self.z_pos[i], self.include)
-        softmax = self.gain[i] * _softmax(normalizer, self.z_pos[i], self.include)
+        self.losses[i] += row_losses(normalizer, self.z_pos[i], self.include)
+        softmax = self.gain[i] * row_softmax(normalizer, self.z_pos[i], self.include)
         self.dz_pos[i] -= softmax
         return softmax_side(normalizer, softmax)
 
@@ -282,8 +282,8 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
     z_pos, gain = positive_logits(matrix, dots), _gains(call) * upstream[0]
-    row_gain = gain * _softmax(row, z_pos, include)
-    col_gain = None if col is None else gain * _softmax(col, z_pos, include)
+    row_gain = gain * row_softmax(row, z_pos, include)
+    col_gain = None if col is None else gain * row_softmax(col, z_pos, include)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
     row_side = softmax_side(row, row_gain)
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
@@ -309,7 +309,7 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows (turned: columns), or their sum, in operations of torch."""
     z, z_pos = dense_logits(call.problem, rows, turned)
     reduction, _, include = call.settings
-    losses = _share(call) * _losses(torch.stack(dense_normalizer(z)), z_pos, include)
+    losses = _share(call) * row_losses(torch.stack(dense_normalizer(z)), z_pos, include)
     gain = call.extras[0]
     if gain is not None:
         losses = losses * gain[rows]
