@@ -165,7 +165,7 @@ def test_why_not_asks_the_device(kernels):
         ({"term": 7}, "the sigmoid term has no column side"),
         ({"weights": 64}, "weights and dparams must be null"),
         ({"columns_count": 1}, "columns must not be null"),
-        ({"row_ids": 64}, "ids are for searches"),
+        ({"row_ids": 64}, "ids of rows need ids of columns"),
     ],
 )
 def test_wrong_calls_are_refused(kernels, change, message):
