@@ -40,7 +40,7 @@ sanitize: $(VENV)/.with-dev $(VENV)/.extension  ## AddressSanitizer, UBSan, Thre
 	SANITIZE_ROUNDS=$${SANITIZE_ROUNDS:-5} $(LONG) tests/backends/test_sanitizers.py
 
 soak: $(VENV)/.with-dev $(VENV)/.extension  ## many threads, 20,000 calls, deaths of processes; SOAK_CALLS=20000
-	SOAK_CALLS=$${SOAK_CALLS:-20000} $(LONG) tests/soak tests/em/test_storage_deaths.py
+	OMP_WAIT_POLICY=passive SOAK_CALLS=$${SOAK_CALLS:-20000} $(LONG) tests/soak tests/em/test_storage_deaths.py
 
 offline: $(VENV)/.with-dev $(TRITON)/.tried  ## what compilers make of every Triton kernel for GPUs that are not here
 	$(PY) tests/offline.py 80 90 100

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -183,15 +184,26 @@ def cpu_units(toolchain: Toolchain) -> list[Unit]:
     ]
 
 
+def built_from() -> list[str]:
+    """What the extension says of its sources, by which the package knows that it belongs to it."""
+    version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "contrastive_kernels/__init__.py").read_text(), re.M)
+    sources = runpy.run_path(str(ROOT / "contrastive_kernels/backends/sources.py"))
+    return [f'-DCK_VERSION="{version[1] if version else ""}"', f'-DCK_SOURCES="{sources["digest"](ROOT)}"']
+
+
 def binding_units() -> list[Unit]:
-    """csrc/bindings.cpp, the only file that sees Python and pybind11."""
+    """csrc/bindings.cpp, the only file that sees Python and pybind11, and what it tells of the build."""
     import pybind11
 
     paths = sysconfig.get_paths()
     if not Path(paths["include"], "Python.h").exists():
         raise CompileError(f"no Python.h in {paths['include']}: install this Python's headers (Debian: python3-dev)")
     folders = dict.fromkeys([paths["include"], paths["platinclude"], pybind11.get_include()])
-    return [Unit(Path("csrc/bindings.cpp"), "cxx", [f for folder in folders for f in ("-isystem", folder)])]
+    includes = [flag for folder in folders for flag in ("-isystem", folder)]
+    return [
+        Unit(Path("csrc/bindings.cpp"), "cxx", includes),
+        Unit(Path("csrc/built_from.cpp"), "cxx", built_from()),
+    ]
 
 
 def escape(text: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import reference, reference_structure
+from .backends.native import require_fresh as _require_fresh
 from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .losses import (
     ClipLoss,
@@ -13,6 +14,7 @@ from .losses import (
     clip_loss,
     decomposable,
     info_nce,
+    log_sum_exp,
     nt_xent,
     sigmoid,
 )
@@ -57,6 +59,7 @@ __all__ = [
     "hardest_negatives",
     "info_nce",
     "list_backends",
+    "log_sum_exp",
     "multimodal_contrastive",
     "nt_xent",
     "plan",
@@ -67,3 +70,5 @@ __all__ = [
     "sigmoid",
     "why_not",
 ]
+
+_require_fresh(__version__)

@@ -225,6 +225,7 @@ void gumbel_array(int64_t seed, int64_t row, int64_t first_column, uintptr_t out
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The pass over one panel of scores, on the CPU and in CUDA. A panel's members are keywords; see members.h.";
+  m.attr("_built_from") = py::make_tuple(ck::version(), ck::sources());
   m.attr("_panel_members") = comments<P>();
   m.attr("_search_panel_members") = comments<Q>();
   m.def("reduce_panel", &run<P, ck::reduce_panel>);

@@ -241,15 +241,16 @@ def _floats(values: list[Tensor]) -> list[float]:
 
 def train(
     trainer: Trainer, out: Path | None = None, *, save_every: int = 25, until: int | None = None, label: str = ""
-) -> None:
+) -> bool:
     """Runs a trainer to its last step (or to step ``until``), with a progress bar; saves to ``out`` now and then.
 
     Of several processes the first one saves and shows the bar.
     A checkpoint that cannot be written is said and tried again later: the training is worth more than its checkpoint.
+    Returns whether the last one could be.
     """
     last = trainer.steps if until is None else min(until, trainer.steps)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console, first = processes.console(), processes.number() == 0
+    console, first, saved = processes.console(), processes.number() == 0, True
     shown = console.is_terminal and first
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(label or trainer.settings.loss, total=last, completed=trainer.step)
@@ -260,17 +261,20 @@ def train(
                 text = f"{label or trainer.settings.loss}: loss {float(trainer.losses[-1]):.3f}"
                 progress.update(task, description=text)
             if out and first and (trainer.step % save_every == 0 or trainer.step == last):
-                _save(trainer, out / "checkpoint.pt", console)
+                saved = _save(trainer, out / "checkpoint.pt", console)
+    return saved
 
 
-def _save(trainer: Trainer, path: Path, console: Console) -> None:
+def _save(trainer: Trainer, path: Path, console: Console) -> bool:
     """Saves, or says why not."""
     try:
         trainer.save(path)
+        return True
     except OSError as error:
         left = "the older checkpoint stays" if path.exists() else "there is no checkpoint"
         line = f"step {trainer.step}: {path} cannot be written ({reason(error)}); {left}"
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+        return False
 
 
 def scores_table(scores: Scores, title: str) -> Table:
@@ -375,7 +379,7 @@ def _train(console: Console) -> None:
         f"batch {trainer.sampler.batch:,} distinct characters, steps {trainer.step} to {trainer.steps}, "
         f"{trainer.device}, {several}{torch.get_num_threads()} threads"
     )
-    train(trainer, out, save_every=arguments.save_every)
+    saved = train(trainer, out, save_every=arguments.save_every)
     if processes.number() > 0:
         return
     scores = {split: evaluate(trainer.model, data, split) for split in ("validation", "test")}
@@ -383,7 +387,7 @@ def _train(console: Console) -> None:
     console.print(scores_table(scores["test"], title))
     write_metrics(out / "metrics.json", trainer, scores)
     draw_curves(out / "curves.png", {trainer.settings.loss: trainer.curve()})
-    console.print(f"checkpoint.pt, metrics.json, curves.png in {out}")
+    console.print(f"{'checkpoint.pt, ' if saved else ''}metrics.json, curves.png in {out}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Case:
 
     def __init__(
         self, rows, cols, *, spread=1.0, excluded=0, diagonal=None, first_row=0, first_column=0, params=(1.3, 0.0, 0.0),
-        sides="both", deep=False, stale=0.0, level=0.0, biased=False,
+        sides="both", deep=False, stale=0.0, level=0.0, biased=False, ids=0,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
@@ -75,7 +75,10 @@ class Case:
         # excluded columns of the whole matrix: some lie outside of this panel
         columns = torch.randint(-2, cols + 2, (rows, excluded), generator=g) + first_column
         col_bias = normal(cols).masked_fill_(torch.rand(cols, generator=g) < 0.1, -torch.inf) if biased else None
-        self.pairs = Pairs(diagonal, columns if excluded else None, col_bias, None, None, first_row, first_column)
+        # so many ids of either sign
+        row_ids, col_ids = (torch.randint(-ids, ids, (k,), generator=g) if ids else None for k in (rows, cols))
+        left_out = columns if excluded else None
+        self.pairs = Pairs(diagonal, left_out, col_bias, row_ids, col_ids, first_row, first_column)
         self.gains = normal(rows), normal(cols)
         # near the log-sums, as they are in use
         z = self.logits()
@@ -91,7 +94,7 @@ class Case:
         self.vanishing = math.exp(stale - 47) * (self.gains[0].abs()[:, None] + self.gains[1].abs()).double()
 
     def left_out(self):
-        """The pairs that do not count [R, C]."""
+        """The pairs that do not count, but for those of equal ids [R, C]."""
         rows, cols = self.scores.shape
         columns = torch.arange(cols) + self.pairs.first_column
         left_out = torch.zeros(rows, cols, dtype=torch.bool)
@@ -101,12 +104,23 @@ class Case:
             left_out |= columns == torch.arange(rows)[:, None] + self.pairs.first_row + self.pairs.diagonal
         return left_out
 
-    def logits(self):
-        """z in float64 of what a backend makes in float32: scale * score is exact in it; excluded pairs at -inf."""
+    def alike(self):
+        """The pairs of equal ids [R, C]."""
+        if self.pairs.row_ids is None:
+            return torch.zeros(self.scores.shape, dtype=torch.bool)
+        return self.pairs.row_ids[:, None] == self.pairs.col_ids
+
+    def logits(self, signed=False):
+        """z in float64 of what a backend makes in float32: scale * score is exact in it; excluded pairs at -inf.
+
+        Pairs of equal ids are among these or, if `signed`, have -z.
+        """
         z = self.scores.double() * torch.tensor(self.params[0]).double() + torch.tensor(self.params[1]).double()
         if self.pairs.col_bias is not None:
             z = z + self.pairs.col_bias.double()
-        return z.masked_fill(self.left_out(), -torch.inf)
+        if not signed:
+            return z.masked_fill(self.left_out() | self.alike(), -torch.inf)
+        return torch.where(self.alike() & (z > -torch.inf), -z, z).masked_fill(self.left_out(), -torch.inf)
 
 
 CASES = {
@@ -142,6 +156,12 @@ CASES = {
     "high-and-far-apart": lambda: Case(65, 131, level=1e4, spread=90.0, params=(1.0, 0.0, 1e4)),
     "tiles": lambda: Case(130, 264, excluded=1, first_column=-9),
     "tiles-far-apart": lambda: Case(257, 129, spread=90.0, excluded=2),
+    "ids": lambda: Case(65, 131, ids=4, excluded=1, diagonal=3),
+    "ids-of-a-block": lambda: Case(66, 70, ids=20, first_row=1040, first_column=1000, biased=True),
+    "ids-far-apart": lambda: Case(65, 131, ids=2, spread=90.0, excluded=1),
+    "ids-of-rows": lambda: Case(65, 70, ids=2, sides="rows"),
+    "ids-of-cols": lambda: Case(130, 264, ids=9, sides="cols", params=(-0.7, 11.0, 0.0)),
+    "one-id": lambda: Case(1, 1, ids=1),
     "deep": lambda: Case(65, 131, spread=12.0, excluded=1, deep=True),
 }
 

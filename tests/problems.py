@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from made import biases_of, features_of, ids_of, lay_out, weights_of
 from torch import Tensor
 
 import contrastive_kernels
@@ -22,6 +23,9 @@ ONE_WAY = ("info_nce", "decomposable")
 PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
 DECOMPOSABLE = ("decomposable", "decomposable_pair")
 ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
+
+#: Those that take biases of candidates.
+BIASED = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable")
 
 #: Backends of CPU tensors. The others run on GPUs (test_gpu.py), or in an interpreter of their own (test_triton.py).
 CPU_BACKENDS = ("cpu", "torch")
@@ -54,6 +58,13 @@ class Problem:
     positives: int | str | None = None
     #: None, "sparse" (random, with zeros among them) or "zero"
     weight: str | None = None
+    #: None, or the ids of rows and columns: "shared" (a third as many as rows, negative and large ones among them),
+    #: "equal" or "different"
+    ids: str | None = None
+    #: None, or what is added to the candidates' logits: "normal", or "padded" (-inf among them)
+    candidate_bias: str | None = None
+    #: of a softmax loss: the denominator has the positive
+    include_positive: bool = True
     #: panels as small as the engine takes them, so that several are walked in both directions
     small_panels: bool = False
     workspace_bytes: int | None = None
@@ -94,6 +105,8 @@ class Inputs:
     bias: Tensor
     positives: int | Tensor | None = None
     weight: Tensor | None = None
+    ids: tuple[Tensor, Tensor] | None = None
+    candidate_bias: Tensor | None = None
     log_normalizer: tuple[Tensor, Tensor] | None = None
     positive_logits: tuple[Tensor, Tensor] | None = None
     decomposable: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +116,12 @@ class Inputs:
     ) -> Any:
         """The loss as `module` (the package, or its reference) computes it, in the dtype of x."""
         options["weight"] = self.weight
+        if self.ids is not None:
+            options["ids"] = self.ids[0] if loss == "nt_xent" else self.ids
+        if not self.problem.include_positive:
+            options["include_positive"] = False
+        if self.candidate_bias is not None:
+            options.setdefault("candidate_bias", self.candidate_bias.to(score_dtype(x.dtype)))
         if loss == "sigmoid":
             return module.sigmoid(x, y, scale, bias, **options)
         if loss in ("clip_loss", "nt_xent"):
@@ -191,6 +210,8 @@ PROBLEMS = (
     Problem("common-256", "logits of 65,536 that differ by one", features="shifted", length=256.0, **COMMON),
     Problem("common-100-panels", "the same in panels", n=130, features="shifted", length=100.0, small_panels=True,
             **COMMON),
+    Problem("common-index", "the same, positives shared and anywhere", n=130, m=33, features="shifted", length=100.0,
+            positives="index", losses=ONE_WAY, **COMMON),
     Problem("common-block", "given positive logits of that size",
             features="shifted", length=100.0, block="all", scale=1.0, losses=DECOMPOSABLE),
     # memory layouts
@@ -202,6 +223,51 @@ PROBLEMS = (
     Problem("sparse-weights", "a weighted mean divides by the weights; rows of weight 0 give no gradient",
             n=130, weight="sparse", small_panels=True),
     Problem("zero-weights", "a mean of nothing is 0, not NaN", n=3, weight="zero"),
+    # ids
+    Problem("ids", "pairs of equal ids are no negatives; several positives of the sigmoid loss", ids="shared"),
+    Problem("ids-panels", "the same across panels", n=257, ids="shared", small_panels=True),
+    Problem("ids-band", "the same in a band, of all rows where columns have normalisers too",
+            n=550, d=16, ids="shared", losses=("info_nce", "clip_loss", "sigmoid", *DECOMPOSABLE)),
+    Problem("ids-kept", "the same with kept scores", n=257, d=1000, ids="shared", workspace_bytes=16 * 257**2),
+    Problem("ids-wide", "candidates of a corpus, some with a row's id",
+            n=130, m=257, positives=100, ids="shared", small_panels=True, losses=ONE_WAY),
+    Problem("ids-sigmoid-wide", "more texts than images, some rows with no positive",
+            n=33, m=150, ids="shared", weight="sparse", losses=("sigmoid",)),
+    Problem("ids-index", "shared positives, whose ids are others", n=130, m=33, positives="index", ids="shared",
+            losses=ONE_WAY),
+    Problem("ids-solved", "few wrong pairs are left, and only some of them count",
+            n=257, d=256, scale=13.0, features="solved", ids="shared"),
+    Problem("ids-far-apart", "rows and columns with normalisers far apart",
+            n=130, scale=1.0, features="outliers", ids="shared"),
+    Problem("ids-equal", "no negatives: softmax losses are 0, gradients too", n=33, ids="equal"),
+    # what is added to the candidates' logits
+    Problem("candidate-bias", "log q, say, with its gradient", candidate_bias="normal", losses=BIASED),
+    Problem("padded", "some candidates are padding, and so are some rows' positives",
+            n=130, ids="shared", weight="sparse", candidate_bias="padded", small_panels=True, losses=BIASED),
+    Problem("padded-kept", "the same with kept scores",
+            n=257, d=1000, candidate_bias="padded", workspace_bytes=16 * 257**2, losses=BIASED),
+    Problem("padded-index", "the same with shared positives", n=130, m=33, positives="index", candidate_bias="padded",
+            losses=ONE_WAY),
+    Problem("padded-wide", "more texts than images", n=33, m=150, ids="shared", candidate_bias="padded",
+            losses=("sigmoid",)),
+    Problem("biased-block", "given positive logits, which have no bias", block="all", candidate_bias="padded",
+            losses=("decomposable",)),
+    Problem("biased-zero-scale", "the biases' gradient does not come of the scores'",
+            scale=0.0, candidate_bias="normal", losses=BIASED),
+    # denominators without the positive
+    Problem("dcl-softmax", "no positive in the denominator: the loss may be negative",
+            include_positive=False, losses=SOFTMAX),
+    Problem("dcl-panels", "the same in panels, of some pairs", n=257, include_positive=False, ids="shared",
+            weight="sparse", small_panels=True, losses=SOFTMAX),
+    Problem("dcl-band", "the same in bands", n=550, d=16, include_positive=False, losses=("info_nce", "clip_loss")),
+    Problem("dcl-solved", "a nearly solved batch: it goes on", n=257, d=256, scale=13.0, features="solved",
+            include_positive=False, losses=SOFTMAX),
+    Problem("dcl-common", "logits of 1e4 that differ by one", features="shifted", length=100.0,
+            include_positive=False, losses=SOFTMAX, **COMMON),
+    Problem("dcl-padded", "with biases of the candidates, and padding",
+            n=130, include_positive=False, candidate_bias="padded", losses=SOFTMAX),
+    Problem("dcl-alone", "no negatives: 0", n=5, include_positive=False, ids="equal", losses=SOFTMAX),
+    Problem("ids-different", "nothing is left out, and the sigmoid loss has no positives", n=33, ids="different"),
     # the decomposable loss
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),
     Problem("rather-stale", "weights sixty times their gains: 16-bit ones need the room",
@@ -219,82 +285,11 @@ PROBLEMS = (
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 
 
-def _unit(v: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(v, dim=1)
-
-
-def _features(problem: Problem, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x [N, D], y [M, D] in float64."""
-    n, m, d = problem.n, problem.n if problem.m is None else problem.m, problem.d
-    x, y = torch.randn(n, d, generator=g).double(), torch.randn(m, d, generator=g).double()
-    common = torch.randn(1, d, generator=g).double()
-    match problem.features:
-        case "random":  # positives somewhat closer than negatives
-            k = min(n, m)
-            y[:k] += 0.5 * x[:k]
-            return _unit(x), _unit(y)
-        case "solved":
-            return _unit(x), _unit(x + 0.1 * y)
-        case "identical":
-            return _unit(common).repeat(n, 1), _unit(common).repeat(m, 1)
-        case "opposed":
-            return _unit(common + 0.1 * x), -_unit(common + 0.1 * y)
-        case "common":  # contributions that add up
-            return _unit(x), _unit(2 * common + y)
-        case "normal":
-            return x, y
-        case "huge":
-            return 3000 * _unit(x), 3000 * _unit(y)
-        case "equal":  # every score is the same number exactly, in whatever order its products are added
-            return tuple(torch.full((k, d), problem.length / 8, dtype=torch.float64) for k in (n, m))
-        case "shifted":
-            common = _unit(common)
-            x, y = (_unit(v - v @ common.T * common) for v in (x, y))
-            return problem.length * common + 2 * x, problem.length * common + 2 * y
-        case "outliers":
-            lengths = torch.linspace(-2, 2, n)[:, None]
-            return 4 * 10**lengths * _unit(x), 4 * 10 ** lengths.flip(0) * _unit(y)
-    raise ValueError(problem.features)
-
-
-def lay_out(v: Tensor, layout: str) -> Tensor:
-    """The same values in another layout; the padding is NaN, so that a read of it shows."""
-    n, d = v.shape
-    match layout:
-        case "contiguous":
-            return v
-        case "transposed":
-            return v.T.contiguous().T
-        case "misaligned":
-            wide = v.new_full((n, d + 5), torch.nan)
-            wide[:, 3 : 3 + d] = v
-            return wide[:, 3 : 3 + d]
-        case "strided":
-            tall = v.new_full((2 * n, d), torch.nan)
-            tall[::2] = v
-            return tall[::2]
-        case "expanded":
-            return v[:1].expand(n, d)
-    raise ValueError(layout)
-
-
-def _weights(problem: Problem, g: torch.Generator) -> Tensor | None:
-    weight = 2 * torch.rand(problem.n, generator=g)
-    match problem.weight:
-        case None:
-            return None
-        case "sparse":
-            return weight * (torch.rand(problem.n, generator=g) < 0.5)
-        case "zero":
-            return weight * 0
-    raise ValueError(problem.weight)
-
-
 @cache
 def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     """The problem's arguments; features in `dtype`, the rest in the dtype of scores."""
     g = torch.Generator().manual_seed(problem.seed)
-    x, y = (lay_out(v.to(dtype), problem.layout) for v in _features(problem, g))
+    x, y = (lay_out(v.to(dtype), problem.layout) for v in features_of(problem, g))
     n, m, score = len(x), len(y), score_dtype(dtype)
     positives = problem.positives
     if positives == "index":
@@ -306,7 +301,9 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
         scale=torch.tensor(problem.logit_scale, dtype=score),
         bias=torch.tensor(problem.logit_bias, dtype=score),
         positives=positives,
-        weight=_weights(problem, g),
+        weight=weights_of(problem, g),
+        ids=ids_of(problem, n, m, g),
+        candidate_bias=biases_of(problem, m, g),
         decomposable=dict(problem.decomposable),
     )
     if problem.block is not None:
@@ -371,15 +368,20 @@ def run(
     **options: Any,
 ) -> Outcome:
     """The loss of `module` on the inputs in `dtype` (a layout is kept where it is their own), forward and backward."""
-    names = differentiable(loss) if needs is None else needs
+    names = (*differentiable(loss), "candidate_bias") if needs is None else needs
     features = {"x": inputs.x, "y": inputs.y}
     if dtype != inputs.x.dtype:
         features = {name: v.to(dtype) for name, v in features.items()}
     scalars = {name: v.to(score_dtype(dtype)) for name, v in (("scale", inputs.scale), ("bias", inputs.bias))}
     leaves = {name: v.detach().requires_grad_(name in names) for name, v in (features | scalars).items()}
-    value = inputs.call(module, loss, *leaves.values(), **options)
+    biased = {}
+    if inputs.candidate_bias is not None:
+        bias = inputs.candidate_bias.to(score_dtype(dtype)).detach().clone()
+        biased = {"candidate_bias": bias.requires_grad_("candidate_bias" in names)}
+    value = inputs.call(module, loss, *leaves.values(), **biased, **options)
     upstream = upstream_like(value, inputs.problem.seed).to(value)
-    if names:
+    leaves |= biased
+    if value.requires_grad:
         torch.autograd.backward(value, upstream)
     return Outcome(value.detach(), {name: leaf.grad for name, leaf in leaves.items()})
 

@@ -191,6 +191,9 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     elif loss in problems.DECOMPOSABLE:
         added = torch.cat(inputs.log_normalizer).double().abs().max() if len(x) else 0.0
         logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * added
+    if inputs.candidate_bias is not None and inputs.candidate_bias.numel():
+        largest = inputs.candidate_bias.nan_to_num(neginf=0.0).abs().max().double()
+        logit_rounding = logit_rounding + LOGIT_UNITS * score_eps * largest
 
     def contributions(size: float) -> Tensor:
         """|w| times the roundings it carries [N, M], for results whose own rounding is `size`."""
@@ -202,7 +205,10 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     if loss.startswith("decomposable"):  # the value is a small difference of uZ, log u and 1
         of_result = of_result + (1.0 if inputs.weight is None or not len(x) else inputs.weight.double().max())
     by_x, by_y = contributions(eps).sum(1), contributions(eps).sum(0)
-    if loss == "nt_xent":  # row i of either view, as an anchor and as a candidate
+    of_candidates = by_y if loss != "clip_loss" else by_x + by_y  # the candidates of both directions
+    if loss == "nt_xent":
+        # row i of either view, as an anchor and as a candidate
+        of_candidates = by_y.view(2, -1).sum(0)
         by_x, by_y = (by_x + by_y).view(2, -1)
         rows = rows.view(2, -1).sum(0).repeat(2)
     largest = (x.abs().max(), y.abs().max()) if len(x) and len(y) else (0.0, 0.0)
@@ -219,6 +225,7 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
         "y": (scale * largest[0] * by_y)[:, None],
         "scale": of_scale,
         "bias": contributions(score_eps).sum(),
+        "candidate_bias": of_candidates,
     }
 
 
@@ -242,7 +249,11 @@ def from_scores(
     itself = torch.eye(z.shape[1], dtype=torch.float64)
     if loss == "nt_xent":
         positives = torch.arange(len(z)).roll(len(z) // 2)
-        value = reference.info_nce(z, itself, 1.0, positives=positives, weight=weight, reduction=reduction)
+        ids = None if inputs.ids is None else inputs.ids[0].repeat(2)
+        bias = None if inputs.candidate_bias is None else inputs.candidate_bias.double().repeat(2)
+        options = {"positives": positives, "ids": ids, "candidate_bias": bias, "weight": weight}
+        options["include_positive"] = inputs.problem.include_positive
+        value = reference.info_nce(z, itself, 1.0, **options, reduction=reduction)
     else:
         value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)
     value.backward(problems.upstream_like(value, inputs.problem.seed) if upstream is None else upstream)

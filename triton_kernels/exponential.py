@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import LOG2_E, PairTerm, exp, exp2, multiply_add
-from .pairs import offsets, with_columns
+from .pair_terms import LOG2_E, NEVER, PairTerm, exp, exp2, multiply_add
+from .pairs import leave_out_alike, offsets, with_columns
 
 __all__ = ["EXPONENTIAL"]
 
@@ -18,6 +18,8 @@ _INF = tl.constexpr(float("inf"))
 #: Normalisers of a usual tile lie this close to the largest one: what then underflows of a row is below e^(40 - 87) of
 #: its weights.
 _SPREAD = tl.constexpr(40.0)
+#: The smallest normal number. A gain that is referred to a far lower shift keeps its digits down to here.
+_TINY = tl.constexpr(2.0**-126)
 #: Sums against a usual tile's shift are at least this: what underflowed was below 128 * 2^-126 / 1e-25 of it, and the
 #: shift lies within e^58 of the row's largest term.
 _SMALLEST_SUM = tl.constexpr(1e-25)
@@ -66,10 +68,14 @@ def _referred_gain(side, shift):
 
 @triton.jit
 def _refer_gain(side, shift):
-    """The same, and infinite where the normaliser lies so far from the shift that exponentials might underflow."""
+    """The same, and infinite where digits would be lost.
+
+    The normaliser lies so far from the shift that exponentials might underflow, or the referred gain is subnormal.
+    """
     own_shift, rest, gain = side
-    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) & (rest != _INF) & (gain != 0)
-    return tl.where(far, _INF, _referred_gain(side, shift))
+    referred = _referred_gain(side, shift)
+    far = (tl.abs((shift - own_shift) - rest) > _SPREAD) | (tl.abs(referred) < _TINY)
+    return tl.where(far & (rest != _INF) & (gain != 0), _INF, referred)
 
 
 @triton.jit
@@ -96,9 +102,10 @@ def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, referred, scale, bias,
+    scores, pairs, of_cols, ids, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
+    scores = leave_out_alike(scores, NEVER, pairs, ids)
     row_gain = tl.zeros([scores.shape[0]], tl.float32)
     col_gain = tl.zeros([scores.shape[1]], tl.float32)
     if WEIGHTS:
@@ -165,6 +172,14 @@ def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constex
 
 
 @triton.jit
+def _alike(values, z, of_cols, pairs, ids, OF_WEIGHTS: tl.constexpr):
+    if OF_WEIGHTS:  # those of z = -inf are 0 already
+        return values
+    else:  # noqa: RET505 (the compiler would see both)
+        return leave_out_alike(values, -_INF, pairs, ids)
+
+
+@triton.jit
 def _merge(shift, total, other_shift, other_total):
     """Sums relative to the higher shift. A sum of 0 is an empty part, whatever its shift; NaN is not."""
     mine = tl.where(total == 0, -_INF, shift)
@@ -183,4 +198,4 @@ def _merge_all(shift, total):
     return highest, tl.sum(tl.where(total == 0, 0.0, total * tl.exp(shift - highest[None, :])), 0)
 
 
-EXPONENTIAL = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)
+EXPONENTIAL = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _alike, _merge, _merge_all, _fair)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LOG2_E", "PairTerm", "exp", "exp2", "multiply_add", "reciprocal"]
+__all__ = ["INTERPRETED", "LOG2_E", "NEVER", "PairTerm", "exp", "exp2", "multiply_add", "reciprocal"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+#: A score that does not count, far below all others.
+NEVER = tl.constexpr(-1e30)
 #: Exponents saturate below infinity: a stale normaliser times a gain of 0 must stay 0.
 _LARGEST_EXPONENT = tl.constexpr(88.37)
 
@@ -32,12 +34,15 @@ class PairTerm(NamedTuple):
     line: Any
     #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
     refer_gain: Any
-    #: (scores, pairs, what is loaded of the columns, referred, scale, bias, flags) -> w * factor, row shift, row sum,
-    #: col shift, col sum, which are right if they are fair
+    #: (scores, pairs, what is loaded of the columns, ids, referred, scale, bias, flags) -> w * factor, row shift, row
+    #: sum, col shift, col sum, which are right if they are fair
     usual: Any
     #: (z, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any tile, with z = -inf where a pair
     #: does not count
     tile: Any
+    #: (a tile's z, or its w; z; what is loaded of the columns, pairs, ids; whether these are weights) -> the same as
+    #: the pairs of equal ids have it
+    alike: Any
     #: (shift, sum, shift, sum) -> shift, sum
     merge: Any
     #: (shifts, sums) [parts, n] -> shift, sum

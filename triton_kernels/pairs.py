@@ -1,9 +1,9 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
-`pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr), with None for what is not said, which then
-costs nothing; `of_cols` is what was loaded of a tile's columns. Kernels hand both through, and pair terms ask here. A
-further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to the logits
-of a column into what stands beside `load_columns`.
+`pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr), with None for
+what is not said, which then costs nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids. Kernels
+hand all through, and pair terms ask here. A further member that leaves out single pairs goes into `every_pair_counts`
+and `leave_out`; one that adds to the logits of a column into what stands beside `load_columns`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ __all__ = [
     "column_counts",
     "every_pair_counts",
     "leave_out",
+    "leave_out_alike",
     "load_columns",
+    "load_ids",
     "logits",
     "offsets",
+    "turn_alike",
     "with_columns",
 ]
 
@@ -39,12 +42,15 @@ class Pairs(NamedTuple):
     first_column: int = 0
     #: [C] added to the logits of a column
     col_bias: Tensor | None = None
+    #: [R], [C] int64: what pairs of equal ids are is the term's to say
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
 
     @classmethod
     def of(cls, pairs: Any) -> Pairs:
         """What is said of a panel, with the diagonal counted from its own rows and columns."""
         diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
-        return cls(diagonal, pairs.columns, pairs.first_column, pairs.col_bias)
+        return cls(diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids)
 
     @property
     def width(self) -> int:
@@ -54,13 +60,14 @@ class Pairs(NamedTuple):
     def arguments(self, rows: int, cols: int) -> tuple[Any, ...]:
         """The same as a kernel's arguments for a panel of this size: past its ends there are no pairs."""
         diagonal = None if self.diagonal is None else min(max(self.diagonal, -rows), cols)
-        return diagonal, self.columns if self.width else None, self.first_column, self.col_bias
+        columns = self.columns if self.width else None
+        return diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids
 
 
 @triton.jit
 def load_columns(pairs, cols, C):
     """What is added to the logits of these columns [N]; [1] of zero where nothing is."""
-    _, _, _, col_bias_ptr = pairs
+    col_bias_ptr = pairs[3]
     if col_bias_ptr is None:
         return tl.zeros([1], tl.float32)
     else:  # noqa: RET505 (the compiler would see both)
@@ -77,7 +84,7 @@ def logits(scores, scale, bias, pairs, cols, C):
 @triton.jit
 def with_columns(scores, scale, pairs, of_cols):
     """A tile's scores with what is added to a column's logits, in units of a score."""
-    _, _, _, col_bias_ptr = pairs
+    col_bias_ptr = pairs[3]
     if col_bias_ptr is not None:
         scores += (of_cols / scale)[None, :]
     return scores
@@ -86,7 +93,7 @@ def with_columns(scores, scale, pairs, of_cols):
 @triton.jit
 def offsets(offset, pairs, of_cols):
     """An offset in units of log 2 with what is added to a column's logits [1, N]; itself if that is nothing."""
-    _, _, _, col_bias_ptr = pairs
+    col_bias_ptr = pairs[3]
     if col_bias_ptr is None:
         return offset
     else:  # noqa: RET505 (the compiler would see both)
@@ -100,9 +107,38 @@ def column_counts(cols, C, of_cols):
 
 
 @triton.jit
+def load_ids(pairs, rows, cols, R, C):
+    """The ids of these rows [M] and columns [N]; [1] of zero where nobody has any."""
+    row_ids_ptr = pairs[4]
+    col_ids_ptr = pairs[5]
+    if row_ids_ptr is None:
+        return tl.zeros([1], tl.int64), tl.zeros([1], tl.int64)
+    else:  # noqa: RET505 (the compiler would see both)
+        row_ids = tl.load(row_ids_ptr + rows, mask=rows < R, other=0)
+        return row_ids, tl.load(col_ids_ptr + cols, mask=cols < C, other=0)
+
+
+@triton.jit
+def leave_out_alike(values, never, pairs, ids):
+    """A tile's values with `never` where ids are equal."""
+    if pairs[4] is not None:
+        values = tl.where(ids[0][:, None] == ids[1][None, :], never, values)
+    return values
+
+
+@triton.jit
+def turn_alike(values, lowest, which, of_cols, pairs, ids):
+    """A tile's values with the sign changed where ids are equal and `which` is above `lowest`: the pair counts."""
+    if pairs[4] is not None:
+        alike = (ids[0][:, None] == ids[1][None, :]) & (which > lowest) & (of_cols > -float("inf"))[None, :]
+        values = tl.where(alike, -values, values)
+    return values
+
+
+@triton.jit
 def leave_out(values, never, pairs, rows, cols, R, C, COLUMNS: tl.constexpr):
     """A tile's values with `never` past the panel's ends and where a pair is left out."""
-    diagonal, _, _, _ = pairs
+    diagonal = pairs[0]
     out = (rows >= R)[:, None] | (cols >= C)[None, :]
     if diagonal is not None:
         out = out | ((rows + diagonal)[:, None] == cols[None, :])
@@ -114,7 +150,7 @@ def leave_out(values, never, pairs, rows, cols, R, C, COLUMNS: tl.constexpr):
 @triton.jit
 def every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS: tl.constexpr):
     """Whether a tile lies within the panel and none of its pairs is left out; so it is with most tiles."""
-    diagonal, _, _, _ = pairs
+    diagonal = pairs[0]
     complete = (row0 + rows.shape[0] <= R) & (col0 + cols.shape[0] <= C)
     if diagonal is not None:
         first = row0 + diagonal  # of the tile's first row; the last row's is as many further
@@ -129,7 +165,8 @@ def every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS: tl.constexpr
 @triton.jit
 def _left_out(pairs, rows, k, R, C, COLUMNS: tl.constexpr):
     """The panel's column that the k-th of these rows' own columns leaves out [M]; -1 where it leaves out none."""
-    _, columns_ptr, first_column, _ = pairs
+    columns_ptr = pairs[1]
+    first_column = pairs[2]
     inside = rows < R
     column = tl.load(columns_ptr + rows.to(tl.int64) * COLUMNS + k, mask=inside, other=0) - first_column
     return tl.where(inside & (column >= 0) & (column < C), column, -1).to(tl.int32)

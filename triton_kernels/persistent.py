@@ -96,7 +96,7 @@ def persistent_kernel(
     x_desc,  # [R, D] in blocks of BLOCK_M x BLOCK_K
     y_desc,  # [C, D] in blocks of BLOCK_N x BLOCK_K
     weights_desc,  # [R, C] in blocks of BLOCK_M x BLOCK_N / PARTS, or None
-    params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr,
+    params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     line_ptr,  # [LINE] and the referred gains, of refer_kernel; or None
     row_referred_ptr,  # [R] or None
     col_referred_ptr,  # [C] or None
@@ -111,7 +111,7 @@ def persistent_kernel(
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     scale, bias, center = load_params(params_ptr)
     usual = (scale > 1e-18) & (scale < 1e18)
-    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
+    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr)
     factor = 1.0
     shift = 0.0
     slope = 0.0

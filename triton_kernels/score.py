@@ -10,12 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import column_counts, every_pair_counts, leave_out, load_columns, logits
+from .pair_terms import NEVER
+from .pairs import column_counts, every_pair_counts, leave_out, load_columns, load_ids, logits
 
 __all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
 
-#: A score that does not count, far below all others.
-_NEVER = tl.constexpr(-1e30)
 #: What a tile's sums stay below unless a weight has overflowed.
 _LARGEST = tl.constexpr(1e38)
 
@@ -102,9 +101,10 @@ def finish_tile(
 ):  # fmt: skip
     """A tile's weights, from its scores; its statistics and sums are stored, and whether it is unusual."""
     if not complete:
-        scores = leave_out(scores, _NEVER, pairs, rows, cols, R, C, COLUMNS)
+        scores = leave_out(scores, NEVER, pairs, rows, cols, R, C, COLUMNS)
+    ids = load_ids(pairs, rows, cols, R, C)
     w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, pairs, of_cols, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS
+        scores, pairs, of_cols, ids, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS
     )
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
     if WEIGHTS:
@@ -137,6 +137,8 @@ def score_kernel(
     columns_ptr,  # [R, COLUMNS] columns of the whole matrix that rows leave out, or None
     first_column,  # the panel's, in the whole matrix
     col_bias_ptr,  # [C] or None
+    row_ids_ptr,  # int64 [R] or None
+    col_ids_ptr,  # int64 [C] or None
     row_normalizer_ptr,  # [2, R] or None
     row_gain_ptr,  # [R] or None
     col_normalizer_ptr,  # [2, C] or None
@@ -161,7 +163,7 @@ def score_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = col0 + tl.arange(0, BLOCK_N)
     scale, bias, center = load_params(params_ptr)
-    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr)
+    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr)
     of_cols = load_columns(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
     usual = (scale > 1e-18) & (scale < 1e18)
@@ -189,7 +191,7 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=_ARGUMENTS)
 def rest_kernel(
-    x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr,
+    x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
@@ -211,7 +213,8 @@ def rest_kernel(
         for block in range(tl.program_id(0), blocks, programs):
             if tl.load(unusual_ptr + block) > 0:
                 _any_tile(
-                    x_ptr, y_ptr, params_ptr, (diagonal, columns_ptr, first_column, col_bias_ptr),
+                    x_ptr, y_ptr, params_ptr,
+                    (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr),
                     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
                     row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
                     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
@@ -244,10 +247,14 @@ def _any_tile(
             x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
         )
         z = logits(scores, scale, bias, pairs, cols, C)
+        of_cols = load_columns(pairs, cols, C)
+        ids = load_ids(pairs, rows, cols, R, C)
+        z = TERM.alike(z, z, of_cols, pairs, ids, False)
         z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
         col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
         w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
         if WEIGHTS:
+            w = TERM.alike(w, z, of_cols, pairs, ids, True)
             dscale += tl.sum(tl.sum(w * (scores - center), 1), 0)
             dbias += tl.sum(tl.sum(w, 1), 0)
             _store_weights(weights_ptr, weights_stride, w * tl.load(factor_ptr), rows, cols, R, C)

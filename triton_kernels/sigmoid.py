@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pair_terms import INTERPRETED, LOG2_E, PairTerm, exp2, multiply_add, reciprocal
-from .pairs import offsets
+from .pair_terms import INTERPRETED, LOG2_E, NEVER, PairTerm, exp2, multiply_add, reciprocal
+from .pairs import offsets, turn_alike
 
 __all__ = ["FACTORS", "SIGMOID", "sigmoid_from", "softplus_from", "sum_by_products"]
 
@@ -90,11 +90,12 @@ def _refer_gain(side, shift):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, referred, scale, bias,
+    scores, pairs, of_cols, ids, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
     z = scores * (scale * LOG2_E) + offsets(bias * LOG2_E, pairs, of_cols)
+    z = turn_alike(z, NEVER / 10, scores, of_cols, pairs, ids)
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
@@ -104,6 +105,7 @@ def _usual(
         row_sum = tl.sum(tl.maximum(z, 0.0), 1) * (1.0 / LOG2_E) + _sum_log1p(e, FACTORS)
     if WEIGHTS:  # another exponential takes less than to choose by z's sign
         w = reciprocal(1.0 + exp2(-z)) * referred[4][:, None]
+        w = turn_alike(w, NEVER / 10, scores, of_cols, pairs, ids)
     return w, rows, row_sum, cols, cols
 
 
@@ -127,6 +129,11 @@ def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constex
 
 
 @triton.jit
+def _alike(values, z, of_cols, pairs, ids, OF_WEIGHTS: tl.constexpr):
+    return turn_alike(values, -float("inf"), z, of_cols, pairs, ids)
+
+
+@triton.jit
 def _merge(shift, total, other_shift, other_total):
     return shift, total + other_total
 
@@ -136,4 +143,4 @@ def _merge_all(shift, total):
     return tl.max(shift, 0), tl.sum(total, 0)
 
 
-SIGMOID = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _merge, _merge_all, _fair)
+SIGMOID = PairTerm(_refer, _line, _refer_gain, _usual, _tile, _alike, _merge, _merge_all, _fair)

@@ -278,7 +278,8 @@ class _Panel:
         n, m, d = form.rows, form.cols, form.features
         places = (
             given(_X), given(_Y), whole.params, number(0 if form.symmetric else form.offset), whole.index, number(0),
-            _NOTHING, *sides, *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)),
+            *(_NOTHING,) * 3, *sides,
+            *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)),
             self.row_partials, self.col_partials, self.params_partials, self.unusual,
             *map(number, (n, m, d, d, d, whole.stride if self.weighs else 0)),
             *(number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))),

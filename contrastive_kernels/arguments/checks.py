@@ -39,6 +39,7 @@ __all__ = [
     "is_number",
     "is_shared",
     "normalized",
+    "recomputing",
     "require_equal_lengths",
     "require_one_process",
     "require_vector",
@@ -54,6 +55,8 @@ def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
+    if normalize is False and _need_no_change(x, y, matching):
+        return x, y
     _, features = check_matrix(x, names[0])
     _, others = check_matrix(y, names[1])
     if features != others:
@@ -75,6 +78,19 @@ def check_features(
     if matching:
         require_equal_lengths(x, y, names)
     return x, y
+
+
+def _need_no_change(x: Any, y: Any, matching: bool) -> bool:
+    """Whether two plain matrices on the CPU are what is asked for: overhead dominates small batches."""
+    if type(x) is not Tensor or type(y) is not Tensor or not x.is_cpu or not y.is_cpu:
+        return False
+    dtype, strided = x.dtype, torch.strided
+    if dtype not in _DTYPES or y.dtype is not dtype or x.layout is not strided or y.layout is not strided:
+        return False
+    if x.is_nested or y.is_nested or x.dim() != 2 or y.dim() != 2 or torch.is_autocast_enabled("cpu"):
+        return False
+    (rows, features), (others, width) = x.shape, y.shape
+    return bool(0 < features == width) and not (matching and rows != others)
 
 
 def check_matrix(value: Any, name: str) -> torch.Size:
@@ -209,7 +225,7 @@ def check_workspace(workspace_bytes: Any) -> int | None:
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
     """An int of at least so much that torch takes."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an int; got {_kind(value)}")
     if value < least:
         raise ValueError(f"{name}: expected {what or f'at least {least}'}; got {shown(value)}")
     if value > _LARGEST_INT:
@@ -221,7 +237,7 @@ def check_flag(value: Any, name: str) -> bool:
     """A bool: the string "False" would count as true."""
     if value is True or value is False:
         return bool(value)
-    raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
+    raise TypeError(f"{name}: expected a bool; got {_kind(value)}")
 
 
 def check_generator(generator: Any, device: torch.device | None = None) -> torch.Generator | None:
@@ -232,7 +248,26 @@ def check_generator(generator: Any, device: torch.device | None = None) -> torch
         raise TypeError(f"generator: expected a torch.Generator or None; got {type(generator).__name__}")
     if device is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one of device {device}; got one of {generator.device}")
+    if recomputing() and not _is_default(generator):
+        raise RuntimeError(
+            "generator: expected None under activation checkpointing, which runs the forward pass again and restores "
+            "the default generators alone; what this one draws now differs from what the loss was made of"
+        )
     return generator
+
+
+def recomputing() -> bool:
+    """Whether autograd's engine runs: only a recomputation calls a loss within backward."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and not torch.compiler.is_compiling() and current() != -1
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    """Whether it is one of torch's own."""
+    default = torch.default_generator if generator.device.type == "cpu" else None
+    if generator.device.type == "cuda":
+        default = torch.cuda.default_generators[generator.device.index or 0]
+    return generator is default
 
 
 def check_device(device: Any, *, here: bool = False) -> torch.device:
@@ -264,6 +299,12 @@ def shown(value: Any) -> str:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _kind(value: Any) -> str:
+    """A type's name as messages show it: NumPy's bool is no bool."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_backend(backend: Any) -> str:

@@ -48,7 +48,8 @@ class CpuBackend(Backend):
         _C.reduce_panel(**_fields(term, panel))
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
-        _C.weight_panel(**_fields(term, panel), **weight_fields(panel))
+        factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
+        _C.weight_panel(**_fields(term, panel), **weight_fields(panel), **factor)
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
         _C.search_panel(**_fields(term, panel), **search_fields(panel))
@@ -57,8 +58,9 @@ class CpuBackend(Backend):
         self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, torch.get_num_threads()
-        )
+            *_matrix_fields(scores, problem), 0 if gain is None else gain.data_ptr(), share, both, problem.symmetric,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return scores.new_full((), value), dscale, dbias
 
     def sigmoid_matrix(
@@ -87,17 +89,12 @@ class CpuBackend(Backend):
 def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:
     """A whole matrix, whose weights take the place of the scores, and what is left out of it."""
     rows, cols = scores.shape
-    address = scores.data_ptr()
+    address, index, scale, bias = scores.data_ptr(), problem.index, problem.scale, problem.bias
     return (
         address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs),
-        0 if problem.symmetric else None, _address(problem.index), problem.offset,
-        _number(problem.scale), _number(problem.bias),
+        0 if problem.symmetric else None, 0 if index is None else index.data_ptr(), problem.offset,
+        scale.item() if isinstance(scale, Tensor) else scale, bias.item() if isinstance(bias, Tensor) else bias,
     )  # fmt: skip
-
-
-def _number(value: Tensor | float) -> float:
-    """A number, perhaps a tensor's."""
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,21 +11,38 @@ from torch import Tensor
 from ..panels.pairs import Pairs
 from ..panels.panel import Panel, SearchPanel
 from ..panels.terms import PairTerm
+from .sources import complaint_about
 
 try:  # torch is imported first, so that the extension shares its OpenMP runtime
-    import contrastive_kernels._C  # noqa: F401  (`from contrastive_kernels import` would blame a circular import)
+    import contrastive_kernels._C as extension  # (`from contrastive_kernels import` would blame a circular import)
 except ImportError as error:
     MISSING: str | None = f"the C++ extension contrastive_kernels._C is not installed ({error})"
 else:
     MISSING = None
 
-__all__ = ["DTYPES", "MISSING", "common_fields", "pair_fields", "score_fields", "search_fields", "weight_fields"]
+__all__ = [
+    "DTYPES",
+    "MISSING",
+    "common_fields",
+    "pair_fields",
+    "require_fresh",
+    "score_fields",
+    "search_fields",
+    "weight_fields",
+]
 
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PAIRS = Pairs._fields
 _SEARCH = tuple(field.name for field in fields(SearchPanel) if field.name not in {f.name for f in fields(Panel)})
+
+
+def require_fresh(version: str) -> None:
+    """ImportError if the compiled extension is not that of the package of this version, or of this checkout."""
+    complaint = None if MISSING is not None else complaint_about(extension, version, Path(__file__).parents[2])
+    if complaint is not None:
+        raise ImportError(complaint)
 
 
 def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:

@@ -35,30 +35,31 @@ def get(name: str) -> Backend:
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> Backend:
     """The named backend, or the first that can serve. A named one that cannot serve is a ValueError with the reason."""
+    if device.type == "cpu":  # small batches have no time for the reasons
+        return _on_cpu(ORDER, name, dtype, term)
+    return _choose(ORDER, name, device, dtype, term)
+
+
+def _choose(
+    order: tuple[Backend, ...], name: str | None, device: torch.device, dtype: torch.dtype, term: PairTerm
+) -> Backend:
     if name is not None:
         backend = get(name)
         reason = backend.refusal(device, dtype, term)
         if reason is not None:
             raise ValueError(f"backend: {name!r} cannot serve {dtype} on {device}: {reason}")
         return backend
-    if device.type == "cpu":  # small batches have no time for the reasons
-        chosen = _on_cpu(ORDER, dtype, term)
-    else:
-        chosen = _first(ORDER, device, dtype, term)
+    # the last one serves everything
+    chosen = next(backend for backend in order if backend.refusal(device, dtype, term) is None)
     if chosen.name == "torch" and term not in SEARCHES:
         _warn_once(device, dtype)
     return chosen
 
 
-def _first(order: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, term: PairTerm) -> Backend:
-    """The first that can serve; the last one serves everything."""
-    return next(backend for backend in order if backend.refusal(device, dtype, term) is None)
-
-
 @functools.cache
-def _on_cpu(order: tuple[Backend, ...], dtype: torch.dtype, term: PairTerm) -> Backend:
+def _on_cpu(order: tuple[Backend, ...], name: str | None, dtype: torch.dtype, term: PairTerm) -> Backend:
     """The same for tensors on the CPU, of which nothing changes while a process runs."""
-    return _first(order, torch.device("cpu"), dtype, term)
+    return _choose(order, name, torch.device("cpu"), dtype, term)
 
 
 def table(device: torch.device, dtype: torch.dtype, term: PairTerm = EXPONENTIAL) -> list[tuple[str, str | None]]:

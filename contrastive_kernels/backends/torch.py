@@ -36,28 +36,28 @@ class TorchBackend(Backend):
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
         score_product(panel)
-        _FOLD[term](panel, _logits(panel))
+        _FOLD[term](panel, _logits(panel, term))
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         score_product(panel)
-        z = _logits(panel)
+        z = _logits(panel, term)
         _FOLD[term](panel, z)
         w = _WEIGHTS[term](panel, z)
         if panel.dparams is not None:
             centered = panel.scores - panel.params[2]
             panel.dparams[0] += centered.mul_(w).sum(dtype=panel.dparams.dtype)
             panel.dparams[1] += w.sum(dtype=panel.dparams.dtype)
-        torch.mul(w, panel.params[0], out=w)
+        torch.mul(w, panel.params[0] if panel.factor is None else panel.factor, out=w)
         panel.weights.copy_(w)
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:
         score_product(panel)
         if term is RANK:
-            z = _logits(panel, excluded=torch.nan)
+            z = _logits(panel, term, excluded=torch.nan)
             present(panel.below).add_((z < present(panel.low)[:, None]).sum(1))
             present(panel.above).add_((z > present(panel.high)[:, None]).sum(1))
             return
-        z = _logits(panel)
+        z = _logits(panel, term)
         rows, columns = z.shape
         if term is GUMBEL_MAX:
             first_row, first = panel.pairs.first_row, panel.pairs.first_column
@@ -69,12 +69,21 @@ class TorchBackend(Backend):
         column.copy_(torch.where(better, where + panel.pairs.first_column, column))
 
 
-def _logits(panel: Panel, excluded: float = -torch.inf) -> Tensor:
-    """z = scale * scores + bias with what the pairs say: excluded ones at -inf, or another value [R, C]."""
+def _logits(panel: Panel, term: PairTerm, excluded: float = -torch.inf) -> Tensor:
+    """z = scale * scores + bias with what the pairs say [R, C]: excluded ones at -inf, or another value.
+
+    The sigmoid term's positives have -z, which makes their loss that of a negative.
+    """
     z, pairs = panel.scores * panel.params[0], panel.pairs
     z += panel.params[1]
     if pairs.col_bias is not None:
         z += pairs.col_bias
+    alike = pairs.alike(slice(None))
+    if alike is not None and term is SIGMOID:
+        counts = alike if pairs.col_bias is None else alike & (pairs.col_bias != excluded)
+        z = torch.where(counts, -z, z)
+    elif alike is not None:
+        z.masked_fill_(alike, excluded)
     rows, columns = z.shape
     if pairs.diagonal is not None:
         shift = pairs.first_row + pairs.diagonal - pairs.first_column
@@ -86,8 +95,6 @@ def _logits(panel: Panel, excluded: float = -torch.inf) -> Tensor:
             inside = (local >= 0) & (local < columns)
             local = local.clamp(0, columns - 1)
             z.scatter_(1, local, z.gather(1, local).masked_fill_(inside, excluded))
-    if pairs.row_ids is not None:
-        z.masked_fill_(pairs.row_ids[:, None] == present(pairs.col_ids), excluded)
     return z
 
 
@@ -121,7 +128,9 @@ def _fold_side(side: Side, z: Tensor, dim: int) -> None:
 
 def _sigmoid_weights(panel: Panel, z: Tensor) -> Tensor:
     """w = r_i sigmoid(z) [R, C]; z is overwritten."""
-    return z.sigmoid_().mul_(present(panel.row.gain)[:, None])
+    w = z.sigmoid_().mul_(present(panel.row.gain)[:, None])
+    alike = panel.pairs.alike(slice(None))
+    return w if alike is None else torch.where(alike, -w, w)
 
 
 def _exponential_weights(panel: Panel, z: Tensor) -> Tensor:

@@ -182,7 +182,8 @@ def _described(
     wanted = [name for name, need in zip(("x", "y", "scale", "bias"), needs) if need]
     described = [
         ("features", problem.x.shape[1]), ("dtype", problem.x.dtype), ("reduction", reduction),
-        ("weights", "given" if weight is not None else None), ("gradients of", "+".join(wanted)),
+        ("weights", "given" if weight is not None else None),
+        ("ids", "given" if problem.pairs.row_ids is not None else None), ("gradients of", "+".join(wanted)),
         ("gradients", ranks.gradients), ("strategy", ranks.strategy), *about,
     ]  # fmt: skip
     if problem.x.is_cpu:  # where reading a number waits for nobody
@@ -210,9 +211,14 @@ def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:
     n, m = sum(sizes.rows), sum(sizes.cols)
     rows = grid_rows(ranks.size, n, m, ranks.mesh and ranks.mesh[0])
     x = problem.x
-    per_row = x.shape[1] * (x.dtype.itemsize + 2 * score_dtype(x.dtype).itemsize)
+    per_row = bytes_per_gathered_row(x.shape[1], x.dtype.itemsize, score_dtype(x.dtype).itemsize)
     processes = ranks.size if x.device.type == "cpu" else 1  # which share a machine's memory
     return (n // rows + m // (ranks.size // rows)) * per_row * processes
+
+
+def bytes_per_gathered_row(features: int, operand_bytes: int, score_bytes: int) -> int:
+    """Of a gathered row, the sums of its gradient, and the same as other ranks send them."""
+    return features * (operand_bytes + 2 * score_bytes)
 
 
 def reduce_over_ranks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
+from ..operators.softmax_loss import row_losses, row_softmax
 from ..operators.weighted_sum import two_sum
 from ..panels.panel import Side
 from ..panels.size import blocks, score_dtype
@@ -74,22 +76,30 @@ class Rule(ABC):
 
 
 class Softmax(Rule):
-    """softplus(n_i - z_i,p(i)); `both_ways`: its mean with the columns'; `mirrored`: columns are the rows."""
+    """softplus(n_i - z_i,p(i)) or, without the positive, n_i - z_i,p(i).
+
+    `both_ways`: its mean with the columns'; `mirrored`: columns are the rows.
+    """
 
     term = EXPONENTIAL
 
-    def __init__(self, *, both_ways: bool = False, mirrored: bool = False) -> None:
-        self.both_ways, self.mirrored = both_ways, mirrored
+    def __init__(self, *, both_ways: bool = False, mirrored: bool = False, include_positive: bool = True) -> None:
+        self.both_ways, self.mirrored, self.include = both_ways, mirrored, include_positive
+
+    @property
+    def about(self) -> tuple[tuple[str, Any], ...]:
+        """What all ranks say alike."""
+        return (("include_positive", self.include),)
 
     def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
         """The losses of this rank's rows [n]."""
         kept = self.start(route, problem, centered=True)
         row, col = route.statistics(kept.params, cols=self.both_ways)
         kept.row = normalizer_of(row)
-        losses = _softplus(kept.row, kept.z_pos)
+        losses = row_losses(kept.row, kept.z_pos, self.include)
         if col is not None:
             kept.col = normalizer_of(col)
-            losses = (losses + _softplus(kept.col, kept.z_pos)) / 2
+            losses = (losses + row_losses(kept.col, kept.z_pos, self.include)) / 2
         return losses, kept
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
@@ -97,12 +107,12 @@ class Softmax(Rule):
         assert kept.row is not None
         if self.both_ways:
             gain = gain / 2
-        row_gain = gain * _probability(kept.row, kept.z_pos)
+        row_gain = gain * row_softmax(kept.row, kept.z_pos, self.include)
         row, col, dz_pos = softmax_side(kept.row, row_gain), Side(), -row_gain
         if self.mirrored:
             col = row
         elif kept.col is not None:
-            col_gain = gain * _probability(kept.col, kept.z_pos)
+            col_gain = gain * row_softmax(kept.col, kept.z_pos, self.include)
             col, dz_pos = softmax_side(kept.col, col_gain), dz_pos - col_gain
         made = route.gradients(kept.params, row, col, wanted, fold=False)
         if self.mirrored and made.dparams is not None:
@@ -143,7 +153,11 @@ class Sigmoid(Rule):
         """The losses of this rank's rows [n]."""
         kept = self.start(route, problem, centered=False)
         row, _ = route.statistics(kept.params, cols=False)
-        return row[0] - logsigmoid(kept.z_pos), kept
+        return self._of(row, problem, kept), kept
+
+    def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
+        """The losses, given the sums over the stream [1, n], in which positives by ids are."""
+        return row[0] - logsigmoid(kept.z_pos) if problem.positives.exist else row[0]
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -156,7 +170,7 @@ class Sigmoid(Rule):
         kept = self.start(route, problem, centered=False)
         made = self.gradients(route, problem, kept, gain, wanted)
         assert made.row is not None
-        return made.row[0] - logsigmoid(kept.z_pos), made
+        return self._of(made.row, problem, kept), made
 
 
 class Ratio(Rule):
@@ -227,26 +241,16 @@ class Ratio(Rule):
         return values, made
 
 
-def _softplus(normalizer: Tensor, z_pos: Tensor) -> Tensor:
-    """softplus(n - z_pos) [n]: 0 without negatives."""
-    return -logsigmoid((z_pos - normalizer[0]) - normalizer[1])
-
-
-def _probability(normalizer: Tensor, z_pos: Tensor) -> Tensor:
-    """sigmoid(n - z_pos) [n]: the probability that is not the positive's."""
-    return torch.sigmoid((normalizer[0] - z_pos) + normalizer[1])
-
-
 def _add_positives(
     made: Made, problem: Problem, kept: Kept, dz_pos: Tensor, wanted: Wanted, *, mirrored: bool = False
 ) -> None:
     """The positive pairs' part of a rank's gradients: both of a pair are on one rank."""
     positives, n = problem.positives, len(dz_pos)
+    if not positives.exist or not n:
+        return
     if made.dparams is not None:
         made.dparams[0] += (dz_pos * (kept.dots - kept.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
-    if not positives.exist or not n:
-        return
     values = positives.coefficients(dz_pos * kept.params[0])
     sums = made.dx if mirrored else made.dy
     dtype = score_dtype(problem.x.dtype)

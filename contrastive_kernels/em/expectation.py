@@ -27,7 +27,6 @@ __all__ = [
     "check_negatives",
     "positive_scores",
     "ratio_of",
-    "recomputing",
     "wide",
 ]
 
@@ -67,12 +66,6 @@ def check_expectation(expectation: Any) -> Expectation:
 def wide(device: torch.device) -> torch.dtype:
     """What logarithms of means are computed in: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def recomputing() -> bool:
-    """Whether autograd's engine runs: only a recomputation calls a loss within backward."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and not torch.compiler.is_compiling() and current() != -1
 
 
 def check_negatives(negatives: Any) -> str | int:

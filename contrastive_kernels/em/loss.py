@@ -22,6 +22,7 @@ from ..arguments.checks import (
     check_vector,
     check_workspace,
     is_shared,
+    recomputing,
     require_one_process,
     shown,
 )
@@ -31,7 +32,7 @@ from ..distributed.losses import reduce_over_ranks
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
 from .accumulate import accumulate
-from .expectation import Expectation, check_choice, check_expectation, check_negatives, recomputing, wide
+from .expectation import Expectation, check_choice, check_expectation, check_negatives, wide
 from .memory import NormalizerMemory
 from .normalizers import Batch, found_by_batch, positive_term, row_normalizers
 

@@ -110,7 +110,9 @@ def gradient_pass(
         What the sums for scale and bias begin with [2]; it is added to.
     """
     bounded = not matrix.term.has_shift or (row.state is None and col.state is None)
-    workspace = Workspace(matrix, weighs=True, gains=(row.gain, col.gain), bounded=bounded)
+    workspace = Workspace(
+        matrix, weighs=True, gains=(row.gain, col.gain), bounded=bounded, unscaled=wanted.candidates
+    )  # fmt: skip
     # The rows are swept one block after the other, so their sums are finished block by block, unless positives depend
     # on later blocks.
     by_block = late_positive is None and not matrix.symmetric
@@ -119,6 +121,8 @@ def gradient_pass(
     sums = GradientSums(matrix, wanted, workspace.rows if by_block else None, dparams)
     _weigh_panels(matrix, workspace, row, col, sums, positive)
     rescale = workspace.rescale
+    if sums.dcandidates is not None:
+        sums.dcandidates /= workspace.factor
     del workspace
     if late_positive is not None:
         positive = late_positive()
@@ -182,6 +186,8 @@ def _weigh_panels(
             _mark_fresh(matrix, panel, i, j)
             with overlap.making():
                 matrix.backend.weight_panel(matrix.term, panel)
+            if sums.dcandidates is not None:
+                sums.dcandidates[j] += panel.weights.sum(0, dtype=sums.dcandidates.dtype)
             if dx is not None:
                 workspace.accumulate(dx.part(i), panel.weights, matrix.y[j], panel.y, fresh and j.start == 0)
             if dy is not None:  # (of a symmetric matrix, dy is dx)
@@ -249,7 +255,7 @@ def _add_positives_to_rows(matrix: ScoreMatrix, dx: Sums, i: slice, coefficients
 def positive_logits(matrix: ScoreMatrix, dots: Tensor) -> Tensor:
     """z_i,p(i) [N] from the positives' dot products, with what their columns add."""
     z_pos = matrix.params[0] * dots + matrix.params[1]
-    return matrix.pairs.add_to(z_pos, matrix.positives.columns(len(dots)))
+    return matrix.pairs.add_to_positives(z_pos, matrix.positives.columns(len(dots)))
 
 
 def positive_dots(matrix: ScoreMatrix) -> Tensor:

@@ -22,15 +22,18 @@ class Wanted(NamedTuple):
     y: bool
     #: of scale and bias
     params: bool
+    #: of what is added to the columns' logits
+    candidates: bool = False
 
 
 @dataclass
 class Gradients:
-    """dL/dx [N, D], dL/dy [M, D], dL/d(scale, bias) [2] in float64; None: not wanted."""
+    """dL/dx [N, D], dL/dy [M, D], dL/d(scale, bias) [2] in float64, dL/d(column biases) [M]; None: not wanted."""
 
     dx: Tensor | None = None
     dy: Tensor | None = None
     dparams: Tensor | None = None
+    dcandidates: Tensor | None = None
 
 
 class Sums:
@@ -87,6 +90,7 @@ class GradientSums:
         self.dy = Sums(_room(y, dtype), total, zeroed=zeroed) if wanted.y and not self.symmetric else None
         if self.symmetric:
             self.dy = self.dx
+        self.dcandidates = torch.zeros(len(y), dtype=total, device=y.device) if wanted.candidates else None
         self.dparams = dparams if wanted.params else None
         if wanted.params and dparams is None:
             self.dparams = torch.zeros(2, dtype=_partials_dtype(matrix), device=x.device)
@@ -113,7 +117,8 @@ class GradientSums:
     def result(self) -> Gradients:
         """The gradients, once all is finished."""
         dy = None if self.symmetric else self.dy
-        return Gradients(None if self.dx is None else self.dx.out, None if dy is None else dy.out, self.dparams)
+        dx = None if self.dx is None else self.dx.out
+        return Gradients(dx, None if dy is None else dy.out, self.dparams, self.dcandidates)
 
     def _open(self) -> list[Sums]:
         """Each once."""

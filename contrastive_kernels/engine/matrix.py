@@ -17,7 +17,7 @@ from ..panels.panel import in_pieces
 from ..panels.size import Size, multiprocessors, score_dtype, workspace_for
 from ..panels.terms import PairTerm
 
-__all__ = ["Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
+__all__ = ["COL_BIAS", "PROBLEM_TENSORS", "Call", "Outputs", "Positives", "Problem", "ScoreMatrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,15 @@ class Positives:
             sums.index_add_(0, index, product)
         else:  # index_add_ on a GPU adds in no fixed order
             sums.index_put_((index,), product, accumulate=True)
+
+    def add_values(self, sums: Tensor, values: Tensor) -> None:
+        """sums[p(i)] += values_i [N] in one order, for the rows that have a positive."""
+        if self.index is None:
+            sums[self._shifted(slice(0, len(values)))] += values
+        elif sums.device.type == "cpu":
+            sums.index_add_(0, self.index.clamp(min=0), self.coefficients(values))
+        else:
+            sums.index_put_((self.index.clamp(min=0),), self.coefficients(values), accumulate=True)
 
     def _shifted(self, rows: slice) -> slice:
         offset = self.offset or 0
@@ -223,6 +232,7 @@ class ScoreMatrix:
             self,
             x=self.x[rows],
             positives=self.positives.band(rows),
+            pairs=self.pairs.of_rows(rows),
             scores=scores[: rows.stop - rows.start],
             is_band=True,
         )
@@ -248,6 +258,8 @@ Outputs = tuple[Any, ...]
 
 #: Tensors that a problem itself has: x, y, scale, bias, index, and those of its pairs.
 PROBLEM_TENSORS = 5 + len(EVERY_PAIR.tensors)
+#: The place of the columns' biases among them.
+COL_BIAS = 5
 
 
 @dataclass(slots=True)  # frozen ones take three times as long to make

@@ -35,11 +35,14 @@ class Workspace:
         The gains of both sides; needed where weights are float16.
     bounded : bool
         The gains bound the weights: normalisers are of this matrix, not known beforehand and perhaps stale.
+    unscaled : bool
+        Weights are dL/dz itself, whose sums are wanted even where the scale is 0; the sums of the gradients are scaled.
     """
 
     def __init__(
-        self, matrix: ScoreMatrix, *, weighs: bool = False, gains: tuple[Tensor | None, ...] = (), bounded: bool = True
-    ) -> None:
+        self, matrix: ScoreMatrix, *, weighs: bool = False, gains: tuple[Tensor | None, ...] = (),
+        bounded: bool = True, unscaled: bool = False,
+    ) -> None:  # fmt: skip
         self.matrix = matrix
         x, backend = matrix.x, matrix.backend
         self.dtype = score_dtype(x.dtype)
@@ -65,6 +68,8 @@ class Workspace:
         self.rescale: Tensor | None = None
         if weighs and self.weights_dtype == torch.float16:
             self._scale_float16_weights(gains, _FLOAT16_SCALE if bounded else _FLOAT16_SCALE_OF_STALE)
+        elif unscaled:
+            self.factor, self.rescale = torch.ones_like(self.factor), self.factor
 
     def _room(self, length: int, dtype: torch.dtype) -> Tensor:
         if not length:

@@ -1,6 +1,7 @@
 """The losses: each function stands beside its module."""
 
 from .decomposable import DecomposableLoss, decomposable
+from .log_sum_exp import log_sum_exp
 from .sigmoid import SigmoidLoss, sigmoid
 from .softmax import ClipLoss, InfoNCELoss, NTXentLoss, clip_loss, info_nce, nt_xent
 
@@ -13,6 +14,7 @@ __all__ = [
     "clip_loss",
     "decomposable",
     "info_nce",
+    "log_sum_exp",
     "nt_xent",
     "sigmoid",
 ]

@@ -23,6 +23,7 @@ from ..arguments.checks import (
     require_equal_lengths,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -30,6 +31,7 @@ from ..distributed.rules import Ratio
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
+from ..panels.pairs import EVERY_PAIR
 from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -46,6 +48,8 @@ def decomposable(
     negative_scale: float = 1.0,
     positive_logits: Tensor | Sequence[Tensor] | None = None,
     positives: int | Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -88,11 +92,15 @@ def decomposable(
     positives : int or Tensor, optional
         As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
         positive is not among the columns.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`; with two directions they are left out of both.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
         Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
-        generators: leave this None there.
+        generators: leave this None there, or backward raises.
     return_log_normalizer : bool
         Also return the batch's own log Z_i, in the form of ``log_normalizer``, not differentiable.
     reduction : {"mean", "sum", "none"}
@@ -134,6 +142,7 @@ def decomposable(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
+        require_alone(ranks, candidate_bias)
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
@@ -143,11 +152,18 @@ def decomposable(
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-        problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+        if pairs.adds:
+            if len(sides) == 2:
+                raise ValueError(
+                    "candidate_bias: expected None with a pair of log_normalizer, which trains both directions"
+                )
+            x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+        problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
         gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
         raise
 
@@ -317,6 +333,8 @@ class DecomposableLoss(Loss):
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
         return decomposable(
@@ -326,6 +344,8 @@ class DecomposableLoss(Loss):
             log_normalizer,
             positive_logits=positive_logits,
             positives=positives,
+            ids=ids,
+            candidate_bias=candidate_bias,
             weight=weight,
             generator=generator,
             **self.options,

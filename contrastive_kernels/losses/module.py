@@ -10,7 +10,7 @@ from ..arguments.checks import check_backend, check_distribution, check_flag, ch
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..distributed.group import check_group
 
-__all__ = ["PAIR_NAMES", "Loss"]
+__all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
 
 
 PAIR_NAMES = ("image_features", "text_features")
@@ -47,3 +47,11 @@ class Loss(nn.Module):
     def extra_repr(self) -> str:
         """The options, as they print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SoftmaxLoss(Loss):
+    """A loss whose denominator has the positive or not."""
+
+    def __init__(self, *, include_positive: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.options["include_positive"] = check_flag(include_positive, "include_positive")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..arguments.checks import (
@@ -15,12 +17,14 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Sigmoid
 from ..engine.matrix import Problem
 from ..operators.sigmoid_loss import sigmoid_loss
+from ..panels.pairs import EVERY_PAIR
 from .module import PAIR_NAMES, Loss
 
 __all__ = ["SigmoidLoss", "sigmoid"]
@@ -32,6 +36,8 @@ def sigmoid(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor,
     *,
+    ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -47,9 +53,15 @@ def sigmoid(
     Parameters
     ----------
     image_features, text_features : Tensor
-        Matching rows [N, D] of one dtype and device.
+        Matching rows [N, D] of one dtype and device; with ``ids`` any rows [N, D] and [M, D].
     logit_scale, logit_bias : float or Tensor
         z = logit_scale * <x, y> + logit_bias; both may be tensors of one element that require gradients.
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the images [N] and of the texts [M], one tensor for both where N == M: the matching pairs are
+        those of equal ids, several of a row or none. Without ids, image i matches text i.
+    candidate_bias : Tensor, optional
+        Added to the logits of the texts [M], matching or not. It may require a gradient. A text of -inf is padding: its
+        features are not used, not even if they are NaN; without ids, so is its image, which is left out of the mean.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -86,12 +98,19 @@ def sigmoid(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
+        require_alone(ranks, candidate_bias)
         check_reduction(reduction)
-        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
         scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
-        problem = Problem(x, y, scale, bias, offset=0, engine=check_engine(backend, workspace_bytes))
+        offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of(ids, None, x, y))
+        if candidate_bias is not None:  # positives in the stream, which leaves out
+            of_pairs = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+            pairs = pairs_of(of_pairs if ids is None else ids, candidate_bias, x, y)
+            x, y, weight = without_padding(x, y, pairs, offset, None, weight)
+            offset = None
+        problem = Problem(x, y, scale, bias, offset=offset, pairs=pairs, engine=check_engine(backend, workspace_bytes))
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
     if ranks is not None:
@@ -132,9 +151,12 @@ class SigmoidLoss(Loss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Matching rows [N, D]."""
+        """Matching rows [N, D]; with ids any rows [N, D] and [M, D]."""
         check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = sigmoid(image_features, text_features, logit_scale, bias, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        loss = sigmoid(image_features, text_features, logit_scale, bias, **members, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss

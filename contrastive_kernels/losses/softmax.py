@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of, pairs_of_samples, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Softmax
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
-from .module import PAIR_NAMES, Loss
+from ..panels.pairs import EVERY_PAIR
+from .biased import pairs_with_biases, views_with_biases
+from .module import PAIR_NAMES, SoftmaxLoss
 
 __all__ = ["ClipLoss", "InfoNCELoss", "NTXentLoss", "clip_loss", "info_nce", "nt_xent"]
 
@@ -34,6 +38,9 @@ def info_nce(
     logit_scale: float | Tensor,
     *,
     positives: int | Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -58,6 +65,17 @@ def info_nce(
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]).
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
+        equals the row's is no negative of it. Labels, captions that occur twice, users, documents. The row's own
+        positive counts whatever its id.
+    candidate_bias : Tensor, optional
+        Added to the logits of the candidates [M], the positives' too: -log q of a candidate drawn with probability q,
+        say. It may require a gradient. A candidate of -inf is padding: its features are not used, not even if they are
+        NaN, and a row whose own positive is padding is left out of the mean; its loss is 0.
+    include_positive : bool
+        False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
+        positive's logit (DCL), which may be negative, and 0 for a row without negatives.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -113,18 +131,23 @@ def info_nce(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         x, y = check_features(x, y, ("x", "y"), normalize)
         index, offset = check_positives(positives, x, y)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-        problem = Problem(x, y, scale, offset=offset, index=index, engine=engine)
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
+        if pairs.adds:
+            x, y, weight = without_padding(x, y, pairs, offset, index, weight)
+        problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
         raise
     if ranks is not None:
-        return over_ranks(Softmax(), ranks, "info_nce", problem, gains, reduction)
-    return softmax_loss(problem, gains, reduction)
+        rule = Softmax(include_positive=include_positive)
+        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, rule.about)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
 def clip_loss(
@@ -132,6 +155,9 @@ def clip_loss(
     text_features: Tensor,
     logit_scale: float | Tensor,
     *,
+    ids: Tensor | Sequence[Tensor] | None = None,
+    candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -150,6 +176,14 @@ def clip_loss(
         Matching rows [N, D] of one dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    ids : Tensor or pair of Tensor, optional
+        Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
+        equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
+    candidate_bias : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
+        one tensor of both. The directions are two passes then: twice the products.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -190,17 +224,22 @@ def clip_loss(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
-        problem = Problem(x, y, scale, offset=0, engine=engine)
+        pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
+        problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
+    if candidate_bias is not None:
+        return pairs_with_biases(problem, candidate_bias, weight, reduction, include_positive)
     if ranks is not None:
-        return over_ranks(Softmax(both_ways=True), ranks, "clip_loss", problem, gains, reduction)
-    return softmax_loss(problem, gains, reduction, both=True)
+        rule = Softmax(both_ways=True, include_positive=include_positive)
+        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, rule.about)
+    return softmax_loss(problem, gains, reduction, both=True, include_positive=include_positive)
 
 
 def nt_xent(
@@ -208,6 +247,9 @@ def nt_xent(
     z2: Tensor,
     logit_scale: float | Tensor,
     *,
+    ids: Tensor | None = None,
+    candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -226,6 +268,13 @@ def nt_xent(
         Two views of the same samples [N, D] of one dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    ids : Tensor, optional
+        Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
+        products.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -265,38 +314,40 @@ def nt_xent(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        check_reduction(reduction)
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
+        require_alone(ranks, candidate_bias)
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, z1)
         raise
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
+    mirrored = ranks is None and not pairs.adds
+    offset = n if mirrored else None
+    problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if ranks is not None:
-        problem = Problem(views, views, scale, index=index, engine=engine)
-        return over_ranks(Softmax(mirrored=True), ranks, "nt_xent", problem, gains, reduction, repeats=2)
-    problem = Problem(views, views, scale, offset=n, index=index, symmetric=True, engine=engine)
-    return softmax_loss(problem, gains, reduction)
+        rule = Softmax(mirrored=True, include_positive=include_positive)
+        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, rule.about, repeats=2)
+    if pairs.adds:
+        return views_with_biases(problem, weight, reduction, include_positive)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
-class InfoNCELoss(Loss):
+class InfoNCELoss(SoftmaxLoss):
     """InfoNCE in one direction; see :func:`contrastive_kernels.info_nce`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -313,26 +364,25 @@ class InfoNCELoss(Loss):
         logit_scale: float | Tensor,
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | None = None,
     ) -> Tensor:
         """Anchors [N, D], candidates [M, D]."""
-        return info_nce(x, y, logit_scale, positives=positives, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        return info_nce(x, y, logit_scale, positives=positives, **members, **self.options)
 
 
-class ClipLoss(Loss):
+class ClipLoss(SoftmaxLoss):
     """CLIP's symmetric loss, called as open_clip calls its own; see :func:`contrastive_kernels.clip_loss`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -351,10 +401,13 @@ class ClipLoss(Loss):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
+        candidate_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         check_flag(output_dict, "output_dict")
-        loss = clip_loss(image_features, text_features, logit_scale, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
         if logit_bias is not None:
             bias = check_scale(image_features, logit_bias, "logit_bias")
             if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
@@ -362,21 +415,17 @@ class ClipLoss(Loss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class NTXentLoss(Loss):
+class NTXentLoss(SoftmaxLoss):
     """NT-Xent, SimCLR's loss; see :func:`contrastive_kernels.nt_xent`.
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the views' losses [2N].
-    normalize : bool
-        Divide rows by their Euclidean norm first.
-    backend : str, optional
-        A backend's name; by default the first that can serve.
-    workspace_bytes : int, optional
-        Bound of the memory that holds panels of scores.
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`contrastive_kernels.info_nce`; by default all ranks of the default process group, if there is one.
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -385,6 +434,15 @@ class NTXentLoss(Loss):
     torch.Size([8])
     """
 
-    def forward(self, z1: Tensor, z2: Tensor, logit_scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        logit_scale: float | Tensor,
+        weight: Tensor | None = None,
+        ids: Tensor | None = None,
+        candidate_bias: Tensor | None = None,
+    ) -> Tensor:
         """Two views of the same samples [N, D]."""
-        return nt_xent(z1, z2, logit_scale, weight=weight, **self.options)
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        return nt_xent(z1, z2, logit_scale, **members, **self.options)

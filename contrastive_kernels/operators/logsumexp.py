@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..engine.driver import gradient_pass, log_sums, normalizer_of, softmax_side, statistics_pass
-from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import gradients_of
+from .parts import gradients_of, wanted_of
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -58,7 +57,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     matrix = _matrix(call)
     row_side = Side() if upstream[0] is None else softmax_side(row, upstream[0])
     col_side = row_side if matrix.symmetric else Side() if upstream[1] is None else softmax_side(col, upstream[1])
-    return gradients_of(call, gradient_pass(matrix, row_side, col_side, Wanted(*call.wants)))
+    return gradients_of(call, gradient_pass(matrix, row_side, col_side, wanted_of(call)))
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:

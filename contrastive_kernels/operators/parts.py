@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.gradients import Gradients
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.gradients import Gradients, Wanted
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from .shared import Call, Outputs, like
 
 __all__ = [
     "add_positive_params",
     "gradients_of",
     "params_of",
+    "wanted_of",
     "whole_gradients",
     "whole_scores",
 ]
@@ -20,7 +21,8 @@ __all__ = [
 def gradients_of(call: Call, made: Gradients) -> Outputs:
     """What a gradient pass made, as gradients of the call's tensors."""
     dscale, dbias = (None, None) if made.dparams is None else made.dparams
-    found = (made.dx, made.dy, dscale, dbias, *(None,) * (len(call.needs) - 4))
+    found = [made.dx, made.dy, dscale, dbias, *[None] * (len(call.needs) - 4)]
+    found[COL_BIAS] = made.dcandidates
     wanted = zip(found, call.tensors, call.needs)
     return tuple([like(g, t) if need and g is not None else None for g, t, need in wanted])
 
@@ -42,14 +44,28 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, x.mm(y.t())
 
 
-def whole_gradients(call: Call, weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy from the weights [N, M] of all pairs, positives included."""
-    want_x, want_y, _ = call.wants
-    return weights.mm(y) if want_x else None, weights.t().mm(x) if want_y else None
+def whole_gradients(
+    call: Call, weights: Tensor, x: Tensor, y: Tensor, dscale: float, dbias: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included."""
+    want_x, want_y, want_scale, want_bias = call.needs[:4]
+    return (
+        weights.mm(y) if want_x else None,
+        weights.t().mm(x) if want_y else None,
+        weights.new_full((), dscale) if want_scale else None,
+        weights.new_full((), dbias) if want_bias else None,
+    )
+
+
+def wanted_of(call: Call) -> Wanted:
+    """Which gradients a pass makes."""
+    return Wanted(*call.wants, call.needs[COL_BIAS])
 
 
 def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:
-    """The positive pairs' part of the gradients of scale and bias."""
+    """The positive pairs' part of the gradients of scale, bias and the columns' biases."""
+    if made.dcandidates is not None:
+        matrix.positives.add_values(made.dcandidates, dz_pos)
     if made.dparams is not None:
         made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)

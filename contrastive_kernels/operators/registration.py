@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from .._library import define
-from .shared import ABSENT_DIMS, OPERATORS, Call, Outputs, Primitive, as_tensor, empty_like_scores, pack
+from .shared import (
+    ABSENT_DIMS,
+    OPERATORS,
+    Call,
+    Outputs,
+    Primitive,
+    SecondGradients,
+    empty_like_scores,
+    pack,
+)
 
 __all__ = ["register"]
 
@@ -41,7 +50,8 @@ def register(primitive: Primitive) -> Primitive:
         ctx.save_for_backward(*inputs[0], *kept)
 
     def backward(ctx: Any, *upstream: Any) -> Any:
-        present, kept = list(ctx.saved_tensors[: ctx.present]), list(ctx.saved_tensors[ctx.present :])
+        saved = list(ctx.saved_tensors)  # once: who keeps them elsewhere gives them once
+        present, kept = saved[: ctx.present], saved[ctx.present :]
         results, came = pack(upstream[: primitive.results])
         if not results:
             return None, None, None
@@ -50,7 +60,25 @@ def register(primitive: Primitive) -> Primitive:
         _, mask = _parse(ctx.statics)
         return [g if need else None for g, need, there in zip(made, needs, mask) if there], None, None
 
-    torch.library.register_autograd(f"contrastive_kernels::{primitive.name}", backward, setup_context=setup)
+    def setup_second(ctx: Any, inputs: Any, output: Any) -> None:
+        present, ctx.offset, ctx.statics, kept, upstream, ctx.came = inputs
+        ctx.present, ctx.kept = len(present), len(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*present, *upstream)
+
+    def second(ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
+        """Of the gradients: what runs outside a compiler, as under a mode that counts operations, has them too."""
+        saved = list(ctx.saved_tensors)
+        of_call, mask = _parse(ctx.statics)
+        tensors, upstream = _unpack(saved[: ctx.present], mask), _unpack(saved[ctx.present :], ctx.came)
+        found = SecondGradients.apply(primitive, ctx.offset, of_call, *tensors, *upstream, *cotangents)
+        of_tensors = [g for g, there in zip(found, mask) if there]
+        of_upstream = [g for g, there in zip(found[len(mask) :], ctx.came) if there]
+        return of_tensors, None, None, [None] * ctx.kept, of_upstream, None
+
+    name = f"contrastive_kernels::{primitive.name}"
+    torch.library.register_autograd(name, backward, setup_context=setup)
+    torch.library.register_autograd(f"{name}_gradients", second, setup_context=setup_second)
     OPERATORS[primitive.name] = forward, gradients
     return primitive
 
@@ -71,7 +99,7 @@ def _unpacked_call(present: Sequence[Tensor], offset: int | None, statics: str) 
 
 def _all_tensors(outputs: Outputs, like: Tensor) -> tuple[Tensor, ...]:
     """Operators return tensors that share no memory: an empty one stands for what is not wanted."""
-    found = [empty_like_scores(like) if t is None else as_tensor(t, like) for t in outputs]
+    found = [empty_like_scores(like) if t is None else t for t in outputs]
     return tuple([t if t.dim() else t.clone() for t in found])
 
 

@@ -88,8 +88,11 @@ def _row_blocks(problem: Problem, turned: bool) -> Any:
     return blocks(n, max(1, problem.workspace_bytes // per_row))
 
 
-def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, Tensor]:
-    """The logits of some rows (turned: columns) with excluded pairs at -inf [R, M], and their positives' [R]."""
+def dense_logits(problem: Problem, rows: slice, turned: bool, *, signed: bool = False) -> tuple[Tensor, Tensor]:
+    """The logits of some rows (turned: columns) with excluded pairs at -inf [R, M], and their positives' [R].
+
+    `signed`: pairs of equal ids are not left out but have -z, as the sigmoid term wants it.
+    """
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
     z = problem.scale * (x[rows] @ (x if problem.symmetric else y).T) + problem.bias
     z = problem.pairs.add_to(z.T, rows).T if turned else problem.pairs.add_to(z, slice(None))
@@ -106,7 +109,13 @@ def dense_logits(problem: Problem, rows: slice, turned: bool) -> tuple[Tensor, T
     else:
         held = positive.clamp(min=0)[:, None]
         z_pos = z.gather(1, held)[:, 0].masked_fill(positive < 0, 0.0)
+        z_pos = z_pos.masked_fill(z_pos == -torch.inf, 0.0)  # a bias leaves it out: of a row that must not count
         masks.append(columns == positive[:, None])
+    alike = problem.pairs.alike(rows, turned)
+    if alike is not None and signed:
+        z = torch.where(alike & (z != -torch.inf), -z, z)
+    elif alike is not None:
+        masks.append(alike)
     for mask in masks:
         z = z.masked_fill(mask, -torch.inf)
     return z, z_pos

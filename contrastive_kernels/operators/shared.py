@@ -27,6 +27,7 @@ from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
+from .tensors import is_named_only, readable, settled
 
 __all__ = [
     "ABSENT_DIMS",
@@ -34,7 +35,7 @@ __all__ = [
     "Call",
     "Outputs",
     "Primitive",
-    "as_tensor",
+    "SecondGradients",
     "empty_like_scores",
     "like",
     "operator_arguments",
@@ -67,28 +68,41 @@ class Primitive:
 
     def __call__(self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> Outputs:
         """The results and what callers read beside; what is not wanted is None, or an empty tensor under a compiler."""
-        tensors = (*problem.tensors(), *extras)
-        grad = torch.is_grad_enabled()
-        needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
-        if problem.symmetric:  # y is x, whose gradient is the whole one
-            needs = (needs[0], False, *needs[2:])
-        call = Call(problem, extras, settings, needs)
+        tensors, grad = (*problem.tensors(), *extras), torch.is_grad_enabled()
+        if not torch.compiler.is_compiling() and not {type(t) for t in tensors} <= _PLAIN:
+            tensors = tuple([t.as_subclass(Tensor) if is_named_only(type(t)) else t for t in tensors])
+            named = Call.of(tensors, problem.offset, (problem.statics(), settings, ()))
+            problem, extras = named.problem, named.extras
         if torch.compiler.is_compiling() or not _is_plain(problem.x):
-            return self._read(self._by_operator(call))
+            needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+            if problem.symmetric:
+                needs = (needs[0], False, *needs[2:])
+            return self._read(self._by_operator(Call(problem, extras, settings, needs)))
+        needing, wanting, lazy = [], [], False
+        for t in tensors:  # overhead dominates small batches: once
+            need = False
+            if t is not None and type(t) is not float:
+                need, lazy = grad and t.requires_grad, lazy or t.is_neg()
+                if need:
+                    wanting.append(_unwrapped(t))
+            needing.append(need)
+        if problem.symmetric and needing[1]:  # y is x, whose gradient is the whole one
+            needing[1] = False
+            del wanting[1]
+        call = Call(problem, extras, settings, tuple(needing))
         if forward_ad._current_level >= 0:
             _refuse_tangents(tensors)
-        if True in [isinstance(t, Tensor) and t.is_neg() for t in tensors]:  # the engine reads memory as it is
+        if lazy:  # the engine reads memory as it is
             tensors = tuple([t.resolve_neg() if isinstance(t, Tensor) else t for t in tensors])
             call = Call.of(tensors, problem.offset, call.statics)
         if torch._C._are_functorch_transforms_active():
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
-        if True in needs:
-            wanting = [t for t, need in zip(tensors, needs) if need]
+        if wanting:
             on_cpu = problem.x.is_cpu and problem.engine.backend != "triton"  # whose backends prepare nothing
             prepared = None if on_cpu else self.prepared(call)
             if prepared is not None:
                 return (_Prepared.apply(self, call, prepared, *wanting), *[None] * (self.results - 1 + self.found))
-            return _Eager.apply(self, call, *wanting)
+            return _apply_eager(self, call, tensors, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
 
@@ -132,6 +146,10 @@ def _may_give_away(upstream: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and upstream.item() == 1.0 and not _keeps_graph()
 
 
+#: What a tensor, or a number in its place, usually is.
+_PLAIN = {Tensor, torch.nn.Parameter, float, type(None)}
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether the engine may read a tensor's memory: no subclass, nothing that records or fakes operations."""
     kind = type(x)
@@ -157,40 +175,59 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, primitive: Primitive, call: Call, *wanting: Tensor) -> Outputs:
-        outputs = _without_autocast(primitive.forward, call)
-        results, kept = outputs[: primitive.results], outputs[primitive.results :]
-        values = (*kept, *call.tensors)
-        ctx.numbers = numbers = {i: v for i, v in enumerate(values) if type(v) is float}
-        ctx.save_for_backward(*([None if type(v) is float else v for v in values] if numbers else values))
-        ctx.constants = primitive, call.problem.offset, call.statics, len(kept)
+    def forward(ctx: Any, primitive: Primitive, call: Call, tensors: Outputs, *wanting: Tensor) -> Outputs:
+        outputs, count = _without_autocast(primitive.forward, call), primitive.results
+        ctx.numbers, tensors = _numbers_apart(tensors)
+        ctx.save_for_backward(*outputs[count:], *tensors)
+        ctx.constants = primitive, call.problem.offset, call.statics, len(outputs) - count
         places = _places(primitive.made, call.needs)
-        ctx.made = places if places and kept[places[0][0]] is not None else None
+        ctx.made = places if places and outputs[count + places[0][0]] is not None else None
         ctx.set_materialize_grads(False)
+        results = outputs[:count]
         if not primitive.found:
             return results
-        found = kept[-primitive.found :]
+        found = outputs[-primitive.found :]
         ctx.mark_non_differentiable(*[t for t in found if t is not None])
         return (*results, *found)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Outputs:
         primitive, offset, statics, count = ctx.constants
-        saved, numbers, asked = ctx.saved_tensors, ctx.numbers, ctx.needs_input_grad
+        saved, asked = ctx.saved_tensors, ctx.needs_input_grad
         if ctx.made is not None and upstream[0] is not None and not torch.is_grad_enabled():
-            factor, away = upstream[0], _may_give_away(upstream[0])
-            gradients: list[Any] = [None, None]
+            factor, gradients = upstream[0], [None, None, None]
+            away = _may_give_away(factor)
             for made, place in ctx.made:
-                gradient = None
-                if asked[len(gradients)]:  # perhaps fewer than requires_grad told
-                    gradient = _scaled(saved[made], numbers.get(made), factor, away, saved[count + place])
+                gradient, tensor = saved[made], saved[count + place]
+                if not asked[len(gradients)]:  # perhaps fewer than requires_grad told
+                    gradient = None
+                elif not away or gradient.dtype is not tensor.dtype or gradient.shape != tensor.shape:
+                    gradient = like(gradient if away else factor * gradient, tensor)
                 gradients.append(gradient)
             return tuple(gradients)
-        values = [numbers.get(i, v) for i, v in enumerate(saved)]
-        left = iter(asked[2:])
+        tensors, left = _with_numbers(ctx.numbers, saved[count:]), iter(asked[3:])
         needs = tuple([need and next(left) for need in statics[2]])
-        found = _gradients(primitive, offset, (*statics[:2], needs), values[count:], tuple(values[:count]), upstream)
-        return (None, None, *[g for g, need in zip(found, statics[2]) if need])
+        found = _gradients(primitive, offset, (*statics[:2], needs), tensors, saved[:count], upstream)
+        return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+def _numbers_apart(tensors: Outputs) -> tuple[tuple[float | None, ...], Outputs]:
+    """The scale's and the bias's numbers, and the tensors, None in a number's place."""
+    x, y, scale, bias, *rest = tensors
+    numbers = scale if type(scale) is float else None, bias if type(bias) is float else None
+    return numbers, (x, y, None if numbers[0] is scale else scale, None if numbers[1] is bias else bias, *rest)
+
+
+def _with_numbers(numbers: tuple[float | None, ...], tensors: Sequence[Tensor | None]) -> Outputs:
+    """... and back."""
+    scale, bias = [t if number is None else number for number, t in zip(numbers, tensors[2:4])]
+    return (*tensors[:2], scale, bias, *tensors[4:])
+
+
+#: Function.apply without its search for functorch's wrappers, which takes as long as all checks of a loss's arguments:
+#: none is active here, and those that outlive theirs are taken off before.
+_apply_eager = super(torch.autograd.Function, _Eager).apply
+_unwrapped = torch._C._functorch.unwrap_if_dead
 
 
 class _Prepared(torch.autograd.Function):
@@ -199,27 +236,24 @@ class _Prepared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, primitive: Primitive, call: Call, prepared: Prepared, *wanting: Tensor) -> Tensor:
         value, *kept = _without_autocast(_run, call, prepared)
-        tensors = call.tensors
-        ctx.numbers = {i: v for i, v in enumerate(tensors) if type(v) is float}
-        ctx.save_for_backward(*[None if type(v) is float else v for v in tensors], *kept)
+        ctx.numbers, tensors = _numbers_apart(call.tensors)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.constants = primitive, prepared, call.problem.offset, call.statics, len(tensors)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Outputs:
         primitive, prepared, offset, statics, count = ctx.constants
-        saved = list(ctx.saved_tensors)
-        for i, number in ctx.numbers.items():
-            saved[i] = number
-        tensors, kept = tuple(saved[:count]), saved[count:]
+        saved = ctx.saved_tensors
+        tensors, kept = _with_numbers(ctx.numbers, saved[:count]), list(saved[count:])
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
             with torch.no_grad():
                 outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
             upstreams = (upstream, *[None] * (primitive.results - 1))
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
-            x, y = map(_readable, tensors[:2])
-            found = prepared.backward(x, y, *tensors[2:4], [_readable(t) for t in kept], _settled(upstream))
+            x, y = map(readable, tensors[:2])
+            found = prepared.backward(x, y, *tensors[2:4], [readable(t) for t in kept], settled(upstream))
         return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
 
 
@@ -229,20 +263,6 @@ def _refuse_tangents(tensors: Sequence[Any]) -> None:
         raise NotImplementedError(
             "contrastive_kernels: no forward-mode derivatives; torch.func.jacrev and backward() have them in reverse"
         )
-
-
-def _settled(upstream: Tensor) -> Tensor:
-    """What comes from upstream in memory as it is: torch knows of lazy negatives, and of zeros without memory."""
-    return upstream.resolve_neg().clone() if upstream.is_neg() or upstream._is_zerotensor() else upstream
-
-
-def _readable(saved: Tensor) -> Tensor:
-    """A saved tensor as what is prepared reads it: hooks may have given its values another layout or place."""
-    if saved.is_neg():
-        saved = saved.resolve_neg()
-    if not saved.is_contiguous():
-        saved = saved.contiguous()
-    return saved.clone() if saved.data_ptr() & 15 else saved
 
 
 def _run(call: Call, prepared: Prepared) -> Outputs:
@@ -257,15 +277,6 @@ def _places(made: tuple[int, ...], needs: tuple[bool, ...]) -> tuple[tuple[int, 
     return tuple([(made.index(i), i) for i in wanted]) if set(wanted) <= set(made) else ()
 
 
-def _scaled(made: Tensor, number: float | None, upstream: Tensor, as_it_is: bool, tensor: Tensor) -> Tensor:
-    """A made gradient, perhaps a number, times what comes from upstream; out of place where the graph is retained."""
-    if number is not None:
-        made = upstream * number
-    elif not as_it_is:
-        made = upstream * made
-    return like(made, tensor)
-
-
 def _gradients(
     primitive: Primitive, offset: int | None, statics: Any, tensors: Sequence[Any], kept: Outputs, upstream: Outputs
 ) -> Outputs:
@@ -277,7 +288,7 @@ def _gradients(
         return _Gradients.apply(primitive, offset, statics, len(kept), *tensors, *kept, *results)
     if primitive.comes_with_value(kept, needs):
         return primitive.scaled(needs, tensors, kept, results[0])
-    results = tuple([None if g is None else _settled(g) for g in results])
+    results = tuple([None if g is None else settled(g) for g in results])
     return _without_autocast(primitive.gradients, Call.of(tensors, offset, statics), kept, results)
 
 
@@ -286,8 +297,7 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
-        outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
-        return tuple([as_tensor(v, tensors[0]) for v in outputs])
+        return _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -310,7 +320,17 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_Transformable.apply, info, in_dims, inputs)
+        return _loop(_turn, info, in_dims, inputs)
+
+
+def _turn(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
+    """A turn of vmap, whose tensors require gradients of autograd outside: those of a batch do not tell."""
+    (symmetric, *_), needs = statics[0], statics[2]
+    grad = torch.is_grad_enabled()
+    told = [grad and isinstance(t, Tensor) and t.requires_grad for t in tensors]
+    needs = tuple([a or (b and not (symmetric and i == 1)) for i, (a, b) in enumerate(zip(needs, told))])
+    found: Outputs = _Transformable.apply(primitive, offset, (*statics[:2], needs), *tensors)
+    return found
 
 
 class _Gradients(torch.autograd.Function):
@@ -338,7 +358,7 @@ class _Gradients(torch.autograd.Function):
             return (None,) * (4 + len(tensors))
         count = len(tensors) - kept_count - primitive.results
         given = (*tensors[:count], *tensors[count + kept_count :], *cotangents)
-        found = _SecondGradients.apply(primitive, offset, statics, *given)
+        found = SecondGradients.apply(primitive, offset, statics, *given)
         return (None, None, None, None, *found[:count], *(None,) * kept_count, *found[count:])
 
     @staticmethod
@@ -346,7 +366,7 @@ class _Gradients(torch.autograd.Function):
         return _loop(_Gradients.apply, info, in_dims, inputs)
 
 
-class _SecondGradients(torch.autograd.Function):
+class SecondGradients(torch.autograd.Function):
     """The gradients of the gradients, block by block of rows; nothing beyond."""
 
     @staticmethod
@@ -369,7 +389,7 @@ class _SecondGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_SecondGradients.apply, info, in_dims, inputs)
+        return _loop(SecondGradients.apply, info, in_dims, inputs)
 
 
 def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:
@@ -402,11 +422,6 @@ def operator_arguments(call: Call) -> tuple[list[Tensor], int | None, str]:
 def pack(values: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors that are there, and which they are."""
     return [v for v in values if v is not None], tuple([int(v is not None) for v in values])
-
-
-def as_tensor(value: Any, like: Tensor) -> Any:
-    """A number as a tensor beside the others."""
-    return torch.full((), value, dtype=torch.float64, device=like.device) if isinstance(value, float) else value
 
 
 def empty_like_scores(like: Tensor) -> Tensor:

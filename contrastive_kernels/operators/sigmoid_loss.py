@@ -1,5 +1,6 @@
 """The sigmoid loss: sum_j softplus(z_ij) over a row's negatives + softplus(-z_i,p(i)).
 
+Where pairs have ids, those of equal ids are positives too, within the stream: softplus(-z_ij).
 Its weights depend on nothing but the pair's own score, so one pass gives value and gradients of a sum.
 """
 
@@ -12,12 +13,12 @@ from torch.nn.functional import logsigmoid, softplus
 from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, positive_dots, positive_logits, statistics_pass
-from ..engine.gradients import Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.gradients import Gradients
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import SIGMOID
-from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, wanted_of, whole_gradients, whole_scores
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits
@@ -32,7 +33,7 @@ def sigmoid_loss(problem: Problem, gain: Tensor | None, reduction: str) -> Tenso
     Parameters
     ----------
     problem : Problem
-        Every row has a positive.
+        Every row has a positive, or none has one beside those of its id.
     gain : Tensor, optional
         Weights of the rows [N] in the dtype of the scores; with a mean, as shares of 1.
     reduction : {"mean", "sum", "none"}
@@ -62,8 +63,10 @@ def _gains(call: Call) -> Tensor:
 def _in_one_call(call: Call) -> bool:
     (reduction,), x, y = call.settings, call.problem.x, call.problem.y
     workspace_bytes = call.problem.workspace_bytes
-    return reduction != "none" and strategy.fits_one_call(
-        call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes
+    return (
+        reduction != "none"
+        and not call.needs[COL_BIAS]
+        and strategy.fits_one_call(call.problem.backend(), x.shape[0], y.shape[0], workspace_bytes)
     )
 
 
@@ -74,19 +77,18 @@ def _prepared(call: Call) -> Prepared | None:
 
 
 def _forward(call: Call) -> Outputs:
-    """The loss; dx, dy, dscale, dbias of a sum."""
+    """The loss; dx, dy, dscale, dbias, dcandidates of a sum."""
     problem, (reduction,), backend = call.problem, call.settings, call.problem.backend()
     if _in_one_call(call):
         x, y, scores = whole_scores(problem)
         value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
-        return value, *whole_gradients(call, scores, x, y), *params
+        return value, *whole_gradients(call, scores, x, y, *params), None
     matrix, gain = _matrix(call), _gains(call)
-    dots = positive_dots(matrix)
     if reduction != "none" and True in call.needs:
-        return _pass(call, matrix, dots, gain)
+        return _pass(call, matrix, gain)
     rows, _ = statistics_pass(matrix, cols=False)
-    losses = gain * (rows[0] - logsigmoid(positive_logits(matrix, dots)))
-    return losses if reduction == "none" else losses.sum(), None, None, None, None
+    losses = gain * _losses(rows, matrix)
+    return losses if reduction == "none" else losses.sum(), *(None,) * 5
 
 
 def _matrix(call: Call) -> ScoreMatrix:
@@ -94,14 +96,31 @@ def _matrix(call: Call) -> ScoreMatrix:
     return ScoreMatrix.of(problem, SIGMOID, problem.backend(), saved_dtype(problem.x.dtype))
 
 
-def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gain: Tensor) -> Outputs:
-    """The losses' weighted sum, and its gradients."""
-    z_pos, state = positive_logits(matrix, dots), neutral_state(matrix, len(dots))
-    dz_pos = -torch.sigmoid(-z_pos) * gain
-    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
+def _losses(state: Tensor, matrix: ScoreMatrix) -> Tensor:
+    """The rows' losses [N], from the sums over the stream [1, N]."""
+    if not matrix.positives.exist:
+        return state[0]
+    return state[0] - logsigmoid(positive_logits(matrix, positive_dots(matrix)))
+
+
+def _weigh(call: Call, matrix: ScoreMatrix, gain: Tensor) -> tuple[Gradients, Tensor]:
+    """The gradients of sum_i gain_i loss_i, and the rows' sums over the stream."""
+    state, wanted = neutral_state(matrix, len(gain)), wanted_of(call)
+    side = Side(state, None, gain)
+    if not matrix.positives.exist:
+        return gradient_pass(matrix, side, Side(), wanted), state
+    dots = positive_dots(matrix)
+    dz_pos = -torch.sigmoid(-positive_logits(matrix, dots)) * gain
+    made = gradient_pass(matrix, side, Side(), wanted, dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
-    value = (gain * (state[0] - logsigmoid(z_pos))).sum()
-    return value, made.dx, made.dy, *params_of(call, made.dparams)
+    return made, state
+
+
+def _pass(call: Call, matrix: ScoreMatrix, gain: Tensor) -> Outputs:
+    """The losses' weighted sum, and its gradients."""
+    made, state = _weigh(call, matrix, gain)
+    value = (gain * _losses(state, matrix)).sum()
+    return value, made.dx, made.dy, *params_of(call, made.dparams), made.dcandidates
 
 
 def _fake(call: Call) -> Outputs:
@@ -109,14 +128,15 @@ def _fake(call: Call) -> Outputs:
     problem, (reduction,) = call.problem, call.settings
     x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
     if reduction == "none":
-        return x.new_empty(x.shape[0], dtype=dtype), None, None, None, None
-    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
-    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
+        return x.new_empty(x.shape[0], dtype=dtype), *(None,) * 5
+    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+        *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
+        y.new_empty(y.shape[0], dtype=dtype) if call.needs[COL_BIAS] else None,
     )
 
 
@@ -125,19 +145,16 @@ def _fake(call: Call) -> Outputs:
 
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The pass with upstream's gains: every row has a factor of its own."""
-    matrix, gain = _matrix(call), _gains(call) * upstream[0]
-    dots = positive_dots(matrix)
-    dz_pos = -torch.sigmoid(-positive_logits(matrix, dots)) * gain
-    state = neutral_state(matrix, len(dots))
-    made = gradient_pass(matrix, Side(state, None, gain), Side(), Wanted(*call.wants), dz_pos * matrix.params[0])
-    add_positive_params(matrix, made, dz_pos, dots)
+    made, _ = _weigh(call, _matrix(call), _gains(call) * upstream[0])
     return gradients_of(call, made)
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows, or their sum, in operations of torch."""
-    z, z_pos = dense_logits(call.problem, rows, turned)
-    losses = softplus(z, threshold=1e9).sum(1) - logsigmoid(z_pos)
+    z, z_pos = dense_logits(call.problem, rows, turned, signed=True)
+    losses = softplus(z, threshold=1e9).sum(1)
+    if call.problem.positives.exist:
+        losses = losses - logsigmoid(z_pos)
     (gain,), (reduction,) = call.extras, call.settings
     losses = _share(call) * losses if gain is None else gain[rows] * losses
     return (losses if reduction == "none" else losses.sum(),)
@@ -147,13 +164,13 @@ sigmoid_losses = register(
     Primitive(
         "sigmoid_loss",
         results=1,
-        outputs=5,
+        outputs=6,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: False,
         prepared=_prepared,
-        made=(0, 1, 2, 3),
+        made=(0, 1, 2, 3, COL_BIAS),
     )
 )

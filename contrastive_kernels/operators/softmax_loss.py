@@ -6,6 +6,7 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,21 +25,24 @@ from ..engine.driver import (
     statistics_pass,
 )
 from ..engine.gradients import Gradients, Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
+from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Side
-from ..panels.size import saved_dtype, score_dtype
+from ..panels.size import blocks, saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
+from .parts import add_positive_params, gradients_of, params_of, wanted_of, whole_gradients, whole_scores
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
 
-__all__ = ["softmax_loss", "softmax_losses"]
+__all__ = ["row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
 
 
-def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both: bool = False) -> Tensor:
+def softmax_loss(
+    problem: Problem, gain: Tensor | None, reduction: str, *, both: bool = False, include_positive: bool = True
+) -> Tensor:
     """The softmax loss of every row, or their mean or sum.
 
     Parameters
@@ -51,8 +55,10 @@ def softmax_loss(problem: Problem, gain: Tensor | None, reduction: str, *, both:
         "none" gives [N].
     both : bool
         The columns' losses count too, in a square whose positives lie on the diagonal: the mean of both directions.
+    include_positive : bool
+        The denominator has the positive; without it the loss is n_i - z_i,p(i), and 0 for a row without negatives.
     """
-    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both))[0]
+    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both, include_positive))[0]
     return loss
 
 
@@ -63,11 +69,14 @@ _WHOLE = Strategy(Place.WHOLE)
 
 def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -> tuple[Backend, Strategy]:
     """Who computes it, and how."""
-    problem, (reduction, both) = call.problem, call.settings
+    problem, (reduction, both, include) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
-    summed = reduction != "none"
+    # the gradient of the columns' biases comes of a pass of its own
+    summed = reduction != "none" and not call.needs[COL_BIAS]
     if summed and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
-        return backend, _WHOLE
+        if include:
+            return backend, _WHOLE
+        summed = False  # one call knows no other denominator
     found = find(
         backend,
         problem.size(),
@@ -80,7 +89,7 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
 
 def _gains(call: Call) -> Tensor:
     """What every row's loss is multiplied by [N], of one direction."""
-    (gain,), (_, both), x = call.extras, call.settings, call.problem.x
+    (gain,), (_, both, _), x = call.extras, call.settings, call.problem.x
     share = _share(call)
     if gain is None:
         return torch.full((len(x),), share, dtype=score_dtype(x.dtype), device=x.device)
@@ -89,7 +98,7 @@ def _gains(call: Call) -> Tensor:
 
 def _share(call: Call) -> float:
     """The same where rows have no weights of their own."""
-    (gain,), (reduction, both) = call.extras, call.settings
+    (gain,), (reduction, both, _) = call.extras, call.settings
     share = 1.0 / max(call.problem.x.shape[0], 1) if reduction == "mean" and gain is None else 1.0
     return share / 2 if both else share
 
@@ -99,28 +108,30 @@ def _forward(call: Call) -> Outputs:
     backend, how = _strategy(call)
     if how.place is Place.WHOLE:
         return _in_one_call(call, backend)
-    problem, (reduction, both) = call.problem, call.settings
+    problem, (reduction, both, include) = call.problem, call.settings
+    if how.place is Place.BAND and _bands_are_whole(call, backend):
+        return _in_one_call_a_band(call, backend, how.rows)
     saved, scores = saved_dtype(problem.x.dtype), None
     if how.place is Place.KEPT:
         scores = problem.x.new_empty(
             problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
         )
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
-    if matrix.dots is not None and scores is None:
+    if matrix.dots is not None and scores is None and include and not problem.pairs.adds:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)
     if how.place is Place.BAND:
-        found = _Found(matrix, dots, z_pos, gain)
+        found = _Found(matrix, dots, z_pos, gain, include)
         made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
         found.add_positive_params(made)
         value = found.losses if reduction == "none" else (gain * found.losses).sum()
         return value, made.dx, made.dy, *params_of(call, made.dparams), None, None, None, None
     row_state, col_state = statistics_pass(matrix, cols=both)
     row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
-    losses = _losses(row, z_pos)
+    losses = row_losses(row, z_pos, include)
     if col is not None:
-        losses = losses + _losses(col, z_pos)
+        losses = losses + row_losses(col, z_pos, include)
     losses = gain * losses
     if True not in call.needs:
         return losses if reduction == "none" else losses.sum(), *(None,) * 8
@@ -129,7 +140,7 @@ def _forward(call: Call) -> Outputs:
 
 def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
     """The same where the backend does what surrounds the panels."""
-    reduction, both = call.settings
+    reduction, both, _ = call.settings
     row, col = statistics_pass(matrix, cols=both)
     value = matrix.backend.softmax_losses(
         row, col, dots, matrix.params, call.extras[0], _share(call), reduction != "none"
@@ -140,16 +151,42 @@ def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
 
 def _in_one_call(call: Call, backend: Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
-    problem, (_, both), (gain,) = call.problem, call.settings, call.extras
+    problem, (_, both, _), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
     value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
-    return value, *whole_gradients(call, scores, x, y), *params, None, None, None, None
+    return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
+
+
+def _bands_are_whole(call: Call, backend: Backend) -> bool:
+    """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
+    problem, (_, both, include) = call.problem, call.settings
+    one_way = include and not both and not problem.symmetric and problem.pairs is EVERY_PAIR
+    return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
+
+
+def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
+    """Bands of some rows: the backend gives each one's value and weights in one call."""
+    problem, (gain,), (want_x, want_y, _) = call.problem, call.extras, call.wants
+    x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
+    dx, dy = torch.empty_like(x) if want_x else None, torch.empty_like(y) if want_y else None
+    scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
+    for i in blocks(len(x), rows):
+        weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
+        band = replace(problem, x=x[i], y=y, offset=positives.offset, index=positives.index)
+        value, *params = backend.softmax_matrix(weights, band, None if gain is None else gain[i], _share(call), False)
+        totals = [total + part for total, part in zip(totals, (value.item(), *params))]
+        if dx is not None:
+            torch.mm(weights, y, out=dx[i])
+        if dy is not None:
+            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else torch.addmm(dy, weights.T, x[i], out=dy)
+    found = torch.tensor(totals, dtype=torch.float64, device=x.device)
+    return found[0].to(x.dtype), dx, dy, *params_of(call, found[1:]), None, None, None, None
 
 
 def _prepared(call: Call) -> Prepared | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
-    reduction, both = call.settings
-    return None if reduction == "none" else prepared_for(call, "softmax", _share(call), both)
+    reduction, both, include = call.settings
+    return None if reduction == "none" or not include else prepared_for(call, "softmax", _share(call), both)
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
@@ -163,23 +200,27 @@ def _centered_dots(matrix: ScoreMatrix) -> Tensor:
     return dots
 
 
-def _losses(normalizer: Tensor, z_pos: Tensor) -> Tensor:
-    """softplus(n - z_pos) [N], n = shift + rest: 0 without negatives."""
+def row_losses(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
+    """softplus(n - z_pos) [N] or, without the positive, n - z_pos; n = shift + rest. 0 without negatives."""
     shift, rest = normalizer
-    return -logsigmoid((z_pos - shift) - rest)
+    if include:
+        return -logsigmoid((z_pos - shift) - rest)
+    return ((shift - z_pos) + rest).masked_fill(rest == -torch.inf, 0.0)
 
 
-def _softmax(normalizer: Tensor, z_pos: Tensor) -> Tensor:
-    """sigmoid(n - z_pos) [N]: the probability that is not the positive's."""
+def row_softmax(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
+    """The derivative by n [N]: sigmoid(n - z_pos), the probability that is not the positive's; without it 1."""
     shift, rest = normalizer
-    return torch.sigmoid((shift - z_pos) + rest)
+    if include:
+        return torch.sigmoid((shift - z_pos) + rest)
+    return torch.ones_like(rest).masked_fill_(rest == -torch.inf, 0.0)
 
 
 class _Found:
     """What bands of rows leave behind: the rows' losses and the positives' dL/dz."""
 
-    def __init__(self, matrix: ScoreMatrix, dots: Tensor, z_pos: Tensor, gain: Tensor) -> None:
-        self.matrix, self.dots, self.z_pos, self.gain = matrix, dots, z_pos, gain
+    def __init__(self, matrix: ScoreMatrix, dots: Tensor, z_pos: Tensor, gain: Tensor, include: bool) -> None:
+        self.matrix, self.dots, self.z_pos, self.gain, self.include = matrix, dots, z_pos, gain, include
         self.losses, self.dz_pos = torch.zeros_like(z_pos), torch.zeros_like(z_pos)
 
     def sides(self, i: slice, row_state: Tensor, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
@@ -190,8 +231,8 @@ class _Found:
 
     def _side(self, i: slice, state: Tensor) -> Side:
         normalizer = normalizer_of(state)
-        self.losses[i] += _losses(normalizer, self.z_pos[i])
-        softmax = self.gain[i] * _softmax(normalizer, self.z_pos[i])
+        self.losses[i] += row_losses(normalizer, self.z_pos[i], self.include)
+        softmax = self.gain[i] * row_softmax(normalizer, self.z_pos[i], self.include)
         self.dz_pos[i] -= softmax
         return softmax_side(normalizer, softmax)
 
@@ -203,18 +244,18 @@ class _Found:
 def _fake(call: Call) -> Outputs:
     """The shapes of what `_forward` returns."""
     _, how = _strategy(call, strategy.choose)
-    problem, (reduction, both) = call.problem, call.settings
+    problem, (reduction, both, _) = call.problem, call.settings
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     want_x, want_y, _ = call.wants
     if how.gradients_come_with_the_value:
-        whole = how.place is Place.WHOLE  # whose gradients of scale and bias cost nothing
-        saved = dtype if whole else saved
+        whole = how.place is Place.WHOLE
+        saved, of_params = (dtype, dtype) if whole else (saved, torch.float64)
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
-            *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+            *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
             None, None, None, None,
         )  # fmt: skip
     if True not in call.needs:
@@ -235,18 +276,18 @@ def _fake(call: Call) -> Outputs:
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The gradient pass."""
     *_, row, col, dots, scores = kept
-    backend, _ = _strategy(call)
-    if backend.vectors and len(dots) and call.problem.y.shape[0]:
+    (backend, _), include = _strategy(call), call.settings[2]
+    if include and backend.vectors and len(dots) and call.problem.y.shape[0] and not call.problem.pairs.adds:
         return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
     z_pos, gain = positive_logits(matrix, dots), _gains(call) * upstream[0]
-    row_gain = gain * _softmax(row, z_pos)
-    col_gain = None if col is None else gain * _softmax(col, z_pos)
+    row_gain = gain * row_softmax(row, z_pos, include)
+    col_gain = None if col is None else gain * row_softmax(col, z_pos, include)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
     row_side = softmax_side(row, row_gain)
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
-    made = gradient_pass(matrix, row_side, col_side, Wanted(*call.wants), dz_pos * matrix.params[0])
+    made = gradient_pass(matrix, row_side, col_side, wanted_of(call), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
     return gradients_of(call, made)
 
@@ -267,18 +308,12 @@ def _gradients_by_kernels(
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows (turned: columns), or their sum, in operations of torch."""
     z, z_pos = dense_logits(call.problem, rows, turned)
-    (reduction, _) = call.settings
-    losses = _share(call) * dense_softmax_losses(z, z_pos)
+    reduction, _, include = call.settings
+    losses = _share(call) * row_losses(torch.stack(dense_normalizer(z)), z_pos, include)
     gain = call.extras[0]
     if gain is not None:
         losses = losses * gain[rows]
     return (losses if reduction == "none" else losses.sum(),)
-
-
-def dense_softmax_losses(z: Tensor, z_pos: Tensor) -> Tensor:
-    """softplus(n - z_pos) [R] from logits with -inf where a pair does not count [R, M]."""
-    shift, rest = dense_normalizer(z)
-    return -logsigmoid((z_pos - shift) - rest)
 
 
 softmax_losses = register(

@@ -13,12 +13,11 @@ from torch import Tensor
 from ..backends.base import Prepared
 from ..engine import strategy
 from ..engine.driver import gradient_pass, neutral_state, normalizer_of, positive_dots, positive_logits, statistics_pass
-from ..engine.gradients import Wanted
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.matrix import COL_BIAS, PROBLEM_TENSORS, Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, params_of, whole_gradients, whole_scores
+from .parts import add_positive_params, params_of, wanted_of, whole_gradients, whole_scores
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
@@ -109,8 +108,10 @@ def _gains(call: Call) -> list[Tensor]:
 
 def _in_one_call(call: Call) -> bool:
     problem = call.problem
-    return call.settings[1] != "none" and strategy.fits_one_call(
-        problem.backend(), problem.x.shape[0], problem.y.shape[0], problem.workspace_bytes
+    return (
+        call.settings[1] != "none"
+        and not call.needs[COL_BIAS]
+        and strategy.fits_one_call(problem.backend(), problem.x.shape[0], problem.y.shape[0], problem.workspace_bytes)
     )
 
 
@@ -123,7 +124,7 @@ def _prepared(call: Call) -> Prepared | None:
 
 
 def _forward(call: Call) -> Outputs:
-    """Values; dx, dy, dscale, dbias, and dL/dlogits, of a sum; found normalisers of rows, of columns, and dots."""
+    """Values; the gradients of a sum, in the order of `_MADE`; found normalisers of rows, of columns, and dots."""
     if _in_one_call(call):
         return _whole(call)
     matrix = _matrix(call)
@@ -134,8 +135,8 @@ def _forward(call: Call) -> Outputs:
     values = [_ratio(own, given) for own, given in zip(found, _given(call, matrix, dots))]
     if call.settings[1] != "none":
         total = torch.stack([(gain * each).sum() for gain, each in zip(_gains(call), values)]).sum()
-        return total, None, *(None,) * 6, *_both(found), dots
-    return *_both(values), *(None,) * 6, *_both(found), dots
+        return total, None, *(None,) * 7, *_both(found), dots
+    return *_both(values), *(None,) * 7, *_both(found), dots
 
 
 def _both(vectors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -206,14 +207,15 @@ def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gains: list[Tensor]) ->
 
     late = (lambda: dz_pos() * matrix.params[0]) if relative else None
     col = sides[1] if len(sides) == 2 else Side()
-    made = gradient_pass(matrix, sides[0], col, Wanted(*call.wants), late_positive=late)
+    made = gradient_pass(matrix, sides[0], col, wanted_of(call), late_positive=late)
     if relative:
         add_positive_params(matrix, made, dz_pos(), dots)
     weighted = sums()
     total = torch.stack([each.sum() for each in weighted]).sum()
     of_logits = [-each if need else None for each, need in zip([*weighted, *weighted], call.needs[-2:])]
+    found = _both([normalizer_of(s) for s in states])
     params = params_of(call, made.dparams)
-    return total, None, made.dx, made.dy, *params, *of_logits, *_both([normalizer_of(s) for s in states]), dots
+    return total, None, made.dx, made.dy, *params, made.dcandidates, *of_logits, *found, dots
 
 
 def _whole(call: Call) -> Outputs:
@@ -232,7 +234,7 @@ def _whole(call: Call) -> Outputs:
         sides = zip(_gains(call), found, given, call.needs[-2:])
         of_logits = [-gain * _ratio(own, n) if need and n is not None else None for gain, own, n, need in sides]
     padded = [*of_logits, None, None][:2]
-    return value, None, *whole_gradients(call, scores, x, y), dscale, dbias, *padded, *_both(found), dots
+    return value, None, *whole_gradients(call, scores, x, y, dscale, dbias), None, *padded, *_both(found), dots
 
 
 def _fake(call: Call) -> Outputs:
@@ -247,15 +249,16 @@ def _fake(call: Call) -> Outputs:
     )
     if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
-        return x.new_empty(n, dtype=dtype), col_values, *(None,) * 6, *found
-    whole = _in_one_call(call)  # where gradients of scale and bias cost nothing
-    saved, (want_x, want_y, _) = dtype if whole else saved_dtype(x.dtype), call.wants
+        return x.new_empty(n, dtype=dtype), col_values, *(None,) * 7, *found
+    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),
         None,
         x.new_empty(x.shape, dtype=saved) if want_x else None,
         y.new_empty(y.shape, dtype=saved) if want_y else None,
-        *(x.new_empty((), dtype=torch.float64) if need or whole else None for need in call.needs[2:4]),
+        *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
+        y.new_empty(m, dtype=dtype) if call.needs[COL_BIAS] else None,
         x.new_empty(n, dtype=dtype) if call.needs[-2] else None,
         x.new_empty(m, dtype=dtype) if call.needs[-1] else None,
         *found,
@@ -294,14 +297,15 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     return (None, values) if turned else (values, None)
 
 
-#: x, y, scale, bias, and the logits of the rows' and the columns' positives.
-_MADE = (0, 1, 2, 3, 10, 11)
+#: x, y, scale, bias, the columns' biases, and the logits of the rows' and the columns' positives, which come after four
+#: other extras.
+_MADE = (0, 1, 2, 3, COL_BIAS, PROBLEM_TENSORS + 4, PROBLEM_TENSORS + 5)
 
 weighted_sum = register(
     Primitive(
         "weighted_sum",
         results=2,
-        outputs=11,
+        outputs=12,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,

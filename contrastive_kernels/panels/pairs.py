@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["EVERY_PAIR", "Pairs"]
@@ -24,7 +25,7 @@ class Pairs(NamedTuple):
     columns: Tensor | None = None
     #: [M] added to the logits of a column, in the dtype of the scores; -inf leaves the column out
     col_bias: Tensor | None = None
-    #: [N], [M] int64: pairs of equal ids are left out (of searches)
+    #: [N], [M] int64: pairs of equal ids: left out of exponentials and searches, and positives of the sigmoid term
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
     #: where this block begins in the whole matrix
@@ -34,13 +35,15 @@ class Pairs(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that a differentiable problem may say of its pairs, as :meth:`of` takes them."""
-        return (self.col_bias,)
+        return self.col_bias, self.row_ids, self.col_ids
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Pairs:
         """What these tensors say."""
-        (col_bias,) = tensors
-        return EVERY_PAIR if col_bias is None else cls(col_bias=col_bias)
+        col_bias, row_ids, col_ids = tensors
+        if col_bias is None and row_ids is None:
+            return EVERY_PAIR
+        return cls(col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
 
     def mapped(self, of_rows: Callable[[Any], Any], of_cols: Callable[[Any], Any]) -> Pairs:
         """The same of other rows and columns: what these functions make of the vectors of rows, and of columns."""
@@ -78,9 +81,36 @@ class Pairs(NamedTuple):
         columns = self.columns if columns is None else columns
         return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
 
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to the columns' logits."""
+        return self.col_bias is not None
+
     def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
         """Logits [..., n] of these n columns, with what is added to a column's; the same tensor if that is nothing."""
         return z if self.col_bias is None else z + self.col_bias[columns]
+
+    def add_to_positives(self, z: Tensor, columns: slice | Tensor) -> Tensor:
+        """The same of positives [n]; nothing is added where the bias leaves one out, of a row that must not count."""
+        if self.col_bias is None:
+            return z
+        added = self.col_bias[columns]
+        return z + added.masked_fill(added == -torch.inf, 0.0)
+
+    def turned(self) -> Pairs:
+        """What ids say of the transposed matrix."""
+        return Pairs.of((None, self.col_ids, self.row_ids))
+
+    def of_rows(self, rows: slice) -> Pairs:
+        """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""
+        return self if self.row_ids is None else self._replace(row_ids=self.row_ids[rows])
+
+    def alike(self, rows: slice, turned: bool = False) -> Tensor | None:
+        """Which pairs of these rows (turned: columns) have equal ids [R, M]; None where nobody has ids."""
+        if self.row_ids is None or self.col_ids is None:
+            return None
+        own, others = (self.col_ids, self.row_ids) if turned else (self.row_ids, self.col_ids)
+        return own[rows, None] == others
 
 
 #: Nothing is said: every pair counts, and its logit is scale * score + bias.

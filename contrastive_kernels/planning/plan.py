@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 
-from ..arguments.checks import check_backend, check_count, check_device, check_workspace, shown
+from ..arguments.checks import (
+    check_backend,
+    check_count,
+    check_device,
+    check_distribution,
+    check_number,
+    check_workspace,
+    shown,
+)
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
+from ..distributed.group import memory_of
 from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
 from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype, workspace_for
 from .costs import LOSSES, LossSpec
+from .ranks import MEMORY, SUSTAINED, RanksPlan, plan_ranks
 
 __all__ = ["Pass", "Plan", "plan"]
 
@@ -86,6 +96,8 @@ class Plan:
     place : {"on chip", "tile", "band", "whole"}
         Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows, or all of
         them, made once for gradients that come with the value.
+    over_ranks : RanksPlan or None
+        What is beside that of several ranks; rows, columns and passes are then those of one rank's block.
     """
 
     loss: str
@@ -100,6 +112,7 @@ class Plan:
     passes: tuple[Pass, ...]
     band: int | None = None
     place: str = Place.TILE.value
+    over_ranks: RanksPlan | None = None
 
     @property
     def products(self) -> float:
@@ -121,6 +134,8 @@ class Plan:
             lines.append("  all scores at once, in one call of the backend, in forward")
         if self.band is not None:
             lines.append(f"  both on bands of {self.band} rows in turn, whose scores are made once, in forward")
+        if self.over_ranks is not None:
+            lines.insert(1, f"  {self.over_ranks}")
         for name, reason in self.reasons.items():
             verdict = f"no: {reason}" if reason else (f"yes, chosen: {self.route}" if name == self.backend else "yes")
             lines.append(f"  {name:<6} {verdict}")
@@ -138,6 +153,9 @@ def plan(
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     capability: int | None = None,
+    world: int | None = None,
+    strategy: str = "auto",
+    links: float | None = None,
 ) -> Plan:
     """Says what would run for a loss of this size: backend, route, panels, launches and bytes. Computes nothing.
 
@@ -157,6 +175,12 @@ def plan(
         As the losses take it. The default of a GPU that is not here is 512 MiB.
     capability : int, optional
         Plan for a GPU of this compute capability (90 for 9.0) instead of the one that is here.
+    world : int, optional
+        Ranks that share the n x m scores: a divisor of n and of m.
+    strategy : {"auto", "grid", "ring"}
+        How their rows meet, as the losses take it.
+    links : float, optional
+        GB/s that a rank receives, for the time of the communication.
 
     Returns
     -------
@@ -179,6 +203,9 @@ def plan(
     >>> p = ck.plan(65536, 65536, 768, torch.bfloat16, "cpu", "clip_loss", backend="torch")
     >>> [each.name for each in p.passes], float(p.products)
     (['reduce', 'weigh'], 4.0)
+    >>> many = ck.plan(2**20, None, 1024, torch.bfloat16, "cuda", capability=90, world=1024, links=50)
+    >>> many.over_ranks.shape, round(many.over_ranks.communication_seconds, 4)
+    ((32, 32), 0.0078)
     """
     device = check_device(device)
     rows, cols = _checked(n, m, d, dtype, loss, workspace_bytes)
@@ -198,11 +225,50 @@ def plan(
         raise ValueError(f"backend: {chosen.name!r} cannot serve {dtype} on {device}: {reasons[chosen.name]}")
     workspace = workspace_for(device, workspace_bytes, here=capability is None)
     count = multiprocessors(device) if capability is None else _multiprocessors(capability)
+    over_ranks = None
+    check_distribution("average", strategy, False)
+    if world is not None:
+        over_ranks = _over_ranks(loss, rows, cols, d, dtype, device, capability, world, strategy, links)
+        rows, cols = (rows // over_ranks.shape[0], cols // over_ranks.shape[1]) if over_ranks.strategy == "grid" else (
+            rows // world, cols // world
+        )  # fmt: skip
+        symmetric = False
+    elif links is not None:
+        raise ValueError(f"links: expected None without a world; got {shown(links)}")
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
     route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec)
-    return Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
+    found = Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
+    return found if over_ranks is None else replace(found, over_ranks=over_ranks)
+
+
+def _over_ranks(
+    loss: str,
+    rows: int,
+    cols: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    capability: int | None,
+    world: Any,
+    strategy: str,
+    links: Any,
+) -> RanksPlan:
+    """What every one of `world` ranks receives, holds and multiplies."""
+    check_count(world, "world")
+    for name, count in (("n", rows), ("m", cols)):
+        if count % world:
+            raise ValueError(f"world: expected a divisor of {name} = {count}, for even shards; got {world}")
+    speed = None if links is None else check_number(links, "links", positive=True)
+    rate, memory = None, memory_of(device) if capability is None else 0
+    if capability is not None:
+        known = max((each for each in SUSTAINED if each <= capability), default=min(SUSTAINED))
+        rate, memory = SUSTAINED[known] if dtype.itemsize == 2 else None, MEMORY[known]
+    return plan_ranks(
+        loss, world, rows, cols, d, dtype.itemsize, score_dtype(dtype).itemsize, strategy=strategy, memory=memory,
+        processes=world if device.type == "cpu" else 1, links=speed, rate=rate,
+    )  # fmt: skip
 
 
 def _checked(n: Any, m: Any, d: Any, dtype: Any, loss: Any, workspace_bytes: Any) -> tuple[int, int]:

@@ -2,6 +2,15 @@
 
 from ..draws.gamma import draw_log_weights
 from . import structure
-from .losses import clip_loss, decomposable, info_nce, nt_xent, sigmoid
+from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
 
-__all__ = ["clip_loss", "decomposable", "draw_log_weights", "info_nce", "nt_xent", "sigmoid", "structure"]
+__all__ = [
+    "clip_loss",
+    "decomposable",
+    "draw_log_weights",
+    "info_nce",
+    "log_sum_exp",
+    "nt_xent",
+    "sigmoid",
+    "structure",
+]

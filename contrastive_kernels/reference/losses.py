@@ -13,11 +13,13 @@ References
 .. [4] X. Zhai, B. Mustafa, A. Kolesnikov, L. Beyer, "Sigmoid loss for language image pre-training", ICCV 2023.
 .. [5] C. Chen, J. Zhang, Y. Xu, L. Chen, J. Duan, Y. Chen, S. Tran, B. Zeng, T. Chilimbi, "Why do we need large
    batch sizes in contrastive learning? A gradient-bias perspective", NeurIPS 2022.
+.. [6] C.-H. Yeh, C.-Y. Hong, Y.-C. Hsu, T.-L. Liu, Y. Chen, Y. LeCun, "Decoupled contrastive learning", ECCV 2022.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 
-__all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "nt_xent", "sigmoid"]
+__all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "log_sum_exp", "nt_xent", "sigmoid"]
 
 
 Scale = float | Tensor
@@ -34,16 +36,24 @@ Scale = float | Tensor
 LogNormalizer = Tensor | Sequence[Tensor]
 
 
+Ids = Tensor | Sequence[Tensor]
+
+
 def info_nce(
     x: Tensor,
     y: Tensor,
     logit_scale: Scale,
     *,
     positives: int | Tensor | None = None,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """InfoNCE in one direction [1]_: loss_i = softplus(logsumexp_{j != p(i)} z_ij - z_i,p(i)).
+    """InfoNCE in one direction [1]_: loss_i = softplus(logsumexp_{j in N(i)} z_ij - z_i,p(i)).
+
+    N(i) are all columns but p(i) and, with ids, those of the row's id.
 
     Parameters
     ----------
@@ -53,6 +63,12 @@ def info_nce(
         The inverse temperature.
     positives : int or Tensor, optional
         p(i): an offset (p(i) = i + offset; 0 by default) or indices [N].
+    ids : Tensor or pair of Tensor, optional
+        Integers of the rows [N] and the columns [M]; one tensor for both.
+    candidate_bias : Tensor, optional
+        Added to the columns' logits [M]. -inf: the column is padding; so is a row whose positive it is, with loss 0.
+    include_positive : bool
+        False: loss_i = logsumexp_{j in N(i)} z_ij - z_i,p(i) [6]_, and 0 without negatives.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -64,7 +80,9 @@ def info_nce(
         A scalar, or [N].
     """
     p = _positive_indices(x, positives)
-    return _reduce(_softmax_losses(logit_scale * (x @ y.T), p), weight, reduction)
+    x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
+    z = _biased(logit_scale * (x @ y.T), candidate_bias)
+    return _reduce(_softmax_losses(z, p, _alike(ids), include_positive), weight, reduction)
 
 
 def clip_loss(
@@ -72,6 +90,9 @@ def clip_loss(
     text_features: Tensor,
     logit_scale: Scale,
     *,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    include_positive: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -83,6 +104,12 @@ def clip_loss(
         Matching rows [N, D].
     logit_scale : float or Tensor
         The inverse temperature.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`, in both directions.
+    candidate_bias : Tensor or pair of Tensor, optional
+        Of the images and of the texts, as candidates; one tensor for both.
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N].
     reduction : {"mean", "sum", "none"}
@@ -93,13 +120,34 @@ def clip_loss(
     Tensor
         A scalar, or [N].
     """
+    if candidate_bias is not None:
+        of_images, of_texts = (candidate_bias,) * 2 if isinstance(candidate_bias, Tensor) else candidate_bias
+        there = back = ids
+        if ids is not None and not isinstance(ids, Tensor):
+            back = (ids[1], ids[0])
+        x, y = image_features, text_features
+        options: dict[str, Any] = {"include_positive": include_positive, "weight": weight, "reduction": reduction}
+        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, **options)
+        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, **options)
+        return (first + second) / 2
     z = logit_scale * (image_features @ text_features.T)
     p = _positive_indices(image_features, None)
-    return _reduce((_softmax_losses(z, p) + _softmax_losses(z.T, p)) / 2, weight, reduction)
+    alike = _alike(ids)
+    turned = None if alike is None else alike.T
+    there = _softmax_losses(z, p, alike, include_positive)
+    return _reduce((there + _softmax_losses(z.T, p, turned, include_positive)) / 2, weight, reduction)
 
 
 def nt_xent(
-    z1: Tensor, z2: Tensor, logit_scale: Scale, *, weight: Tensor | None = None, reduction: str = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: Scale,
+    *,
+    ids: Tensor | None = None,
+    candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """NT-Xent [3]_: InfoNCE of 2N views against one another, each view left out of its own denominator.
 
@@ -109,6 +157,12 @@ def nt_xent(
         Two views of the same samples [N, D].
     logit_scale : float or Tensor
         The inverse temperature.
+    ids : Tensor, optional
+        Integers of the samples [N]: views of equal ones are left out too.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, of the samples [N].
+    include_positive : bool
+        As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -122,9 +176,12 @@ def nt_xent(
     n = len(z1)
     views = torch.cat([z1, z2])
     itself = torch.arange(2 * n, dtype=torch.int64, device=views.device)
-    z = (logit_scale * (views @ views.T)).masked_fill(itself[:, None] == itself, -torch.inf)
-    both = None if weight is None else weight.repeat(2)
-    return _reduce(_softmax_losses(z, (itself + n) % max(2 * n, 1)), both, reduction)
+    p = (itself + n) % max(2 * n, 1)
+    both, bias = (None if v is None else v.repeat(2) for v in (weight, candidate_bias))
+    views, others, both = _without_padding(views, views, bias, p, both)
+    z = _biased(logit_scale * (views @ others.T), bias).masked_fill(itself[:, None] == itself, -torch.inf)
+    alike = None if ids is None else _alike(torch.cat([ids, ids]))
+    return _reduce(_softmax_losses(z, p, alike, include_positive), both, reduction)
 
 
 def sigmoid(
@@ -133,6 +190,8 @@ def sigmoid(
     logit_scale: Scale,
     logit_bias: Scale,
     *,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -144,6 +203,10 @@ def sigmoid(
         Matching rows [N, D].
     logit_scale, logit_bias : float or Tensor
         z = logit_scale * <x, y> + logit_bias.
+    ids : Tensor or pair of Tensor, optional
+        Integers of the rows [N] and the columns [M]: the matching pairs are those of equal ones, and not the diagonal.
+    candidate_bias : Tensor, optional
+        Added to the columns' logits [M]. -inf: the column's pairs are left out; so is, without ids, its row.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -154,9 +217,17 @@ def sigmoid(
     Tensor
         A scalar, or [N].
     """
-    z = logit_scale * (image_features @ text_features.T) + logit_bias
-    sign = 2 * torch.eye(len(z), dtype=z.dtype, device=z.device) - 1
-    return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
+    alike = _alike(ids)
+    own = _positive_indices(image_features, None) if alike is None else None
+    x, y, weight = _without_padding(image_features, text_features, candidate_bias, own, weight)
+    z = logit_scale * (x @ y.T) + logit_bias
+    matching = torch.eye(len(z), dtype=torch.bool, device=z.device) if alike is None else alike
+    sign = 2 * matching.to(z.dtype) - 1
+    if candidate_bias is None:
+        return _reduce(-logsigmoid(sign * z).sum(1), weight, reduction)
+    padding = candidate_bias == -torch.inf
+    losses = -logsigmoid(sign * (z + candidate_bias.masked_fill(padding, 0.0)))
+    return _reduce(losses.masked_fill(padding, 0.0).sum(1), weight, reduction)
 
 
 def decomposable(
@@ -170,6 +241,8 @@ def decomposable(
     negative_scale: float = 1.0,
     positive_logits: LogNormalizer | None = None,
     positives: int | Tensor | None = None,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -197,6 +270,10 @@ def decomposable(
         z_i,p(i) where the columns do not hold row i's positive.
     positives : int or Tensor, optional
         As in :func:`info_nce`; with ``positive_logits``, an index of -1 says that the columns do not hold it.
+    ids : Tensor or pair of Tensor, optional
+        As in :func:`info_nce`.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
         Weights of the rows [N].
     generator : torch.Generator, optional
@@ -213,17 +290,19 @@ def decomposable(
     """
     normalizers = _one_or_both(log_normalizer)
     given = [None] * len(normalizers) if positive_logits is None else _one_or_both(positive_logits)
-    z = logit_scale * (x @ y.T)
     nowhere = positive_logits is not None and positives is None
     held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device) if nowhere else _positive_indices(x, positives)
+    x, y, weight = _without_padding(x, y, candidate_bias, held, weight)
+    z = _biased(logit_scale * (x @ y.T), candidate_bias)
     log_k = log_or_minus_infinity(negative_scale)
-    losses, log_zs = [], []
-    for scores, log_zbar, z_pos in zip((z, z.T), normalizers, given):
+    losses, log_zs, alike = [], [], _alike(ids)
+    masks = (None, None) if alike is None else (alike, alike.T)
+    for scores, log_zbar, z_pos, mask in zip((z, z.T), normalizers, given, masks):
         log_zbar = log_zbar.detach().to(z.dtype)
         log_weight = draw_log_weights(log_zbar, shape, generator)
         if z_pos is None:
-            z_pos = scores.gather(1, held[:, None])[:, 0]
-        h = _mask(scores, held) - z_pos[:, None]
+            z_pos = _positive_logits(scores, held)
+        h = _mask(scores, held, mask) - z_pos[:, None]
         log_u = log_weight - log_zbar
         exponents = h + (log_u + log_k)[:, None]
         if weight is not None:  # a row that does not count must not overflow, neither in its value nor in gradients
@@ -240,6 +319,40 @@ def decomposable(
     return loss, (tuple(log_zs) if len(log_zs) == 2 else log_zs[0])
 
 
+def log_sum_exp(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Scale,
+    *,
+    positives: int | Tensor | None = None,
+    ids: Ids | None = None,
+    candidate_bias: Tensor | None = None,
+) -> Tensor:
+    """log sum_j exp(z_ij) [N] over the columns but the row's positive, if any, and those of its id.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        Anchors [N, D] and candidates [M, D].
+    logit_scale : float or Tensor
+        The inverse temperature.
+    positives : int or Tensor, optional
+        An offset, or indices [N] with -1 for none; by default no row has one.
+    ids, candidate_bias
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor
+        [N]; -inf, with gradient 0, for a row of nothing.
+    """
+    held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    if positives is not None:
+        held = _positive_indices(x, positives)
+    x, y, _ = _without_padding(x, y, candidate_bias, None, None)
+    return _logsumexp(_mask(_biased(logit_scale * (x @ y.T), candidate_bias), held, _alike(ids)))
+
+
 def _one_or_both(value: LogNormalizer) -> list[Tensor]:
     """Rows alone, or rows and columns."""
     return [value] if isinstance(value, Tensor) else list(value)
@@ -252,10 +365,44 @@ def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:
     return torch.arange(len(x), dtype=torch.int64, device=x.device) + (positives or 0)
 
 
-def _mask(z: Tensor, positives: Tensor) -> Tensor:
-    """z with every row's positive at -inf; an index of -1 masks nothing."""
+def _alike(ids: Ids | None) -> Tensor | None:
+    """Which rows and columns have equal ids [N, M]."""
+    if ids is None:
+        return None
+    rows, cols = (ids, ids) if isinstance(ids, Tensor) else ids
+    return rows[:, None] == cols
+
+
+def _biased(z: Tensor, candidate_bias: Tensor | None) -> Tensor:
+    """Logits [N, M] with what is added to the columns'."""
+    return z if candidate_bias is None else z + candidate_bias
+
+
+def _without_padding(
+    x: Tensor, y: Tensor, candidate_bias: Tensor | None, positives: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, y with zeros, and weights [N] with 0, for columns of -inf and rows whose positive they are."""
+    if candidate_bias is None:
+        return x, y, weight
+    padding = candidate_bias.detach() == -torch.inf
+    idle = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if positives is not None:
+        idle = padding[positives.clamp(min=0)] & (positives >= 0)
+    weight = torch.ones(len(x), dtype=x.dtype, device=x.device) if weight is None else weight
+    return x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0), weight.masked_fill(idle, 0.0)
+
+
+def _positive_logits(z: Tensor, positives: Tensor) -> Tensor:
+    """z_i,p(i) [N]; of padding, whose row does not count, 0."""
+    z_pos = z.gather(1, positives[:, None])[:, 0]
+    return z_pos.masked_fill(z_pos == -torch.inf, 0.0)
+
+
+def _mask(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
+    """z with every row's positive, and what is alike, at -inf; an index of -1 masks nothing."""
     columns = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
-    return z.masked_fill(columns == positives[:, None], -torch.inf)
+    out = columns == positives[:, None]
+    return z.masked_fill(out if alike is None else out | alike, -torch.inf)
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -267,10 +414,14 @@ def _logsumexp(z: Tensor) -> Tensor:
     return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
 
 
-def _softmax_losses(z: Tensor, positives: Tensor) -> Tensor:
-    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1."""
-    z_pos = z.gather(1, positives[:, None])[:, 0]
-    return -logsigmoid(z_pos - _logsumexp(_mask(z, positives)))
+def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None, include_positive: bool) -> Tensor:
+    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1.
+
+    So is what is alike [N, M].
+    """
+    z_pos = _positive_logits(z, positives)
+    n = _logsumexp(_mask(z, positives, alike))
+    return -logsigmoid(z_pos - n) if include_positive else (n - z_pos).masked_fill(n == -torch.inf, 0.0)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

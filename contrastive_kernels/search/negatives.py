@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments.checks import (
-    check_dense,
     check_engine,
     check_features,
     check_generator,
@@ -18,6 +17,7 @@ from ..arguments.checks import (
     scale_tensor,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
+from ..arguments.pairs import check_ids
 from ..distributed.group import Ranks, ranks_of, tell
 from ..distributed.search import best_of_all_ranks
 from ..engine.search import Search
@@ -228,24 +228,4 @@ def _checked(
     index, offset = check_positives(positives, x, y, allow_missing=True)
     if index is None:
         index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
-    return x.detach(), y.detach(), index[:, None], _ids(exclude, x, y)
-
-
-def _ids(exclude: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The ids of rows [N] and columns [M] as int64."""
-    if exclude is None:
-        return None, None
-    pair = (exclude, exclude) if isinstance(exclude, Tensor) else exclude
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(ids, Tensor) for ids in pair):
-        raise TypeError(
-            f"exclude: expected None, a tensor of ids [N], or a pair of them [N], [M]; got {type(exclude).__name__}"
-        )
-    for ids, length in zip(pair, (x.shape[0], y.shape[0])):
-        check_dense(ids, "exclude")
-        if ids.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-            raise TypeError(f"exclude: expected integer ids; got {ids.dtype}")
-        if ids.shape != (length,):
-            raise ValueError(f"exclude: expected ids of shape [{length}]; got {list(ids.shape)}")
-        if ids.device != x.device:
-            raise ValueError(f"exclude: expected device {x.device}; got {ids.device}")
-    return pair[0].to(torch.int64).contiguous(), pair[1].to(torch.int64).contiguous()
+    return x.detach(), y.detach(), index[:, None], check_ids(exclude, "exclude", x, y)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..arguments.checks import check_generator, check_number, shown
 from .matching import matching
 
-__all__ = ["brownian_bridge"]
+__all__ = ["brownian_bridge", "check_time"]
 
 
 #: The likelihood's weight 1 / (2 t (1 - t)) times the density 6 t (1 - t) of Beta(2, 2).
@@ -82,9 +84,7 @@ def brownian_bridge(
     """
     if image_aug is None and text_aug is None:
         raise ValueError("image_aug, text_aug: expected at least one augmented view; got None for both")
-    at = None if isinstance(t, str) and t == "sampled" else check_number(t, "t", positive=False)
-    if at is not None and at > 1:
-        raise ValueError(f"t: expected a number in [0, 1] or 'sampled'; got {shown(t)}")
+    at = check_time(t)
     (v, u), (va, ua) = matching(
         {"image": image, "text": text}, {"image_aug": image_aug, "text_aug": text_aug}, normalize
     )
@@ -98,6 +98,14 @@ def brownian_bridge(
         else:
             total = total + _squared_distance(view, own, other, at)
     return total / (len(sides) * max(v.shape[0], 1))
+
+
+def check_time(t: Any) -> float | None:
+    """A number in [0, 1], or None for "sampled"."""
+    at = None if isinstance(t, str) and t == "sampled" else check_number(t, "t", positive=False)
+    if at is not None and at > 1:
+        raise ValueError(f"t: expected a number in [0, 1] or 'sampled'; got {shown(t)}")
+    return at
 
 
 def _squared_distance(view: Tensor, own: Tensor, other: Tensor, t: float | Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..arguments.checks import (
     check_dense,
     check_distribution,
     check_flag,
+    check_generator,
     check_number,
     check_scale,
     check_workspace,
@@ -23,7 +25,7 @@ from ..arguments.checks import (
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..distributed.group import check_group, ranks_of, tell
 from ..distributed.sums import Sums
-from .bridge import brownian_bridge
+from .bridge import brownian_bridge, check_time
 from .geometry import geometric_consistency
 from .multimodal import multimodal_contrastive
 from .separation import feature_separation
@@ -140,18 +142,34 @@ class SeparationHead(nn.Module):
         return nn.functional.normalize(self.layers(features), dim=-1)
 
 
+#: What an option of a regulariser is checked by.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    name: partial(check_number, name=name, positive=False)
+    for name in ("orthogonality", "contrast", "uniformity", "cross", "intra", "augmented")
+} | {
+    "t": check_time,
+    "generator": check_generator,
+    "normalize": partial(check_flag, name="normalize"),
+    "backend": check_backend,
+    "workspace_bytes": check_workspace,
+}
+
 _GIVEN_BY_THE_MODULE = ("return_terms", "group", "gradients", "strategy", "uneven")
 
 
 def _options(given: Any, name: str, function: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword arguments that a function has beside its features; their values it checks itself."""
+    """Keyword arguments that a function has beside its features."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected a dict or None; got {type(given).__name__}")
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN_BY_THE_MODULE]
-    unknown = [key for key in given or {} if key not in known]
-    if unknown:
-        raise ValueError(f"{name}: expected some of {', '.join(known)}; got {shown(unknown[0])}")
+    for key, value in (given or {}).items():
+        if key not in known:
+            raise ValueError(f"{name}: expected some of {', '.join(known)}; got {shown(key)}")
+        try:
+            _CHECKS[key](value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     return dict(given or {})
 
 

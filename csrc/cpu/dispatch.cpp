@@ -46,8 +46,7 @@ void check_panel(const Panel& p) {
   check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "panel: sizes and stride must be non-negative and ordered");
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "panel: scores and params must not be null");
   check_pairs(p.pairs);
-  check(!p.pairs.row_ids && !p.pairs.col_ids, "panel: ids are for searches");
-  check(p.weights_dtype != Dtype::kFloat16 && !p.factor, "panel: the CPU has no float16 weights and no factor");
+  check(p.weights_dtype != Dtype::kFloat16, "panel: the CPU has no float16 weights");
   check(p.threads >= 1, "panel: threads must be at least 1");
   if (p.term == PairTerm::kExponential)
     check(!p.row.sum == !p.row.shift && !p.col.sum == !p.col.shift, "panel: a sum needs its shift");

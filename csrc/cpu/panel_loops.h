@@ -19,11 +19,13 @@ struct Chunk {
 static int64_t copy_stride(int64_t cols) { return smaller((cols + 15) / 16 * 16 + 16, kChunk); }
 
 // Rows are read where they lie; those of whose pairs something is said are copied.
+template <class Term>
 static void find_sources(const Panel& p, const Chunk& c, Scratch& s) {
   const int64_t stride = copy_stride(c.cols);
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource lies = {p.scores + (c.row0 + i) * p.stride + c.col0, p.params[0], p.params[1]};
-    s.rows[i] = find_source(p.pairs, lies, c.row0 + i, c.col0, c.cols, -__builtin_inff(), s.z + i * stride);
+    s.rows[i] =
+        find_source<Term::kSigned>(p.pairs, lies, c.row0 + i, c.col0, c.cols, -__builtin_inff(), s.z + i * stride);
   }
 }
 
@@ -110,12 +112,12 @@ static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
 static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to_bfloat16(w); }
 
 // Sweep 2: the pairs' parts of row_sum and col_sum, where SUMS wants them, and the weights. Out: void for a reduce
-// panel.
-template <class Term, bool SUMS, typename Out>
+// panel. IDS: pairs of equal ids are the term's positives.
+template <class Term, bool SUMS, typename Out, bool IDS = false>
 static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
-  const float scale = p.params[0], center = p.params[2];
+  const float factor = p.factor ? *p.factor : p.params[0], center = p.params[2];
   const float* __restrict col_shift = s.col_shift;
   const float* __restrict col_gain = s.col_gain;
   float* __restrict col_sum = s.col_sum;
@@ -123,6 +125,7 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource source = s.rows[i];
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
+    const int64_t id = IDS ? p.pairs.row_ids[c.row0 + i] : 0, *ids = IDS ? p.pairs.col_ids + c.col0 : nullptr;
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
     const float row_shift = Term::kHasShift ? s.row_shift[i] : 0.0f;
     const float row_gain = kWeights && Term::kRow ? s.row_gain[i] : 0.0f;
@@ -136,10 +139,11 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
       if (SUMS && Term::kRow) sum += Term::row_part(z, row_score);
       if (SUMS && Term::kCol) col_sum[j] += col_score;
       if (kWeights) {
-        const float w = Term::weight(z, row_score, col_score, row_gain, Term::kCol ? col_gain[j] : 0.0f);
+        float w = Term::weight(z, row_score, col_score, row_gain, Term::kCol ? col_gain[j] : 0.0f);
+        if (Term::kSigned && IDS) w = ids[j] == id ? -w : w;
         dscale += w * (score[j] - center);
         dbias += w;
-        store_weight(out, j, w * scale);
+        store_weight(out, j, w * factor);
       }
     }
     if (SUMS && Term::kRow) s.row_sum[i] = sum;
@@ -179,7 +183,7 @@ static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s) {
 template <class Term, bool SUMS, typename Out>
 static void run_chunk(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
-  find_sources(p, c, s);
+  find_sources<Term>(p, c, s);
   bool common = false;
   if constexpr (Term::kHasShift) {
     if (SUMS) find_maxima(c, s);
@@ -187,7 +191,10 @@ static void run_chunk(const Panel& p, const Chunk& c, Scratch& s, ParamSums& par
   } else if constexpr (kWeights) {
     copy(p.row.gain + c.row0, c.rows, s.row_gain);
   }
-  common ? sweep<typename Term::WithCommonShift, SUMS, Out>(p, c, s, params) : sweep<Term, SUMS, Out>(p, c, s, params);
+  if (common) return sweep<typename Term::WithCommonShift, SUMS, Out>(p, c, s, params);
+  if constexpr (Term::kSigned && kWeights)
+    if (p.pairs.row_ids) return sweep<Term, SUMS, Out, true>(p, c, s, params);
+  sweep<Term, SUMS, Out>(p, c, s, params);
 }
 
 template <class Term>
@@ -281,7 +288,7 @@ static void gather_run(const Matrix& m, const int64_t* positives, float* dots, f
     const int64_t j = positives[i];
     if (j < 0) continue;
     dots[i] = m.scores[i * m.cols + j];
-    z_pos[i] = add_to_logit(m.pairs, j, dots[i] * m.scale + m.bias);
+    z_pos[i] = add_to_positive(m.pairs, j, dots[i] * m.scale + m.bias);
   }
 }
 

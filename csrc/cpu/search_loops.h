@@ -26,7 +26,7 @@ static int64_t find_words(int64_t seed, int64_t row, int64_t first, int64_t n, u
 // The logits of one chunk of a row, with noise where it is wanted, and `gap` where a pair is left out.
 static void find_logits(const SearchPanel& p, int64_t i, int64_t col0, int64_t cols, float gap, SearchScratch& s) {
   const RowSource lies = {p.scores + i * p.stride + col0, p.params[0], p.params[1]};
-  const RowSource row = find_source(p.pairs, lies, i, col0, cols, gap, s.z);
+  const RowSource row = find_source<false>(p.pairs, lies, i, col0, cols, gap, s.z);
   float* z = s.z;
   if (p.term == SearchTerm::kGumbelMax) {
     const int64_t first_row = p.pairs.first_row, first_column = p.pairs.first_column;

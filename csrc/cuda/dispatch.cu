@@ -38,7 +38,7 @@ void check_panel(const Panel& p) {
   else
     check_operands(p);
   check(p.pairs.columns_count == 0 || p.pairs.columns, "pairs: columns must not be null when columns_count is not 0");
-  check(!p.pairs.row_ids && !p.pairs.col_ids, "panel: ids are for searches");
+  check(!p.pairs.row_ids == !p.pairs.col_ids, "pairs: ids of rows need ids of columns");
   check(tiles(p.rows) * tiles(p.cols) <= 0x7FFFFFFF, "panel: more tiles than a launch has blocks");
   check(p.scratch || p.scratch_bytes == 0, "panel: scratch must not be null");
   check(reinterpret_cast<uintptr_t>(p.scratch) % sizeof(double) == 0, "panel: scratch must be aligned to 8");
@@ -54,8 +54,8 @@ void run(const Panel& p) {
   const DeviceGuard guard(p.device);
   const bool sums = p.row.sum || p.col.sum;
   const bool weights = p.weights != nullptr;
-  const TileKernel tile =
-      p.scores ? panel_pass(p.term, sums, weights) : tensor_cores(p.term, p.operands, sums, weights);
+  const Kind kind = {p.term, p.pairs.row_ids != nullptr};
+  const TileKernel tile = p.scores ? panel_pass(kind, sums, weights) : tensor_cores(kind, p.operands, sums, weights);
   launch(p.scores ? "panel_pass_kernel" : "tensor_core_kernel", tile.kernel,
          static_cast<unsigned>(tiles(p.rows) * tiles(p.cols)), kThreads, tile.shared_bytes, p.stream, p);
   launch_merge(p);
@@ -100,7 +100,7 @@ const char* architectures() { return CK_TEXT(CK_CUDA_ARCHITECTURES); }
 
 std::string why_not(int device) {
   try {
-    attributes(panel_pass(PairTerm::kExponential, true, false), device);
+    attributes(panel_pass({PairTerm::kExponential, false}, true, false), device);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -109,7 +109,7 @@ std::string why_not(int device) {
 
 bool has_tensor_cores(int device) {
   const cudaFuncAttributes found =
-      attributes(tensor_cores(PairTerm::kExponential, Dtype::kBFloat16, true, false), device);
+      attributes(tensor_cores({PairTerm::kExponential, false}, Dtype::kBFloat16, true, false), device);
   return found.ptxVersion >= 80 && found.binaryVersion >= 80;
 }
 

@@ -69,9 +69,9 @@ __device__ __forceinline__ void leave_params(const Panel& p, const ThreadPlace& 
 }
 
 // Exponentials (or what a term has in their place), their sums in row_part and col_part, and the weights.
-template <class Term, bool SUMS, bool WEIGHTS>
+template <class Term, bool SUMS, bool WEIGHTS, bool SIGNED>
 __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                           const Scores& s, const Logits& logits, EpilogueMemory& m) {
+                                           const Scores& s, const Logits<SIGNED>& logits, EpilogueMemory& m) {
   // read where it is needed: eight more registers are not to be had
   const volatile float* const col_shift = m.shift + kTile + mine.col;
   const float* const col_gains = m.gain + kTile + mine.col;
@@ -92,7 +92,8 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
       if (SUMS && Term::kCol) col_sum[j] += by_col;
       if (WEIGHTS) {
         const float col_gain = Term::kCol ? col_gains[j] : 0.0f;
-        out[j] = params.add(Term::weight(z, by_row, by_col, row_gain, col_gain), s.score[i][j]);
+        const float w = Term::weight(z, by_row, by_col, row_gain, col_gain);
+        out[j] = params.add(logits.with_sign(w, i, j), s.score[i][j]);
       }
     }
     if (SUMS) leave_row_sum(mine, row, row_sum, m);
@@ -103,9 +104,10 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
 }
 
 // A term's shifts and gains, then its sweep. A side that takes no part has gains of 0, and nobody reads its sums.
-template <class Term, bool SUMS, bool WEIGHTS>
+template <class Term, bool SUMS, bool WEIGHTS, bool SIGNED>
 __device__ __forceinline__ ParamSums sweep_with_shifts(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                                       const Scores& s, const Logits& logits, EpilogueMemory& m) {
+                                                       const Scores& s, const Logits<SIGNED>& logits,
+                                                       EpilogueMemory& m) {
   if constexpr (Term::kHasShift) {
     if (SUMS) {
       find_maxima(mine, s, logits, m);
@@ -114,7 +116,7 @@ __device__ __forceinline__ ParamSums sweep_with_shifts(const Panel& p, const Til
     const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
     const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
     const bool common = choose_shifts<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
-    const Logits again = logits.anew();
+    const Logits<SIGNED> again = logits.anew();
     if (common) return sweep<typename Term::WithCommonShift, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
     return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
   } else {
@@ -138,12 +140,12 @@ __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile
   (e.is_row ? scratch.row_sum : scratch.col_sum)[at] = merged_sum(m, e);
 }
 
-// Everything that is done with a tile once its scores are in registers.
-template <class Term, bool SUMS, bool WEIGHTS>
+// Everything that is done with a tile once its scores are in registers. IDS: its pairs have ids.
+template <class Term, bool IDS, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
-                                            EpilogueMemory& m) {
-  constexpr bool kZeros = SUMS && WEIGHTS;
-  const Logits logits = find_logits<kZeros>(p, tile, mine, s, m.pairs);
+                                            const Alike<IDS>& alike, EpilogueMemory& m) {
+  constexpr bool kZeros = SUMS && WEIGHTS, kSigned = IDS && Term::kSigned;
+  const Logits<kSigned> logits = find_logits<IDS, kSigned, kZeros>(p, tile, mine, s, alike, m.pairs);
   const ParamSums params = sweep_with_shifts<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   if (SUMS) {
     __syncthreads();

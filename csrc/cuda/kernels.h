@@ -12,11 +12,17 @@ struct TileKernel {
   unsigned shared_bytes;
 };
 
+// The pair term, and whether pairs have ids: these have kernels of their own, for which the usual ones pay nothing.
+struct Kind {
+  PairTerm term;
+  bool ids;
+};
+
 // Over scores in memory.
-TileKernel panel_pass(PairTerm term, bool sums, bool weights);
+TileKernel panel_pass(Kind kind, bool sums, bool weights);
 
 // With the product of 16-bit operands; from sm_80 on, elsewhere it does nothing.
-TileKernel tensor_cores(PairTerm term, Dtype operands, bool sums, bool weights);
+TileKernel tensor_cores(Kind kind, Dtype operands, bool sums, bool weights);
 
 // Folds what the tiles' blocks left in the scratch into row and column states and dparams.
 void launch_merge(const Panel& panel);

@@ -12,17 +12,45 @@ struct PairsMemory {
   float col_bias[kTile];
 };
 
-// How a thread makes its logits.
+// A bit for each of a thread's pairs of equal ids, where there are IDS. Found before there are scores: beside them,
+// eight ids would not fit the registers.
+template <bool IDS>
+struct Alike {
+  uint32_t bits[2] = {0u, 0u};
+
+  __device__ __forceinline__ Alike(const Panel& p, const TilePlace& tile, const ThreadPlace& mine) {
+    if (!IDS) return;
+    const int64_t* const ids = p.pairs.col_ids + tile.col0() + mine.col;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = mine.row + i * kRowStep;
+      if (row >= tile.rows) break;
+      const int64_t id = p.pairs.row_ids[tile.row0() + row];
+#pragma unroll
+      for (int j = 0; j < kCols; ++j)
+        if (mine.col + j < tile.cols && ids[j] == id) bits[i / 4] |= 1u << (i % 4 * kCols + j);
+    }
+    forget(bits[0]), forget(bits[1]);
+  }
+};
+
+// How a thread makes its logits. SIGNED: pairs of equal ids are positives, with -z in the place of z.
+template <bool SIGNED>
 struct Logits {
   float scale, bias;
   uint32_t left_out[2];            // a bit for each score that does not count or lies outside of the panel
   bool biased;                     // whether columns have biases:
   const volatile float* col_bias;  // of the thread's columns, in shared memory
+  uint32_t alike[SIGNED ? 2 : 1];  // a bit for each pair of equal ids
 
   __device__ __forceinline__ float operator()(const Scores& s, int i, int j) const {
     const float z = s.score[i][j] * scale + bias;
     if ((left_out[i / 4] >> (i % 4 * kCols + j)) & 1u) return -__builtin_inff();
-    return biased ? z + col_bias[j] : z;
+    return with_sign(biased ? z + col_bias[j] : z, i, j);
+  }
+  // v, or -v of a positive.
+  __device__ __forceinline__ float with_sign(float v, int i, int j) const {
+    return SIGNED && ((alike[i / 4 * SIGNED] >> (i % 4 * kCols + j)) & 1u) ? -v : v;
   }
   // The same, new to the compiler: it would keep an earlier sweep's logits in registers, and spill.
   __device__ __forceinline__ Logits anew() const {
@@ -59,21 +87,34 @@ __device__ __forceinline__ uint32_t left_out_of_row(const Panel& p, const TilePl
   return bits;
 }
 
+// Marks the columns that their bias leaves out, in all of the thread's rows.
+__device__ __forceinline__ void leave_out_by_bias(const TilePlace& tile, const ThreadPlace& mine, const PairsMemory& m,
+                                                  uint32_t (&left_out)[2]) {
+  uint32_t bits = 0u;
+#pragma unroll
+  for (int j = 0; j < kCols; ++j)
+    if (mine.col + j < tile.cols && m.col_bias[mine.col + j] == -__builtin_inff()) bits |= 1u << j;
+  left_out[0] |= bits * 0x01010101u, left_out[1] |= bits * 0x01010101u;
+}
+
 // Marks what does not count. Scores outside of the panel are 0 already; ZEROS
 // says so again, for without it ptxas 13.0 spills 180 bytes in the kernels of sums and weights, and with it some in all
-// others.
-template <bool ZEROS>
-__device__ __forceinline__ Logits find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
-                                              PairsMemory& m) {
-  Logits logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, m.col_bias + mine.col};
+// others. IDS: pairs have ids, which leave out or, if SIGNED, make positives.
+template <bool IDS, bool SIGNED, bool ZEROS>
+__device__ __forceinline__ Logits<SIGNED> find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
+                                                      Scores& s, const Alike<IDS>& alike, PairsMemory& m) {
+  Logits<SIGNED> logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, m.col_bias + mine.col, {}};
+  for (int k = 0; IDS && k < 2; ++k) (SIGNED ? logits.alike[k * SIGNED] : logits.left_out[k]) = alike.bits[k];
   if (logits.biased) {
     const int col = static_cast<int>(threadIdx.x);
     if (col < tile.cols) m.col_bias[col] = p.pairs.col_bias[tile.col0() + col];
     __syncthreads();
   }
+  if (SIGNED && logits.biased) leave_out_by_bias(tile, mine, m, logits.left_out);
   const int diagonal = diagonal_place(p, tile);
   const bool whole = tile.rows == kTile && tile.cols == kTile;
-  if (whole && diagonal < -kTile && p.pairs.columns_count == 0) return logits;  // the usual tile: all of it counts
+  // the usual tile: all of it counts, but for ids
+  if (whole && diagonal < -kTile && p.pairs.columns_count == 0) return logits;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int row = mine.row + i * kRowStep;

@@ -11,7 +11,7 @@ __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a
 __device__ __forceinline__ float smaller(float a, float b) { return b < a ? b : a; }
 
 // Leaves each warp's maxima of its rows and columns in row_part and col_part.
-__device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Scores& s, const Logits& logits,
+__device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Scores& s, const Logits<false>& logits,
                                             EpilogueMemory& m) {
   float col_best[kCols];
 #pragma unroll

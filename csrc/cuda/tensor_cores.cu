@@ -105,36 +105,44 @@ __device__ __forceinline__ void multiply_tile(const Panel& p, const TilePlace& t
   __syncthreads();
 }
 
-template <class Term, Dtype OPERANDS, bool SUMS, bool WEIGHTS>
+template <class Term, bool IDS, Dtype OPERANDS, bool SUMS, bool WEIGHTS>
 __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_constant__ Panel p) {
   if constexpr (kServes) {
     const TilePlace tile(p, blockIdx.x);
     const ThreadPlace mine;
+    const Alike<IDS> alike(p, tile, mine);
     Scores scores;
     multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
-    finish_tile<Term, SUMS, WEIGHTS>(p, tile, mine, scores, *reinterpret_cast<EpilogueMemory*>(shared_memory));
+    finish_tile<Term, IDS, SUMS, WEIGHTS>(p, tile, mine, scores, alike,
+                                          *reinterpret_cast<EpilogueMemory*>(shared_memory));
   }
 }
 
-template <class Term, Dtype OPERANDS>
+template <class Term, bool IDS, Dtype OPERANDS>
 TileKernel choose(bool sums, bool weights) {
   const unsigned bytes = kStages * sizeof(Stage);
-  if (!weights) return {tensor_core_kernel<Term, OPERANDS, true, false>, bytes};
-  return {sums ? tensor_core_kernel<Term, OPERANDS, true, true> : tensor_core_kernel<Term, OPERANDS, false, true>,
-          bytes};
+  if (!weights) return {tensor_core_kernel<Term, IDS, OPERANDS, true, false>, bytes};
+  return {
+      sums ? tensor_core_kernel<Term, IDS, OPERANDS, true, true> : tensor_core_kernel<Term, IDS, OPERANDS, false, true>,
+      bytes};
+}
+
+template <class Term, bool IDS>
+TileKernel choose(Dtype operands, bool sums, bool weights) {
+  return operands == Dtype::kBFloat16 ? choose<Term, IDS, Dtype::kBFloat16>(sums, weights)
+                                      : choose<Term, IDS, Dtype::kFloat16>(sums, weights);
 }
 
 template <class Term>
-TileKernel choose(Dtype operands, bool sums, bool weights) {
-  return operands == Dtype::kBFloat16 ? choose<Term, Dtype::kBFloat16>(sums, weights)
-                                      : choose<Term, Dtype::kFloat16>(sums, weights);
+TileKernel choose(bool ids, Dtype operands, bool sums, bool weights) {
+  return ids ? choose<Term, true>(operands, sums, weights) : choose<Term, false>(operands, sums, weights);
 }
 
 }  // namespace
 
-TileKernel tensor_cores(PairTerm term, Dtype operands, bool sums, bool weights) {
-  return term == PairTerm::kSigmoid ? choose<Sigmoid>(operands, sums, weights)
-                                    : choose<BothSides>(operands, sums, weights);
+TileKernel tensor_cores(Kind kind, Dtype operands, bool sums, bool weights) {
+  return kind.term == PairTerm::kSigmoid ? choose<Sigmoid>(kind.ids, operands, sums, weights)
+                                         : choose<BothSides>(kind.ids, operands, sums, weights);
 }
 
 }  // namespace cuda

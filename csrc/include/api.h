@@ -39,7 +39,7 @@ struct Matrix {
   const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
   float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
   int64_t rows = 0, cols = 0;
-  Pairs pairs;                         // of the whole matrix, without ids; the positives are left out beside
+  Pairs pairs;                         // of the whole matrix; the positives are left out beside
   const int64_t* positives = nullptr;  // [rows] the positives' columns, -1 for none; null:
   int64_t offset = kNoDiagonal;        // they lie at row + offset; kNoDiagonal: nowhere
   float scale = 1.0f, bias = 0.0f;
@@ -110,5 +110,9 @@ std::string why_not(int device);
 bool has_tensor_cores(int device);
 
 }  // namespace cuda
+
+// What the library was compiled from: the package's version, and what stands for all of csrc/.
+const char* version();
+const char* sources();
 
 }  // namespace ck

@@ -8,7 +8,7 @@
   X(const int64_t*, columns, nullptr, "[rows, columns_count] columns of the whole matrix that a row leaves out") \
   X(int64_t, columns_count, 0, "columns that a row leaves out, -1 for none")                                     \
   X(const float*, col_bias, nullptr, "[cols] added to the logits of a column")                                   \
-  X(const int64_t*, row_ids, nullptr, "[rows] of searches: pairs of equal ids are left out")                     \
+  X(const int64_t*, row_ids, nullptr, "[rows] pairs of equal ids are left out; the sigmoid term's positives")    \
   X(const int64_t*, col_ids, nullptr, "[cols]")                                                                  \
   X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                         \
   X(int64_t, first_column, 0, "")

@@ -48,6 +48,7 @@ CK_INLINE float refer_gain(float gain, float normalizer_shift, float normalizer_
 template <bool COMMON, bool ROW, bool COL>
 struct Exponential {
   static constexpr bool kHasShift = true, kRow = ROW, kCol = COL;
+  static constexpr bool kSigned = false;  // pairs of equal ids are left out
   using WithCommonShift = Exponential<true, ROW, COL>;
 
   // A pair's exponentials, which are its parts of the row's and the column's sums.

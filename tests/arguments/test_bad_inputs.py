@@ -30,10 +30,10 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("image_independent_aug", "text_independent_aug"), bad.features),
     **dict.fromkeys(("logit_scale", "logit_bias", "independent_logit_scale"), bad.scale),
     "log_normalizer": bad.normalizer,
-    "positive_logits": bad.vector,
+    **dict.fromkeys(("positive_logits", "candidate_bias"), bad.vector),
     "weight": bad.weight,
     "positives": bad.positives,
-    "exclude": bad.ids,
+    **dict.fromkeys(("exclude", "ids"), bad.ids),
     "index": bad.samples,
     "generator": bad.generator,
     **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit", "gradients", "strategy"), bad.word),
@@ -58,6 +58,8 @@ KINDS: dict[str, Kind] = {
     "step": bad.positive_part,
     "floor": bad.part,
     "directions": bad.directions,
+    "world": bad.positive_count,
+    "links": bad.positive_number,
     "direction": bad.direction,
     **dict.fromkeys(("storage", "folder"), bad.folder),
     "negatives": bad.notional,
@@ -70,6 +72,13 @@ KINDS: dict[str, Kind] = {
     "expectation": bad.expectation,
     "encode": bad.encoder,
     **dict.fromkeys(("batches", "accumulate.index"), bad.sequence),
+}
+
+#: Arguments that hold another callable's keywords.
+OPTIONS_OF = {
+    "separation_options": "feature_separation",
+    "bridge_options": "brownian_bridge",
+    "geometry_options": "geometric_consistency",
 }
 
 #: What a kind holds and a callable's argument takes after all.
@@ -201,6 +210,7 @@ def test_the_call_without_bad_values_is_right(name):
 def test_bad_values_are_refused(name, argument):
     kind: Kind = look_up(KINDS, name, argument)
     values, parameter = kind(), arguments(CALLABLES[name])[argument]
+    values |= bad_options(argument)
     if parameter.default is not None and "None" not in str(parameter.annotation):
         values["nothing"] = None
     complaints = []
@@ -210,6 +220,16 @@ def test_bad_values_are_refused(name, argument):
         if ((name, argument, what) in FINE) == (complaint is None):
             complaints.append(f"{argument} {what}: {complaint or 'an error, but FINE says that it is taken'}")
     assert not complaints, "\n".join([name, *complaints])
+
+
+def bad_options(argument: str) -> dict[str, Any]:
+    """What may be wrong with the keywords that an argument holds, one at a time."""
+    owner, bad_ones = OPTIONS_OF.get(argument), {}
+    for option, parameter in {} if owner is None else arguments(CALLABLES[owner]).items():
+        if parameter.kind is parameter.KEYWORD_ONLY and option != "return_terms":
+            values = look_up(KINDS, owner, option)()
+            bad_ones |= {f"with {option} {what}": {option: value} for what, value in values.items()}
+    return bad_ones
 
 
 def complaint_about(argument: str, function: Callable[..., Any], given: dict[str, Any]) -> str | None:

@@ -42,6 +42,9 @@ CASES = [
     case("x", "float16, bfloat16, float32 or float64", "float8", ck.info_nce,
          X.to(torch.float8_e4m3fn), Y.to(torch.float8_e4m3fn), 1.0, normalize=True, error=TypeError),
     case("normalize", "bool", "str", ck.nt_xent, X, Y, 1.0, normalize="no", error=TypeError),
+    case("normalize", "bool", "numpy.bool", ck.nt_xent, X, Y, 1.0, normalize=X.numpy()[0, 0] > 0, error=TypeError),
+    case("workspace_bytes", "int", "numpy.int64", ck.nt_xent, X, Y, 1.0, workspace_bytes=LONG.numpy()[0],
+         error=TypeError),
     case("y", "dense", "torch.sparse_coo", ck.info_nce, X, Y.to_sparse(), 1.0, error=TypeError),
     # the scale and the bias
     case("logit_scale", "float or a tensor of one element", "str", ck.clip_loss, X, Y, "1.0", error=TypeError),
@@ -84,6 +87,21 @@ CASES = [
     case("workspace_bytes", "positive", "-5", ck.info_nce, X, Y, 1.0, workspace_bytes=-5),
     case("workspace_bytes", "int", "float", ck.info_nce, X, Y, 1.0, workspace_bytes=1e9, error=TypeError),
     case("workspace_bytes", "at least", "D = 3; got 10", ck.info_nce, X, Y, 1.0, workspace_bytes=10),
+    # ids
+    case("ids", "pair of them [N], [M]", "int", ck.info_nce, X, Y, 1.0, ids=3, error=TypeError),
+    case("ids", "integer ids", "torch.float32", ck.clip_loss, X, Y, 1.0, ids=ROWS, error=TypeError),
+    case("ids", "shape [6]", "[4]", ck.info_nce, X, Z, 1.0, ids=LONG),
+    case("ids", "shape [4]", "[6]", ck.sigmoid, X, Z, 1.0, 0.0, ids=torch.arange(6)),
+    case("ids", "samples' ids [N]", "tuple", ck.nt_xent, X, Y, 1.0, ids=(LONG, LONG), error=TypeError),
+    case("ids", "device cpu", "meta", ck.decomposable, X, Y, 1.0, ROWS, ids=LONG.to("meta")),
+    case("image_features and text_features", "same number of rows", "4 and 6", ck.sigmoid, X, Z, 1.0, 0.0),
+    # what is added to the candidates' logits
+    case("candidate_bias", "shape [6]", "[4]", ck.info_nce, X, Z, 1.0, candidate_bias=ROWS),
+    case("candidate_bias", "floating-point", "torch.int64", ck.nt_xent, X, Y, 1.0, candidate_bias=LONG,
+         error=TypeError),
+    case("candidate_bias", "pair of tensors", "float", ck.clip_loss, X, Y, 1.0, candidate_bias=0.5, error=TypeError),
+    case("candidate_bias", "None", "pair of log_normalizer", ck.decomposable, X, Y, 1.0, (ROWS, ROWS),
+         candidate_bias=ROWS),
     # the decomposable loss
     case("log_normalizer", "shape [4]", "[6]", ck.decomposable, X, Y, 1.0, torch.zeros(6)),
     case("log_normalizer", "pair of tensors", "float", ck.decomposable, X, Y, 1.0, 0.0, error=TypeError),

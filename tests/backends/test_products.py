@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -102,6 +104,10 @@ def test_the_last_thread_out_restores(amx, monkeypatch):
     assert setting() == "none"
 
 
+class Stop(BaseException):
+    """What stands for KeyboardInterrupt here: one that came too late would fail its test, and not end the whole run."""
+
+
 class Interrupt:
     """Ctrl-C at the n-th bytecode within products.py, by a trace function."""
 
@@ -116,7 +122,7 @@ class Interrupt:
             if self.left == 0:
                 self.fired = True
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                raise Stop
             self.left -= 1
         return self
 
@@ -130,7 +136,7 @@ def interrupted_everywhere(after: Any = None) -> int:
         try:
             sys.settrace(interrupt)
             score_product(panel)
-        except KeyboardInterrupt:
+        except Stop:
             pass
         finally:
             sys.settrace(traced)
@@ -191,32 +197,39 @@ def test_a_product_that_fails_leaves_the_setting(amx, monkeypatch, error):
 
 @has_switch
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
-def test_signals_leave_the_setting(amx):
-    """The real thing: a signal's handler raises, at whatever bytecode the timer finds."""
+def test_signals_leave_the_setting():
+    """The real thing: a signal's handler raises, at whatever bytecode the timer finds.
 
-    class Alarm(KeyboardInterrupt):
-        pass
+    In a process of its own, so that no alarm can reach another test.
+    """
+    command = [sys.executable, __file__]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert (result.returncode, result.stdout) == (0, "1000 alarms\n"), result.stdout + result.stderr
+
+
+def raise_alarms(alarms: int) -> None:
+    """Products that are interrupted by a timer, each later than the one before."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise Alarm
+        raise Stop
 
+    _AmxProducts.available = True
     panel = bfloat16_panel()
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        for i in range(1000):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 40))
-                score_product(panel)
-                deadline = time.monotonic() + 60
-                while time.monotonic() < deadline:  # the alarm is on its way
-                    pass
-                pytest.fail("an alarm was swallowed")
-            except Alarm:
+    signal.signal(signal.SIGALRM, handler)
+    for i in range(alarms):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 40))
+            score_product(panel)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:  # the alarm is on its way
                 pass
-            assert setting() == "none", f"alarm {i}"
-    finally:
-        signal.signal(signal.SIGALRM, before)
+            raise AssertionError("an alarm was swallowed")
+        except Stop:
+            pass
+        assert setting() == "none", f"alarm {i}"
     assert _amx_is_idle()
+    print(f"{alarms} alarms")
 
 
 def _amx_is_idle() -> bool:
@@ -241,3 +254,7 @@ def test_without_onednn_bfloat16_weights_stay_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
     assert default_weights_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+
+
+if __name__ == "__main__":
+    raise_alarms(1000)

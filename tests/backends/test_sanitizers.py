@@ -10,27 +10,24 @@ ThreadSanitizer two callers run at once, with teams of threads that it can follo
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import emulated
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DRIVERS = ROOT / "tests/sanitize"
+DRIVERS = Path("tests/sanitize")
 #: Rounds of the long form; 0: the short one.
 ROUNDS = int(os.environ.get("SANITIZE_ROUNDS") or 0)
-COMMON = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-MEMORY, THREADS = "-fsanitize=address,undefined", "-fsanitize=thread"
-#: What the drivers' processes of each take: switches of rounds.h, further sources.
-SWITCHES = {MEMORY: (), THREADS: ("CK_CALLERS=2", f"CK_EVERY={1 if ROUNDS else 23}")}
-SOURCES = {MEMORY: (), THREADS: (DRIVERS / "teams.cpp",)}
-
-
-def compile_with(cxx, arguments):
-    result = subprocess.run([*cxx, *COMMON, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "warning:" not in result.stderr, result.stderr
+COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+MEMORY, THREADS = "memory", "threads"
+FLAGS = {MEMORY: ["-fsanitize=address,undefined"], THREADS: ["-fsanitize=thread"]}
+#: Callers at once; of how many cases a round takes one: the long form's rounds take all of them.
+CALLERS = {MEMORY: 1, THREADS: 2}
+EVERY = {MEMORY: 1, THREADS: 5} if ROUNDS else {MEMORY: 3, THREADS: 23}
+#: The flags in /proc/cpuinfo that an instruction set needs.
+NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}}
 
 
 def find_toolchain(sanitizer, folder):
@@ -42,9 +39,9 @@ def find_toolchain(sanitizer, folder):
         pytest.skip(str(error))
     source, program = folder / "main.cpp", folder / "main"
     source.write_text("int main() {}\n")
-    command = [*toolchain.cxx, *COMMON, sanitizer, source, "-o", program]
+    command = [*toolchain.cxx, *COMMON, *FLAGS[sanitizer], source, "-o", program]
     if subprocess.run(command, capture_output=True).returncode or subprocess.run([program]).returncode:
-        pytest.skip(f"no program of this compiler runs with {sanitizer}")
+        pytest.skip(f"no program of this compiler runs with {FLAGS[sanitizer][0]}")
     if sanitizer == THREADS and (not toolchain.openmp or "clang" in " ".join(toolchain.cxx)):
         pytest.skip("teams.cpp stands in for gcc's OpenMP")
     return setup, toolchain
@@ -52,40 +49,57 @@ def find_toolchain(sanitizer, folder):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Builds a driver with a sanitizer and given -D switches; the library's objects are compiled once."""
-    compiled = {}
+    """Builds the drivers with a sanitizer: once in a checkout, for all processes and for the long form too."""
 
-    def compile_library(sanitizer):
-        folder = tmp_path_factory.mktemp("sanitize")
-        setup, toolchain = find_toolchain(sanitizer, folder)
-        units = setup.cpu_units(toolchain)
-        objects = [folder / unit.source.with_suffix(".o").name for unit in units]
-        with ThreadPoolExecutor(2) as pool:
-            arguments = [
-                [sanitizer, *unit.flags, "-c", unit.source, "-o", object]
-                for unit, object in zip(units, objects, strict=True)
-            ]
-            list(pool.map(lambda each: compile_with(toolchain.cxx, each), arguments))
-        return folder, toolchain, objects
+    @cache
+    def build_drivers(sanitizer):
+        setup, toolchain = find_toolchain(sanitizer, tmp_path_factory.mktemp("sanitize"))
+        folder = Path("build", f"sanitize-{sanitizer}")
+        watch = [*COMMON, *FLAGS[sanitizer]]
+        missing = set(NEEDS) - expected_instruction_sets()
+        units = [
+            # what this machine cannot run is there to be linked
+            unit._replace(flags=[*unit.flags, *([] if any(name in unit.source.stem for name in missing) else watch)])
+            for unit in setup.cpu_units(toolchain)
+        ]
+        team = [setup.Unit(DRIVERS / "teams.cpp", "cxx", watch)] if sanitizer == THREADS else []
+        link = toolchain.openmp if sanitizer == MEMORY else ["-pthread"]
+        text = f"""
+ninja_required_version = 1.8
+builddir = {folder}
+cxx = {setup.quote([*toolchain.cxx, "-std=c++17", "-Wall", "-Wextra", "-Werror"])}
+link = {setup.quote([*toolchain.cxx, *watch, *link])}
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $link $in -o $out
+"""
 
-    def build_driver(name, sanitizer=MEMORY, *switches):
-        if sanitizer not in compiled:
-            compiled[sanitizer] = compile_library(sanitizer)
-        folder, toolchain, objects = compiled[sanitizer]
-        program = folder / "_".join([name, *switches])
-        flags = [sanitizer, *(f"-D{switch}" for switch in (*SWITCHES[sanitizer], *switches))]
-        flags += toolchain.openmp if sanitizer == MEMORY else ["-pthread"]
-        sources = [(DRIVERS / name).with_suffix(".cpp"), *SOURCES[sanitizer]]
-        compile_with(toolchain.cxx, [*flags, *sources, *objects, "-o", program])
-        return program
+        def objects_of(units):
+            nonlocal text
+            objects = [setup.escape(folder / unit.source.with_suffix(".o")) for unit in units]
+            for unit, output in zip(units, objects):
+                text += f"build {output}: cxx {setup.escape(unit.source)}\n  flags = {setup.quote(unit.flags)}\n"
+            return " ".join(objects)
 
-    return build_driver
+        library = objects_of([*units, *team])
+        for name in ("panel_driver", "matrix_driver"):
+            driver = objects_of([setup.Unit((DRIVERS / name).with_suffix(".cpp"), "cxx", watch)])
+            text += f"build {folder / name}: link {driver} {library}\n"
+        with emulated.locked(ROOT / folder / "lock"):
+            (ROOT / folder / "build.ninja").write_text(text)
+            setup.run_ninja(folder / "build.ninja")
+        return ROOT / folder
+
+    return lambda name, sanitizer: build_drivers(sanitizer) / name
 
 
-def run(program, rounds=1):
+def run(program, sanitizer, rounds=1, *fault):
     # passive: teams of different sizes on few cores would otherwise spin at each other
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    command = [program, str(rounds)]
+    command = [program, *map(str, (rounds, CALLERS[sanitizer], EVERY[sanitizer])), *fault]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600 * rounds)
 
 
@@ -93,18 +107,13 @@ def expected_instruction_sets():
     """What this machine should be tested with, by /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    found = {"baseline"}
-    if {"avx2", "fma"} <= flags:
-        found.add("avx2")
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= flags:
-        found.add("avx512")
-    return found
+    return {"baseline", *(name for name, needed in NEEDS.items() if needed <= flags)}
 
 
-@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS], ids=["memory", "threads"])
+@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
 @pytest.mark.parametrize(("driver", "what"), [("panel_driver", "panels"), ("matrix_driver", "matrices")])
 def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
-    result = run(build(driver, sanitizer), ROUNDS or 1)
+    result = run(build(driver, sanitizer), sanitizer, ROUNDS or 1)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
@@ -112,15 +121,15 @@ def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "switch", "report"),
+    ("sanitizer", "fault", "report"),
     [
-        (MEMORY, "CK_INJECT_OVERRUN", "heap-buffer-overflow"),
-        (MEMORY, "CK_INJECT_UNDEFINED", "signed integer overflow"),
-        (THREADS, "CK_INJECT_RACE", "data race"),
+        (MEMORY, "overrun", "heap-buffer-overflow"),
+        (MEMORY, "undefined", "signed integer overflow"),
+        (THREADS, "race", "data race"),
     ],
 )
-def test_the_sanitizers_are_live(build, sanitizer, switch, report):
-    result = run(build("panel_driver", sanitizer, switch))
+def test_the_sanitizers_are_live(build, sanitizer, fault, report):
+    result = run(build("panel_driver", sanitizer), sanitizer, 1, fault)
     assert result.returncode != 0
     assert report in result.stderr
 
@@ -129,9 +138,10 @@ def test_the_sanitizers_are_live(build, sanitizer, switch, report):
 def test_the_cuda_sources_are_clean_in_their_emulator(tmp_path):
     """tests/backends/test_cuda_pass.py with all C++ of the extension under AddressSanitizer and UBSan."""
     _, toolchain = find_toolchain(MEMORY, tmp_path)
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", MEMORY]
+    flags = [*COMMON, *FLAGS[MEMORY]]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["EMULATED_EXTENSION"] = str(emulated.build("emulated-sanitized", flags))
+    environment["EMULATED_EVERY"] = "7"
     libraries = [
         subprocess.run([*toolchain.cxx, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")

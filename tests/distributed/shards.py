@@ -59,6 +59,8 @@ def share(inputs: Inputs, loss: str, rows: Tensor, cols: Tensor) -> Inputs:
     of = replace(inputs, x=inputs.x[rows], y=inputs.y[cols])
     if inputs.weight is not None:
         of.weight = inputs.weight[rows]
+    if inputs.ids is not None:
+        of.ids = (inputs.ids[0][rows], inputs.ids[1][cols])
     if inputs.log_normalizer is not None:
         of.log_normalizer = (inputs.log_normalizer[0][rows], inputs.log_normalizer[1][cols])
     if inputs.positive_logits is not None:

@@ -9,6 +9,8 @@ from problems import PROBLEMS, engine_options
 from shards import Case, lose, together
 from tolerance import assert_outcome
 
+import contrastive_kernels as ck
+
 
 def options(problem, loss, dtype, strategy):
     """The engine's for a problem, in the panels that it asks for."""
@@ -44,6 +46,7 @@ def test_every_problem(dtype, strategy, tmp_path):
         Case(problem.name, loss, dtype, gradients="sum", options=options(problem, loss, dtype, strategy))
         for problem in SAME_DRAWS
         for loss in problem.losses
+        if problem.candidate_bias is None  # which ranks cannot share
     ]
     check(cases, 3, tmp_path)
 
@@ -90,3 +93,17 @@ def test_two_runs_agree_bitwise(tmp_path):
             assert torch.equal(first.value, second.value)
             for name, gradient in first.gradients.items():
                 assert gradient is None or torch.equal(gradient, second.gradients[name]), name
+
+
+def with_biases() -> list[str]:
+    x, bias, said = torch.eye(4), torch.zeros(4), []
+    for loss, more in (("info_nce", ()), ("clip_loss", ()), ("nt_xent", ()), ("sigmoid", (-1.0,)),
+                       ("decomposable", (bias,))):  # fmt: skip
+        with pytest.raises(ValueError, match="candidate_bias: expected None in a process group") as caught:
+            getattr(ck, loss)(x, x, 5.0, *more, candidate_bias=bias, group="world")
+        said.append(str(caught.value))
+    return said
+
+
+def test_biases_are_refused_on_every_rank(tmp_path):
+    assert all(len(found) == 5 for found in succeeded(run(2, with_biases, tmp_path)))

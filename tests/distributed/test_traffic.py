@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+import table
 import torch
 from launch import Failure, run, succeeded
 from torch import distributed as dist
@@ -170,3 +171,34 @@ def in_a_part_of_the_world() -> float:
 def test_a_group_that_is_a_part_of_the_world(tmp_path):
     _, one, other = succeeded(run(3, in_a_part_of_the_world, tmp_path))
     assert one == other == pytest.approx(ck.clip_loss(torch.eye(8), torch.eye(8), 5.0).item(), rel=1e-6)
+
+
+# ---- the plan ----
+
+
+def counted(loss: str, strategy: str, n: int) -> tuple[int, int]:
+    """Elements and bytes that a step receives on this rank."""
+    x, y = (torch.randn(n, D, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(3.0, requires_grad=True)
+    more: tuple[Any, ...] = ()
+    if loss in ("sigmoid", "decomposable"):
+        more = (-1.0,) if loss == "sigmoid" else (torch.zeros(n),)
+    # (the default grid's groups are made in the first call)
+    getattr(ck, loss)(x, y, scale, *more, group="world", strategy=strategy).backward()
+    with count_traffic() as traffic:
+        getattr(ck, loss)(x, y, scale, *more, group="world", strategy=strategy).backward()
+    return traffic.elements, traffic.bytes
+
+
+@pytest.mark.parametrize("ranks", [4, 6])
+@pytest.mark.parametrize("strategy", ["grid", "ring"])
+@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
+def test_the_plan_counts_what_a_rank_receives(loss, strategy, ranks, tmp_path):
+    planned = ck.plan(N * ranks, None, D, loss=loss, world=ranks, strategy=strategy).over_ranks
+    for elements, received in succeeded(run(ranks, counted, tmp_path, loss, strategy, N)):
+        assert (elements, received) == (planned.elements, planned.bytes)
+
+
+def test_the_table_in_the_docs_is_the_plan():
+    page = table.PAGE.read_text()
+    assert table.page_with(page, table.table()) == page, "python tests/distributed/table.py writes it anew"

@@ -36,11 +36,14 @@ def resident(field):
     return int(fields[field].split()[0]) * 1024
 
 def measure(loss, backend, dtype, n, d, workspace_bytes, work):
+    loss, _, members = loss.partition(" with ")
     x, y = (torch.randn(n, d).to(getattr(torch, dtype)).requires_grad_(work != "forward") for _ in range(2))
     more = {"sigmoid": (-1.0,), "decomposable": (torch.zeros(n),)}.get(loss, ())
     before = resident("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     options = dict(backend=backend, workspace_bytes=workspace_bytes)
+    if "ids" in members:
+        options["ids"] = torch.arange(n) % (n // 3)
     if loss == "geometric_consistency":
         value = ck.geometric_consistency(x, y)
     elif loss == "uniformity":
@@ -86,6 +89,21 @@ def test_the_workspace_is_the_bound():
     over = {case: f"{size / MIB:.1f} MiB" for case, size in used.items() if size > WORKSPACE + SLACK}
     assert not over
     assert max(used.values()) > WORKSPACE / 4, "the measurement sees the workspace at all"
+
+
+def test_ids_take_vectors_alone():
+    """N = 4096, two of whose pairs in every row have equal ids: a mask would take 16 MiB, which has no room."""
+    losses = [f"{loss} with ids" for loss in ("info_nce", "clip_loss", "sigmoid", "decomposable")]
+    cases = [(loss, "cpu", "float32", 4096, 16, 4 * MIB, "gradients") for loss in losses]
+    cases += [(losses[k], "torch", "float32", 4096, 16, 4 * MIB, "gradients") for k in (1, 2)]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 4 * MIB + SLACK}
+    assert not over
+
+
+def test_a_step_of_20_000_rows_takes_little():
+    """Of one matrix of scores alone, it would be 1.5 GiB."""
+    case = ("clip_loss with ids", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")
+    assert measured(case)[case] < 400 * MIB
 
 
 def test_a_band_stays_within_the_workspace():

@@ -343,6 +343,24 @@ def test_results_that_cannot_be_written_end_in_a_line(data, tmp_path, monkeypatc
     assert "recall@1" in printed, "the scores are lost with the file"
 
 
+def test_a_checkpoint_that_is_not_there_is_not_claimed(data, tmp_path, monkeypatch, capsys):
+    real = files.write_sealed
+
+    def refusing(path, content):
+        if path.name == "checkpoint.pt" and not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    monkeypatch.setattr(train_clip, "write_sealed", refusing)
+    for room, claimed in ((True, "checkpoint.pt, metrics.json, curves.png in"), (False, "metrics.json, curves.png in")):
+        line = command(
+            monkeypatch, data, "--steps", 2, "--batch", 16, "--dim", 4, "--device", "cpu", "--out", tmp_path / f"{room}"
+        )
+        assert not line
+        said = [line for line in capsys.readouterr().out.splitlines() if "metrics.json" in line]
+        assert len(said) == 1 and said[0].startswith(claimed)
+
+
 def test_a_damaged_cell_is_told(data, tmp_path):
     cell = structures.Cell("towers", "base", 0)
     for content, word in ((b"{", "is damaged"), (b"[]", "expected the result of a cell")):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from problems import CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, Problem, differentiable
+from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, SOFTMAX, Problem, differentiable
+from within import WAYS
 
 import contrastive_kernels as ck
 
@@ -46,6 +47,8 @@ class Way:
     normalize: bool = False
     default_dtype: torch.dtype = torch.float32
     threads: int = 1
+    #: a way of tests/within.py
+    within: str | None = None
 
 
 @st.composite
@@ -89,6 +92,9 @@ def problems_of(draw: Any, loss: str) -> Problem:
         layout=draw(st.sampled_from(LAYOUTS)),
         positives=positives,
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
+        ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
+        include_positive=loss not in SOFTMAX or draw(st.sampled_from((True, True, False))),
+        candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,
         decomposable=tuple(options),
@@ -100,7 +106,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
 def ways_of(draw: Any, loss: str | None = None) -> Way:
     """How to put it. Without a loss: a search, of which nothing is differentiated."""
     backend = draw(st.sampled_from(BACKENDS))
-    names = () if loss is None else differentiable(loss)
+    names = () if loss is None else (*differentiable(loss), *(("candidate_bias",) if loss in BIASED else ()))
     frozen = draw(st.sets(st.sampled_from(names))) if names and draw(st.booleans()) else set()
     return Way(
         dtype=draw(st.sampled_from(DTYPES if backend == "torch" else DTYPES[:-1])),
@@ -113,6 +119,7 @@ def ways_of(draw: Any, loss: str | None = None) -> Way:
         normalize=draw(st.booleans()),
         default_dtype=draw(st.sampled_from((torch.float32, torch.float32, torch.float64, torch.bfloat16))),
         threads=draw(st.sampled_from((1, 2))),
+        within=draw(st.sampled_from((None,) * len(WAYS) + WAYS)) if names else None,
     )
 
 

@@ -11,7 +11,6 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import contrastive_kernels as ck
@@ -173,39 +172,6 @@ def test_a_distributed_data_parallel_model_trains(loss, process_group):
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert curves[0][-1] < 0.7 * curves[0][0]
-
-
-def _one_of_two(rank, port, queue):
-    """A process of two: what the losses say there."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x = torch.eye(3)
-    said = []
-    for module in (ck.ClipLoss, ck.SigmoidLoss):
-        try:
-            module()(x, x, 2.0, -1.0)
-        except NotImplementedError as error:
-            said.append(str(error))
-    said.append(ck.info_nce(x, x, 2.0).item())  # a function serves the rows that it is given
-    queue.put((rank, said))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes_are_refused():
-    """Local negatives alone would train another loss, silently."""
-    context, port = mp.get_context("spawn"), free_port()
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_one_of_two, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-        assert process.exitcode == 0
-    for _ in range(2):
-        _, (clip, sigmoid, value) = queue.get()
-        assert clip.startswith("ClipLoss: expected a single process; got a process group of 2")
-        assert sigmoid.startswith("SigmoidLoss: expected a single process; got a process group of 2")
-        assert value == pytest.approx(ck.info_nce(torch.eye(3), torch.eye(3), 2.0).item())
 
 
 def test_the_group_of_one_is_no_obstacle(process_group):

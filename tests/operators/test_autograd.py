@@ -256,6 +256,32 @@ def test_checkpointing_draws_the_same_u(backend, reduction):
         assert torch.equal(a, b)
 
 
+def drawing(name, x, y, generator):
+    """A scalar of what is drawn from a generator."""
+    if name == "decomposable":
+        return ck.decomposable(x, y, 3.0, torch.full((len(x),), 9.0), shape=1.0, generator=generator)
+    if name == "bridge":
+        return ck.brownian_bridge(x, y, x * 2, t="sampled", generator=generator)
+    return (x * y[ck.sample_negatives(x, y, 3.0, generator=generator)]).sum()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["decomposable", "bridge", "sampled"])
+def test_checkpointing_refuses_a_generator_that_it_does_not_restore(name, reentrant):
+    """The second forward pass would draw something else, and the gradients would be those of another loss."""
+    x, y = (torch.randn(9, 5, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2))
+    for generator in (None, torch.default_generator):
+        torch.manual_seed(3)
+        want = torch.autograd.grad(drawing(name, x, y, generator), (x, y))
+        torch.manual_seed(3)
+        x.grad = y.grad = None
+        checkpoint(drawing, name, x, y, generator, use_reentrant=reentrant).backward()
+        assert all(torch.equal(v.grad, g) for v, g in zip((x, y), want))
+    value = checkpoint(drawing, name, x, y, torch.Generator().manual_seed(3), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"generator: expected None under activation checkpointing"):
+        value.backward()
+
+
 @pytest.mark.parametrize("loss", ALL)
 def test_saved_features_are_protected(loss, backend):
     """Changing x between forward and backward is an error, or has no effect: never a wrong gradient."""

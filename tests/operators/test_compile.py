@@ -15,6 +15,7 @@ from contrastive_kernels.operators.shared import operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
 from contrastive_kernels.operators.weighted_sum import weighted_sum
+from contrastive_kernels.panels.pairs import Pairs
 
 # opcheck's own
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -92,7 +93,18 @@ def test_options_of_the_rectangular_losses():
     def drawn(x, y, scale, rest):
         return ck.decomposable(x, y, scale, rest["rows"], shape=1.0)
 
-    for function in (info_nce, indexed, block, drawn):
+    def with_ids(x, y, scale, rest):
+        ids = torch.cat([rest["index"], rest["index"], rest["index"]])
+        one = ck.info_nce(x, y, scale, ids=(rest["index"], ids)) + ck.nt_xent(x, x + 1, scale, ids=rest["index"])
+        return one + ck.sigmoid(x, y, scale, -2.0, ids=(rest["index"], ids))
+
+    def biased(x, y, scale, rest):
+        bias = torch.cat([rest["rows"], rest["rows"], rest["rows"]])
+        one = ck.info_nce(x, y, scale, candidate_bias=bias) + ck.nt_xent(x, x + 1, scale, candidate_bias=rest["rows"])
+        two = ck.sigmoid(x, x + 1, scale, -2.0, candidate_bias=rest["rows"])
+        return one + two + ck.clip_loss(x, x + 1, scale, candidate_bias=rest["rows"])
+
+    for function in (info_nce, indexed, block, drawn, with_ids, biased):
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (20, 34):
             leaves, (rows,) = make("decomposable", n, m=3 * n)
@@ -180,8 +192,8 @@ def problem_of(layout="contiguous", dtype=torch.float32, n=7, m=9, d=5, **member
 
 def check(primitive, problem, extras, settings, needs=(True, True, True, True)):
     """opcheck of a primitive's operator and, where anything is differentiated, of its gradients'."""
-    *_, index, col_bias = tensors = problem.tensors()
-    wanted = (*needs, *(v is not None and v.requires_grad for v in (index, col_bias, *extras)))
+    tensors = problem.tensors()
+    wanted = (*needs, *(v is not None and v.requires_grad for v in (*tensors[4:], *extras)))
     if problem.symmetric:
         wanted = (needs[0], False, *wanted[2:])
     freed = [v.detach() if v is not None and not want else v for v, want in zip(tensors, wanted)]
@@ -203,6 +215,14 @@ def check(primitive, problem, extras, settings, needs=(True, True, True, True)):
 
 INDEX = torch.tensor([0, 8, 3, 3, 7, 2, 1])
 SOME = torch.tensor([0, 8, 3, 3, -1, 2, 1])
+IDS = Pairs(row_ids=torch.arange(7) % 3, col_ids=torch.arange(9) % 4)
+
+
+def biased():
+    """What is said of pairs with biases of the columns, which want a gradient."""
+    return IDS._replace(col_bias=vectors(9).requires_grad_())
+
+
 X_ALONE, Y_ALONE, ALL_BUT_Y = (True, False, False, False), (False, True, False, False), (True, False, True, True)
 
 
@@ -210,6 +230,7 @@ X_ALONE, Y_ALONE, ALL_BUT_Y = (True, False, False, False), (False, True, False, 
 def test_opcheck_of_logsumexp(engine, layout, dtype):
     for members, cols, needs in (
         ({"offset": 1}, True, (True,) * 4), ({"index": SOME}, False, X_ALONE), ({}, True, Y_ALONE),
+        ({"offset": 1, "pairs": biased()}, False, (True,) * 4),
     ):  # fmt: skip
         check(log_sum_exps, problem_of(layout, dtype, **members, engine=engine), (), (cols,), needs)
     views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6), engine=engine)
@@ -220,14 +241,17 @@ def test_opcheck_of_logsumexp(engine, layout, dtype):
 def test_opcheck_of_softmax_loss(engine, layout, dtype):
     for members, gain, both, reduction, needs in (
         ({"index": INDEX}, None, False, "mean", (True,) * 4), ({"offset": 1}, vectors(7), False, "none", Y_ALONE),
+        ({"offset": 1, "pairs": IDS}, None, False, "mean", (True,) * 4),
+        ({"offset": 1, "pairs": biased()}, vectors(7), False, "sum", ALL_BUT_Y),
+        ({"index": INDEX, "pairs": biased()}, None, False, "none", (False,) * 4),
         ({"offset": 0, "m": 7}, vectors(7), True, "sum", ALL_BUT_Y),
         ({"offset": 0, "m": 7}, None, True, "none", (True,) * 4),
         ({"offset": 0, "m": 7}, None, True, "mean", (False,) * 4),
     ):  # fmt: skip
         problem = problem_of(layout, dtype, **members, engine=engine)
-        check(softmax_losses, problem, (gain,), (reduction, both), needs)
+        check(softmax_losses, problem, (gain,), (reduction, both, reduction != "sum"), needs)
     views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6), engine=engine)
-    check(softmax_losses, views, (vectors(12),), ("sum", False))
+    check(softmax_losses, views, (vectors(12),), ("sum", False, True))
 
 
 @OPERANDS
@@ -241,7 +265,7 @@ def test_opcheck_of_weighted_sum(engine, layout, dtype):
         ):  # fmt: skip
             problem = problem_of(layout, dtype, m=7, offset=0, engine=engine)
             check(weighted_sum, problem, extras, (relative, reduction), needs)
-        given = problem_of(layout, dtype, index=SOME, engine=engine)
+        given = problem_of(layout, dtype, index=SOME, pairs=biased(), engine=engine)
         check(weighted_sum, given, (a, None, None, None, z, None), (False, "mean"), needs)
 
 
@@ -252,6 +276,8 @@ def test_opcheck_of_sigmoid_loss(engine, layout, dtype):
         (None, "sum", (False,) * 4),
     ):  # fmt: skip
         check(sigmoid_losses, problem_of(layout, dtype, m=7, offset=0, engine=engine), (gain,), (reduction,), needs)
+        for pairs in (IDS, biased()):
+            check(sigmoid_losses, problem_of(layout, dtype, pairs=pairs, engine=engine), (gain,), (reduction,), needs)
 
 
 def test_opcheck_of_checked_index():

@@ -93,15 +93,24 @@ def calls(
     indexed = Problem(x, other, scale, bias, index=index, engine=engine)
     views = Problem(x, x, scale, bias, index=index, symmetric=True, engine=engine)
     for reduction, gain in (("mean", None), ("sum", c), ("none", c)):
-        yield softmax_losses, square, (gain,), (reduction, True)
-        yield softmax_losses, indexed, (gain,), (reduction, False)
-        yield softmax_losses, views, (gain,), (reduction, False)
+        yield softmax_losses, square, (gain,), (reduction, True, reduction != "sum")
+        yield softmax_losses, indexed, (gain,), (reduction, False, True)
+        yield softmax_losses, views, (gain,), (reduction, False, True)
         yield sigmoid_losses, square, (gain,), (reduction,)
         yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
     biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
+    ids = Pairs(row_ids=fakes.tensor(n, dtype=torch.int64), col_ids=fakes.tensor(m, dtype=torch.int64))
+    for reduction in ("mean", "none"):
+        yield (
+            softmax_losses,
+            Problem(x, other, scale, bias, index=index, pairs=ids, engine=engine),
+            (c,),
+            (reduction, False, True),
+        )
+        yield sigmoid_losses, Problem(x, other, scale, bias, pairs=ids, engine=engine), (None,), (reduction,)
 
 
 def is_fixed(fakes: Fakes, size: int | SymInt) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import ALL, call
+from within import WAYS, Named, around, through
 
 import contrastive_kernels as ck
 from contrastive_kernels.operators import second
@@ -73,6 +74,43 @@ def test_a_frozen_tower_has_second_derivatives(loss):
     torch.testing.assert_close(found[0], 2 * (moved[0] - moved[1]) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "vmap"])
+def test_second_derivatives_in_every_way(loss, way):
+    """Where the operators of torch.library stand for the engine, too: none may be lost in silence."""
+
+    def found(way):
+        (x, y, *others), rest = make(loss)
+        with around(way):
+            value = through(way, lambda *a: call(loss, *a, reduction="none"))(x, y, *others, *rest)
+            upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)
+            gradients = torch.autograd.grad(value, (x, y, *others), upstream, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, y, *others))
+
+    for a, b in zip(found(way), found(None)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_operators_unpack_once_what_a_checkpoint_keeps(loss):
+    """Under a mode the operators run, with a checkpoint's hooks about their saved tensors."""
+    leaves, rest = make(loss)
+    want = torch.autograd.grad(call(loss, *leaves, *rest), leaves)
+    with around("mode"):
+        value = through("checkpoint", lambda *a: call(loss, *a))(*leaves, *rest)
+        for a, b in zip(torch.autograd.grad(value, leaves), want):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_subclass_that_changes_nothing_has_torch_func(loss):
+    (x, *others), rest = make(loss)
+    others = [leaf.detach() for leaf in others]
+    scalar = torch.func.grad(lambda x: call(loss, x, *others, *rest))
+    named = torch.func.grad(lambda x: call(loss, x.as_subclass(Named), *others, *rest))
+    torch.testing.assert_close(named(x.detach()), scalar(x.detach()))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", ALL)
 def test_first_derivatives_are_the_same_with_a_graph(loss, reduction):
@@ -130,6 +168,28 @@ def test_torch_func(loss):
     torch.testing.assert_close(torch.vmap(scalar)(batch), torch.stack([scalar(v) for v in batch]))
     want = torch.stack([plain.jacobian(scalar, v) for v in batch])
     torch.testing.assert_close(torch.vmap(torch.func.grad(scalar))(batch), want)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("loss", ALL)
+def test_vmap_within_autograd_keeps_the_gradients(loss, needs):
+    """Inside, a batch's tensors do not tell that they require gradients; those of no batch do."""
+    (x, y, *others), rest = make(loss)
+    batches = [torch.stack([v, 2 * v, -v]).detach().requires_grad_(need) for v, need in zip((x, y), needs)]
+
+    def rows(x, y):
+        return call(loss, x, y, *others, *rest, reduction="none")
+
+    leaves = [*(v for v in batches if v.requires_grad), *others]
+    want = torch.stack([rows(*pair) for pair in zip(*batches)])
+    found = torch.vmap(rows)(*batches)
+    upstream = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).view(want.shape)
+    for a, b in zip(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(want, leaves, upstream)):
+        torch.testing.assert_close(a, b)
+    samples = torch.vmap(torch.func.grad(lambda x, y: rows(x, y).sum()))(*batches)
+    one_by_one = torch.stack([torch.func.grad(lambda x, y=y: rows(x, y).sum())(x) for x, y in zip(*batches)])
+    for a, b in zip(*(torch.autograd.grad(v.square().sum(), leaves) for v in (samples, one_by_one))):
+        torch.testing.assert_close(a, b)
 
 
 def test_functional_call():

@@ -3,14 +3,17 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import contrastive_kernels as ck
+from contrastive_kernels.backends import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +80,48 @@ def test_extension_is_linked_with_neither_torch_nor_cuda():
         pytest.skip("no ldd on this machine")
     for unwanted in ("libtorch", "libc10", "libcudart", "libpython"):
         assert unwanted not in linked
+
+
+def test_the_extension_belongs_to_the_package():
+    """What setup.py compiled in is what is here; a wheel knows its version alone."""
+    built = extension()._built_from
+    assert built == (ck.__version__, sources.digest(ROOT)) and len(built[1]) == 16
+    assert sources.complaint_about(extension(), ck.__version__, ROOT) is None
+    assert sources.complaint_about(extension(), ck.__version__, ROOT / "docs") is None, "no checkout"
+
+
+@pytest.mark.parametrize("built", [("0.0.1", "here"), None], ids=["of another version", "of before it was told"])
+def test_an_extension_of_another_version_is_named(built, tmp_path):
+    module = SimpleNamespace(__file__="_C.so", **({} if built is None else {"_built_from": built}))
+    for root, remedy in ((ROOT, "setup.py build_ext"), (tmp_path, "install contrastive-kernels anew")):
+        said = sources.complaint_about(module, ck.__version__, root)
+        assert f"of version {built[0] if built else 'unknown'}, not of this" in said and remedy in said
+
+
+def test_a_checkout_refuses_an_extension_of_other_sources(tmp_path):
+    """Any file of csrc that was changed, added or renamed; the import says what to do."""
+    extension()
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "contrastive_kernels").symlink_to(ROOT / "contrastive_kernels")
+
+    def imported():
+        command = [sys.executable, "-c", "import contrastive_kernels as ck; print(ck.__version__)"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    result = imported()
+    assert result.returncode == 0 and result.stdout.strip() == ck.__version__, result.stderr
+    seen = {sources.digest(tmp_path)}
+    (tmp_path / "csrc/cpu/dispatch.cpp").open("a").write("// more\n")
+    seen.add(sources.digest(tmp_path))
+    (tmp_path / "csrc/new.h").touch()
+    seen.add(sources.digest(tmp_path))
+    (tmp_path / "csrc/new.h").rename(tmp_path / "csrc/newer.h")
+    seen.add(sources.digest(tmp_path))
+    assert len(seen) == 4
+    result = imported()
+    assert result.returncode != 0
+    assert re.search(r"ImportError: the compiled extension .* is of other sources, .*; rebuild it in", result.stderr)
 
 
 def test_one_openmp_runtime_in_the_process():

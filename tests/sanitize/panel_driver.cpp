@@ -1,8 +1,5 @@
 // Runs the C++ pass over ragged panels in heap buffers of exactly the right size, against a plain loop in double.
-// Built with AddressSanitizer and UndefinedBehaviorSanitizer by tests/backends/test_sanitizers.py, which also builds it
-// with
-//   -DCK_INJECT_OVERRUN    scores one element short: a read past the end, to prove that the sanitizer is live;
-//   -DCK_INJECT_UNDEFINED  a signed overflow, likewise.
+// Built with the sanitizers by tests/backends/test_sanitizers.py; rounds.h has its arguments.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,11 +18,6 @@
 
 namespace {
 
-#ifdef CK_INJECT_OVERRUN
-constexpr int64_t kMissing = 1;
-#else
-constexpr int64_t kMissing = 0;
-#endif
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // One way to call the pass.
@@ -70,7 +62,7 @@ struct Case {
         cols(c),
         stride(c + variant.padding),
         weights_stride(variant.in_place ? stride : c + (7 - variant.padding)),
-        scores((r - 1) * stride + c - kMissing),
+        scores((r - 1) * stride + c - (options.overrun ? 1 : 0)),
         params(3),
         row_shift(r),
         row_sum(r),
@@ -331,7 +323,7 @@ int64_t run_searches(unsigned seed) {
       for (const int64_t cols : {1, 2, 5, 64, 127, 2048, 2051})
         for (const int64_t excluded : {0, 1, 3})
           for (const bool ids : {false, true}) {
-            if (rows * cols > 20000 && (excluded != 1 || CK_EVERY > 1)) continue;
+            if (rows * cols > 20000 && (excluded != 1 || options.every > 1)) continue;
             run_search(term, rows, cols, excluded, ids, random);
             ++panels;
           }
@@ -372,8 +364,9 @@ int64_t run_instruction_set(unsigned seed) {
   for (size_t k = 0; k < shapes.size(); ++k) {
     const auto [rows, cols] = shapes[k];
     // large panels take turns: each variant meets many of them
-    const size_t step = (rows * cols < 300 ? 1 : 11) * CK_EVERY;
-    for (size_t v = k % step; v < variants.size(); v += step, ++panels) run_case(variants[v], rows, cols, random);
+    const size_t step = (rows * cols < 300 ? 1 : 11) * options.every;
+    for (size_t v = (k + seed) % step; v < variants.size(); v += step, ++panels)
+      run_case(variants[v], rows, cols, random);
   }
   for (const int64_t n : sizes) {
     Buffer<float> x(n), out(n);
@@ -391,10 +384,9 @@ int64_t run_instruction_set(unsigned seed) {
 }  // namespace
 
 int main(int argc, char** argv) {
-#ifdef CK_INJECT_UNDEFINED
+  read_options(argc, argv);
   int most = std::numeric_limits<int>::max();
-  std::printf("%d\n", most + argc);
-#endif
+  if (options.undefined) std::printf("%d\n", most + argc);
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     try {
       ck::set_instruction_set(name);
@@ -402,9 +394,8 @@ int main(int argc, char** argv) {
       std::printf("%s: not on this machine\n", name);
       continue;
     }
-    const int64_t panels =
-        run_rounds(argc, argv, [](unsigned seed) { return run_instruction_set(seed) + run_searches(seed); });
+    const int64_t panels = run_rounds([](unsigned seed) { return run_instruction_set(seed) + run_searches(seed); });
     std::printf("%s: %lld panels are right\n", name, static_cast<long long>(panels));
   }
-  return argc == 0;
+  return 0;
 }

@@ -1,0 +1,100 @@
+"""What the user says of pairs: ids of rows and of columns, and what is added to the logits of a candidate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..panels.pairs import Pairs
+from .checks import check_dense, check_vector
+from .reduction import row_weights
+
+__all__ = ["check_ids", "pairs_of", "pairs_of_samples", "require_alone", "with_biases", "without_padding"]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_ids(ids: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of rows [N] and of columns [M] as int64, from one tensor for both or a pair; (None, None) from None."""
+    if ids is None:
+        return None, None
+    pair = (ids, ids) if isinstance(ids, Tensor) else ids
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(each, Tensor) for each in pair):
+        raise TypeError(
+            f"{name}: expected None, a tensor of ids [N], or a pair of them [N], [M]; got {type(ids).__name__}"
+        )
+    for each, length in zip(pair, (x.shape[0], y.shape[0])):
+        check_dense(each, name)
+        if each.dtype not in _INTEGERS:
+            raise TypeError(f"{name}: expected integer ids; got {each.dtype}")
+        if each.shape != (length,):
+            raise ValueError(f"{name}: expected ids of shape [{length}]; got {list(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}; got {each.device}")
+    return pair[0].to(torch.int64).contiguous(), pair[1].to(torch.int64).contiguous()
+
+
+def pairs_of(ids: Any, candidate_bias: Any, x: Tensor, y: Tensor) -> Pairs:
+    """What ids, and biases [M] of the candidates y [M, D], say of a loss's pairs."""
+    bias = None if candidate_bias is None else _checked_bias(candidate_bias, x, y)
+    return Pairs.of((bias, *check_ids(ids, "ids", x, y)))
+
+
+def with_biases(pairs: Pairs, candidate_bias: Any, x: Tensor, y: Tensor) -> Pairs:
+    """The same pairs of x [N, D] and y [M, D] with biases [M] of the candidates."""
+    return Pairs.of((_checked_bias(candidate_bias, x, y), *pairs.tensors[1:]))
+
+
+def _checked_bias(value: Any, x: Tensor, y: Tensor) -> Tensor:
+    return check_vector(value, "candidate_bias", y.shape[0], x, differentiable=True)
+
+
+def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor) -> Pairs:
+    """What ids and biases of samples x [N, D] say of the pairs of their 2 N views.
+
+    With biases the matrix is not symmetric, and it is ids that leave out every view's own column.
+    """
+    if ids is not None and not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected None or a tensor of the samples' ids [N]; got {type(ids).__name__}")
+    bias, of_views, _ = pairs_of(ids, candidate_bias, x, x).tensors
+    if of_views is not None:
+        of_views = of_views.repeat(2)
+    elif bias is not None:
+        of_views = torch.arange(2 * x.shape[0], dtype=torch.int64, device=x.device)
+    return Pairs.of((None if bias is None else bias.repeat(2), of_views, of_views))
+
+
+def without_padding(
+    x: Tensor, y: Tensor, pairs: Pairs, offset: int | None, index: Tensor | None, weight: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """x, y and the weights of rows [N], of candidates whose bias may be -inf: these are padding.
+
+    Nobody reads their features, which may be NaN: zeros stand there, without gradient. A row whose own positive is
+    padding has weight 0, and zeros too.
+    """
+    bias, *_ = pairs.tensors
+    if bias is None:
+        return x, y, weight
+    padding = bias.detach() == -torch.inf
+    if index is not None:
+        idle = padding[index.clamp(min=0)] & (index >= 0)
+    elif offset is not None:
+        idle = padding[offset : offset + x.shape[0]]
+    else:
+        idle = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    weights = row_weights(weight, x.shape[0], x)
+    if weights is None:
+        weights = torch.ones(x.shape[0], dtype=bias.dtype, device=x.device)
+    x, y = x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0)
+    return x, y, weights.masked_fill(idle, 0.0)
+
+
+def require_alone(ranks: object, candidate_bias: object) -> None:
+    """What ranks of a process group cannot share yet; leaving it out silently would train another loss."""
+    if ranks is not None and candidate_bias is not None:
+        raise NotImplementedError(
+            f"candidate_bias: expected None in a process group; got {type(candidate_bias).__name__}. group=None "
+            "computes the loss of this process's rows: gather the others' with their gradients"
+        )

@@ -1,0 +1,29 @@
+"""What kind of tensor comes in, and its memory as the engine reads it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_named_only", "readable", "settled"]
+
+
+def is_named_only(kind: type) -> bool:
+    """Whether a type is a subclass of Tensor that changes no operation, whose memory is a tensor's."""
+    if kind is Tensor or kind is torch.nn.Parameter or not issubclass(kind, Tensor):
+        return False
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def settled(upstream: Tensor) -> Tensor:
+    """What comes from upstream in memory as it is: torch knows of lazy negatives, and of zeros without memory."""
+    return upstream.resolve_neg().clone() if upstream.is_neg() or upstream._is_zerotensor() else upstream
+
+
+def readable(saved: Tensor) -> Tensor:
+    """A saved tensor as what is prepared reads it: hooks may have given its values another layout or place."""
+    if saved.is_neg():
+        saved = saved.resolve_neg()
+    if not saved.is_contiguous():
+        saved = saved.contiguous()
+    return saved.clone() if saved.data_ptr() & 15 else saved
