@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from contrastive_kernels.planning.costs import LOSSES
 
-from . import memory, plot, report, results
+from . import distributed, memory, plot, report, results
 from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases
 from .goals import GOALS, GPU_GOALS, Goal
 from .providers import get, providers
@@ -58,11 +59,16 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the promised ratios of --device alone, each with its bound (some 15 minutes)",
     )
+    what.add_argument(
+        "--distributed",
+        action="store_true",
+        help="clip_loss over 1, 2 and 4 processes instead, against gathering all features (some minutes)",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--memory", action="store_true", help="peak memory too, one process each (about 4 minutes more)")
     how.add_argument("--no-time", action="store_true", help="with --memory: no times")
     how.add_argument("--rounds", type=int, help="turns of every provider (as many as fit into 12 s a group, 3 to 15)")
-    how.add_argument("--threads", type=int, help="torch's threads")
+    how.add_argument("--threads", type=int, help="torch's threads (of each process)")
     out = parser.add_argument_group("out")
     out.add_argument("--list", action="store_true", help="providers and the default set; measure nothing")
     out.add_argument("--dry-run", action="store_true", help="what would run, and why the rest would not")
@@ -201,14 +207,19 @@ def _missing(pairs: list[Pair], stored: list[results.Row], figure: str) -> list[
 
 def _show(args: argparse.Namespace, console: Console) -> None:
     rows = results.load(args.json)
-    for table in report.case_tables(rows):
+    for table in [*report.case_tables(_alone(rows)), *distributed.scaling_tables(rows)]:
         console.print(table, "")
     if args.plot:
         _plot(rows, args.plot, console)
 
 
+def _alone(rows: list[results.Row]) -> list[results.Row]:
+    """Those of no group of processes."""
+    return [row for row in rows if not row.get("processes")]
+
+
 def _plot(rows: list[results.Row], folder: Path, console: Console) -> None:
-    for path in plot.plot(rows, folder):
+    for path in plot.plot(_alone(rows), folder):
         console.print(f"wrote {path}", highlight=False)
 
 
@@ -222,6 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--show needs --json FILE")
         _show(args, console)
         return 0
+    if args.distributed:
+        others = set(vars(args)) - {"distributed", "quick", "n", "d", "rounds", "threads", "json"}
+        if given := [name for name in sorted(others) if getattr(args, name)]:
+            parser.error(f"--distributed: expected --n, --d, --quick, --rounds, --threads, --json alone; got {given}")
+        plan = _scaling(args)
+        _warn_of_load(plan.threads, console)
+        return distributed.run(plan, console, args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -236,6 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(report.plan_table(title, ((case, get(name), why) for case, name, why in lines)), "")
         return 0
     return _run(args, _runnable(timed), _runnable(remembered), console)
+
+
+def _scaling(args: argparse.Namespace) -> distributed.Plan:
+    """Of --distributed."""
+    sizes: dict[str, Any] = {"processes": (1, 2), "each": 32, "total": 96, "d": 16} if args.quick else {}
+    sizes |= {"d": args.d[0]} if args.d else {}
+    sizes |= {"total": args.n[0], "each": args.n[0] // 4} if args.n else {}
+    sizes |= {"threads": args.threads} if args.threads else {}
+    return distributed.Plan(**sizes, rounds=args.rounds or (1 if args.quick else 5))
 
 
 def _choose(args: argparse.Namespace) -> tuple[list[tuple[Case, str, str | None]], list[tuple[Case, str, str | None]]]:

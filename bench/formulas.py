@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from .cases import Inputs
 
-__all__ = ["BLOCKED", "DENSE", "call_directly"]
+__all__ = ["BLOCKED", "DENSE", "call_directly", "gathered_clip_loss"]
 
 
 def clip_loss(i: Inputs) -> Tensor:
@@ -145,3 +146,39 @@ BLOCKED: dict[str, Callable[[Inputs, int, Call], Tensor]] = {
     "sigmoid": _sigmoid_blocks,
     "decomposable": _decomposable_blocks,
 }
+
+
+# ---- over the processes of a group ----
+
+
+# torch 2.13 renames it, and warns of the old name.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class _Gather(torch.autograd.Function):
+    """The rows [n, D] of all processes, one below the other; each gets the sum of what all of them make of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        rows = own.new_empty(dist.get_world_size() * len(own), own.shape[1])
+        _all_gather(rows, own.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        parts = torch.empty_like(upstream)  # (gloo had no reduce-scatter for long)
+        dist.all_to_all_single(parts, upstream.contiguous())
+        return parts.view(dist.get_world_size(), -1, upstream.shape[1]).sum(0)
+
+
+def gathered_clip_loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The usual way (open_clip's ``local_loss`` with ``gather_with_grad``): own rows [n, D] against all of both sides.
+
+    Two matrices of n x N. Means over processes are the loss and its gradients; as many rows in each.
+    """
+    start, rows_of = 0, (x, y)
+    if dist.get_world_size() > 1:
+        start, rows_of = dist.get_rank() * len(x), (_Gather.apply(x), _Gather.apply(y))
+    labels = torch.arange(start, start + len(x), device=x.device)
+    per_image, per_text = scale * x @ rows_of[1].T, scale * y @ rows_of[0].T
+    return (cross_entropy(per_image, labels) + cross_entropy(per_text, labels)) / 2

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 #: What makes two measurements the same one.
 KEY = (
     *("loss", "provider", "backend", "mode", "n", "m", "d", "dtype", "device", "learnable_scale", "frozen_y"),
-    *("machine", "threads", "versions", "commit"),
+    *("processes", "machine", "threads", "versions", "commit"),
 )
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +52,7 @@ def new_row(case: Case, provider: Provider, **measured: Any) -> Row:
         **dataclasses.asdict(case),
         "provider": name,
         "backend": provider.backend,
+        "processes": None,  # of a group
         "machine": describe_machine(case.device),
         "measured": True,
         "threads": torch.get_num_threads(),

@@ -366,16 +366,30 @@ class BatchSampler:
         Independent pictures of every character, [V, B, ...].
     max_shift : int
         Shifts are uniform in -max_shift ... max_shift, in both directions, in pixels.
+    share : (int, int)
+        (k, P): of each batch the k-th of P parts, 0 <= k < P, for one of several processes; the parts make up the batch
+        of one process, and differ by one character at most.
     """
 
     def __init__(
-        self, data: GlyphData, batch: int, *, split: str = "train", seed: int = 0, views: int = 1, max_shift: int = 2
+        self,
+        data: GlyphData,
+        batch: int,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        views: int = 1,
+        max_shift: int = 2,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")
         self.data = data
         self.characters = data.characters(split)
         self.batch = min(batch, len(self.characters))
+        if self.batch < share[1]:
+            raise Mistake(f"batch: expected a character for each of {share[1]} processes, got {self.batch}")
+        self._own = slice(*(self.batch * k // share[1] for k in (share[0], share[0] + 1)))
         self.seed, self.views, self.max_shift = seed, views, max_shift
         self._epoch = -1
         self._order = self.characters
@@ -385,7 +399,7 @@ class BatchSampler:
         return len(self.characters) // self.batch
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step, 0, 1, 2, ... without end."""
+        """The batch of a step, 0, 1, 2, ... without end; of several processes', the own share."""
         epoch, part = divmod(step, len(self))
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.characters)
@@ -395,7 +409,8 @@ class BatchSampler:
         first, count = self.data.first[chosen], self.data.first[chosen + 1] - self.data.first[chosen]
         pairs = first + (random.random((self.views, len(chosen))) * count).astype(np.int64)
         shifts = random.integers(-self.max_shift, self.max_shift + 1, (2, self.views, len(chosen)))
-        return Batch(shift(self.data.images[pairs], shifts[0], shifts[1]), chosen, self.data.face[pairs])
+        pairs, (down, right) = pairs[:, self._own], shifts[:, :, self._own]  # the draws are those of the whole batch
+        return Batch(shift(self.data.images[pairs], down, right), chosen[self._own], self.data.face[pairs])
 
 
 def shift(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from files import Mistake
+from processes import count
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from towers import TwoTowers
@@ -59,9 +61,11 @@ class _Stateless:
         """Nothing to take back."""
 
 
+# of all processes' rows, if there are several; a batch need not divide evenly
+_CLIP, _SIGMOID = ck.ClipLoss(uneven=True), ck.SigmoidLoss(uneven=True)
 _FORMULAS: dict[str, Formula] = {
-    "clip": lambda model, image, text: ck.clip_loss(image, text, model.logit_scale),
-    "sigmoid": lambda model, image, text: ck.sigmoid(image, text, model.logit_scale, model.logit_bias),
+    "clip": lambda model, image, text: _CLIP(image, text, model.logit_scale),
+    "sigmoid": lambda model, image, text: _SIGMOID(image, text, model.logit_scale, model.logit_bias),
     "dense": lambda model, image, text: dense_clip_loss(image, text, model.logit_scale),
 }
 
@@ -83,7 +87,7 @@ class Decomposable:
     """
 
     def __init__(self, num_samples: int, device: torch.device | str = "cpu", **options: Any) -> None:
-        options = {"weights": "updated", "floor": 0.6, **options}
+        options = {"weights": "updated", "floor": 0.6, "uneven": True, **options}
         self.loss = ck.DecomposableContrastiveLoss(num_samples, device=device, **options)
 
     def __call__(self, model: TwoTowers, image: Tensor, text: Tensor, characters: Tensor) -> Tensor:
@@ -105,6 +109,8 @@ def make_objective(loss: str, num_samples: int, device: torch.device | str = "cp
         return Decomposable(num_samples, device)
     if loss not in _FORMULAS:
         raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
+    if loss == "dense" and count() > 1:
+        raise Mistake(f"--loss dense: expected one process, whose rows the formula knows; got {count()}")
     return _Stateless(_FORMULAS[loss])
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Protocol
 
 import torch
+from processes import BatchNorm1d, BatchNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pixel_unshuffle
 
@@ -87,7 +88,7 @@ class Captions:
 def _block(channels_in: int, channels: int) -> nn.Sequential:
     """Halves height and width."""
     convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 class ImageTower(nn.Module):
@@ -103,7 +104,7 @@ class ImageTower(nn.Module):
         self.features = 2 * width * 16  # of the convolutions
         hidden = 2 * dim
         self.head = nn.Sequential(
-            nn.Linear(self.features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
+            nn.Linear(self.features, hidden, bias=False), BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,9 +3,13 @@
     python examples/train_clip.py                                        the fused CLIP loss, batch 4,096
     python examples/train_clip.py --loss sigmoid --batch 1024 --epochs 200
     python examples/train_clip.py --out runs/a --resume                  goes on where a killed run stopped
+    torchrun --nproc-per-node 2 examples/train_clip.py                   two processes, each with half of every batch
 
 Writes to ``--out``: ``checkpoint.pt`` (replaced atomically and sealed with a checksum; a run that resumes from it ends
 as if it had never been stopped), ``metrics.json`` and ``curves.png``. One run writes to a folder.
+
+Several processes train as one would: the losses and the batch normalisation see all their rows, and the curve is the
+same to rounding. A run may go on with another number of them. On CPUs set OMP_NUM_THREADS to the cores of each.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import processes
 import torch
 from evaluate import RECALL_AT, Scores, evaluate
 from files import Mistake, read_sealed, reason, write_figure, write_json, write_sealed
@@ -42,7 +47,7 @@ from options import (
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from towers import TwoTowers
 
 import contrastive_kernels as ck
@@ -82,6 +87,19 @@ class Settings:
             number.check(name, getattr(self, name))
 
 
+class BatchLoss(nn.Module):
+    """From a batch to its loss, towers included: what several processes compute together."""
+
+    def __init__(self, model: TwoTowers, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, captions: tuple[Tensor, Tensor], characters: Tensor) -> Tensor:
+        """Pictures uint8 [N, 32, 32], their captions, and which characters they are [N] -> 0-d."""
+        image, text = self.model(images, captions)
+        return self.objective(self.model, image, text, characters)
+
+
 class Trainer:
     """One run: everything that a checkpoint has to bring back, and one step of it.
 
@@ -99,8 +117,11 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = self._make_model().to(self.device)
         self.objective = self._make_objective()
-        options = {"seed": settings.seed, "views": self.views, "max_shift": settings.shift}
-        self.sampler = BatchSampler(data, settings.batch, split="train", **options)
+        self.batch_loss = processes.data_parallel(BatchLoss(self.model, self.objective))
+        self.sampler = BatchSampler(
+            data, settings.batch, split="train", seed=settings.seed, views=self.views, max_shift=settings.shift,
+            share=(processes.number(), processes.count()),
+        )  # fmt: skip
         self.steps = settings.steps or settings.epochs * len(self.sampler)
         self.captions = self.model.prepare_captions(data.captions)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -110,7 +131,9 @@ class Trainer:
         self.scales: list[Tensor] = []
 
     def _make_model(self) -> TwoTowers:
-        return TwoTowers(self.settings.dim, *initial_logits(self.settings.loss))
+        model = TwoTowers(self.settings.dim, *initial_logits(self.settings.loss))
+        model.logit_bias.requires_grad_(self.settings.loss == "sigmoid")  # no other loss has one
+        return model
 
     def _make_objective(self) -> Objective:
         return make_objective(self.settings.loss, len(self.data.codepoints), self.device)
@@ -151,8 +174,8 @@ class Trainer:
         batch = self.sampler[self.step]
         characters = torch.from_numpy(batch.characters).to(self.device)
         images = torch.from_numpy(batch.images[0]).to(self.device)
-        image, text = self.model(images, self.captions[characters])
-        return self.objective(self.model, image, text, characters)
+        loss: Tensor = self.batch_loss(images, self.captions[characters], characters)
+        return loss
 
     def curve(self) -> dict[str, list[float]]:
         """Loss and temperature at every step so far."""
@@ -221,21 +244,23 @@ def train(
 ) -> bool:
     """Runs a trainer to its last step (or to step ``until``), with a progress bar; saves to ``out`` now and then.
 
+    Of several processes the first one saves and shows the bar.
     A checkpoint that cannot be written is said and tried again later: the training is worth more than its checkpoint.
     Returns whether the last one could be.
     """
     last = trainer.steps if until is None else min(until, trainer.steps)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console, saved = Console(), True
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    console, first, saved = processes.console(), processes.number() == 0, True
+    shown = console.is_terminal and first
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(label or trainer.settings.loss, total=last, completed=trainer.step)
         while trainer.step < last:
             trainer.train_step()
             progress.update(task, completed=trainer.step)
-            if trainer.step % 10 == 0:  # reading the loss waits for the device
+            if shown and trainer.step % 10 == 0:  # reading the loss waits for the device
                 text = f"{label or trainer.settings.loss}: loss {float(trainer.losses[-1]):.3f}"
                 progress.update(task, description=text)
-            if out and (trainer.step % save_every == 0 or trainer.step == last):
+            if out and first and (trainer.step % save_every == 0 or trainer.step == last):
                 saved = _save(trainer, out / "checkpoint.pt", console)
     return saved
 
@@ -272,6 +297,7 @@ def write_metrics(path: Path, trainer: Trainer, scores: dict[str, Scores]) -> No
         "seconds": trainer.seconds,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "device": str(trainer.device),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "contrastive_kernels": ck.__version__,
@@ -335,19 +361,27 @@ def start(data: GlyphData, given: dict[str, Any], checkpoint: Path, resume: bool
 
 
 def main() -> None:
-    """The command."""
-    arguments, given = parse_arguments()
-    console = Console()
+    """The command, on one process or on those of torchrun."""
+    with processes.joined():
+        _train(processes.console())
+
+
+def _train(console: Console) -> None:
+    with processes.one_speaks():
+        arguments, given = parse_arguments()
     out: Path = arguments.out or RUNS / given.get("loss", Settings.loss)
     check_folder(out)
-    data = load_glyphs(arguments.cache)
+    data = processes.from_first(lambda: load_glyphs(arguments.cache))
     trainer = start(data, given, out / "checkpoint.pt", arguments.resume, arguments.device)
+    several = f"{processes.count()} processes, " if processes.count() > 1 else ""
     console.print(
         f"{trainer.settings.loss} loss, {len(data):,} pictures of {len(data.codepoints):,} characters, "
         f"batch {trainer.sampler.batch:,} distinct characters, steps {trainer.step} to {trainer.steps}, "
-        f"{trainer.device}, {torch.get_num_threads()} threads"
+        f"{trainer.device}, {several}{torch.get_num_threads()} threads"
     )
     saved = train(trainer, out, save_every=arguments.save_every)
+    if processes.number() > 0:
+        return
     scores = {split: evaluate(trainer.model, data, split) for split in ("validation", "test")}
     title = f"{scores['test'].candidates:,} held-out characters, after {trainer.seconds:.0f} s of training"
     console.print(scores_table(scores["test"], title))
