@@ -89,7 +89,8 @@ class Ranks:
         made = _grids.setdefault(self.group, {})
         if rows not in made:
             made[rows] = _grid_groups(self.group, rows)
-        return Transport(made[rows][0], call), Transport(made[rows][1], call)
+        row, col = (self.group if part is None else part for part in made[rows])
+        return Transport(row, call), Transport(col, call)
 
     # ---- agreement ----
 
@@ -187,9 +188,10 @@ def memory_of(device: torch.device) -> int:
 
 # ---- groups ----
 
-_Pair = tuple[dist.ProcessGroup, dist.ProcessGroup]
+_Pair = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
 
-#: The groups of a grid's rows and columns, by its number of rows; they end with the group that they divide.
+#: The groups of a grid's rows and columns, by its number of rows; None is all ranks. They end with the group that they
+#: divide, which they do not hold.
 _grids: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _Pair]] = weakref.WeakKeyDictionary()
 
 
@@ -201,7 +203,7 @@ def _grid_groups(group: dist.ProcessGroup, rows: int) -> _Pair:
     row = [everyone[a * cols + c] for c in range(cols)]
     col = [everyone[r * cols + b] for r in range(rows)]
     one, other = (
-        group if len(part) == size else dist.new_group(part, use_local_synchronization=True) for part in (row, col)
+        None if len(part) == size else dist.new_group(part, use_local_synchronization=True) for part in (row, col)
     )
     return one, other
 

@@ -2,8 +2,9 @@
 
 from .decomposable import DecomposableLoss, decomposable
 from .log_sum_exp import log_sum_exp
+from .nt_xent import NTXentLoss, nt_xent
 from .sigmoid import SigmoidLoss, sigmoid
-from .softmax import ClipLoss, InfoNCELoss, NTXentLoss, clip_loss, info_nce, nt_xent
+from .softmax import ClipLoss, InfoNCELoss, clip_loss, info_nce
 
 __all__ = [
     "ClipLoss",

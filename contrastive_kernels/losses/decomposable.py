@@ -142,7 +142,8 @@ def decomposable(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        require_alone(ranks, candidate_bias)
+        if candidate_bias is not None:
+            require_alone(ranks, candidate_bias)
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)

@@ -98,7 +98,8 @@ def sigmoid(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
-        require_alone(ranks, candidate_bias)
+        if candidate_bias is not None:
+            require_alone(ranks, candidate_bias)
         check_reduction(reduction)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
         scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")

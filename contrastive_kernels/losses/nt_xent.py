@@ -1,0 +1,159 @@
+"""NT-Xent, the softmax loss of two views: the function and its module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import (
+    check_engine,
+    check_features,
+    check_flag,
+    check_reduction,
+    check_scale,
+    is_shared,
+)
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import pairs_of_samples, require_alone
+from ..arguments.reduction import gains_or_weights
+from ..distributed.group import ranks_of, tell
+from ..distributed.losses import over_ranks
+from ..distributed.rules import Softmax
+from ..engine.matrix import Problem
+from ..operators.softmax_loss import softmax_loss
+from ..panels.pairs import EVERY_PAIR
+from .biased import views_with_biases
+from .module import SoftmaxLoss
+
+__all__ = ["NTXentLoss", "nt_xent"]
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    candidate_bias: Tensor | None = None,
+    include_positive: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
+) -> Tensor:
+    """NT-Xent, SimCLR's loss: two views of every sample against all 2N views, each left out of its own denominator.
+
+    Parameters
+    ----------
+    z1, z2 : Tensor
+        Two views of the same samples [N, D] of one dtype and device.
+    logit_scale : float or Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm.
+    ids : Tensor, optional
+        Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
+    candidate_bias : Tensor, optional
+        As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
+        products.
+    include_positive : bool
+        As in :func:`info_nce`.
+    weight : Tensor, optional
+        Weights of the samples [N], not differentiated; each serves both views.
+    reduction : {"mean", "sum", "none"}
+        "none" gives [2N], the views of ``z1`` first. The mean of no views is 0.
+    normalize, backend, workspace_bytes, group, gradients, strategy, uneven
+        As in :func:`info_nce`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [2N]; float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+
+    Notes
+    -----
+    The matrix of all views is symmetric, so a panel above the diagonal serves its mirror image too: half of the
+    products of InfoNCE on the same 2N rows. Where all scores fit a quarter of the workspace they are made once for a
+    mean or a sum.
+
+    With a `group` every rank returns the value of the concatenated batch; see docs/distributed.md.
+
+    References
+    ----------
+    T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A simple framework for contrastive learning of visual
+    representations", ICML 2020.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> round(ck.nt_xent(torch.eye(3), torch.eye(3), 2.0).item(), 3)
+    0.433
+    """
+    shared = is_shared(group, gradients, strategy, uneven)
+    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    try:
+        check_reduction(reduction), check_flag(include_positive, "include_positive")
+        if candidate_bias is not None:
+            require_alone(ranks, candidate_bias)
+        z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
+        scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
+        n = z1.shape[0]
+        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)
+        gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        tell(ranks, error, z1)
+        raise
+    views = torch.cat([z1, z2])
+    index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
+    mirrored = ranks is None and not pairs.adds
+    offset = n if mirrored else None
+    problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
+    if ranks is not None:
+        rule = Softmax(mirrored=True, include_positive=include_positive)
+        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, rule.about, repeats=2)
+    if pairs.adds:
+        return views_with_biases(problem, weight, reduction, include_positive)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
+
+
+class NTXentLoss(SoftmaxLoss):
+    """NT-Xent, SimCLR's loss; see :func:`contrastive_kernels.nt_xent`.
+
+    Parameters
+    ----------
+    reduction : {"mean", "sum", "none"}
+        "none" gives the views' losses [2N].
+    include_positive, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.info_nce`.
+    group, gradients, strategy, uneven
+        The same; by default all ranks of the default process group, if there is one.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> ck.NTXentLoss(reduction="none")(torch.randn(4, 8), torch.randn(4, 8), 2.0).shape
+    torch.Size([8])
+    """
+
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        logit_scale: float | Tensor,
+        weight: Tensor | None = None,
+        ids: Tensor | None = None,
+        candidate_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Two views of the same samples [N, D]."""
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        return nt_xent(z1, z2, logit_scale, **members, **self.options)
