@@ -157,7 +157,8 @@ class Ranks:
         texts = self._texts(text, device)
         if failed:
             said = [f"rank {rank} raised {t}" for rank, t in enumerate(texts) if t]
-            kind = TypeError if " raised TypeError: " in said[0] else ValueError
+            kinds = (TypeError, RuntimeError)
+            kind = next((each for each in kinds if f" raised {each.__name__}: " in said[0]), ValueError)
             raise kind(f"group: expected every rank to reach the loss; {'; '.join(said)}")
         first = next(t for t in texts if t != texts[0])
         raise ValueError(

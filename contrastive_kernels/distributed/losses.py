@@ -18,6 +18,7 @@ from ..arguments.reduction import row_gains
 from ..engine.driver import normalizer_of
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
+from ..engine.strategy import panel_shape
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .grid import Grid, grid_rows
@@ -83,6 +84,7 @@ class _OverRanks(torch.autograd.Function):
             return once(gradients, [*ctx.saved_tensors, upstream])
         work, factor = ctx.work, None
         if work.reduction == "none":  # single rows' gradients from upstream, and no factor
+            _ = ctx.saved_tensors  # autograd refuses features that were overwritten meanwhile
             route, problem, kept, gain = ctx.kept
             with _no_autocast(problem.x):
                 made = work.rule.gradients(route, problem, kept, gain * upstream, work.wanted)
@@ -146,6 +148,7 @@ def over_ranks(
     tensors = (x, None if rule.mirrored else y, problem.scale, problem.bias, *rule.extras)
     grad = torch.is_grad_enabled()
     needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
+    _require_engine(ranks, problem)
     sizes = ranks.agree(call, _described(ranks, problem, weight, reduction, needs, about), x, len(x), len(y))
     own_x = x.detach()
     plain = replace(problem, x=own_x, y=own_x if rule.mirrored else y.detach())
@@ -162,12 +165,22 @@ def normalizers_over_ranks(
 ) -> tuple[Tensor, Tensor | None]:
     """The log-sum-exps of this rank's rows over all ranks' columns [2, n], and of its columns [2, m]: (shift, rest)."""
     x, y = problem.x.detach(), problem.y.detach()
+    _require_engine(ranks, problem)
     sizes = ranks.agree(call, _described(ranks, problem, None, "none", (), (("columns", cols),)), x, len(x), len(y))
     with _no_autocast(x):
         plain = replace(problem, x=x, y=y)
         route = _route(ranks, Own(plain, EXPONENTIAL), sizes, call, keeps=False)
         row, col = route.statistics(plain.params(), cols=cols)
     return normalizer_of(row), None if col is None else normalizer_of(col)
+
+
+def _require_engine(ranks: Ranks, problem: Problem) -> None:
+    """A backend that can serve, and a workspace for its smallest panel: on every rank, or on none."""
+    try:
+        panel_shape(problem.backend(), problem.size(), True)
+    except ValueError as error:
+        ranks.fail(error, problem.x)
+        raise
 
 
 def _described(
@@ -179,10 +192,11 @@ def _described(
     about: tuple[tuple[str, Any], ...],
 ) -> list[tuple[str, Any]]:
     """What must be the same on all ranks."""
-    wanted = [name for name, need in zip(("x", "y", "scale", "bias"), needs) if need]
+    extras = [f"positive_logits[{i}]" for i in range(len(needs) - 4)]
+    wanted = [name for name, need in zip(("x", "y", "scale", "bias", *extras), needs) if need]
     described = [
         ("features", problem.x.shape[1]), ("dtype", problem.x.dtype), ("reduction", reduction),
-        ("weights", "given" if weight is not None else None),
+        ("weights", None if weight is None else weight.dtype),
         ("ids", "given" if problem.pairs.row_ids is not None else None), ("gradients of", "+".join(wanted)),
         ("gradients", ranks.gradients), ("strategy", ranks.strategy), *about,
     ]  # fmt: skip
@@ -225,7 +239,8 @@ def reduce_over_ranks(
     ranks: Ranks, call: str, losses: Tensor, weight: Tensor | None, reduction: str, x: Tensor
 ) -> Tensor:
     """What is added to this rank's losses [n] outside of the stream, reduced like them; without gradient."""
-    sizes = ranks.agree(call, (("reduction", reduction), ("weights", weight is not None)), x, len(x), len(x))
+    about = (("reduction", reduction), ("weights", None if weight is None else weight.dtype))
+    sizes = ranks.agree(call, about, x, len(x), len(x))
     gain = _gains(ranks, call, sizes, weight, x, reduction, 1)
     losses = losses.masked_fill(gain == 0, 0.0) * gain
     return losses if reduction == "none" else ranks.transport(call).sum(losses.sum())

@@ -19,7 +19,6 @@ from ..arguments.checks import (
     check_generator,
     check_number,
     check_reduction,
-    check_vector,
     check_workspace,
     is_shared,
     recomputing,
@@ -34,7 +33,8 @@ from ..losses import decomposable
 from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_expectation, check_negatives, wide
 from .memory import NormalizerMemory
-from .normalizers import Batch, found_by_batch, positive_term, row_normalizers
+from .normalizers import Batch, check_scores, found_by_batch, positive_term, row_normalizers
+from .ranks import told
 
 __all__ = ["DatasetContrastiveLoss", "DecomposableContrastiveLoss"]
 
@@ -233,7 +233,8 @@ class DatasetContrastiveLoss(nn.Module):
                 "DatasetContrastiveLoss: called again by activation checkpointing, which would draw u and move "
                 "the memory twice; call e_step, a checkpointed m_step and update instead"
             )
-        expectation = self.e_step(index, direction=direction, generator=generator)
+        with told(self._ranks(), x):
+            expectation = self.e_step(index, direction=direction, generator=generator)
         loss, found = self.m_step(
             x, y, logit_scale, expectation, positives=positives, positive_logits=positive_logits, weight=weight
         )
@@ -251,7 +252,9 @@ class DatasetContrastiveLoss(nn.Module):
         ranks = self._ranks()
         if ranks is None:
             return len(y)
-        return sum(ranks.agree(type(self).__name__, (("features", x.shape[1]),), x, len(x), len(y)).cols)
+        names = ("training", "weights", "negatives", "max_ratio", "first_visit", "safeguard", "include_positive")
+        about = (("features", x.shape[1]), ("normalize", self.normalize), *((n, getattr(self, n)) for n in names))
+        return sum(ranks.agree(type(self).__name__, about, x, len(x), len(y)).cols)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -307,7 +310,8 @@ class DatasetContrastiveLoss(nn.Module):
             for used in (x, y, logit_scale, positive_logits):
                 alone = alone + used.reshape(-1)[:0].sum().to(alone.dtype) if isinstance(used, Tensor) else alone
             return alone, torch.full_like(expectation.log_mean, -torch.inf)
-        z_pos, notional = batch.positive_scores(), self._notional(negatives)
+        with told(ranks, x):
+            z_pos, notional = batch.positive_scores(), self._notional(negatives)
         log_z, counted = row_normalizers(self, batch, expectation, z_pos, notional)
         log_u = expectation.log_weight.to(log_z) - log_z
         if counted is not None:
@@ -357,14 +361,15 @@ class DatasetContrastiveLoss(nn.Module):
         positive_logits: Tensor | None = None,
     ) -> None:
         """Visits the samples of a batch without a loss: one product. Arguments as in :meth:`forward`."""
-        x, y = check_features(x, y, ("x", "y"), self.normalize)
-        expectation = self.e_step(index, direction=direction)
+        ranks = self._ranks()
+        with told(ranks, x):
+            x, y = check_features(x, y, ("x", "y"), self.normalize)
+            expectation = self.e_step(index, direction=direction)
+            check_scores(x, y, logit_scale, positives, positive_logits)
+            if len(expectation.index) != len(x):
+                raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
         two = expectation.log_mean.shape[1] == 2
-        batch = Batch(x, y, logit_scale, positives, positive_logits, two, self._ranks(), self._columns(x, y))
-        if positive_logits is not None:
-            check_vector(positive_logits, "positive_logits", len(x), x, differentiable=True)
-        if len(expectation.index) != len(x):
-            raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(expectation.index)}")
+        batch = Batch(x, y, logit_scale, positives, positive_logits, two, ranks, self._columns(x, y))
         self.update(expectation, found_by_batch(batch, self.engine), columns=max(batch.negatives, 0))
 
     def accumulate(

@@ -280,7 +280,7 @@ class NormalizerMemory(Tables):
         ranks = self._ranks()
         with self._guard:
             try:
-                self._require("update", write=ranks is None)
+                self._require("update", write=True, beside=ranks is not None)
                 rows, columns = self._check_index(index), self._columns(direction)
                 found = self._check_found(found, "found", len(rows), columns)
                 if (bound := lower_bound) is not None:
@@ -289,7 +289,8 @@ class NormalizerMemory(Tables):
                 tell(ranks, error, index)
                 raise
             if ranks is not None:
-                rows, found, bound = gathered_visits(ranks, rows, found, bound, columns)
+                rule = (self.num_samples, self.step, self.floor)
+                rows, found, bound = gathered_visits(ranks, rows, found, bound, columns, rule)
             if len(rows):
                 self._visit(rows, columns, found, bound, ranks)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_positives, check_scale
+from ..arguments.checks import check_engine, check_positives, check_scale, check_vector
 from ..distributed.group import Ranks
 from ..distributed.losses import normalizers_over_ranks
 from ..draws.gamma import log_or_minus_infinity
@@ -18,7 +18,7 @@ from ..operators.logsumexp import normalizers
 from .expectation import Expectation, positive_scores, wide
 from .memory import NormalizerMemory
 
-__all__ = ["Batch", "found_by_batch", "positive_term", "row_normalizers"]
+__all__ = ["Batch", "check_scores", "found_by_batch", "positive_term", "row_normalizers"]
 
 
 class Rule(Protocol):
@@ -55,6 +55,15 @@ class Batch:
     def positive_scores(self) -> Tensor:
         """z_i,p(i) [N] in the dtype of the scores."""
         return positive_scores(self.x, self.y, self.logit_scale, self.positives, self.positive_logits)
+
+
+def check_scores(x: Tensor, y: Tensor, logit_scale: object, positives: object, positive_logits: object | None) -> None:
+    """What a batch's scores are made of, beside features that fit."""
+    check_scale(x, logit_scale)
+    if positive_logits is None:
+        check_positives(positives, x, y)
+    else:
+        check_vector(positive_logits, "positive_logits", len(x), x, differentiable=True)
 
 
 @torch.no_grad()

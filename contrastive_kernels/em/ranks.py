@@ -15,7 +15,7 @@ from ..distributed.group import Ranks, tell
 from .manifest import Manifest
 from .storage import Folder
 
-__all__ = ["gathered_visits", "opened_together", "written_by_one"]
+__all__ = ["gathered_visits", "opened_together", "told", "written_by_one"]
 
 
 def opened_together(ranks: Ranks, path: Path, wanted: Manifest) -> Folder:
@@ -41,15 +41,19 @@ def opened_together(ranks: Ranks, path: Path, wanted: Manifest) -> Folder:
     if not any(writes for at, writes in found if at == host):
         assert refusal is not None
         raise refusal
-    return Folder(path, wanted, True) if folder is None else folder
+    if folder is None:
+        folder = Folder(path, wanted, True)
+        folder.beside = True
+    return folder
 
 
 def gathered_visits(
-    ranks: Ranks, rows: Tensor, found: Tensor, bound: Tensor | None, columns: slice
+    ranks: Ranks, rows: Tensor, found: Tensor, bound: Tensor | None, columns: slice, rule: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What all ranks have visited: their samples [N], what was found of them [N, d] and its lower bound, by rank."""
     call, device = "NormalizerMemory.update", ranks.device(rows.device)
-    about = (("directions", (columns.start, columns.stop)), ("lower_bound", "given" if bound is not None else None))
+    about = (("directions", (columns.start, columns.stop)), ("lower_bound", "given" if bound is not None else None),
+             ("samples, step and floor", rule))  # fmt: skip
     sizes = ranks.agree(call, about, torch.empty(0, 1, device=device, dtype=torch.float32), len(rows), len(rows))
     transport = ranks.transport(call)
 
@@ -57,6 +61,16 @@ def gathered_visits(
         return transport.all_gather(own.to(device), sizes.rows).to(rows.device)
 
     return gathered(rows), gathered(found), None if bound is None else gathered(bound)
+
+
+@contextmanager
+def told(ranks: Ranks | None, features: object) -> Iterator[None]:
+    """Where an argument may be refused on one rank alone: the others raise too."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        tell(ranks, error, features)
+        raise
 
 
 @contextmanager

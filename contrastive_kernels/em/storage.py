@@ -64,6 +64,8 @@ class Folder:
         self.manifest = wanted
         #: whether the tables are made here, of zeros
         self.new = False
+        #: whether another rank writes it, and this one maps it
+        self.beside = False
         self._mapped: list[mmap.mmap] = []
         self._files: dict[str, int] = {}
         self._open: list[int] = []

@@ -49,14 +49,14 @@ class Tables(nn.Module):
     def _settled(self) -> None:
         """Called after the tensors were replaced or loaded."""
 
-    def _require(self, what: str, write: bool = False) -> None:
-        """Whether the tables can be read, or written."""
+    def _require(self, what: str, write: bool = False, beside: bool = False) -> None:
+        """Whether the tables can be read, or written; `beside`: by this process or another rank."""
         folder = self._folder
         if folder is None:
             return
         if folder.closed:
             raise RuntimeError(f"{what}: expected an open memory; got one that was closed ({folder.path})")
-        if write and folder.read_only:
+        if write and folder.read_only and not (beside and folder.beside):
             raise RuntimeError(f"{what}: expected a memory that may be written; got read_only=True ({folder.path})")
         if write and folder.foreign:
             raise RuntimeError(

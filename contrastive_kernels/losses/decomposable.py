@@ -182,7 +182,10 @@ def decomposable(
     logits = [logit for _, logit in sides if logit is not None] or None
     if ranks is not None:
         rule = Ratio(rests, logits, constant - excess)
-        about = (("directions", len(sides)), ("positive_logits given", logits is not None))
+        about = (
+            ("directions", len(sides)), ("positive_logits given", logits is not None), ("normalize", normalize),
+            ("shape", shape), ("positive_constant", c), ("negative_scale", k),
+        )  # fmt: skip
         loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
         normalizers, dots = rule.normalizers, rule.dots
         if not return_log_normalizer:

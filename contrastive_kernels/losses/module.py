@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments.checks import check_backend, check_distribution, check_flag, check_reduction, check_workspace
+from ..arguments.checks import (
+    check_backend,
+    check_distribution,
+    check_flag,
+    check_reduction,
+    check_workspace,
+    is_shared,
+)
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import check_group
+from ..distributed.group import check_group, ranks_of, tell
 
 __all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
 
@@ -43,6 +50,11 @@ class Loss(nn.Module):
             "uneven": uneven,
         }
         check_distribution(gradients, strategy, uneven)
+
+    def tell(self, error: Exception, features: Any) -> None:
+        """Tells the other ranks, if there are any, that this one is about to raise."""
+        over = {name: self.options[name] for name in ("group", "gradients", "strategy", "uneven")}
+        tell(ranks_of(**over) if is_shared(**over) else None, error, features)
 
     def extra_repr(self) -> str:
         """The options, as they print."""

@@ -120,7 +120,8 @@ def nt_xent(
     problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if ranks is not None:
         rule = Softmax(mirrored=True, include_positive=include_positive)
-        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, rule.about, repeats=2)
+        about = (*rule.about, ("normalize", normalize))
+        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
     if pairs.adds:
         return views_with_biases(problem, weight, reduction, include_positive)
     return softmax_loss(problem, gains, reduction, include_positive=include_positive)

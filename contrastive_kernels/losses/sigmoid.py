@@ -115,7 +115,7 @@ def sigmoid(
         tell(ranks, error, image_features)
         raise
     if ranks is not None:
-        return over_ranks(Sigmoid(), ranks, "sigmoid", problem, gains, reduction)
+        return over_ranks(Sigmoid(), ranks, "sigmoid", problem, gains, reduction, (("normalize", normalize),))
     return sigmoid_loss(problem, gains, reduction)
 
 

@@ -146,7 +146,7 @@ def info_nce(
         raise
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
-        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, rule.about)
+        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
     return softmax_loss(problem, gains, reduction, include_positive=include_positive)
 
 
@@ -239,7 +239,7 @@ def clip_loss(
         return pairs_with_biases(problem, candidate_bias, weight, reduction, include_positive)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
-        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, rule.about)
+        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
     return softmax_loss(problem, gains, reduction, both=True, include_positive=include_positive)
 
 
@@ -311,11 +311,16 @@ class ClipLoss(SoftmaxLoss):
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
-        check_flag(output_dict, "output_dict")
+        bias = None
+        try:
+            check_flag(output_dict, "output_dict")
+            if logit_bias is not None and isinstance(image_features, Tensor):
+                bias = check_scale(image_features, logit_bias, "logit_bias")
+        except (TypeError, ValueError) as error:
+            self.tell(error, image_features)
+            raise
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
-        if logit_bias is not None:
-            bias = check_scale(image_features, logit_bias, "logit_bias")
-            if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
-                loss = loss + 0.0 * bias.reshape(()).to(loss.dtype)
+        if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
+            loss = loss + 0.0 * bias.reshape(()).to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss

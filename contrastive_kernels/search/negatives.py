@@ -20,7 +20,7 @@ from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
 from ..arguments.pairs import check_ids
 from ..distributed.group import Ranks, ranks_of, tell
 from ..distributed.search import best_of_all_ranks
-from ..engine.search import Search
+from ..engine.search import Search, panel_side
 from ..operators.search import best_column
 from ..panels.pairs import Pairs
 from ..panels.size import workspace_for
@@ -118,7 +118,7 @@ def sample_negatives(
     device = x.device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device).to(x.device)
     if ranks is not None:
-        return _over_ranks(ranks, "sample_negatives", x, y, params, excluded, ids, seed, engine)
+        return _over_ranks(ranks, "sample_negatives", x, y, params, excluded, ids, seed, engine, normalize)
     return best_column(x, y, params, excluded, *ids, seed, *engine)
 
 
@@ -190,7 +190,7 @@ def hardest_negatives(
         tell(ranks, error, x)
         raise
     if ranks is not None:
-        return _over_ranks(ranks, "hardest_negatives", x, y, params, excluded, ids, None, engine)
+        return _over_ranks(ranks, "hardest_negatives", x, y, params, excluded, ids, None, engine, normalize)
     return best_column(x, y, params, excluded, *ids, None, *engine)
 
 
@@ -208,14 +208,21 @@ def _over_ranks(
     ids: tuple[Tensor | None, Tensor | None],
     seed: Tensor | None,
     engine: Engine,
+    normalize: bool,
 ) -> Tensor:
     """The same among the candidates of all ranks."""
-    about = (("features", x.shape[1]), ("dtype", x.dtype), ("exclude", "given" if ids[0] is not None else None))
-    sizes = ranks.agree(call, about, x, len(x), len(y))
     term = MAXIMUM if seed is None else GUMBEL_MAX
-    backend = backends.choose(engine.backend or None, x.device, x.dtype, term)
+    try:
+        backend = backends.choose(engine.backend or None, x.device, x.dtype, term)
+        workspace = workspace_for(x.device, engine.workspace_bytes)
+        panel_side(x, y, params.dtype, backend, workspace)
+    except ValueError as error:
+        ranks.fail(error, x)
+        raise
+    about = (("features", x.shape[1]), ("dtype", x.dtype), ("exclude", "given" if ids[0] is not None else None),
+             ("normalize", normalize))  # fmt: skip
+    sizes = ranks.agree(call, about, x, len(x), len(y))
     pairs = Pairs(None, excluded.contiguous(), row_ids=ids[0], col_ids=ids[1])
-    workspace = workspace_for(x.device, engine.workspace_bytes)
     search = Search(term, x.contiguous(), y.contiguous(), params, pairs, backend, workspace, seed)
     return best_of_all_ranks(ranks, call, sizes, search)
 

@@ -137,6 +137,8 @@ def retrieval_metrics(
         x, y = check_features(x, y, ("x", "y"), normalize)
         options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
         index = _positives(positives, x, y)
+        first = registry.choose(options[0] or None, x.device, x.dtype, RANK)
+        panel_side(x, y, score_dtype(x.dtype), first, options[1])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # before it may be needed
     except (TypeError, ValueError) as error:
@@ -144,7 +146,7 @@ def retrieval_metrics(
         raise
     corpus = None
     if processes is not None:
-        about = (("features", x.shape[1]), ("dtype", x.dtype))
+        about = (("features", x.shape[1]), ("dtype", x.dtype), ("normalize", normalize))
         sizes = processes.agree("retrieval_metrics", about, x, len(x), len(y))
         corpus = Corpus(processes, "retrieval_metrics", sizes, y)
     ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options, corpus)

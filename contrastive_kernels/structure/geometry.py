@@ -102,8 +102,8 @@ def geometric_consistency(
     except (TypeError, ValueError) as error:
         tell(ranks, error, image)
         raise
-    there = ("views", [view is not None for view in (va, ta)])
-    sums = None if ranks is None else Sums.of(ranks, "geometric_consistency", v, ("weights", weights), there)
+    about = (("weights", weights), ("views", [view is not None for view in (va, ta)]), ("normalize", normalize))
+    sums = None if ranks is None else Sums.of(ranks, "geometric_consistency", v, *about)
     total = difference_sum(v, t, cross, intra, sums)
     for feature, view in ((v, va), (t, ta)):
         if view is not None:

@@ -23,7 +23,7 @@ from ..arguments.checks import (
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import check_group, ranks_of, tell
+from ..distributed.group import Ranks, check_group, ranks_of, tell
 from ..distributed.sums import Sums
 from .bridge import brownian_bridge, check_time
 from .geometry import geometric_consistency
@@ -300,11 +300,15 @@ class LatentStructureLoss(nn.Module):
         values = {"base": base}
         parts: dict[str, Tensor] = {}
         if self.weights["separation"]:
-            if image_independent is None or text_independent is None:
-                raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
             if independent_logit_scale is None:
                 independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
-            check_scale(image, independent_logit_scale, "independent_logit_scale")
+            try:
+                if image_independent is None or text_independent is None:
+                    raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
+                check_scale(image, independent_logit_scale, "independent_logit_scale")
+            except (TypeError, ValueError) as error:
+                tell(self._ranks(), error, image)
+                raise
             result = feature_separation(
                 image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
                 independent_logit_scale, return_terms=True, **self.separation_options, **self.over,
@@ -322,9 +326,13 @@ class LatentStructureLoss(nn.Module):
                 loss = loss + self.weights[name] * value
         return {"loss": loss, **{name: value.detach() for name, value in values.items()}, **parts}
 
+    def _ranks(self) -> Ranks | None:
+        """The ranks whose rows make up a batch."""
+        return ranks_of(**self.over) if is_shared(**self.over) else None
+
     def _bridge(self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None) -> Tensor:
         """The bridge's mean over the samples of all ranks."""
-        ranks = ranks_of(**self.over) if is_shared(**self.over) else None
+        ranks = self._ranks()
         try:
             own = brownian_bridge(image, text, image_aug, text_aug, **self.bridge_options)
         except (TypeError, ValueError) as error:

@@ -90,6 +90,8 @@ def multimodal_contrastive(
     except (TypeError, ValueError) as error:
         tell(ranks, error, image)
         raise
+    if ranks is not None:  # how many losses there are
+        ranks.agree_on_rows("multimodal_contrastive", image, ("views", [name for *_, name in views]))
     options: dict[str, Any] = {
         "normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes,
         "group": group, "gradients": gradients, "strategy": strategy, "uneven": uneven,

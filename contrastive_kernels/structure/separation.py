@@ -125,7 +125,8 @@ def feature_separation(
         raise
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
     there = [name for name, view in views.items() if view is not None]
-    sums = None if ranks is None else Sums.of(ranks, "feature_separation", v, ("weights", weights), ("views", there))
+    about = (("weights", weights), ("views", there), ("normalize", normalize))
+    sums = None if ranks is None else Sums.of(ranks, "feature_separation", v, *about)
     terms: dict[str, Tensor] = {}
     if weights["orthogonality"]:
         squares = (v * vi).sum(1).square().sum() + (t * ti).sum(1).square().sum()
