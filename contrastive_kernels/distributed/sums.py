@@ -29,6 +29,12 @@ class Sums:
         """Those of a call on matching rows x [n, D], once all ranks are there."""
         return cls(ranks, call, ranks.agree_on_rows(call, x, *about))
 
+    @staticmethod
+    def differentiated(*features: Tensor | None) -> tuple[str, Any]:
+        """Which of a call's features get gradients, as all ranks have to say alike."""
+        grad = torch.is_grad_enabled()
+        return "gradients of", [grad and each is not None and each.requires_grad for each in features]
+
     def factor(self, upstream: Tensor) -> Tensor:
         """What gradients of this rank's part are multiplied by, given what its own result gets from upstream."""
         total = self._backward.sum(upstream.double()).to(upstream.dtype)

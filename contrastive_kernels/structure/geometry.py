@@ -103,7 +103,8 @@ def geometric_consistency(
         tell(ranks, error, image)
         raise
     about = (("weights", weights), ("views", [view is not None for view in (va, ta)]), ("normalize", normalize))
-    sums = None if ranks is None else Sums.of(ranks, "geometric_consistency", v, *about)
+    grads = Sums.differentiated(v, t, va, ta)
+    sums = None if ranks is None else Sums.of(ranks, "geometric_consistency", v, *about, grads)
     total = difference_sum(v, t, cross, intra, sums)
     for feature, view in ((v, va), (t, ta)):
         if view is not None:

@@ -338,4 +338,6 @@ class LatentStructureLoss(nn.Module):
         except (TypeError, ValueError) as error:
             tell(ranks, error, image)
             raise
-        return own if ranks is None else Sums.of(ranks, "brownian_bridge", image).mean(own * len(image))
+        if ranks is None:
+            return own
+        return Sums.of(ranks, "brownian_bridge", image, Sums.differentiated(own)).mean(own * len(image))

@@ -126,7 +126,8 @@ def feature_separation(
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
     there = [name for name, view in views.items() if view is not None]
     about = (("weights", weights), ("views", there), ("normalize", normalize))
-    sums = None if ranks is None else Sums.of(ranks, "feature_separation", v, *about)
+    grads = Sums.differentiated(v, t, vi, ti)
+    sums = None if ranks is None else Sums.of(ranks, "feature_separation", v, *about, grads)
     terms: dict[str, Tensor] = {}
     if weights["orthogonality"]:
         squares = (v * vi).sum(1).square().sum() + (t * ti).sum(1).square().sum()

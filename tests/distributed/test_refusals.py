@@ -62,6 +62,12 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, bool], Any], list[str]]] = {
         lambda x, y, last: ck.geometric_consistency(x, y, normalize=last, group="world"),
         ["normalize="],
     ),
+    "gradient of a view": (
+        lambda x, y, last: ck.geometric_consistency(
+            x.detach(), y.detach(), x if last else x.detach(), group="world"
+        ).requires_grad_().backward(),
+        ["gradients of=[False, False, False, False]", "gradients of=[False, False, True, False]"],
+    ),
     "shape": (
         lambda x, y, last: ck.decomposable(x, y, 2.0, log_normalizers(), shape=1.0 if last else None, group="world"),
         ["shape=None", "shape=1.0"],
