@@ -111,8 +111,8 @@ def _serve(pipe: Connection) -> None:
                 world_size=ranks,
                 timeout=datetime.timedelta(seconds=seconds),
             )
-            result = function(*arguments)
-            result = (result,)
+            dist.barrier()  # nobody leaves while others are still joining
+            result = (function(*arguments),)
             dist.destroy_process_group()
         except BaseException as error:
             result = Failure(type(error).__name__, str(error), traceback.format_exc())

@@ -131,7 +131,7 @@ def test_wide_features_stay_within_the_bound():
 
 
 def test_memory_grows_with_the_number_of_rows_not_its_square():
-    sizes = 3072, 9216
+    sizes = 3072, 27_648  # so far apart that an allocator's MiB more or less does not count
     used = measured(*(("clip_loss", "cpu", "float32", n, 32, 4 * MIB, "gradients") for n in sizes))
     small, large = used.values()
     assert large - small <= 100 * (sizes[1] - sizes[0]), f"{small / MIB:.1f} MiB, {large / MIB:.1f} MiB"
