@@ -248,7 +248,9 @@ def _own_log_normalizer(
 ) -> Tensor:
     """log(c + k sum_j exp(h_ij)) [N] of the batch itself, from the log-sum-exp that it found."""
     shift, rest = normalizer.detach()
-    z_pos = problem.scale * dots if given is None else given
+    z_pos = given
+    if z_pos is None:
+        z_pos = problem.pairs.add_to_positives(problem.scale * dots, problem.positives.columns(len(dots)))
     log_z = ((shift - z_pos) + rest + log_k).detach()
     return torch.logaddexp(log_z, torch.full_like(log_z, log_or_minus_infinity(c)))
 

