@@ -395,11 +395,10 @@ def is_shared(group: Any, gradients: Any, strategy: Any, uneven: Any) -> bool:
 
 
 def require_one_process(name: str) -> None:
-    """Negatives of other processes cannot be had yet, and leaving them out silently would train another loss."""
+    """What is not there over the ranks of a group: leaving out their rows silently would train another loss."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise NotImplementedError(
-            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}: the rows of "
-            "the other processes would be left out. Gather the features with their gradients and call the function, "
-            "contrastive_kernels.info_nce with positives=rank * N."
+            f"{name}: expected a single process; got a process group of {distributed.get_world_size()}, the rows of "
+            "whose other processes would be left out"
         )

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..arguments.checks import shown
+from ..arguments.checks import is_shared, shown
 from .transport import Transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "Sizes", "check_group", "ranks_of", "tell"]
+__all__ = ["Ranks", "Sizes", "check_group", "ranks_of", "tell", "told"]
 
 #: Bytes of a message that says what went wrong on a rank.
 _MESSAGE = 1024
@@ -212,7 +212,7 @@ def _grid_groups(group: dist.ProcessGroup, rows: int) -> _Pair:
 def ranks_of(group: Any, gradients: str, strategy: str, uneven: bool) -> Ranks | None:
     """The ranks that share a loss; None where this process computes alone."""
     check_group(group)
-    if group is None or group is False:
+    if not is_shared(group, gradients, strategy, uneven):
         return None
     if isinstance(group, str):
         found = _default(group)
@@ -249,6 +249,20 @@ def tell(ranks: Ranks | None, error: Exception, features: Any) -> None:
     """Tells the other ranks, if there are any, that this one is about to raise."""
     if ranks is not None:
         ranks.fail(error, features)
+
+
+class told:
+    """Where this rank may refuse an argument: the others raise too. (Losses, in a hurry, catch and `tell`.)"""
+
+    def __init__(self, ranks: Ranks | None, features: Any) -> None:
+        self._ranks, self._features = ranks, features
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (TypeError, ValueError, RuntimeError)):
+            tell(self._ranks, error, self._features)
 
 
 def _default(name: str) -> dist.ProcessGroup | None:

@@ -20,13 +20,12 @@ from ..arguments.checks import (
     check_number,
     check_reduction,
     check_workspace,
-    is_shared,
     recomputing,
     require_one_process,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
-from ..distributed.group import Ranks, check_group, ranks_of, tell
+from ..distributed.group import Ranks, check_group, ranks_of, told
 from ..distributed.losses import reduce_over_ranks
 from ..draws.gamma import draw_log_weights, expected_excess
 from ..losses import decomposable
@@ -34,7 +33,6 @@ from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_expectation, check_negatives, wide
 from .memory import NormalizerMemory
 from .normalizers import Batch, check_scores, found_by_batch, positive_term, row_normalizers
-from .ranks import told
 
 __all__ = ["DatasetContrastiveLoss", "DecomposableContrastiveLoss"]
 
@@ -245,7 +243,7 @@ class DatasetContrastiveLoss(nn.Module):
 
     def _ranks(self) -> Ranks | None:
         """The ranks whose rows make up a batch."""
-        return ranks_of(**self.over) if is_shared(**self.over) else None
+        return ranks_of(**self.over)
 
     def _columns(self, x: Tensor, y: Tensor) -> int:
         """How many rows of y there are on all ranks."""
@@ -285,7 +283,7 @@ class DatasetContrastiveLoss(nn.Module):
         A pure function, which may be computed again. Arguments as in :meth:`forward`.
         """
         ranks = self._ranks()
-        try:
+        with told(ranks, x):
             x, y = check_features(x, y, ("x", "y"), self.normalize)
             expectation = check_expectation(expectation).to(x.device)
             two = expectation.log_mean.shape[1] == 2
@@ -298,9 +296,6 @@ class DatasetContrastiveLoss(nn.Module):
                     f"{type(positive_logits).__name__}"
                 )
             weight = row_weights(weight, len(x), x)
-        except (TypeError, ValueError) as error:
-            tell(ranks, error, x)
-            raise
         batch = Batch(x, y, logit_scale, positives, positive_logits, two, ranks, self._columns(x, y))
         negatives = batch.negatives
         if negatives < 1:

@@ -16,7 +16,7 @@ from ..arguments.checks import (
     is_shared,
     shown,
 )
-from ..distributed.group import Ranks, check_group, ranks_of, tell
+from ..distributed.group import Ranks, check_group, ranks_of, told
 from .expectation import ratio_of, wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
 from .ranks import gathered_visits, opened_together, written_by_one
@@ -279,15 +279,12 @@ class NormalizerMemory(Tables):
         """
         ranks = self._ranks()
         with self._guard:
-            try:
+            with told(ranks, index):
                 self._require("update", write=True, beside=ranks is not None)
                 rows, columns = self._check_index(index), self._columns(direction)
                 found = self._check_found(found, "found", len(rows), columns)
                 if (bound := lower_bound) is not None:
                     bound = self._check_found(bound, "lower_bound", len(rows), columns)
-            except (TypeError, ValueError, RuntimeError) as error:
-                tell(ranks, error, index)
-                raise
             if ranks is not None:
                 rule = (self.num_samples, self.step, self.floor)
                 rows, found, bound = gathered_visits(ranks, rows, found, bound, columns, rule)

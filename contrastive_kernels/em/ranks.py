@@ -15,7 +15,7 @@ from ..distributed.group import Ranks, tell
 from .manifest import Manifest
 from .storage import Folder
 
-__all__ = ["gathered_visits", "opened_together", "told", "written_by_one"]
+__all__ = ["gathered_visits", "opened_together", "written_by_one"]
 
 
 def opened_together(ranks: Ranks, path: Path, wanted: Manifest) -> Folder:
@@ -61,16 +61,6 @@ def gathered_visits(
         return transport.all_gather(own.to(device), sizes.rows).to(rows.device)
 
     return gathered(rows), gathered(found), None if bound is None else gathered(bound)
-
-
-@contextmanager
-def told(ranks: Ranks | None, features: object) -> Iterator[None]:
-    """Where an argument may be refused on one rank alone: the others raise too."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        tell(ranks, error, features)
-        raise
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from ..arguments.checks import (
     check_flag,
     check_reduction,
     check_workspace,
-    is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..distributed.group import check_group, ranks_of, tell
@@ -54,7 +53,7 @@ class Loss(nn.Module):
     def _tell(self, error: Exception, features: Any) -> None:
         """Tells the other ranks, if there are any, that this one is about to raise."""
         over = {name: self.options[name] for name in ("group", "gradients", "strategy", "uneven")}
-        tell(ranks_of(**over) if is_shared(**over) else None, error, features)
+        tell(ranks_of(**over), error, features)
 
     def extra_repr(self) -> str:
         """The options, as they print."""

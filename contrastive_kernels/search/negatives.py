@@ -13,12 +13,11 @@ from ..arguments.checks import (
     check_features,
     check_generator,
     check_positives,
-    is_shared,
     scale_tensor,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
 from ..arguments.pairs import check_ids
-from ..distributed.group import Ranks, ranks_of, tell
+from ..distributed.group import Ranks, ranks_of, told
 from ..distributed.search import best_of_all_ranks
 from ..engine.search import Search, panel_side
 from ..operators.search import best_column
@@ -108,13 +107,10 @@ def sample_negatives(
     (True, torch.Size([4]))
     """
     ranks = _ranks(group, uneven)
-    try:
+    with told(ranks, x):
         check_generator(generator)
         x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
         params, engine = _params(scale_tensor(x, logit_scale)), check_engine(backend, workspace_bytes)
-    except (TypeError, ValueError) as error:
-        tell(ranks, error, x)
-        raise
     device = x.device if generator is None else generator.device
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device).to(x.device)
     if ranks is not None:
@@ -183,19 +179,16 @@ def hardest_negatives(
     tensor([2, 2, 1])
     """
     ranks = _ranks(group, uneven)
-    try:
+    with told(ranks, x):
         x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
         params, engine = _params(scale_tensor(x, 1.0)), check_engine(backend, workspace_bytes)
-    except (TypeError, ValueError) as error:
-        tell(ranks, error, x)
-        raise
     if ranks is not None:
         return _over_ranks(ranks, "hardest_negatives", x, y, params, excluded, ids, None, engine, normalize)
     return best_column(x, y, params, excluded, *ids, None, *engine)
 
 
 def _ranks(group: Any, uneven: Any) -> Ranks | None:
-    return ranks_of(group, "sum", "ring", uneven) if is_shared(group, "sum", "ring", uneven) else None
+    return ranks_of(group, "sum", "ring", uneven)
 
 
 def _over_ranks(

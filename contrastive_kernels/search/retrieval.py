@@ -17,12 +17,11 @@ from ..arguments.checks import (
     check_features,
     check_positives,
     check_workspace,
-    is_shared,
 )
 from ..arguments.index import checked_index
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
-from ..distributed.group import ranks_of, tell
+from ..distributed.group import ranks_of, told
 from ..distributed.search import Corpus
 from ..engine.search import panel_side
 from ..operators.search import count_ranks
@@ -130,9 +129,8 @@ def retrieval_metrics(
     >>> found.recall, found.median_rank, found.ranks.tolist()
     ({1: 0.3333333333333333, 3: 1.0}, 3.0, [0, 2, 2])
     """
-    shared = is_shared(group, "sum", "ring", uneven)
-    processes = ranks_of(group, "sum", "ring", uneven) if shared else None
-    try:
+    processes = ranks_of(group, "sum", "ring", uneven)
+    with told(processes, x):
         cuts = _cut_offs(k)
         x, y = check_features(x, y, ("x", "y"), normalize)
         options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
@@ -141,9 +139,6 @@ def retrieval_metrics(
         panel_side(x, y, score_dtype(x.dtype), first, options[1])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # before it may be needed
-    except (TypeError, ValueError) as error:
-        tell(processes, error, x)
-        raise
     corpus = None
     if processes is not None:
         about = (("features", x.shape[1]), ("dtype", x.dtype), ("normalize", normalize))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_number, is_shared
-from ..distributed.group import ranks_of, tell
+from ..arguments.checks import check_number
+from ..distributed.group import ranks_of, told
 from ..distributed.sums import Sums
 from .matching import matching
 
@@ -91,17 +91,13 @@ def geometric_consistency(
     >>> ck.geometric_consistency(image, text, cross=0.0).item()
     0.0
     """
-    shared = is_shared(group, gradients, "auto", uneven)
-    ranks = ranks_of(group, gradients, "auto", uneven) if shared else None
-    try:
+    ranks = ranks_of(group, gradients, "auto", uneven)
+    with told(ranks, image):
         weights = {"cross": cross, "intra": intra, "augmented": augmented}
         cross, intra, augmented = (check_number(value, name, positive=False) for name, value in weights.items())
         (v, t), (va, ta) = matching(
             {"image": image, "text": text}, {"image_aug": image_aug, "text_aug": text_aug}, normalize
         )
-    except (TypeError, ValueError) as error:
-        tell(ranks, error, image)
-        raise
     about = (("weights", weights), ("views", [view is not None for view in (va, ta)]), ("normalize", normalize))
     grads = Sums.differentiated(v, t, va, ta)
     sums = None if ranks is None else Sums.of(ranks, "geometric_consistency", v, *about, grads)

@@ -19,11 +19,10 @@ from ..arguments.checks import (
     check_number,
     check_scale,
     check_workspace,
-    is_shared,
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import Ranks, check_group, ranks_of, tell
+from ..distributed.group import Ranks, check_group, ranks_of, told
 from ..distributed.sums import Sums
 from .bridge import brownian_bridge, check_time
 from .geometry import geometric_consistency
@@ -302,13 +301,10 @@ class LatentStructureLoss(nn.Module):
         if self.weights["separation"]:
             if independent_logit_scale is None:
                 independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
-            try:
+            with told(self._ranks(), image):
                 if image_independent is None or text_independent is None:
                     raise ValueError("image_independent, text_independent: expected tensors [N, D]; got None")
                 check_scale(image, independent_logit_scale, "independent_logit_scale")
-            except (TypeError, ValueError) as error:
-                tell(self._ranks(), error, image)
-                raise
             result = feature_separation(
                 image, text, image_independent, text_independent, image_independent_aug, text_independent_aug,
                 independent_logit_scale, return_terms=True, **self.separation_options, **self.over,
@@ -328,16 +324,13 @@ class LatentStructureLoss(nn.Module):
 
     def _ranks(self) -> Ranks | None:
         """The ranks whose rows make up a batch."""
-        return ranks_of(**self.over) if is_shared(**self.over) else None
+        return ranks_of(**self.over)
 
     def _bridge(self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None) -> Tensor:
         """The bridge's mean over the samples of all ranks."""
         ranks = self._ranks()
-        try:
+        with told(ranks, image):
             own = brownian_bridge(image, text, image_aug, text_aug, **self.bridge_options)
-        except (TypeError, ValueError) as error:
-            tell(ranks, error, image)
-            raise
         if ranks is None:
             return own
         return Sums.of(ranks, "brownian_bridge", image, Sums.differentiated(own)).mean(own * len(image))

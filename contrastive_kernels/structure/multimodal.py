@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ..arguments.checks import (
     check_features,
-    is_shared,
     require_equal_lengths,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import ranks_of, tell
+from ..distributed.group import ranks_of, told
 from ..losses.softmax import clip_loss, info_nce
 
 __all__ = ["multimodal_contrastive"]
@@ -75,21 +74,17 @@ def multimodal_contrastive(
     >>> round(ck.multimodal_contrastive(features, features, features, features, 5.0).item(), 5)
     0.02001
     """
-    shared = is_shared(group, gradients, strategy, uneven)
-    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    ranks = ranks_of(group, gradients, strategy, uneven)
     views = [
         (feature, view, name)
         for feature, view, name in ((image, image_aug, "image"), (text, text_aug, "text"))
         if view is not None
     ]
-    try:
+    with told(ranks, image):
         check_features(image, text, ("image", "text"), normalize, matching=True)
         for feature, view, name in views:
             check_features(feature, view, (name, f"{name}_aug"), False)
             require_equal_lengths(feature, view, (name, f"{name}_aug"))
-    except (TypeError, ValueError) as error:
-        tell(ranks, error, image)
-        raise
     if ranks is not None:  # how many losses there are
         ranks.agree_on_rows("multimodal_contrastive", image, ("views", [name for *_, name in views]))
     options: dict[str, Any] = {

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale, is_shared
+from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..distributed.group import ranks_of, tell
+from ..distributed.group import ranks_of, told
 from ..distributed.losses import over_ranks
 from ..distributed.rules import LogSumExp
 from ..distributed.sums import Sums
@@ -103,9 +103,8 @@ def feature_separation(
     >>> {name: round(value.item(), 4) for name, value in terms.items()}
     {'orthogonality': 0.0, 'contrast': 0.0002, 'uniformity': 0.7291}
     """
-    shared = is_shared(group, gradients, strategy, uneven)
-    ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
-    try:
+    ranks = ranks_of(group, gradients, strategy, uneven)
+    with told(ranks, image):
         weights = {"orthogonality": orthogonality, "contrast": contrast, "uniformity": uniformity}
         weights = {name: check_number(value, name, positive=False) for name, value in weights.items()}
         features = {
@@ -120,9 +119,6 @@ def feature_separation(
         check_engine(backend, workspace_bytes)
         check_scale(v, logit_scale)
         check_flag(return_terms, "return_terms")
-    except (TypeError, ValueError) as error:
-        tell(ranks, error, image)
-        raise
     options: dict[str, Any] = {"normalize": normalize, "backend": backend, "workspace_bytes": workspace_bytes}
     there = [name for name, view in views.items() if view is not None]
     about = (("weights", weights), ("views", there), ("normalize", normalize))
