@@ -1,33 +1,32 @@
-"""What holds for every test: memory that nobody wrote is NaN."""
+"""What holds for every test: memory that nobody wrote is NaN; and fixtures of several."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from poison import PLACES, poisoned
+from problems import CPU_BACKENDS
 
-
-def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`make`, with NaN in what it returns."""
-
-    @functools.wraps(make)
-    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = make(*args, **kwargs)
-        with torch.no_grad():  # it may be a leaf that requires a gradient
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    return wrapper
+import contrastive_kernels as ck
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills the float tensors of torch.empty with NaN: whoever leaves a part of a result unwritten is found out."""
-    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
-        for name in names:
-            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    """Fills the float tensors of torch.empty with NaN."""
+    for owner, name in PLACES:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend of CPU tensors that is here."""
+    reason = ck.why_not(request.param, torch.zeros(1, 1))
+    if reason is not None:
+        pytest.skip(reason)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture

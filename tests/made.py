@@ -1,4 +1,4 @@
-"""What a problem's arguments are made of: features, their layout in memory, weights and ids."""
+"""What a problem's arguments are made of: features, their layout in memory, weights and ids; and a few small leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["biases_of", "features_of", "ids_of", "lay_out", "weights_of"]
+__all__ = ["biases_of", "features_of", "few", "ids_of", "lay_out", "weights_of"]
 
 
 def _unit(v: Tensor) -> Tensor:
@@ -107,3 +107,19 @@ def biases_of(problem: Any, m: int, g: torch.Generator) -> Tensor | None:
         case "padded":
             return torch.randn(m, generator=g).masked_fill(torch.rand(m, generator=g) < 0.2, -torch.inf)
     raise ValueError(problem.candidate_bias)
+
+
+def few(
+    loss: str, dtype: torch.dtype = torch.float64, n: int = 5, m: int | None = None, d: int = 3
+) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """x, y, scale (and bias): leaves; and the normaliser of a decomposable loss."""
+    g = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(k, d, generator=g, dtype=torch.float64).mul(0.7).to(dtype) for k in (n, m or n)]
+    leaves += [torch.tensor(v, dtype=dtype) for v in ((1.3, -0.5) if loss == "sigmoid" else (1.3,))]
+    rows, cols = (2 + torch.rand(k, generator=g, dtype=torch.float64) for k in (n, m or n))
+    rest = {"decomposable": (rows,), "decomposable_pair": ((rows, cols),)}.get(loss, ())
+    return [leaf.requires_grad_() for leaf in leaves], tuple(_to(v, dtype) for v in rest)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return tuple(v.to(dtype) for v in value) if isinstance(value, tuple) else value.to(dtype)

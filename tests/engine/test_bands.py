@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import CPU_BACKENDS
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
@@ -14,14 +13,6 @@ from contrastive_kernels.planning.costs import LOSSES
 MIB = 2**20
 ROUNDED = registry.get("torch").weights_dtype(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
 SOFTMAX = ("info_nce", "clip_loss", "nt_xent")
-
-
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request):
-    reason = ck.why_not(request.param, torch.zeros(1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def make(n, m, d=16, dtype=torch.float32, seed=0):

@@ -9,29 +9,14 @@ import math
 
 import pytest
 import torch
-from problems import BIASED, CPU_BACKENDS, call
+from made import few
+from problems import BIASED, call
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
 from contrastive_kernels.arguments.pairs import require_alone
 
 BIAS = torch.tensor([0.3, -0.7, 1.1, 0.0, -2.0], dtype=torch.float64)
-
-
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request):
-    if ck.why_not(request.param, torch.zeros(1, 1)) is not None:
-        pytest.skip(f"{request.param} is not installed")
-    return request.param
-
-
-def make(loss, dtype=torch.float64, n=5, m=None, d=3):
-    """x, y, scale (and bias): leaves; and the normaliser of a decomposable loss."""
-    g = torch.Generator().manual_seed(4)
-    leaves = [torch.randn(k, d, generator=g, dtype=torch.float64).mul(0.7).to(dtype) for k in (n, m or n)]
-    leaves += [torch.tensor(v, dtype=dtype) for v in ((1.3, -0.5) if loss == "sigmoid" else (1.3,))]
-    rest = (2 + torch.rand(n, generator=g, dtype=torch.float64).to(dtype),) if loss == "decomposable" else ()
-    return [leaf.requires_grad_() for leaf in leaves], rest
 
 
 def by_hand(loss, x, y, scale, *rest):
@@ -69,7 +54,7 @@ def by_hand(loss, x, y, scale, *rest):
 @pytest.mark.parametrize("loss", BIASED)
 def test_sums_by_hand(loss):
     """The reference, and the losses in float64."""
-    leaves, rest = make(loss)
+    leaves, rest = few(loss)
     want = by_hand(loss, *(leaf.detach() for leaf in leaves), *rest)
     for module in (reference, ck):
         rows = getattr(module, loss)(*leaves, *rest, candidate_bias=BIAS, reduction="none")
@@ -81,7 +66,7 @@ def test_sums_by_hand(loss):
 @pytest.mark.parametrize("loss", BIASED)
 def test_derivatives(loss, reduction):
     """Of everything at once, the bias among them, and of the bias alone."""
-    leaves, rest = make(loss)
+    leaves, rest = few(loss)
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 1.5])
     bias = BIAS.clone().requires_grad_()
 
@@ -95,7 +80,7 @@ def test_derivatives(loss, reduction):
 
 
 def test_derivatives_of_given_positives():
-    leaves, (log_z,) = make("decomposable", n=3, m=5)
+    leaves, (log_z,) = few("decomposable", n=3, m=5)
     bias, logits = BIAS.clone().requires_grad_(), torch.randn(3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([-1, 4, 0])
 
@@ -113,7 +98,7 @@ def test_derivatives_of_given_positives():
 def test_padding_is_not_there(loss, reduction, backend):
     """Rows of NaN behind a bias of -inf: value and gradients are those of the batch without them."""
     n, m, dtype = 70, 90, torch.float32
-    leaves, rest = make(loss, dtype, m, d=16)
+    leaves, rest = few(loss, dtype, m, d=16)
     bias = torch.linspace(-1, 1, m).requires_grad_()
     weight = torch.linspace(0.5, 2, m)
     short = [v[:n].detach().clone().requires_grad_() for v in leaves[:2]]
@@ -149,7 +134,7 @@ def test_padding_is_not_there(loss, reduction, backend):
 
 def test_nothing_but_padding(backend):
     for loss in BIASED:
-        leaves, rest = make(loss, torch.float32, 6)
+        leaves, rest = few(loss, torch.float32, 6)
         value = call(loss, *leaves, *rest, candidate_bias=torch.full((6,), -torch.inf), backend=backend)
         assert value == 0
         for gradient in torch.autograd.grad(value, leaves):
@@ -158,7 +143,7 @@ def test_nothing_but_padding(backend):
 
 def test_a_shift_of_all_candidates_changes_nothing(backend):
     for loss in ("info_nce", "clip_loss", "nt_xent"):
-        leaves, _ = make(loss, torch.float32, 70, d=16)
+        leaves, _ = few(loss, torch.float32, 70, d=16)
         shift = torch.tensor(3.0, requires_grad=True)
         value = call(loss, *leaves, candidate_bias=shift.expand(70), backend=backend)
         torch.testing.assert_close(value, call(loss, *leaves, backend=backend))
@@ -171,7 +156,7 @@ def test_modules_take_it(module):
         ck.InfoNCELoss: "info_nce", ck.ClipLoss: "clip_loss", ck.NTXentLoss: "nt_xent", ck.SigmoidLoss: "sigmoid",
         ck.DecomposableLoss: "decomposable",
     }[module]  # fmt: skip
-    leaves, rest = make(loss)
+    leaves, rest = few(loss)
     assert torch.equal(module()(*leaves, *rest, candidate_bias=BIAS), call(loss, *leaves, *rest, candidate_bias=BIAS))
 
 
@@ -183,7 +168,7 @@ def test_ranks_of_a_group_cannot_share_it_yet():
 
 
 def test_clip_takes_one_for_each_side():
-    (x, y, scale), _ = make("clip_loss")
+    (x, y, scale), _ = few("clip_loss")
     found = ck.clip_loss(x, y, scale, candidate_bias=(BIAS, 2 * BIAS))
     want = (ck.info_nce(x, y, scale, candidate_bias=2 * BIAS) + ck.info_nce(y, x, scale, candidate_bias=BIAS)) / 2
     assert torch.equal(found, want)

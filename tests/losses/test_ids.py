@@ -9,34 +9,14 @@ import math
 
 import pytest
 import torch
-from problems import ALL, CPU_BACKENDS, call
+from made import few as make
+from problems import ALL, call
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
 
 #: Of either dtype and sign; a row without another of its id, and ids that 32 bits would take for equal.
 ROWS, COLS = torch.tensor([3, -1, 3, 2**32 + 3, 8]), torch.tensor([3, 3, -1, 2**32 + 3, 7])
-
-
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request):
-    if ck.why_not(request.param, torch.zeros(1, 1)) is not None:
-        pytest.skip(f"{request.param} is not installed")
-    return request.param
-
-
-def make(loss, dtype=torch.float64, n=5, m=None, d=3):
-    """x, y, scale (and bias): leaves; and the normaliser of a decomposable loss."""
-    g = torch.Generator().manual_seed(2)
-    leaves = [torch.randn(k, d, generator=g, dtype=torch.float64).mul(0.7).to(dtype) for k in (n, m or n)]
-    leaves += [torch.tensor(v, dtype=dtype) for v in ((1.3, -0.5) if loss == "sigmoid" else (1.3,))]
-    rows, cols = (2 + torch.rand(k, generator=g, dtype=torch.float64) for k in (n, m or n))
-    rest = {"decomposable": (rows,), "decomposable_pair": ((rows, cols),)}.get(loss, ())
-    return [leaf.requires_grad_() for leaf in leaves], tuple(_to(v, dtype) for v in rest)
-
-
-def _to(value, dtype):
-    return tuple(v.to(dtype) for v in value) if isinstance(value, tuple) else value.to(dtype)
 
 
 def ids_of(loss):

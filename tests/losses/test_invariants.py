@@ -13,14 +13,6 @@ import contrastive_kernels as ck
 BACKENDS = CPU_BACKENDS
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    reason = ck.why_not(request.param, torch.zeros(1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
-
-
 def features(n=130, m=None, d=24, seed=0):
     g = torch.Generator().manual_seed(seed)
     return tuple(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import BY_NAME, CPU_BACKENDS, make_inputs, score_dtype, smallest_workspace
+from problems import BY_NAME, make_inputs, score_dtype, smallest_workspace
 from tolerance import LOGIT_UNITS, UNITS, assert_accurate
 
 import contrastive_kernels as ck
@@ -17,13 +17,6 @@ from contrastive_kernels import reference
 NAMES = ("base", "panels", "wide-panels", "offset-panels", "index", "t0.005", "zero-scale", "ids", "ids-panels",
          "candidate-bias", "padded", "padded-index", "misaligned", "d123")  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@pytest.fixture(params=CPU_BACKENDS)
-def backend(request):
-    if ck.why_not(request.param, torch.zeros(1, 1)) is not None:
-        pytest.skip(f"{request.param} is not installed")
-    return request.param
 
 
 def found_of(module, inputs, dtype, **options):

@@ -18,14 +18,6 @@ from contrastive_kernels.planning.costs import LOSSES
 BACKENDS = CPU_BACKENDS
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    reason = ck.why_not(request.param, torch.zeros(1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
-
-
 def make(loss, n=4, m=None, d=3, dtype=torch.float64, seed=0):
     """x, y, scale (and bias): leaves; and the normaliser of a decomposable loss."""
     g = torch.Generator().manual_seed(seed)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run, succeeded
 from torch import distributed as dist
 
 import contrastive_kernels as ck
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-from launch import run, succeeded
 
 #: Half of the calls of the long form; 0: the short one.
 STEPS = int(os.environ.get("SOAK_CALLS") or 0) // 2

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from poison import PLACES, poisoned
 from torch import distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -96,6 +97,8 @@ def _packed(value: Any) -> bytes:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
+    for owner, name in PLACES:
+        setattr(owner, name, poisoned(getattr(owner, name)))
     while True:
         try:
             rank, ranks, folder, seconds, function = pipe.recv()
