@@ -101,7 +101,7 @@ def sup_con(
     if variant not in _VARIANTS:
         raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
-    count = positives.count
+    count = positives.counts
     weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
     gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
     share = count.clamp(min=1).to(gain.dtype).reciprocal().masked_fill(count == 0, 0.0)
@@ -170,7 +170,7 @@ def multi_positive_nce(
     tensor(0.3408)
     """
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
-    count, weights = positives.count, _weights(weight, problem, reduction)
+    count, weights = positives.counts, _weights(weight, problem, reduction)
     if reduction == "mean":  # a row's share of all pairs, over its own
         weights = weights * count
     gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
@@ -207,7 +207,7 @@ def _problem(
 class _Positives(NamedTuple):
     """How many positives every row has [N], and where: the first of its class among the sorted columns."""
 
-    count: Tensor
+    counts: Tensor
     place: Tensor
     order: Tensor
 
@@ -228,7 +228,7 @@ class _Positives(NamedTuple):
             found = torch.where(first == own, second, first)
         elif columns:
             found = self.order[found.clamp(max=columns - 1)]
-        return torch.where(self.count == 1, found, -1)
+        return torch.where(self.counts == 1, found, -1)
 
 
 def _weights(weight: Any, problem: Problem, reduction: Any) -> Tensor:
