@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,17 @@ class Rule(ABC):
             found = route.total(torch.stack([dots.double().sum(), dots.new_ones(()).double() * len(dots)]))
             params[2] = found[0] / found[1].clamp(min=1)
         return Kept(dots, positive_logits(own, dots) if len(own.x) else dots, params)
+
+    def vectors(self) -> list[tuple[Tensor, bool]]:
+        """What the loss is told of every row, or (True) of every column."""
+        return []
+
+    def of(self, vectors: Sequence[Tensor]) -> Rule:
+        """The same loss of other rows and columns, of which that is told."""
+        return self
+
+    def keep(self, other: Rule, route: Route) -> None:  # noqa: B027 (most losses find nothing beside)
+        """Takes over what the same loss of all rows that a route computes has found of these."""
 
     @abstractmethod
     def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
@@ -195,6 +207,23 @@ class Ratio(Rule):
         #: what was found on the way: the normalisers (shift, rest) of rows, of columns, and the positives' dot products
         self.normalizers: list[Tensor] = []
         self.dots = constant
+
+    def vectors(self) -> list[tuple[Tensor, bool]]:
+        """Rests and logits of rows, and of columns; the constant."""
+        sides = [(v, i == 1) for each in (self.rests, self.extras) for i, v in enumerate(each)]
+        return [*sides, (self.constant, False)]
+
+    def of(self, vectors: Sequence[Tensor]) -> Ratio:
+        """The same loss of other rows and columns."""
+        *sides, constant = vectors
+        n = len(self.rests)
+        return Ratio(sides[:n], None if self.relative else sides[n:], constant)
+
+    def keep(self, other: Rule, route: Route) -> None:
+        """Takes over normalisers and dot products."""
+        assert isinstance(other, Ratio)
+        self.normalizers = [own(found) for found, own in zip(other.normalizers, (route.own, route.own_cols))]
+        self.dots = route.own(other.dots)
 
     def _given(self, kept: Kept) -> list[Tensor]:
         logits = [kept.z_pos] * len(self.rests) if self.relative else [logit.detach() for logit in self.extras]
