@@ -45,6 +45,8 @@ class _Work:
     ranks: Ranks
     call: str
     reduction: str
+    #: whether rows have weights
+    weighted: bool
     #: whether gradients of x, y, scale, bias and the rule's own tensors are needed
     needs: tuple[bool, ...]
 
@@ -68,6 +70,10 @@ class _OverRanks(torch.autograd.Function):
                 losses, kept = rule.losses(route, problem)
                 ctx.kept = (route, problem, kept, gain) if wants else None
                 return route.own(gain * losses)
+            if route.whole and (alone := _alone(work, problem, gain)) is not None:
+                loss, made = alone
+                ctx.made = route.own_of(made)
+                return loss
             if wants:
                 losses, made = rule.both(route, problem, gain, work.wanted)
                 ctx.made = _rounded(route.own_of(made), problem)
@@ -104,6 +110,25 @@ class _OverRanks(torch.autograd.Function):
                 gradient = gradient * factor.to(gradient.dtype)
             found.append(gradient.to(like[1]).reshape(like[0]))
         return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
+
+
+def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
+    """Value and gradients of a whole batch by the operator of one process, if there is one."""
+    names = ("x", "y", "scale", "bias")
+    leaves: dict[str, Any] = {
+        name: value.detach().requires_grad_(need) if isinstance(value := getattr(problem, name), Tensor) else value
+        for name, need in zip(names, work.needs)
+    }
+    with torch.enable_grad():
+        loss = work.rule.alone(replace(problem, **leaves), gain if work.weighted else None, work.reduction)
+    if loss is None:
+        return None
+    wanted = [leaves[name] for name, need in zip(names, work.needs) if need]
+    found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+    dx, dy, dscale, dbias = (next(found) if need else None for need in work.needs[:4])
+    zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
+    dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
+    return loss.detach(), Made(dx, dy, dparams)
 
 
 def _rounded(made: Made, problem: Problem) -> Made:
@@ -156,7 +181,9 @@ def over_ranks(
     with torch.no_grad(), _no_autocast(x):
         route, shared, problem = _shared(ranks, rule, plain, sizes, call, keeps=True in needs)
         gain = _gains(ranks, call, sizes, weight, x, reduction, repeats, whole=route.whole)
-    loss: Tensor = _OverRanks.apply(_Work(shared, ranks, call, reduction, needs), route, problem, gain, *tensors)
+    loss: Tensor = _OverRanks.apply(
+        _Work(shared, ranks, call, reduction, weight is not None, needs), route, problem, gain, *tensors
+    )
     rule.keep(shared, route)
     return loss
 

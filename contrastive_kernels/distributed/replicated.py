@@ -21,7 +21,7 @@ from .rules import Rule
 __all__ = ["Replicated", "worth_replicating"]
 
 #: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for several messages.
-MULTIPLICATIONS = 2**22
+MULTIPLICATIONS = 2**25
 
 
 def worth_replicating(rows: int, cols: int, features: int) -> bool:

@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid
 from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
-from ..operators.softmax_loss import row_losses, row_softmax
+from ..operators.sigmoid_loss import sigmoid_loss
+from ..operators.softmax_loss import row_losses, row_softmax, softmax_loss
 from ..operators.weighted_sum import two_sum
 from ..panels.panel import Side
 from ..panels.size import blocks, score_dtype
@@ -70,6 +71,10 @@ class Rule(ABC):
         """The same loss of other rows and columns, of which that is told."""
         return self
 
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+        """The mean or sum as one process computes it, in the fewest calls; None where there is no such operator."""
+        return None
+
     def keep(self, other: Rule, route: Route) -> None:  # noqa: B027 (most losses find nothing beside)
         """Takes over what the same loss of all rows that a route computes has found of these."""
 
@@ -113,6 +118,12 @@ class Softmax(Rule):
             kept.col = normalizer_of(col)
             losses = (losses + row_losses(kept.col, kept.z_pos, self.include)) / 2
         return losses, kept
+
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+        """The mean or sum as one process computes it."""
+        if self.mirrored or (self.both_ways and problem.offset != 0):
+            return None
+        return softmax_loss(problem, gain, reduction, both=self.both_ways, include_positive=self.include)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -166,6 +177,10 @@ class Sigmoid(Rule):
         kept = self.start(route, problem, centered=False)
         row, _ = route.statistics(kept.params, cols=False)
         return self._of(row, problem, kept), kept
+
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
+        """The mean or sum as one process computes it."""
+        return sigmoid_loss(problem, gain, reduction)
 
     def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
         """The losses, given the sums over the stream [1, n], in which positives by ids are."""
