@@ -1,7 +1,7 @@
 """The definition of every loss: dense, differentiable by plain autograd, in whatever precision comes in."""
 
 from ..draws.gamma import draw_log_weights
-from . import structure
+from . import search, structure
 from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "info_nce",
     "log_sum_exp",
     "nt_xent",
+    "search",
     "sigmoid",
     "structure",
 ]

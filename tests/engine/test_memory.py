@@ -49,9 +49,11 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
     elif loss == "uniformity":
         value = ck.feature_separation(x.detach(), y.detach(), x, y, None, None, 1.0, orthogonality=0.0, **options)
     elif loss == "retrieval_metrics":
-        value = ck.retrieval_metrics(x, y, **options)
+        several = torch.arange(4 * n).view(n, 4) % n if members == "several" else None
+        value = ck.retrieval_metrics(x, y, positives=several, **options)
     elif loss == "hardest_negatives":
-        value = ck.hardest_negatives(x, y, **options)
+        many = {"k": 10, "skip": 5, "margin": 0.5} if members == "many" else {}
+        value = ck.hardest_negatives(x, y, **many, **options)
     else:
         value = getattr(ck, loss)(x, y, 1.0, *more, **options)
     if work != "forward":
@@ -102,8 +104,9 @@ def test_ids_take_vectors_alone():
 
 def test_a_step_of_20_000_rows_takes_little():
     """Of one matrix of scores alone, it would be 1.5 GiB."""
-    case = ("clip_loss with ids", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")
-    assert measured(case)[case] < 400 * MIB
+    cases = [("clip_loss with ids", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")]
+    cases += [("hardest_negatives with many", "torch", "float32", 20_000, 16, 64 * MIB, "forward")]
+    assert max(measured(*cases).values()) < 400 * MIB
 
 
 def test_a_band_stays_within_the_workspace():
@@ -144,6 +147,8 @@ def test_searches_stay_within_the_workspace():
         for search in ("sample_negatives", "hardest_negatives", "retrieval_metrics")
         for backend in ("cpu", "torch")
     ]
+    cases += [(search, "torch", "float32", 3072, 32, WORKSPACE, "forward")
+              for search in ("hardest_negatives with many", "retrieval_metrics with several")]  # fmt: skip
     over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > WORKSPACE + SLACK}
     assert not over
 
