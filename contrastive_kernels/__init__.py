@@ -8,15 +8,19 @@ from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerM
 from .losses import (
     ClipLoss,
     DecomposableLoss,
+    FeatureQueue,
     InfoNCELoss,
+    MatryoshkaLoss,
     NTXentLoss,
     SigmoidLoss,
     clip_loss,
     decomposable,
     info_nce,
     log_sum_exp,
+    matryoshka,
     nt_xent,
     sigmoid,
+    von_mises_fisher_weights,
 )
 from .planning.explain import explain, list_backends, why_not
 from .planning.plan import plan
@@ -39,8 +43,10 @@ __all__ = [
     "DatasetContrastiveLoss",
     "DecomposableContrastiveLoss",
     "DecomposableLoss",
+    "FeatureQueue",
     "InfoNCELoss",
     "LatentStructureLoss",
+    "MatryoshkaLoss",
     "MultimodalContrastiveLoss",
     "NTXentLoss",
     "NormalizerMemory",
@@ -60,6 +66,7 @@ __all__ = [
     "info_nce",
     "list_backends",
     "log_sum_exp",
+    "matryoshka",
     "multimodal_contrastive",
     "nt_xent",
     "plan",
@@ -68,6 +75,7 @@ __all__ = [
     "retrieval_metrics",
     "sample_negatives",
     "sigmoid",
+    "von_mises_fisher_weights",
     "why_not",
 ]
 

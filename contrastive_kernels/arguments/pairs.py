@@ -11,7 +11,15 @@ from ..panels.pairs import Pairs
 from .checks import check_dense, check_vector
 from .reduction import row_weights
 
-__all__ = ["check_ids", "pairs_of", "pairs_of_samples", "require_alone", "with_biases", "without_padding"]
+__all__ = [
+    "check_ids",
+    "pairs_of",
+    "pairs_of_samples",
+    "require_alone",
+    "require_one_rank",
+    "with_biases",
+    "without_padding",
+]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -89,6 +97,15 @@ def without_padding(
         weights = torch.ones(x.shape[0], dtype=bias.dtype, device=x.device)
     x, y = x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0)
     return x, y, weights.masked_fill(idle, 0.0)
+
+
+def require_one_rank(ranks: object, name: str) -> None:
+    """The same of a member of a loss."""
+    if ranks is not None:
+        raise NotImplementedError(
+            f"{name}: not there over the ranks of a process group. group=None computes the loss of this process's rows:"
+            " gather the others' with their gradients"
+        )
 
 
 def require_alone(ranks: object, candidate_bias: object) -> None:

@@ -1,21 +1,28 @@
 """The losses: each function stands beside its module."""
 
+from .composed import von_mises_fisher_weights
 from .decomposable import DecomposableLoss, decomposable
 from .log_sum_exp import log_sum_exp
+from .matryoshka import MatryoshkaLoss, matryoshka
 from .nt_xent import NTXentLoss, nt_xent
+from .queue import FeatureQueue
 from .sigmoid import SigmoidLoss, sigmoid
 from .softmax import ClipLoss, InfoNCELoss, clip_loss, info_nce
 
 __all__ = [
     "ClipLoss",
     "DecomposableLoss",
+    "FeatureQueue",
     "InfoNCELoss",
+    "MatryoshkaLoss",
     "NTXentLoss",
     "SigmoidLoss",
     "clip_loss",
     "decomposable",
     "info_nce",
     "log_sum_exp",
+    "matryoshka",
     "nt_xent",
     "sigmoid",
+    "von_mises_fisher_weights",
 ]

@@ -1,11 +1,12 @@
 """The definition of every loss: dense, differentiable by plain autograd, in whatever precision comes in."""
 
 from ..draws.gamma import draw_log_weights
-from . import search, structure
+from . import composed, search, structure
 from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
 
 __all__ = [
     "clip_loss",
+    "composed",
     "decomposable",
     "draw_log_weights",
     "info_nce",

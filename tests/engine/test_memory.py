@@ -54,7 +54,20 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
     elif loss == "hardest_negatives":
         many = {"k": 10, "skip": 5, "margin": 0.5} if members == "many" else {}
         value = ck.hardest_negatives(x, y, **many, **options)
+    elif loss == "matryoshka":
+        value = ck.matryoshka(ck.clip_loss, (d // 2, d), normalize=True)(x, y, 1.0, **options)
     else:
+        if "several" in members:
+            options["positives"] = torch.arange(3 * n).view(n, 3) % n
+        if "queue" in members:
+            queue = options["queue"] = ck.FeatureQueue(n, d)
+            queue.enqueue(torch.randn(n, d))
+        if "features" in members:
+            options["positive_features"] = torch.randn(n, d)
+        if "hard" in members:
+            options.update(hardness_beta=0.5, debiased=0.1)
+        if "weighted" in members:
+            options.update(weight_fn=ck.von_mises_fisher_weights, include_positive=False)
         value = getattr(ck, loss)(x, y, 1.0, *more, **options)
     if work != "forward":
         value.backward()
@@ -107,6 +120,16 @@ def test_a_step_of_20_000_rows_takes_little():
     cases = [("clip_loss with ids", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")]
     cases += [("hardest_negatives with many", "torch", "float32", 20_000, 16, 64 * MIB, "forward")]
     assert max(measured(*cases).values()) < 400 * MIB
+
+
+def test_members_of_20_000_rows_take_little():
+    """The same of every member that composes the log-sums; the queue holds as many features."""
+    members = ("several", "queue and features", "hard", "weighted")
+    cases = [(f"info_nce with {name}", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients") for name in members]
+    cases += [("nt_xent with weighted", "cpu", "float32", 10_000, 16, 64 * MIB, "gradients")]
+    cases += [("matryoshka", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 400 * MIB}
+    assert not over
 
 
 def test_a_band_stays_within_the_workspace():
