@@ -53,7 +53,9 @@ class Members:
         several = ["positives of shape [N, P]"] if isinstance(positives, Tensor) and positives.dim() == 2 else []
         return [name for name, value in vars(self).items() if value is not None] + several
 
-    def checked(self, x: Tensor, include_positive: bool, several: bool, biased: bool) -> Members:
+    def checked(
+        self, x: Tensor, include_positive: bool, several: bool = False, biased: bool = False, with_ids: bool = False
+    ) -> Members:
         """The same, checked, and that they go together."""
         logits, features = self.positive_logits, self.positive_features
         if logits is not None and features is not None:
@@ -79,7 +81,7 @@ class Members:
             raise ValueError(f"candidate_bias: expected None with {corrections[0]}; got a tensor")
         if biased and self.queue is not None:
             raise ValueError("candidate_bias: expected None with queue, whose features have none; got a tensor")
-        queue = None if self.queue is None else check_queue(self.queue, x)
+        queue = None if self.queue is None else check_queue(self.queue, x, with_ids)
         return Members(logits, features, queue, self.weight_fn, self.debiased, self.hardness_beta)
 
 
@@ -114,7 +116,8 @@ def composed(
             members = replace(members, positive_features=features.to(torch.float32))
     x, y, scale = problem.x, problem.y, scale_tensor(problem.x, problem.scale)
     several = isinstance(positives, Tensor) and positives.dim() == 2
-    members = members.checked(x, include_positive, several, candidate_bias is not None)
+    with_ids = problem.pairs.tensors[1] is not None
+    members = members.checked(x, include_positive, several, candidate_bias is not None, with_ids)
     weights = row_weights(weight, x.shape[0], x)
     if several:
         problem = replace(problem, index=_distinct(positives, x, y))
@@ -312,7 +315,7 @@ def weighted_views(
     problem: Problem, z1: Tensor, z2: Tensor, weight_fn: Any, weight: Any, reduction: str, include_positive: bool
 ) -> Tensor:
     """NT-Xent without the positive in the denominator and with weights of the positives' logits (DCLW)."""
-    members = Members(weight_fn=weight_fn).checked(z1, include_positive, several=False, biased=False)
+    members = Members(weight_fn=weight_fn).checked(z1, include_positive)
     losses = softmax_loss(problem, None, "none", include_positive=False)
     dtype, found = score_dtype(z1.dtype), []
     z_pos = scale_tensor(z1, problem.scale) * (z1.to(dtype) * z2.to(dtype)).sum(1)

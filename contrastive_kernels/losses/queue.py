@@ -213,8 +213,8 @@ class FeatureQueue(nn.Module):
         return f"size={size}, features={width}, ids={self.ids is not None}, dtype={self.features.dtype}"
 
 
-def check_queue(queue: Any, x: Tensor) -> FeatureQueue:
-    """A queue whose features fit the rows of x [N, D]."""
+def check_queue(queue: Any, x: Tensor, with_ids: bool) -> FeatureQueue:
+    """A queue whose features fit the rows of x [N, D], with ids where these have some."""
     if not isinstance(queue, FeatureQueue):
         raise TypeError(f"queue: expected a FeatureQueue; got {type(queue).__name__}")
     width = queue.features.shape[1]
@@ -222,4 +222,8 @@ def check_queue(queue: Any, x: Tensor) -> FeatureQueue:
         raise ValueError(f"queue: expected one of {x.shape[1]} features; got one of {width}")
     if queue.features.device != x.device:
         raise ValueError(f"queue: expected one on device {x.device}; got one on {queue.features.device}")
+    if with_ids and queue.ids is None:
+        raise ValueError(
+            "queue: expected one with ids, FeatureQueue(..., ids=True), where ids are given; got one without"
+        )
     return queue

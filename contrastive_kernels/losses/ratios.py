@@ -103,6 +103,8 @@ def _picked(y: Tensor, index: Tensor, base: Tensor | None) -> Tensor:
 class _Dots(torch.autograd.Function):
     """The dot products, a column of the index at a time."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, y: Tensor, index: Tensor, base: Tensor | None) -> Tensor:
         wide = x.to(score_dtype(x.dtype))
@@ -121,6 +123,8 @@ class _Dots(torch.autograd.Function):
 
 class _Products(torch.autograd.Function):
     """sum_k g_ik y_k [N, D] and sum_ik g_ik x_i at row k [M, D], differences to the base if there is one."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, y: Tensor, index: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def info_nce(
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
         [N], -1 for none). Differentiable.
     queue : FeatureQueue, optional
-        Further negatives, without gradient: what is in the queue. Its ids count with ``ids``.
+        Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
         equals the row's is no negative of it. Labels, captions that occur twice, users, documents. The row's own

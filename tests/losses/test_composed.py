@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 
 import pytest
 import torch
@@ -172,6 +172,15 @@ def test_one_graph(member):
         torch.testing.assert_close(*[torch.autograd.grad(v, (x, y)) for v in (found, want)])
 
 
+@pytest.mark.parametrize("members", [{"positives": torch.tensor([[0, 1], [1, 4], [3, -1]])}, {"debiased": 0.1}])
+def test_transforms(members):
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    loss = functools.partial(ck.info_nce, y=y, logit_scale=2.0, **members)
+    torch.testing.assert_close(torch.vmap(loss)(x), torch.stack([loss(v) for v in x]))
+    leaf = x[0].clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x[0]), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
 def test_modules_and_normalize():
     x, y = torch.randn(6, 8), torch.randn(6, 8)
     queue = ck.FeatureQueue(9, 8)
@@ -222,6 +231,7 @@ SEVERAL = torch.tensor([[0, 1]] * 4)
         ("candidate_bias", "None with debiased", {"candidate_bias": torch.ones(4), "debiased": 0.1}),
         ("candidate_bias", "None with queue", {"candidate_bias": torch.ones(4), "queue": ck.FeatureQueue(2, 3)}),
         ("debiased", "[0, 1)", {"debiased": 1.0}),
+        ("queue", "one with ids", {"queue": ck.FeatureQueue(2, 3), "ids": torch.arange(4)}),
         ("queue", "one of 3 features", {"queue": ck.FeatureQueue(2, 4)}),
     ],
 )  # fmt: skip
@@ -232,7 +242,7 @@ def test_refusals(name, words, said):
 
 
 def test_views_refuse():
-    weighted = partial(ck.nt_xent, X, X, 2.0, weight_fn=ck.von_mises_fisher_weights)
+    weighted = functools.partial(ck.nt_xent, X, X, 2.0, weight_fn=ck.von_mises_fisher_weights)
     with pytest.raises(ValueError, match="weight_fn: expected None with include_positive=True"):
         weighted()
     with pytest.raises(ValueError, match="weight_fn: expected None with candidate_bias"):
