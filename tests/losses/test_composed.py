@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_positives_stay_out_of_the_stream():
     wide = x.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(definitions.info_nce(wide, y.double(), 20.0, positives=positives), wide)
     assert (dx.double() - want).norm() < 0.01 * want.norm()
+
+
+def test_large_equal_logits(backend):
+    """All logits are 2^20, where float32 counts by eighths: a log-sum-exp of one number would lose log 8."""
+    x, y = 256 * torch.ones(4, 16), 256 * torch.ones(8, 16)
+    queue = ck.FeatureQueue(8, 16)
+    queue.enqueue(y)
+    for said, terms in (
+        ({"positive_features": x}, 9), ({"positive_features": x, "queue": queue}, 17), ({"queue": queue}, 16),
+        ({"positive_logits": torch.full((4,), 2.0**20), "include_positive": False}, 8),
+        ({"positives": torch.tensor([[0, 1, 5]] * 4), "queue": queue}, 16), ({"debiased": 0.1}, 8),
+        ({"hardness_beta": 1.0}, 8),
+    ):  # fmt: skip
+        assert ck.info_nce(x, y, 1.0, backend=backend, **said).item() == pytest.approx(math.log(terms), abs=2e-6), said
 
 
 # ---- what holds for all ----
