@@ -161,9 +161,9 @@ class _Rows:
         if include_positive and not corrected and not outside:  # (with a queue)
             own = softmax_loss(self.problem, None, "none")
             return joined(own, self.of_queue(self.problem, self.z_pos()))
-        ratio = self.log_ratio(1.0)
         if corrected:
-            return self.corrected(ratio, include_positive)
+            return self.corrected(include_positive)
+        ratio = self.log_ratio(1.0)
         if include_positive:
             return softplus(ratio)
         losses = ratio
@@ -256,15 +256,15 @@ class _Rows:
         weights: Tensor = found.to(score_dtype(x.dtype))
         return weights
 
-    def corrected(self, ratio: Tensor, include_positive: bool) -> Tensor:
+    def corrected(self, include_positive: bool) -> Tensor:
         """-log(e^{z_pos} / (e^{z_pos} + M g)) [N]."""
         members, count = self.members, negatives_of(self.problem)
         if members.queue is not None:
             count = count + negatives_of(self.on_queue(self.problem))
-        nothing, log_count = count == 0, count.clamp(min=1).to(ratio.dtype).log()
+        nothing, log_count = count == 0, count.clamp(min=1).to(score_dtype(self.problem.x.dtype)).log()
         beta = members.hardness_beta
         if beta is None:
-            log_mean = ratio - log_count
+            log_mean = self.log_ratio(1.0) - log_count
         else:
             log_mean = self.log_ratio(1 + beta).masked_fill(nothing, 0.0)
             log_mean = log_mean - self.log_ratio(beta).masked_fill(nothing, 0.0)
