@@ -8,7 +8,9 @@ from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerM
 from .losses import (
     ClipLoss,
     DecomposableLoss,
+    FeatureQueue,
     InfoNCELoss,
+    MatryoshkaLoss,
     MultiPositiveNCELoss,
     NTXentLoss,
     SigmoidLoss,
@@ -17,10 +19,12 @@ from .losses import (
     decomposable,
     info_nce,
     log_sum_exp,
+    matryoshka,
     multi_positive_nce,
     nt_xent,
     sigmoid,
     sup_con,
+    von_mises_fisher_weights,
 )
 from .planning.explain import explain, list_backends, why_not
 from .planning.plan import plan
@@ -43,8 +47,10 @@ __all__ = [
     "DatasetContrastiveLoss",
     "DecomposableContrastiveLoss",
     "DecomposableLoss",
+    "FeatureQueue",
     "InfoNCELoss",
     "LatentStructureLoss",
+    "MatryoshkaLoss",
     "MultiPositiveNCELoss",
     "MultimodalContrastiveLoss",
     "NTXentLoss",
@@ -66,6 +72,7 @@ __all__ = [
     "info_nce",
     "list_backends",
     "log_sum_exp",
+    "matryoshka",
     "multi_positive_nce",
     "multimodal_contrastive",
     "nt_xent",
@@ -76,6 +83,7 @@ __all__ = [
     "sample_negatives",
     "sigmoid",
     "sup_con",
+    "von_mises_fisher_weights",
     "why_not",
 ]
 

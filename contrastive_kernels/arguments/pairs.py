@@ -18,6 +18,7 @@ __all__ = [
     "pairs_of",
     "pairs_of_samples",
     "require_alone",
+    "require_one_rank",
     "with_biases",
     "without_padding",
 ]
@@ -123,6 +124,15 @@ def check_smoothing(label_smoothing: Any, include_positive: bool, ranks: object)
         raise NotImplementedError(
             f"label_smoothing: expected 0 in a process group; got {shown(label_smoothing)}. group=None computes the "
             "loss of this process's rows: gather the others' with their gradients"
+        )
+
+
+def require_one_rank(ranks: object, name: str) -> None:
+    """The same of a member of a loss."""
+    if ranks is not None:
+        raise NotImplementedError(
+            f"{name}: not there over the ranks of a process group. group=None computes the loss of this process's rows:"
+            " gather the others' with their gradients"
         )
 
 

@@ -11,11 +11,11 @@ from ..draws.philox import gumbel
 from ..panels.pairs import ALIKE_ALONE
 from ..panels.panel import Panel, Route, SearchPanel, Side, present
 from ..panels.size import Size
-from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, RANK, SEARCHES, SIGMOID, PairTerm
+from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, MAXIMUM, RANK, SEARCHES, SIGMOID, PairTerm
 from .base import Backend
 from .products import default_weights_dtype, score_product
 
-__all__ = ["TorchBackend"]
+__all__ = ["TorchBackend", "search_scores"]
 
 
 class TorchBackend(Backend):
@@ -99,6 +99,13 @@ def _logits(panel: Panel, term: PairTerm, excluded: float = -torch.inf) -> Tenso
             local = local.clamp(0, columns - 1)
             z.scatter_(1, local, z.gather(1, local).masked_fill_(inside, excluded))
     return z
+
+
+def search_scores(panel: SearchPanel) -> Tensor:
+    """The logits of a panel [R, C], those that are left out and NaN at -inf."""
+    score_product(panel)
+    z = _logits(panel, MAXIMUM)
+    return z.masked_fill_(z.isnan(), -torch.inf)
 
 
 def _softplus(z: Tensor) -> Tensor:

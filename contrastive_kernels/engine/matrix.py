@@ -27,6 +27,15 @@ class Positives:
     offset: int | None = None
     #: int64 [N]
     index: Tensor | None = None
+    #: int64 [N, P] columns that are no negatives of the row, the positive's among them; None: that one alone
+    left_out: Tensor | None = None
+
+    @classmethod
+    def of(cls, offset: int | None, index: Tensor | None) -> Positives:
+        """From an index [N], or [N, P] the first of which counts and all of which are left out."""
+        if index is None or index.dim() == 1:
+            return cls(offset, index)
+        return cls(None, index[:, 0].contiguous(), index)
 
     @property
     def exist(self) -> bool:
@@ -42,7 +51,7 @@ class Positives:
     def band(self, rows: slice) -> Positives:
         """Those of some rows, which count from 0."""
         if self.index is not None:
-            return Positives(index=self.index[rows])
+            return Positives(None, self.index[rows], None if self.left_out is None else self.left_out[rows])
         return Positives(None if self.offset is None else self.offset + rows.start)
 
     def columns(self, rows: int) -> slice | Tensor:
@@ -93,7 +102,8 @@ class Problem:
     scale: Tensor | float
     bias: Tensor | float = 0.0
     #: the positive of row i is column i + offset, or index[i] (int64 [N], -1: no column), or there is none; where
-    #: both are given, the index counts, and of a symmetric matrix it is i + offset modulo N
+    #: both are given, the index counts, and of a symmetric matrix it is i + offset modulo N. An index [N, P] gives rows
+    #: several, of whom the softmax losses of single rows take the first and leave out all
     offset: int | None = None
     index: Tensor | None = None
     #: y is x, and no row is its own negative
@@ -138,7 +148,7 @@ class Problem:
     @property
     def positives(self) -> Positives:
         """Where they lie."""
-        return Positives(self.offset, self.index)
+        return Positives.of(self.offset, self.index)
 
     def params(self) -> Tensor:
         """(scale, bias, 0) [3] on the device, in the dtype of the scores: the last is the center of the scores."""
@@ -210,7 +220,8 @@ class ScoreMatrix:
         y = x if problem.symmetric else problem.y.contiguous()
         dots = None
         if params is None and backend.vectors and problem.positives.exist and x.shape[0] and y.shape[0]:
-            dots, params = backend.positive_dots(x, y, problem.index, problem.offset, problem, centered)
+            own = problem.positives
+            dots, params = backend.positive_dots(x, y, own.index, own.offset, problem, centered)
         elif params is None:
             params = problem.params()
         if backend.vectors:
@@ -239,9 +250,11 @@ class ScoreMatrix:
 
     def negatives(self) -> Pairs:
         """The pairs without the positives and, of a symmetric matrix, every row's own column."""
-        index = self.positives.index
+        index, left_out = self.positives.index, self.positives.left_out
         diagonal = 0 if self.symmetric else self.positives.offset
-        return self.pairs.leaving_out(diagonal, None if index is None else index[:, None])
+        if left_out is None and index is not None:
+            left_out = index[:, None]
+        return self.pairs.leaving_out(diagonal, left_out)
 
     def size(self) -> Size:
         """What the shape of the panels depends on."""

@@ -1,16 +1,21 @@
 """The losses: each function stands beside its module."""
 
+from .composed import von_mises_fisher_weights
 from .decomposable import DecomposableLoss, decomposable
 from .labels import MultiPositiveNCELoss, SupConLoss, multi_positive_nce, sup_con
 from .log_sum_exp import log_sum_exp
+from .matryoshka import MatryoshkaLoss, matryoshka
 from .nt_xent import NTXentLoss, nt_xent
+from .queue import FeatureQueue
 from .sigmoid import SigmoidLoss, sigmoid
 from .softmax import ClipLoss, InfoNCELoss, clip_loss, info_nce
 
 __all__ = [
     "ClipLoss",
     "DecomposableLoss",
+    "FeatureQueue",
     "InfoNCELoss",
+    "MatryoshkaLoss",
     "MultiPositiveNCELoss",
     "NTXentLoss",
     "SigmoidLoss",
@@ -19,8 +24,10 @@ __all__ = [
     "decomposable",
     "info_nce",
     "log_sum_exp",
+    "matryoshka",
     "multi_positive_nce",
     "nt_xent",
     "sigmoid",
     "sup_con",
+    "von_mises_fisher_weights",
 ]

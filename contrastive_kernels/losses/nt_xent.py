@@ -16,7 +16,7 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of_samples, require_alone
+from ..arguments.pairs import check_smoothing, pairs_of_samples, require_alone, require_one_rank
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -25,6 +25,7 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import views_with_biases
+from .composed import WeightFunction, check_corrections, weighted_views
 from .module import SoftmaxLoss
 
 __all__ = ["NTXentLoss", "nt_xent"]
@@ -39,6 +40,7 @@ def nt_xent(
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
+    weight_fn: WeightFunction | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -64,6 +66,8 @@ def nt_xent(
         products.
     include_positive, label_smoothing
         As in :func:`info_nce`.
+    weight_fn : callable, optional
+        As in :func:`info_nce` (DCLW): called with ``z1`` and ``z2``, and with ``z2`` and ``z1``.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
     reduction : {"mean", "sum", "none"}
@@ -108,6 +112,10 @@ def nt_xent(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if weight_fn is not None:
+            require_one_rank(ranks, "weight_fn")
+            if candidate_bias is not None:
+                raise ValueError("weight_fn: expected None with candidate_bias; got a function")
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
@@ -125,6 +133,8 @@ def nt_xent(
         rule = Softmax(mirrored=True, include_positive=include_positive)
         about = (*rule.about, ("normalize", normalize))
         return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
+    if weight_fn is not None:
+        return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
     if pairs.adds:
         options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
         return views_with_biases(problem, weight, reduction, **options)
@@ -138,6 +148,8 @@ class NTXentLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the views' losses [2N].
+    weight_fn
+        As in :func:`contrastive_kernels.nt_xent`.
     include_positive, label_smoothing, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
@@ -149,6 +161,11 @@ class NTXentLoss(SoftmaxLoss):
     >>> ck.NTXentLoss(reduction="none")(torch.randn(4, 8), torch.randn(4, 8), 2.0).shape
     torch.Size([8])
     """
+
+    def __init__(self, *, weight_fn: WeightFunction | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        check_corrections(weight_fn, None, None)
+        self.options["weight_fn"] = weight_fn
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of, require_alone, without_padding
+from ..arguments.pairs import check_smoothing, pairs_of, require_alone, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -26,7 +26,9 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
+from .composed import Members, WeightFunction, check_corrections, composed
 from .module import PAIR_NAMES, SoftmaxLoss
+from .queue import FeatureQueue
 
 __all__ = ["ClipLoss", "InfoNCELoss", "clip_loss", "info_nce"]
 
@@ -37,10 +39,16 @@ def info_nce(
     logit_scale: float | Tensor,
     *,
     positives: int | Tensor | None = None,
+    positive_logits: Tensor | None = None,
+    positive_features: Tensor | None = None,
+    queue: FeatureQueue | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
+    weight_fn: WeightFunction | None = None,
+    debiased: float | None = None,
+    hardness_beta: float | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -64,7 +72,15 @@ def info_nce(
         and is never read by the host.
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
-        (int64 [N]).
+        (int64 [N]). Several are int64 [N, P], -1 where there are fewer: the loss is the mean over them of the
+        log-sum-exp over all candidates less the positive's logit. One that is there twice counts once; a row of none is
+        left out of the mean, and its loss is 0.
+    positive_logits, positive_features : Tensor, optional
+        The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
+        beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
+        [N], -1 for none). Differentiable.
+    queue : FeatureQueue, optional
+        Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the rows [N] and of the candidates [M], one tensor for both where N == M: a candidate whose id
         equals the row's is no negative of it. Labels, captions that occur twice, users, documents. The row's own
@@ -79,6 +95,15 @@ def info_nce(
     label_smoothing : float
         This share of the target lies on all of a row's candidates alike, the positive's among them, as in torch's
         cross-entropy; candidates that ids or a bias leave out have none. Needs the positive in the denominator.
+    weight_fn : callable, optional
+        With ``include_positive=False``, weights of the positives' logits (DCLW): called with the rows and their
+        positives [N, D], it gives [N], as :func:`von_mises_fisher_weights` does.
+    debiased : float, optional
+        tau+, the probability that a negative is a false one: their mean exponential is corrected for it, and bounded by
+        exp(-logit_scale) from below, as cosines are.
+    hardness_beta : float, optional
+        Negatives weigh exp(hardness_beta * logit) more in their mean exponential; it goes with ``debiased``. Twice the
+        products, in float32 of 16-bit features.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -110,7 +135,9 @@ def info_nce(
     Raises
     ------
     TypeError, ValueError
-        For arguments that do not fit, and for a named backend that cannot serve.
+        For arguments that do not fit or do not go together, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for several positives and those that are no candidates, a queue and corrections.
 
     Notes
     -----
@@ -122,7 +149,9 @@ def info_nce(
 
     References
     ----------
-    A. van den Oord, Y. Li, O. Vinyals, "Representation learning with contrastive predictive coding", 2018.
+    A. van den Oord, Y. Li, O. Vinyals, "Representation learning with contrastive predictive coding", 2018. C.-H. Yeh et
+    al., "Decoupled contrastive learning", ECCV 2022. C.-Y. Chuang et al., "Debiased contrastive learning", NeurIPS
+    2020. J. Robinson et al., "Contrastive learning with hard negative samples", ICLR 2021.
 
     Examples
     --------
@@ -133,6 +162,7 @@ def info_nce(
     """
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
         if label_smoothing != 0.0:
@@ -140,8 +170,19 @@ def info_nce(
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         x, y = check_features(x, y, ("x", "y"), normalize)
-        index, offset = check_positives(positives, x, y)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
+            members = Members(*given)
+            require_one_rank(ranks, members.told(positives)[0])
+            if label_smoothing:
+                raise ValueError(
+                    f"label_smoothing: expected 0 with {members.told(positives)[0]}; got {label_smoothing}"
+                )
+            of_ids = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
+            problem = Problem(x, y, scale, pairs=of_ids, engine=engine)
+            options = (candidate_bias, weight, reduction, include_positive, normalize)
+            return composed(problem, positives, members, *options)
+        index, offset = check_positives(positives, x, y)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
@@ -260,6 +301,8 @@ class InfoNCELoss(SoftmaxLoss):
 
     Parameters
     ----------
+    weight_fn, debiased, hardness_beta
+        As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
     include_positive, label_smoothing, normalize, backend, workspace_bytes
@@ -275,6 +318,18 @@ class InfoNCELoss(SoftmaxLoss):
     torch.Size([])
     """
 
+    def __init__(
+        self,
+        *,
+        weight_fn: WeightFunction | None = None,
+        debiased: float | None = None,
+        hardness_beta: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        check_corrections(weight_fn, debiased, hardness_beta)
+        self.options.update(weight_fn=weight_fn, debiased=debiased, hardness_beta=hardness_beta)
+
     def forward(
         self,
         x: Tensor,
@@ -284,9 +339,13 @@ class InfoNCELoss(SoftmaxLoss):
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
+        positive_logits: Tensor | None = None,
+        positive_features: Tensor | None = None,
+        queue: FeatureQueue | None = None,
     ) -> Tensor:
         """Anchors [N, D], candidates [M, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        members.update(positive_logits=positive_logits, positive_features=positive_features, queue=queue)
         return info_nce(x, y, logit_scale, positives=positives, **members, **self.options)
 
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from .. import backends
 from .._library import define
-from ..engine.search import Search, count, find
+from ..engine.search import Search, count, find, find_many
 from ..panels.pairs import Pairs
 from ..panels.size import workspace_for
 from ..panels.terms import GUMBEL_MAX, MAXIMUM, RANK
 
-__all__ = ["best_column", "count_ranks"]
+__all__ = ["best_column", "best_columns", "count_ranks"]
 
 
 def _best_column(
@@ -44,6 +44,29 @@ def _best_column_fake(x, y, params, exclude, row_ids, col_ids, seed, backend, wo
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
+def _best_columns(
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    exclude: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    upper: Tensor | None,
+    most: int,
+    backend: str,
+    workspace_bytes: int | None,
+) -> Tensor:
+    """The columns of each row's largest z_ij of at most upper_i, in falling order [N, most] int64, -1 at the end."""
+    chosen = backends.choose(backend or "torch", x.device, x.dtype, MAXIMUM)
+    pairs = Pairs(None, _columns(exclude), row_ids=row_ids, col_ids=col_ids)
+    workspace = workspace_for(x.device, workspace_bytes)
+    return find_many(Search(MAXIMUM, x.contiguous(), y.contiguous(), params, pairs, chosen, workspace), most, upper)[1]
+
+
+def _best_columns_fake(x, y, params, exclude, row_ids, col_ids, upper, most, backend, workspace_bytes):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], most), dtype=torch.int64)
+
+
 def _count_ranks(
     x: Tensor,
     y: Tensor,
@@ -53,7 +76,10 @@ def _count_ranks(
     backend: str,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N]."""
+    """How many <x_i, y_j> lie below low_i and above high_i, excluded columns left out: two int64 vectors [N].
+
+    Or [K, N], as the bounds are.
+    """
     # float64 bounds ask for float64 scores
     chosen = backends.choose(backend or None, x.device, low.dtype if low.dtype == torch.float64 else x.dtype, RANK)
     params = torch.zeros(3, dtype=low.dtype, device=low.device)
@@ -65,7 +91,7 @@ def _count_ranks(
 
 
 def _count_ranks_fake(x, y, exclude, low, high, backend, workspace_bytes):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=torch.int64)
+    return x.new_empty(low.shape, dtype=torch.int64), x.new_empty(low.shape, dtype=torch.int64)
 
 
 best_column = define(
@@ -73,6 +99,14 @@ best_column = define(
     "str backend, int? workspace_bytes) -> Tensor",
     _best_column_fake,
     _best_column,
+)
+
+
+best_columns = define(
+    "best_columns(Tensor x, Tensor y, Tensor params, Tensor exclude, Tensor? row_ids, Tensor? col_ids, Tensor? upper, "
+    "SymInt most, str backend, int? workspace_bytes) -> Tensor",
+    _best_columns_fake,
+    _best_columns,
 )
 
 

@@ -99,18 +99,20 @@ def dense_logits(problem: Problem, rows: slice, turned: bool, *, signed: bool = 
     here = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)
     columns = torch.arange(z.shape[1], dtype=torch.int64, device=x.device)
     masks = [columns == here[:, None]] if problem.symmetric else []
+    held = problem.positives
     positive = None
-    if problem.index is not None:
-        positive = problem.index[rows]
+    if held.index is not None:
+        positive = held.index[rows]
     elif problem.offset is not None:
         positive = here + problem.offset
     if positive is None:
         z_pos = z.new_zeros(len(here))
     else:
-        held = positive.clamp(min=0)[:, None]
-        z_pos = z.gather(1, held)[:, 0].masked_fill(positive < 0, 0.0)
+        z_pos = z.gather(1, positive.clamp(min=0)[:, None])[:, 0].masked_fill(positive < 0, 0.0)
         z_pos = z_pos.masked_fill(z_pos == -torch.inf, 0.0)  # a bias leaves it out: of a row that must not count
         masks.append(columns == positive[:, None])
+    if held.left_out is not None:
+        masks.extend(columns == others[rows, None] for others in held.left_out.unbind(1)[1:])
     alike = problem.pairs.alike(rows, turned)
     if alike is not None and signed:
         z = torch.where(alike & (z != -torch.inf), -z, z)

@@ -1,18 +1,20 @@
 """The definition of every loss: dense, differentiable by plain autograd, in whatever precision comes in."""
 
 from ..draws.gamma import draw_log_weights
-from . import structure
+from . import composed, search, structure
 from .labels import multi_positive_nce, sup_con
 from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
 
 __all__ = [
     "clip_loss",
+    "composed",
     "decomposable",
     "draw_log_weights",
     "info_nce",
     "log_sum_exp",
     "multi_positive_nce",
     "nt_xent",
+    "search",
     "sigmoid",
     "structure",
     "sup_con",

@@ -214,6 +214,6 @@ def ranks(x: Tensor, y: Tensor, positives: Tensor) -> Tensor:
     scores = x @ y.T
     documents = torch.arange(len(y), dtype=torch.int64, device=y.device)
     is_positive = (positives[:, :, None] == documents).any(1)
-    best = scores.masked_fill(~is_positive, -torch.inf).amax(1, keepdim=True)
+    best = scores.masked_fill(~is_positive | scores.isnan(), -torch.inf).amax(1, keepdim=True)
     before = (~(scores < best) & ~is_positive).sum(1)
     return before.masked_fill(~is_positive.any(1), -1)

@@ -1,7 +1,8 @@
-"""Negatives chosen inside the stream: drawn in proportion to the softmax, or the hardest one of every row."""
+"""Negatives chosen inside the stream: drawn in proportion to the softmax, or the hardest ones of every row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments.checks import (
+    check_count,
     check_engine,
     check_features,
     check_generator,
@@ -17,13 +19,14 @@ from ..arguments.checks import (
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
 from ..arguments.pairs import check_ids
-from ..distributed.group import Ranks, ranks_of, told
-from ..distributed.search import best_of_all_ranks
+from ..distributed.group import Ranks, Sizes, ranks_of, told
+from ..distributed.search import best_of_all_ranks, largest_of_all_ranks
 from ..engine.search import Search, panel_side
-from ..operators.search import best_column
+from ..operators.search import best_column, best_columns
 from ..panels.pairs import Pairs
 from ..panels.size import workspace_for
-from ..panels.terms import GUMBEL_MAX, MAXIMUM
+from ..panels.terms import GUMBEL_MAX, MAXIMUM, PairTerm
+from .margin import Margin, check_margin, upper_bounds
 
 __all__ = ["hardest_negatives", "sample_negatives"]
 
@@ -127,6 +130,9 @@ def hardest_negatives(
     x: Tensor,
     y: Tensor,
     *,
+    k: int | None = None,
+    skip: int = 0,
+    margin: Margin | None = None,
     positives: int | Tensor | None = None,
     exclude: Tensor | tuple[Tensor, Tensor] | None = None,
     normalize: bool = False,
@@ -135,7 +141,7 @@ def hardest_negatives(
     group: Any | None = None,
     uneven: bool = False,
 ) -> Tensor:
-    """For every row of ``x`` the row of ``y`` with the largest <x_i, y_j> that is not its positive.
+    """For every row of ``x`` the row of ``y`` with the largest <x_i, y_j> that is not its positive, or the k largest.
 
     Parameters
     ----------
@@ -143,14 +149,22 @@ def hardest_negatives(
         Anchors [N, D]; float16, bfloat16, float32 or float64.
     y : Tensor
         Candidates [M, D] of the same dtype and device.
+    k : int, optional
+        How many of every row. None: one.
+    skip : int
+        So many of the hardest are passed over first, for the hardest of all are often positives that nobody labelled.
+    margin : float or ("relative", float), optional
+        Candidates of a score above the positive's plus the margin are passed over; with a relative one, above the
+        positive's times 1 plus the margin. It may be negative: ("relative", -0.05) leaves candidates of at most 95% of
+        the positive's cosine. A row without a positive has no such bound. Scores are compared as float32 rounds them.
     positives, exclude, normalize, backend, workspace_bytes, group, uneven
-        As in :func:`sample_negatives`.
+        As in :func:`sample_negatives`. With ``k``, ``skip`` or ``margin``, the backend is "torch".
 
     Returns
     -------
     Tensor
-        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; the first one of equal scores,
-        -1 where no candidate is left. A score of NaN is passed over.
+        Rows of ``y``, with a `group` of the ranks' ones one below the other, int64 [N]; with ``k`` [N, k], the hardest
+        first. Of equal scores the first; -1 where no candidate is left. A score of NaN is passed over.
 
     Raises
     ------
@@ -159,7 +173,7 @@ def hardest_negatives(
 
     Notes
     -----
-    One product of 2 N M D flop, memory O(N) beside the inputs and the workspace. No gradient.
+    One product of 2 N M D flop, memory O(N (k + skip)) beside the inputs and the workspace. No gradient.
 
     With a `group` the candidates are those of all ranks, in their order; ``positives`` still count among the rank's own
     ``y``. Candidates travel from rank to rank: no rank holds more than two ranks' ones.
@@ -177,11 +191,27 @@ def hardest_negatives(
     tensor([1, 0, 1])
     >>> ck.hardest_negatives(x, x, exclude=torch.tensor([7, 7, 5]))
     tensor([2, 2, 1])
+    >>> ck.hardest_negatives(x, x, k=2)
+    tensor([[1, 2],
+            [0, 2],
+            [1, 0]])
     """
     ranks = _ranks(group, uneven)
     with told(ranks, x):
+        if k is not None:
+            check_count(k, "k")
+        check_count(skip, "skip", 0)
+        check_margin(margin)
         x, y, excluded, ids = _checked(x, y, positives, exclude, normalize)
         params, engine = _params(scale_tensor(x, 1.0)), check_engine(backend, workspace_bytes)
+        many = k is not None or skip > 0 or margin is not None
+        if many and engine.backend not in ("", "torch"):
+            raise ValueError(
+                f"backend: expected None or 'torch' with k, skip or margin, which others cannot serve; got {backend!r}"
+            )
+    if many:
+        taken = _many(ranks, x, y, params, excluded, ids, skip + (k or 1), margin, engine, normalize)[:, skip:]
+        return taken[:, 0] if k is None else taken.contiguous()
     if ranks is not None:
         return _over_ranks(ranks, "hardest_negatives", x, y, params, excluded, ids, None, engine, normalize)
     return best_column(x, y, params, excluded, *ids, None, *engine)
@@ -205,6 +235,46 @@ def _over_ranks(
 ) -> Tensor:
     """The same among the candidates of all ranks."""
     term = MAXIMUM if seed is None else GUMBEL_MAX
+    search, sizes = _agreed(ranks, call, term, x, y, params, excluded, ids, engine, (("normalize", normalize),))
+    return best_of_all_ranks(ranks, call, sizes, replace(search, seed=seed))
+
+
+def _many(
+    ranks: Ranks | None,
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    excluded: Tensor,
+    ids: tuple[Tensor | None, Tensor | None],
+    most: int,
+    margin: Margin | None,
+    engine: Engine,
+    normalize: bool,
+) -> Tensor:
+    """The columns of the largest scores within the margin [N, most], of which there may be less."""
+    engine = Engine("torch", engine.workspace_bytes)
+    workspace = workspace_for(x.device, engine.workspace_bytes)
+    upper = None if margin is None else upper_bounds(x, y, excluded, margin, params.dtype, workspace)
+    if ranks is None:
+        return best_columns(x, y, params, excluded, *ids, upper, most, *engine)
+    call, about = "hardest_negatives", (("normalize", normalize), ("most", most), ("margin", margin))
+    search, sizes = _agreed(ranks, call, MAXIMUM, x, y, params, excluded, ids, engine, about)
+    return largest_of_all_ranks(ranks, call, sizes, search, most, upper)
+
+
+def _agreed(
+    ranks: Ranks,
+    call: str,
+    term: PairTerm,
+    x: Tensor,
+    y: Tensor,
+    params: Tensor,
+    excluded: Tensor,
+    ids: tuple[Tensor | None, Tensor | None],
+    engine: Engine,
+    more: tuple[tuple[str, Any], ...],
+) -> tuple[Search, Sizes]:
+    """The search of this rank's rows among its own columns, once all ranks are about to search the same."""
     try:
         backend = backends.choose(engine.backend or None, x.device, x.dtype, term)
         workspace = workspace_for(x.device, engine.workspace_bytes)
@@ -212,12 +282,11 @@ def _over_ranks(
     except ValueError as error:
         ranks.fail(error, x)
         raise
-    about = (("features", x.shape[1]), ("dtype", x.dtype), ("exclude", "given" if ids[0] is not None else None),
-             ("normalize", normalize))  # fmt: skip
+    excludes = "given" if ids[0] is not None else None
+    about = (("features", x.shape[1]), ("dtype", x.dtype), ("exclude", excludes), *more)
     sizes = ranks.agree(call, about, x, len(x), len(y))
     pairs = Pairs(None, excluded.contiguous(), row_ids=ids[0], col_ids=ids[1])
-    search = Search(term, x.contiguous(), y.contiguous(), params, pairs, backend, workspace, seed)
-    return best_of_all_ranks(ranks, call, sizes, search)
+    return Search(term, x.contiguous(), y.contiguous(), params, pairs, backend, workspace), sizes
 
 
 def _checked(

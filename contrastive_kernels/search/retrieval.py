@@ -13,12 +13,10 @@ from torch import Tensor
 from ..arguments.checks import (
     check_backend,
     check_count,
-    check_dense,
     check_features,
-    check_positives,
+    check_flag,
     check_workspace,
 )
-from ..arguments.index import checked_index
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
 from ..distributed.group import ranks_of, told
@@ -27,6 +25,8 @@ from ..engine.search import panel_side
 from ..operators.search import count_ranks
 from ..panels.size import score_dtype, workspace_for
 from ..panels.terms import RANK
+from .margin import scores_of
+from .positives import check_relevance, figures_of, in_order, positive_columns, without_self
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]
 
@@ -53,13 +53,27 @@ class RetrievalMetrics:
         Mean of 1 / rank.
     ranks : Tensor
         How many documents stand before each query's best positive, counted from 0 [N] int64; -1 for a query without
-        positives, which the figures above leave out.
+        positives, which the figures leave out.
+    positive_ranks : Tensor
+        The same of every positive, its query's other positives included [N, P] int64; -1 for one that is not there, is
+        there for the second time, or has relevance 0.
+    mean_average_precision : float
+        MAP: the mean over queries of the mean over positives of the precision at the positive's rank.
+    precision : dict of int to float
+        By k: the mean over queries of the part of the first k documents that are positives.
+    ndcg : dict of int to float
+        By k: the mean over queries of the discounted gain sum relevance / log2(rank + 1) of the first k documents, over
+        that of the best order.
     """
 
     recall: dict[int, float]
     median_rank: float
     mean_reciprocal_rank: float
     ranks: Tensor
+    positive_ranks: Tensor
+    mean_average_precision: float
+    precision: dict[int, float]
+    ndcg: dict[int, float]
 
 
 @torch.no_grad()
@@ -69,13 +83,15 @@ def retrieval_metrics(
     k: Sequence[int] = (1, 5, 10),
     *,
     positives: int | Tensor | None = None,
+    relevance: Tensor | None = None,
+    exclude_self: bool = False,
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     group: Any | None = None,
     uneven: bool = False,
 ) -> RetrievalMetrics:
-    """Recall@k, median rank and mean reciprocal rank of queries against documents, ordered by <x_i, y_j>.
+    """Ranks of queries' positives among documents in the order of <x_i, y_j>: recall@k, MRR, MAP, nDCG@k, precision@k.
 
     Parameters
     ----------
@@ -84,10 +100,15 @@ def retrieval_metrics(
     y : Tensor
         Documents [M, D] of the same dtype and device.
     k : sequence of int
-        The cut-offs of the recall, each at least 1.
+        The cut-offs of recall, precision and nDCG, each at least 1.
     positives : int or Tensor, optional
         Query i's positives in ``y``: document ``i + positives`` (an int; 0 by default), or the documents
         ``positives[i]`` (int64 [N], or [N, P] for several; -1 fills up where there are fewer).
+    relevance : Tensor, optional
+        How relevant each positive is [N, P] ([N, 1] of one), the gain that nDCG discounts: numbers of at least 0. Pass
+        ``2**grade - 1`` for the exponential gain. One of 0 is no positive. By default all are 1.
+    exclude_self : bool
+        Row i of ``y`` is query i itself, and no document to be found: where a data set is searched for its own rows.
     normalize : bool
         Divide rows by their Euclidean norm first.
     backend : str, optional
@@ -110,13 +131,14 @@ def retrieval_metrics(
 
     Notes
     -----
-    The rank of a query is that of its best positive; its other positives never stand in the way. **Ties count against
-    the query**, and so does NaN: a document stands behind the positive only if its score is lower.
+    The rank of a query is that of its best positive. **Ties count against the query**, and so does NaN: a document
+    stands behind the positive only if its score is lower; of a query's positives of equal scores, the least relevant
+    comes first.
 
     A score in float32 depends in its last digits on how the product was cut up. So whatever lies within rounding of the
     positive's score is decided in float64, for those queries alone; ranks therefore do not depend on the workspace or
-    the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, O(N) memory beside the
-    inputs and the workspace, and a copy of the queries that are counted again.
+    the backend, and equal documents are ties wherever they lie. One product of 2 N M D flop, whose scores are counted P
+    times, O(N P) memory beside the inputs and the workspace, and a copy of the queries that are counted again.
 
     With a `group` queries and documents are those of all ranks, ``positives`` count among a rank's own documents, and
     ``ranks`` are those of its own queries. Documents travel from rank to rank: none holds more than two ranks' ones.
@@ -128,79 +150,95 @@ def retrieval_metrics(
     >>> found = ck.retrieval_metrics(queries, documents, k=(1, 3))
     >>> found.recall, found.median_rank, found.ranks.tolist()
     ({1: 0.3333333333333333, 3: 1.0}, 3.0, [0, 2, 2])
+
+    Rows of one data set, which find those of their class:
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
+    >>> others = torch.tensor([[1, 2], [0, 2], [0, 1], [-1, -1]])
+    >>> found = ck.retrieval_metrics(x, x, k=(2,), positives=others, exclude_self=True)
+    >>> found.positive_ranks.tolist(), round(found.mean_average_precision, 4)
+    ([[0, 2], [1, 2], [2, 1], [-1, -1]], 0.6667)
     """
     processes = ranks_of(group, "sum", "ring", uneven)
     with told(processes, x):
         cuts = _cut_offs(k)
         x, y = check_features(x, y, ("x", "y"), normalize)
         options = check_backend(backend), workspace_for(x.device, check_workspace(workspace_bytes))
-        index = _positives(positives, x, y)
+        index = positive_columns(positives, x, y)
+        apart = without_self(index, y) if check_flag(exclude_self, "exclude_self") else index[:, :0]
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        grades, index = check_relevance(relevance, index, wide)
         first = registry.choose(options[0] or None, x.device, x.dtype, RANK)
         panel_side(x, y, score_dtype(x.dtype), first, options[1])
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
         panel_side(x, y, wide, registry.choose(None, x.device, wide, RANK), options[1])  # before it may be needed
     corpus = None
     if processes is not None:
-        about = (("features", x.shape[1]), ("dtype", x.dtype), ("normalize", normalize))
+        about = (("features", x.shape[1]), ("dtype", x.dtype), ("normalize", normalize), ("k", list(cuts)),
+                 ("exclude_self", exclude_self))  # fmt: skip
         sizes = processes.agree("retrieval_metrics", about, x, len(x), len(y))
         corpus = Corpus(processes, "retrieval_metrics", sizes, y)
-    ranks, uncertain = _ranks(x, y, index, score_dtype(x.dtype), *options, corpus)
+    own = scores_of(x, y, index, wide, options[1])
+    ranks, uncertain = _ranks(x, y, index, apart, own, score_dtype(x.dtype), *options, corpus)
     again = uncertain.any() if corpus is None else corpus.largest(uncertain.sum())
     if score_dtype(x.dtype) != wide and bool(again):
         rows = uncertain.nonzero()[:, 0]
-        ranks[rows] = _ranks(x[rows], y, index[rows], wide, "", options[1], corpus)[0]
-    ranks = ranks.masked_fill(~(index >= 0).any(1), -1)
-    every = ranks if corpus is None else corpus.joined(ranks)
+        ranks[rows] = _ranks(x[rows], y, index[rows], apart[rows], own[rows], wide, "", options[1], corpus)[0]
+    behind = ranks + in_order(own, index, grades)  # the other positives that stand before it
+    best = behind.masked_fill(index < 0, torch.iinfo(torch.int64).max).amin(1)
+    best = best.masked_fill(~(index >= 0).any(1), -1)
+    behind = behind.masked_fill(index < 0, -1)
+    figures = figures_of(behind, grades, cuts)
+    every, figures = (best, figures) if corpus is None else (corpus.joined(best), corpus.joined(figures))
     places = every[every >= 0].double().cpu() + 1
+    mean = figures[every >= 0].mean(0).tolist()
     return RetrievalMetrics(
         recall={cut: (places <= cut).double().mean().item() for cut in cuts},
         median_rank=places.quantile(0.5).item() if 0 < len(places) < 2**24 else places.median().item(),
         mean_reciprocal_rank=(1 / places).mean().item(),
-        ranks=ranks,
+        ranks=best,
+        positive_ranks=behind,
+        mean_average_precision=mean[0],
+        precision=dict(zip(cuts, mean[1:])),
+        ndcg=dict(zip(cuts, mean[1 + len(cuts) :])),
     )
 
 
 def _ranks(
-    x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, backend: str, workspace_bytes: int, corpus: Corpus | None
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    apart: Tensor,
+    own: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    workspace_bytes: int,
+    corpus: Corpus | None,
 ) -> tuple[Tensor, Tensor]:
-    """Ranks [N] from scores in `dtype`, and the queries with a document too close to the positive to tell [N]."""
-    best = _best_positive(x, y, index, dtype, workspace_bytes)
+    """How many documents that are no positives stand before each positive [N, P], by scores in `dtype`.
+
+    `apart` [N, .] are left out, `own` [N, P] the positives' scores. And the queries with a document too close to a
+    positive to tell [N].
+    """
     lengths = _lengths(y)
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
     size = _lengths(x) * (longest if corpus is None else corpus.largest(longest))
     rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
     slack = rounding * size.to(dtype)
-    bounds = best - slack, best + slack
+    scores, left_out = own.T.to(dtype), torch.cat([index, apart], 1)
+    bounds = (scores - slack).contiguous(), (scores + slack).contiguous()
     if corpus is None:
-        below, above = count_ranks(x, y, index, *bounds, backend, workspace_bytes)
+        below, above = count_ranks(x, y, left_out, *bounds, backend, workspace_bytes)
     else:
-        below, above = corpus.count(x, index, *bounds, backend, workspace_bytes)
-    ordered = index.sort(1).values
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    others = (y.shape[0] if corpus is None else corpus.size) - ((ordered >= 0) & ~repeated).sum(1)
-    return others - below, others - below > above
+        below, above = corpus.count(x, left_out, *bounds, backend, workspace_bytes)
+    others = (y.shape[0] if corpus is None else corpus.size) - (left_out >= 0).sum(1)
+    before = others - below
+    return before.T.contiguous(), ((before > above) & (index >= 0).T).any(0)
 
 
 def _lengths(v: Tensor) -> Tensor:
     """Euclidean norms of the rows [n] in float32, a block of rows at a time: no copy of a 16-bit corpus."""
     return torch.cat([block.to(torch.float32).norm(dim=1) for block in v.split(_ROWS)])
-
-
-def _best_positive(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
-    """The largest score among each query's positives [N] in `dtype`; -inf without any."""
-    n, count = index.shape
-    best = torch.full((n,), -torch.inf, dtype=dtype, device=x.device)
-    if not len(y):
-        return best
-    rows = max(1, workspace_bytes // (3 * max(count, 1) * x.shape[1] * dtype.itemsize))
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        partners = y[index[part].clamp(min=0)].to(dtype)  # [rows, P, D]
-        scores = (partners * x[part, None].to(dtype)).sum(2)
-        best[part] = scores.masked_fill_(index[part] < 0, -torch.inf).amax(1)
-    return best
 
 
 def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
@@ -213,24 +251,6 @@ def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
     if precision is None and getattr(matmul, "allow_tf32", False):  # before torch 2.9
         precision = "tf32"
     return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(str(precision), 0.0)
-
-
-def _positives(positives: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The positives' columns [N, P] int64, -1 for none."""
-    if isinstance(positives, Tensor):
-        check_dense(positives, "positives")
-    if isinstance(positives, Tensor) and positives.dim() == 2:
-        if positives.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
-        if positives.shape[0] != x.shape[0] or positives.shape[1] == 0:
-            raise ValueError(f"positives: expected shape [{x.shape[0]}, P], P at least 1; got {list(positives.shape)}")
-        if positives.device != x.device:
-            raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
-        return checked_index(positives, y.shape[0], True)
-    index, offset = check_positives(positives, x, y, allow_missing=True)
-    if index is None:
-        index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
-    return index[:, None]
 
 
 def _cut_offs(k: Any) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import contrastive_kernels as ck
+
 #: A kind of argument gives what may be wrong with it, by what is.
 Kind = Callable[[], dict[str, Any]]
 
@@ -281,6 +283,50 @@ def ids() -> dict[str, Any]:
         "three": (v, v, v),
         "a pair with a sparse one": (v, v.to_sparse()),
     }
+
+
+def margin() -> dict[str, Any]:
+    v = 0.1
+    return {
+        "a word": "0.1",
+        "true": True,
+        "a tensor": torch.tensor(v),
+        "a pair of numbers": (v, v),
+        "another word": ("absolute", v),
+        "a word with a word": ("relative", "0.1"),
+        "three": ("relative", v, v),
+        "infinite": float("inf"),
+        "not a number": ("relative", float("nan")),
+    }
+
+
+def relevance() -> dict[str, Any]:
+    bad = {name: value for name, value in table().items() if name != "of integers"}
+    return bad | {"negative": -torch.ones(N, 1), "infinite": torch.full((N, 1), torch.inf)}
+
+
+def queue() -> dict[str, Any]:
+    return {
+        "a tensor": torch.eye(N, D),
+        "a list": [],
+        "a number": 1,
+        "of other features": ck.FeatureQueue(N, D + 1),
+        "on meta": ck.FeatureQueue(N, D).to("meta"),
+    }
+
+
+def correction() -> dict[str, Any]:
+    """A number from 0 to below 1."""
+    return part() | {"one": 1.0}
+
+
+def lengths() -> dict[str, Any]:
+    return cutoffs() | {"none": []}
+
+
+def factors() -> dict[str, Any]:
+    return {"a number": 1.0, "a tensor": torch.ones(2), "too many": (1.0,) * 9, "negative": (1.0, -1.0),
+            "words": ("1", "2"), "infinite": (1.0, float("inf"))}  # fmt: skip
 
 
 def cutoffs() -> dict[str, Any]:

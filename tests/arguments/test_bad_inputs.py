@@ -49,6 +49,21 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("separation", "bridge", "geometry"), bad.amount),
     "t": bad.mixture,
     "k": bad.cutoffs,
+    **dict.fromkeys(("hardest_negatives.k", "size"), bad.positive_count),
+    "skip": bad.count,
+    "margin": bad.margin,
+    "relevance": bad.relevance,
+    "positive_features": bad.features,
+    "queue": bad.queue,
+    "debiased": bad.correction,
+    "hardness_beta": bad.amount,
+    "sigma": bad.positive_number,
+    **dict.fromkeys(("weight_fn", "matryoshka.loss", "MatryoshkaLoss.loss"), bad.function),
+    "dims": bad.lengths,
+    **dict.fromkeys(("matryoshka.weights", "MatryoshkaLoss.weights"), bad.factors),
+    **dict.fromkeys(("exclude_self", "FeatureQueue.ids"), bad.flag),
+    "enqueue.features": bad.features,
+    "state": bad.sequence,
     "dtype": bad.dtype,
     "device": bad.device_that_is_here,
     "plan.device": bad.device,
@@ -90,6 +105,7 @@ FINE = {
         for what in ("on meta", "of other features", "of another dtype")
     ),
     ("DatasetContrastiveLoss.e_step", "index", "too long"),
+    ("FeatureQueue.enqueue", "features", "of another dtype"),
     ("NormalizerMemory.read", "index", "too long"),
     # the world may be there once the module is called
     *((name, "group", "a world that is not there") for name in ck.__all__ if name[0].isupper()),
@@ -119,6 +135,12 @@ VALUES: dict[str, Any] = {
     "grow.num_samples": SAMPLES,
     "features": 64,
     "forward.features": X,
+    "size": 8,
+    "dims": (1, 2),
+    "matryoshka.loss": ck.clip_loss,
+    "MatryoshkaLoss.loss": ck.ClipLoss(),
+    "enqueue.features": X,
+    "state": {"next": 0, "count": 0},
     "encode": lambda batch: (X, Y),
     "batches": [0, 1],
     "accumulate.index": [INDEX, INDEX + N],
@@ -128,6 +150,8 @@ VALUES: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "plan": {"device": "cuda", "capability": 90},
     "brownian_bridge": {"image_aug": X},
+    "FeatureQueue.enqueue": {"ids": INDEX},
+    "retrieval_metrics": {"positives": INDEX.flip(0)},
     "LatentStructureLoss": {"separation": 1.0, "bridge": 1.0, "geometry": 1.0},
     "LatentStructureLoss.forward": {
         name: VALUES[name] for name in ("image_aug", "text_aug", "image_independent", "text_independent")
@@ -138,11 +162,16 @@ BESIDE: dict[str, dict[str, Any]] = {
 NOT_TRIED = {"NormalizerStatistics", "RetrievalMetrics", "DecomposableContrastiveLoss"}
 
 #: Of these no call is right here.
-NO_RIGHT_CALL = {"autotune": "it wants a GPU", "NormalizerMemory.open": "it wants a folder"}
+NO_RIGHT_CALL = {
+    "autotune": "it wants a GPU",
+    "NormalizerMemory.open": "it wants a folder",
+    "MatryoshkaLoss.forward": "it wants the arguments of its loss",
+}
 
 #: How an object is made whose methods are tried.
 MAKE: dict[str, Callable[[], Any]] = {
     "DatasetContrastiveLoss": lambda: ck.DatasetContrastiveLoss(SAMPLES, directions=1),
+    "FeatureQueue": lambda: ck.FeatureQueue(8, D, ids=True),
     "LatentStructureLoss": lambda: ck.LatentStructureLoss(None, 1.0, 1.0, 1.0),
     "NormalizerMemory": lambda: ck.NormalizerMemory(SAMPLES, 1),
     "SeparationHead": lambda: ck.SeparationHead(D, 2),
@@ -260,7 +289,7 @@ def test_no_workspace_is_that_of_the_device(name, monkeypatch):
 
 def test_an_unknown_argument_is_found_out():
     with pytest.raises(LookupError, match="of info_nce is new"):
-        look_up(KINDS, "info_nce", "margin")
+        look_up(KINDS, "info_nce", "bandwidth")
 
 
 def test_a_base_that_returns_rows_is_refused():

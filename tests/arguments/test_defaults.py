@@ -29,6 +29,15 @@ INDEX = torch.arange(N, device="cpu")
 WEIGHT = torch.linspace(0, 2, N, dtype=torch.float32, device="cpu")
 
 
+SEVERAL = torch.stack([(INDEX + 1) % N, (INDEX + 3) % N, -torch.ones_like(INDEX)], 1)
+
+
+def filled(features: Tensor) -> ck.FeatureQueue:
+    queue = ck.FeatureQueue(N - 2, D)
+    queue.enqueue(features)
+    return queue
+
+
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
@@ -49,7 +58,17 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "sample_negatives": lambda x: ck.sample_negatives(x, T, 5.0, generator=generator()),
     "torch sample_negatives": lambda x: ck.sample_negatives(x, T, 5.0, generator=generator(), backend="torch"),
     "hardest_negatives": lambda x: ck.hardest_negatives(x, T, exclude=INDEX // 2),
+    "hardest by rank": lambda x: ck.hardest_negatives(x, T, k=3, skip=1, margin=0.5, exclude=INDEX // 2),
     "retrieval_metrics": lambda x: ck.retrieval_metrics(x, T).ranks,
+    "several positives' ranks": lambda x: (
+        ck.retrieval_metrics(x, T, positives=SEVERAL, exclude_self=True).positive_ranks
+    ),
+    "several positives": lambda x: ck.info_nce(x, T, 5.0, positives=SEVERAL, queue=filled(VA)),
+    "positive features": lambda x: ck.info_nce(x, T, 5.0, positive_features=TA, debiased=0.1, hardness_beta=0.5),
+    "weighted": lambda x: ck.nt_xent(
+        x, T, 5.0, include_positive=False, weight_fn=ck.von_mises_fisher_weights, weight=WEIGHT
+    ),
+    "matryoshka": lambda x: ck.matryoshka(ck.clip_loss, (2, 5), normalize=True)(x, T, 5.0),
     "multimodal_contrastive": lambda x: ck.multimodal_contrastive(x, T, VA, TA, 5.0),
     "feature_separation": lambda x: ck.feature_separation(V, T, x, TI, VIA, TIA, 5.0),
     "brownian_bridge": lambda x: ck.brownian_bridge(x, T, VA, t="sampled", generator=generator()),

@@ -13,8 +13,8 @@ from contrastive_kernels.distributed import group as groups
 
 FEATURES = torch.eye(4, 3)
 
-#: Of one sample each: there is nothing of other processes to leave out.
-LOCAL = {"SeparationHead"}
+#: Of one sample each, or a queue, or calls of another loss: there is nothing of other processes to leave out.
+LOCAL = {"SeparationHead", "FeatureQueue", "MatryoshkaLoss"}
 MAKE = {
     "DatasetContrastiveLoss": lambda **over: ck.DatasetContrastiveLoss(10, **over),
     "DecomposableContrastiveLoss": lambda **over: ck.DecomposableContrastiveLoss(10, **over),

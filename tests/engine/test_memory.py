@@ -53,14 +53,29 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
     elif loss == "uniformity":
         value = ck.feature_separation(x.detach(), y.detach(), x, y, None, None, 1.0, orthogonality=0.0, **options)
     elif loss == "retrieval_metrics":
-        value = ck.retrieval_metrics(x, y, **options)
+        several = torch.arange(4 * n).view(n, 4) % n if members == "several" else None
+        value = ck.retrieval_metrics(x, y, positives=several, **options)
     elif loss == "hardest_negatives":
-        value = ck.hardest_negatives(x, y, **options)
+        many = {"k": 10, "skip": 5, "margin": 0.5} if members == "many" else {}
+        value = ck.hardest_negatives(x, y, **many, **options)
     elif loss in ("sup_con", "multi_positive_nce"):
         labels = torch.arange(n) % (n // 3)
         of_candidates = dict(y=y, y_labels=labels) if "candidates" in members else {}
         value = getattr(ck, loss)(x, labels, 1.0, **of_candidates, **options)
+    elif loss == "matryoshka":
+        value = ck.matryoshka(ck.clip_loss, (d // 2, d), normalize=True)(x, y, 1.0, **options)
     else:
+        if "several" in members:
+            options["positives"] = torch.arange(3 * n).view(n, 3) % n
+        if "queue" in members:
+            queue = options["queue"] = ck.FeatureQueue(n, d)
+            queue.enqueue(torch.randn(n, d))
+        if "features" in members:
+            options["positive_features"] = torch.randn(n, d)
+        if "hard" in members:
+            options.update(hardness_beta=0.5, debiased=0.1)
+        if "weighted" in members:
+            options.update(weight_fn=ck.von_mises_fisher_weights, include_positive=False)
         value = getattr(ck, loss)(x, y, 1.0, *more, **options)
     if work != "forward":
         value.backward()
@@ -123,6 +138,17 @@ def test_a_step_of_20_000_rows_takes_little():
     """Of one matrix of scores alone, it would be 1.5 GiB."""
     losses = ("clip_loss with ids", "clip_loss with smoothing", "sup_con", "sup_con with inside", "multi_positive_nce")
     cases = [(loss, "cpu", "float32", 20_000, 16, 64 * MIB, "gradients") for loss in losses]
+    cases += [("hardest_negatives with many", "torch", "float32", 20_000, 16, 64 * MIB, "forward")]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 400 * MIB}
+    assert not over
+
+
+def test_members_of_20_000_rows_take_little():
+    """The same of every member that composes the log-sums; the queue holds as many features."""
+    members = ("several", "queue and features", "hard", "weighted")
+    cases = [(f"info_nce with {name}", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients") for name in members]
+    cases += [("nt_xent with weighted", "cpu", "float32", 10_000, 16, 64 * MIB, "gradients")]
+    cases += [("matryoshka", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")]
     over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 400 * MIB}
     assert not over
 
@@ -165,6 +191,8 @@ def test_searches_stay_within_the_workspace():
         for search in ("sample_negatives", "hardest_negatives", "retrieval_metrics")
         for backend in ("cpu", "torch")
     ]
+    cases += [(search, "torch", "float32", 3072, 32, WORKSPACE, "forward")
+              for search in ("hardest_negatives with many", "retrieval_metrics with several")]  # fmt: skip
     over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > WORKSPACE + SLACK}
     assert not over
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_hardest_negatives(search, way):
         assert torch.equal(found, torch.where(mask.all(1), -1, first))
     else:
         assert_largest(found, scores, mask, rounding(x, y, way))
+
+
+@fuzzed(30, search=searches(), way=ways_of(), k=st.sampled_from((1, 3, 70)), skip=st.sampled_from((0, 1, 40)))
+def test_hardest_by_rank(search, way, k, skip):
+    """The scores at these ranks, and the first of equal ones where scores are exact."""
+    way = replace(way, backend=None)
+    x, y, found = ask(search, way, partial(ck.hardest_negatives, k=k, skip=skip))
+    kept = dense_scores(x, y, way).masked_fill(left_out(search, len(x), len(y)), -torch.inf)
+    kept = torch.cat([kept, kept.new_full((len(x), k + skip), -torch.inf)], 1)
+    falling = kept.sort(dim=1, descending=True, stable=True)
+    values, want = (v[:, skip : skip + k] for v in falling)
+    want = want.masked_fill(values == -torch.inf, -1)
+    assert found.shape == want.shape and torch.equal(found < 0, want < 0)
+    if search.integers and not way.normalize:
+        assert torch.equal(found, want)
+    ours = kept.gather(1, found.clamp(min=0)) if kept.shape[1] else values
+    assert ((ours - values).abs()[want >= 0] <= rounding(x, y, way)).all()
 
 
 def rounding(x: torch.Tensor, y: torch.Tensor, way: Way) -> float:
