@@ -31,6 +31,7 @@ from .structure import (
     geometric_consistency,
     multimodal_contrastive,
 )
+from .training import cached_loss, cached_step
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,8 @@ __all__ = [
     "__version__",
     "autotune",
     "brownian_bridge",
+    "cached_loss",
+    "cached_step",
     "clip_loss",
     "decomposable",
     "explain",

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "contrastive_kernels"
 # The rooms, from the roof down: a module imports from its own room and from rooms below.
 ROOMS = [
     "integrations",
+    "training",
     "structure",
     "em",
     "losses",
