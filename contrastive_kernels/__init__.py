@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import reference, reference_structure
+from . import integrations, reference, reference_structure
 from .backends.native import require_fresh as _require_fresh
 from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .losses import (
@@ -61,6 +61,7 @@ __all__ = [
     "geometric_consistency",
     "hardest_negatives",
     "info_nce",
+    "integrations",
     "list_backends",
     "log_sum_exp",
     "multimodal_contrastive",
