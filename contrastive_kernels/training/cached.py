@@ -97,6 +97,8 @@ def cached_step(
     """
     if not torch.is_grad_enabled():
         raise RuntimeError("cached_step: expected gradients to be enabled; cached_loss gives the value without them")
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler or None; got {type(scaler).__name__}")
     batch = _Batch(encoders, inputs, chunk_size, no_sync)
     value = batch.value(loss)
     batch.backward(value if scaler is None else scaler.scale(value), None)
