@@ -52,4 +52,6 @@ def _readable(value: Tensor) -> bool:
     """Whether the host may read a number: it waits for the device, once."""
     if torch.compiler.is_compiling() or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
         return False
+    if torch._C._are_functorch_transforms_active():  # under vmap there is no one number
+        return False
     return value.is_cpu or (value.is_cuda and not torch.cuda.is_current_stream_capturing())

@@ -85,3 +85,12 @@ def test_other_scales_are_silent(scale, silent):
 def test_options_of_others_say_where_they_belong(kind, option, said):
     with pytest.raises(TypeError, match=f"^{option}: expected options of {kind.__name__}, .*{said}"):
         kind(**{option: 1})
+
+
+def test_a_number_is_not_read_where_there_is_none(silent):
+    """Under vmap, on the meta device; the next call that has numbers is looked at."""
+    torch.func.vmap(lambda x: ck.clip_loss(x, X, 5.0, backend="torch"))(torch.stack([10 * X, 10 * X]))
+    for value in (X.to("meta"), X[:0], X.long(), X[0]):
+        hints.look_at_lengths(value, "x")
+    hints.look_at_scale(nn.Parameter(torch.tensor(2.0, device="meta")))
+    assert hints.unseen == {"lengths", "scale"}
