@@ -99,7 +99,7 @@ def main() -> int:
     """Compares all runs."""
     ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     bad = False
-    torch.nn.parallel.DistributedDataParallel = OnCPU  # type: ignore[misc]
+    torch.nn.parallel.DistributedDataParallel = OnCPU  # type: ignore[assignment, misc]
     torch.distributed.init_process_group = joined_once
     with tempfile.TemporaryDirectory() as scratch:
         # its checkpoints are written by one rank and read by all

@@ -1,4 +1,4 @@
-"""The examples: the curves of small programs, and the towers that open_clip's own program trains, on one rank and two."""
+"""The examples: curves of small programs, and the towers that open_clip's own program trains, on one rank and two."""
 
 from __future__ import annotations
 
