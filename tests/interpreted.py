@@ -19,6 +19,7 @@ from typing import Any
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+import defaults
 import torch
 from exact import EQUAL, assert_exact, equal
 from interpreted_numbers import products, rounding
@@ -354,7 +355,7 @@ def other_dtypes() -> list[str]:
 
 
 def hostile() -> list[str]:
-    """What fails of NaN and infinity among the inputs, and of equality of two runs."""
+    """What fails of NaN and infinity among the inputs, of equality of two runs, and under other defaults of torch."""
     failures = []
     inputs = make_inputs(BY_NAME["base"], torch.float32)
     for loss in ("clip_loss", "sigmoid", "decomposable_pair"):
@@ -370,6 +371,7 @@ def hostile() -> list[str]:
             value.backward()
             if value.isfinite() or (poison != poison and not x.grad[-1].isnan().all()):
                 failures.append(f"{loss}: {poison} in x gives {value.item()}")
+    failures += [f"depends on torch's default: {what}" for what in defaults.depending("triton", ["n3"])]
     return failures + lazy_negatives() + rounding() + products()
 
 

@@ -20,12 +20,12 @@ from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
 from ..engine.strategy import panel_shape
 from ..panels.size import saved_dtype, score_dtype
-from ..panels.terms import EXPONENTIAL
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
+from .replicated import Replicated, worth_replicating
 from .ring import Ring
 from .route import Made, Own, Route
-from .rules import Rule
+from .rules import Rule, Softmax
 from .sums import once
 
 __all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
@@ -45,6 +45,8 @@ class _Work:
     ranks: Ranks
     call: str
     reduction: str
+    #: whether rows have weights
+    weighted: bool
     #: whether gradients of x, y, scale, bias and the rule's own tensors are needed
     needs: tuple[bool, ...]
 
@@ -67,10 +69,14 @@ class _OverRanks(torch.autograd.Function):
             if work.reduction == "none":
                 losses, kept = rule.losses(route, problem)
                 ctx.kept = (route, problem, kept, gain) if wants else None
-                return gain * losses
+                return route.own(gain * losses)
+            if route.whole and (alone := _alone(work, problem, gain)) is not None:
+                loss, made = alone
+                ctx.made = route.own_of(made)
+                return loss
             if wants:
                 losses, made = rule.both(route, problem, gain, work.wanted)
-                ctx.made = _rounded(made, problem)
+                ctx.made = _rounded(route.own_of(made), problem)
             else:
                 losses, _ = rule.losses(route, problem)
             counted = losses.masked_fill(gain == 0, 0.0) * gain  # (a row that does not count may have overflowed)
@@ -87,7 +93,8 @@ class _OverRanks(torch.autograd.Function):
             _ = ctx.saved_tensors  # autograd refuses features that were overwritten meanwhile
             route, problem, kept, gain = ctx.kept
             with _no_autocast(problem.x):
-                made = work.rule.gradients(route, problem, kept, gain * upstream, work.wanted)
+                gain = gain * route.of_all(upstream)
+                made = route.own_of(work.rule.gradients(route, problem, kept, gain, work.wanted))
         else:
             made = ctx.made
             factor = work.ranks.transport(f"the backward pass of {work.call}").sum(upstream.double())
@@ -103,6 +110,25 @@ class _OverRanks(torch.autograd.Function):
                 gradient = gradient * factor.to(gradient.dtype)
             found.append(gradient.to(like[1]).reshape(like[0]))
         return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
+
+
+def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
+    """Value and gradients of a whole batch by the operator of one process, if there is one."""
+    names = ("x", "y", "scale", "bias")
+    leaves: dict[str, Any] = {
+        name: value.detach().requires_grad_(need) if isinstance(value := getattr(problem, name), Tensor) else value
+        for name, need in zip(names, work.needs)
+    }
+    with torch.enable_grad():
+        loss = work.rule.alone(replace(problem, **leaves), gain if work.weighted else None, work.reduction)
+    if loss is None:
+        return None
+    wanted = [leaves[name] for name, need in zip(names, work.needs) if need]
+    found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+    dx, dy, dscale, dbias = (next(found) if need else None for need in work.needs[:4])
+    zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
+    dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
+    return loss.detach(), Made(dx, dy, dparams)
 
 
 def _rounded(made: Made, problem: Problem) -> Made:
@@ -153,9 +179,12 @@ def over_ranks(
     own_x = x.detach()
     plain = replace(problem, x=own_x, y=own_x if rule.mirrored else y.detach())
     with torch.no_grad(), _no_autocast(x):
-        route = _route(ranks, Own(plain, rule.term, rule.mirrored), sizes, call, keeps=True in needs)
-        gain = _gains(ranks, call, sizes, weight, x, reduction, repeats)
-    loss: Tensor = _OverRanks.apply(_Work(rule, ranks, call, reduction, needs), route, plain, gain, *tensors)
+        route, shared, problem = _shared(ranks, rule, plain, sizes, call, keeps=True in needs)
+        gain = _gains(ranks, call, sizes, weight, x, reduction, repeats, whole=route.whole)
+    loss: Tensor = _OverRanks.apply(
+        _Work(shared, ranks, call, reduction, weight is not None, needs), route, problem, gain, *tensors
+    )
+    rule.keep(shared, route)
     return loss
 
 
@@ -169,9 +198,9 @@ def normalizers_over_ranks(
     sizes = ranks.agree(call, _described(ranks, problem, None, "none", (), (("columns", cols),)), x, len(x), len(y))
     with _no_autocast(x):
         plain = replace(problem, x=x, y=y)
-        route = _route(ranks, Own(plain, EXPONENTIAL), sizes, call, keeps=False)
-        row, col = route.statistics(plain.params(), cols=cols)
-    return normalizer_of(row), None if col is None else normalizer_of(col)
+        route, _, problem = _shared(ranks, Softmax(both_ways=cols), plain, sizes, call, keeps=False)
+        row, col = route.statistics(problem.params(), cols=cols)
+    return normalizer_of(route.own(row)), None if col is None else normalizer_of(route.own_cols(col))
 
 
 def _require_engine(ranks: Ranks, problem: Problem) -> None:
@@ -212,12 +241,21 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-def _route(ranks: Ranks, own: Own, sizes: Sizes, call: str, *, keeps: bool) -> Route:
-    """The grid where its blocks fit their share of the memory, otherwise the ring."""
+def _shared(
+    ranks: Ranks, rule: Rule, problem: Problem, sizes: Sizes, call: str, *, keeps: bool
+) -> tuple[Route, Rule, Problem]:
+    """How the ranks' rows meet, and the loss and the rows that this rank computes."""
     strategy = ranks.strategy
-    if strategy == "auto":
-        strategy = "grid" if gathered_bytes(ranks, own.problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
-    return Ring(ranks, own, sizes, call) if strategy == "ring" else Grid(ranks, own, sizes, call, keeps=keeps)
+    if strategy == "auto":  # the grid where its blocks fit their share of the memory, otherwise the ring
+        strategy = "grid" if gathered_bytes(ranks, problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
+        if ranks.mesh is None and worth_replicating(sum(sizes.rows), sum(sizes.cols), problem.x.shape[1]):
+            strategy = "replicated"
+    if strategy == "replicated":
+        whole = Replicated(ranks, problem, rule, sizes, call, keeps=keeps)
+        return whole, whole.rule, whole.problem
+    own = Own(problem, rule.term, rule.mirrored)
+    route = Ring(ranks, own, sizes, call) if strategy == "ring" else Grid(ranks, own, sizes, call, keeps=keeps)
+    return route, rule, problem
 
 
 def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:
@@ -247,17 +285,24 @@ def reduce_over_ranks(
 
 
 def _gains(
-    ranks: Ranks, call: str, sizes: Sizes, weight: Tensor | None, x: Tensor, reduction: str, repeats: int
+    ranks: Ranks,
+    call: str,
+    sizes: Sizes,
+    weight: Tensor | None,
+    x: Tensor,
+    reduction: str,
+    repeats: int,
+    *,
+    whole: bool = False,
 ) -> Tensor:
-    """dL/d(loss of row i) of this rank's rows [n]: those of the concatenated batch."""
+    """dL/d(loss of row i) of this rank's rows [n], or of all ranks': those of the concatenated batch."""
     total, dtype = sum(sizes.rows), score_dtype(x.dtype)
     if weight is None:
         share = 1.0 / max(total, 1) if reduction == "mean" else 1.0
-        return torch.full((len(x),), share, dtype=dtype, device=x.device)
+        return torch.full((total if whole else len(x),), share, dtype=dtype, device=x.device)
     counts = [n // repeats for n in sizes.rows]
     every = ranks.transport(call).all_gather(weight, counts)
     gains = row_gains(every, len(every), x, reduction, repeats)
     assert gains is not None
-    start, n = sum(counts[: ranks.rank]), counts[ranks.rank]
-    parts = [gains[k * len(every) + start : k * len(every) + start + n] for k in range(repeats)]
-    return torch.cat(parts)
+    of_each = gains.view(repeats, len(every)).split(counts, dim=1)  # views of a rank's samples lie together
+    return torch.cat([part.reshape(-1) for part in of_each]) if whole else of_each[ranks.rank].reshape(-1)

@@ -141,6 +141,25 @@ class Route(ABC):
     def total(self, own: Tensor) -> Tensor:
         """The sum over ranks of a few numbers, added in their order."""
 
+    #: whether a rank computes all rows and not its own alone
+    whole = False
+
+    def own(self, vector: Tensor) -> Tensor:
+        """Of the rows that are computed here [..., n], this rank's."""
+        return vector
+
+    def own_cols(self, vector: Tensor) -> Tensor:
+        """Of the columns that are computed here [..., m], this rank's."""
+        return vector
+
+    def of_all(self, vector: Tensor) -> Tensor:
+        """Of this rank's rows, those that are computed here."""
+        return vector
+
+    def own_of(self, made: Made) -> Made:
+        """This rank's gradients of those that are computed here."""
+        return made
+
 
 def merged(parts: Tensor, term: PairTerm) -> Tensor:
     """One state [k, n] of several ranks' states of the same rows [ranks, k, n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.nn.functional import logsigmoid
 from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
-from ..operators.softmax_loss import row_losses, row_softmax
+from ..operators.sigmoid_loss import sigmoid_loss
+from ..operators.softmax_loss import row_losses, row_softmax, softmax_loss
 from ..operators.weighted_sum import two_sum
 from ..panels.panel import Side
 from ..panels.size import blocks, score_dtype
@@ -61,6 +63,21 @@ class Rule(ABC):
             params[2] = found[0] / found[1].clamp(min=1)
         return Kept(dots, positive_logits(own, dots) if len(own.x) else dots, params)
 
+    def vectors(self) -> list[tuple[Tensor, bool]]:
+        """What the loss is told of every row, or (True) of every column."""
+        return []
+
+    def of(self, vectors: Sequence[Tensor]) -> Rule:
+        """The same loss of other rows and columns, of which that is told."""
+        return self
+
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+        """The mean or sum as one process computes it, in the fewest calls; None where there is no such operator."""
+        return None
+
+    def keep(self, other: Rule, route: Route) -> None:  # noqa: B027 (most losses find nothing beside)
+        """Takes over what the same loss of all rows that a route computes has found of these."""
+
     @abstractmethod
     def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
         """The losses of this rank's rows [n]."""
@@ -101,6 +118,12 @@ class Softmax(Rule):
             kept.col = normalizer_of(col)
             losses = (losses + row_losses(kept.col, kept.z_pos, self.include)) / 2
         return losses, kept
+
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+        """The mean or sum as one process computes it."""
+        if self.mirrored or (self.both_ways and problem.offset != 0):
+            return None
+        return softmax_loss(problem, gain, reduction, both=self.both_ways, include_positive=self.include)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -155,6 +178,10 @@ class Sigmoid(Rule):
         row, _ = route.statistics(kept.params, cols=False)
         return self._of(row, problem, kept), kept
 
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
+        """The mean or sum as one process computes it."""
+        return sigmoid_loss(problem, gain, reduction)
+
     def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
         """The losses, given the sums over the stream [1, n], in which positives by ids are."""
         return row[0] - logsigmoid(kept.z_pos) if problem.positives.exist else row[0]
@@ -195,6 +222,23 @@ class Ratio(Rule):
         #: what was found on the way: the normalisers (shift, rest) of rows, of columns, and the positives' dot products
         self.normalizers: list[Tensor] = []
         self.dots = constant
+
+    def vectors(self) -> list[tuple[Tensor, bool]]:
+        """Rests and logits of rows, and of columns; the constant."""
+        sides = [(v, i == 1) for each in (self.rests, self.extras) for i, v in enumerate(each)]
+        return [*sides, (self.constant, False)]
+
+    def of(self, vectors: Sequence[Tensor]) -> Ratio:
+        """The same loss of other rows and columns."""
+        *sides, constant = vectors
+        n = len(self.rests)
+        return Ratio(sides[:n], None if self.relative else sides[n:], constant)
+
+    def keep(self, other: Rule, route: Route) -> None:
+        """Takes over normalisers and dot products."""
+        assert isinstance(other, Ratio)
+        self.normalizers = [own(found) for found, own in zip(other.normalizers, (route.own, route.own_cols))]
+        self.dots = route.own(other.dots)
 
     def _given(self, kept: Kept) -> list[Tensor]:
         logits = [kept.z_pos] * len(self.rests) if self.relative else [logit.detach() for logit in self.extras]

@@ -229,9 +229,8 @@ def plan(
     check_distribution("average", strategy, False)
     if world is not None:
         over_ranks = _over_ranks(loss, rows, cols, d, dtype, device, capability, world, strategy, links)
-        rows, cols = (rows // over_ranks.shape[0], cols // over_ranks.shape[1]) if over_ranks.strategy == "grid" else (
-            rows // world, cols // world
-        )  # fmt: skip
+        by = (world, world) if over_ranks.strategy == "ring" else over_ranks.shape
+        rows, cols = rows // by[0], cols // by[1]
         symmetric = False
     elif links is not None:
         raise ValueError(f"links: expected None without a world; got {shown(links)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..distributed.grid import grid_rows
 from ..distributed.losses import GATHERED_SHARE, bytes_per_gathered_row
+from ..distributed.replicated import worth_replicating
 
 __all__ = ["RanksPlan", "plan_ranks"]
 
@@ -28,10 +29,10 @@ class RanksPlan:
     ----------
     ranks : int
         How many there are.
-    strategy : {"grid", "ring"}
+    strategy : {"replicated", "grid", "ring"}
         How their rows meet.
     shape : tuple of int
-        Rows and columns of the grid; (ranks, 1) of a ring.
+        Rows and columns of the grid; (ranks, 1) of a ring, (1, 1) where every rank computes the whole matrix.
     elements : int
         Entries of features and of their gradients that a rank receives.
     bytes : int
@@ -84,14 +85,17 @@ class _Traffic:
     mirrored: bool = False
     #: whether scores have a center
     centered: bool = True
+    #: bytes and numbers that the loss is told of a row, beside features
+    told_bytes: int = 0
+    told: int = 0
 
 
 _TRAFFIC = {
     "info_nce": _Traffic(2, 0, 3, 0, one_trip=False),
     "clip_loss": _Traffic(2, 2, 3, 3, one_trip=False),
-    "nt_xent": _Traffic(2, 0, 3, 3, one_trip=False, mirrored=True),
+    "nt_xent": _Traffic(2, 0, 3, 3, one_trip=False, mirrored=True, told_bytes=8),
     "sigmoid": _Traffic(1, 0, 1, 0, one_trip=True, centered=False),
-    "decomposable": _Traffic(2, 0, 3, 0, one_trip=True),
+    "decomposable": _Traffic(2, 0, 3, 0, one_trip=True, told=2),
 }
 
 
@@ -120,7 +124,7 @@ def plan_ranks(
         Sizes; rows and columns are both views' for ``nt_xent``.
     operand_bytes, score_bytes : int
         Of an entry of the features, and of a score.
-    strategy : {"auto", "grid", "ring"}
+    strategy : {"auto", "replicated", "grid", "ring"}
         As the losses take it.
     memory : int
         Bytes that a device has, which so many `processes` share.
@@ -135,27 +139,38 @@ def plan_ranks(
     gathered = (rows // r + cols // c) * bytes_per_gathered_row(features, operand_bytes, score_bytes)
     if strategy == "auto":
         strategy = "grid" if gathered * processes <= memory // GATHERED_SHARE else "ring"
+        if worth_replicating(rows, cols, features):
+            strategy = "replicated"
     n, m = rows // ranks, cols // ranks
     trips = 1 if kind.one_trip else 2
-    if strategy == "grid":
-        others_rows, others_cols = (c - 1) * n, (r - 1) * m
+    per_row = bytes_per_gathered_row(features, operand_bytes, score_bytes)
+    # the value (8) and the center (16) of every other rank
+    shape, share, small = (ranks, 1), ranks, 8 + (16 if kind.centered else 0)
+    if strategy == "replicated":
+        shape, share, small, sums = (1, 1), 1, 0, 0
+        inputs = (ranks - 1) * features * (n + (0 if kind.mirrored else m))
+        line = inputs // (ranks - 1 or 1) * operand_bytes + n * (kind.told_bytes + kind.told * score_bytes)
+        vectors = (ranks - 1) * (-(-line // 8) * 8) - inputs * operand_bytes
+        held = (ranks - 1) * (n + m) * per_row
+    elif strategy == "grid":
+        shape, others_rows, others_cols = (r, c), (c - 1) * n, (r - 1) * m
         inputs = features * (others_rows + others_cols)
         sums = features * (others_rows + (0 if kind.mirrored else others_cols))
         vectors = others_rows * (kind.row_state + kind.row_side) + others_cols * (kind.col_state + kind.col_side)
-        held = gathered - (n + m) * bytes_per_gathered_row(features, operand_bytes, score_bytes)
+        vectors *= score_bytes
+        held = gathered - (n + m) * per_row
     else:
         inputs = trips * (ranks - 1) * m * features
         sums = 0 if kind.mirrored else ranks * m * features
-        vectors = ranks * m * kind.col_state + (ranks - 1) * m * kind.col_side
+        vectors = (ranks * m * kind.col_state + (ranks - 1) * m * kind.col_side) * score_bytes
         held = m * features * (2 * operand_bytes + (0 if kind.mirrored else 2 * score_bytes))
-    # sizes (64), the value and what comes from upstream (8 each), the center (16) of every other rank
-    small = (ranks - 1) * (64 + 8 + 8 + (16 if kind.centered else 0))
-    received = inputs * operand_bytes + (sums + vectors) * score_bytes + small
+    # sizes (64) and what comes from upstream (8)
+    received = inputs * operand_bytes + sums * score_bytes + vectors + (ranks - 1) * (64 + 8 + small)
     # the statistics' product, the weights' one, and those of the gradients
     products = (1 if kind.one_trip else 2) + (1 if kind.mirrored else 2)
-    flop = 2 * (rows * cols // ranks) * features * products
+    flop = 2 * (rows * cols // share) * features * products
     return RanksPlan(
-        ranks, strategy, (r, c) if strategy == "grid" else (ranks, 1), inputs + sums, received, held, flop,
+        ranks, strategy, shape, inputs + sums, received, held, flop,
         None if rate is None else flop / (rate * 1e12),
         None if links is None else received / (links * 1e9),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import DEFAULTS, torch_default
 from torch import Tensor
 
 import contrastive_kernels as ck
@@ -65,16 +66,10 @@ def outcome(name: str) -> tuple[Tensor, Tensor | None]:
     return value.detach(), x.grad
 
 
-@pytest.fixture(params=["bfloat16", "float64", "meta"])
+@pytest.fixture(params=DEFAULTS)
 def other_default(request: pytest.FixtureRequest) -> Iterator[None]:
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    if request.param == "meta":
-        torch.set_default_device("meta")
-    else:
-        torch.set_default_dtype(getattr(torch, request.param))
-    yield
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(None if device.type == "cpu" else device)
+    with torch_default(request.param):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import defaults
 import emulated
 import pytest
 import torch
@@ -70,6 +71,11 @@ def test_equal_logits(kernels, name, n):
         inputs = make_inputs(equal(name, n), dtype)
         outcome = run(ck, inputs, loss, dtype, **engine_options(inputs, loss, "cuda"))
         assert_exact(inputs, loss, "mean", outcome)
+
+
+def test_nothing_depends_on_defaults(kernels):
+    """The C++ side is told addresses and counts: memory of another dtype would be written past its end."""
+    assert defaults.depending("cuda") == []
 
 
 def everything(case):

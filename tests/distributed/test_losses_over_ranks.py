@@ -38,10 +38,10 @@ SAME_DRAWS = [p for p in PROBLEMS if "shape" not in dict(p.decomposable)]
 
 
 @pytest.mark.parametrize(
-    "dtype, strategy", [(torch.float32, "grid"), (torch.bfloat16, "ring"), (torch.float64, "ring")], ids=str
+    "dtype, strategy", [(torch.float32, "grid"), (torch.bfloat16, "replicated"), (torch.float64, "ring")], ids=str
 )
 def test_every_problem(dtype, strategy, tmp_path):
-    """On three ranks, of which one has no rows: a grid of three rows, and a ring."""
+    """On three ranks, of which one has no rows: a grid of three rows, a ring, and everything on every rank."""
     cases = [
         Case(problem.name, loss, dtype, gradients="sum", options=options(problem, loss, dtype, strategy))
         for problem in SAME_DRAWS
@@ -60,7 +60,17 @@ LOSSES = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomp
 def test_every_shape_of_grid(ranks, mesh, tmp_path):
     """Of even and of uneven shards, with either rule of gradients, all reductions."""
     cases = [
-        Case("panels", loss, torch.float64, reduction, gradients, None, mesh, uneven, {"backend": "torch"})
+        Case(
+            "panels",
+            loss,
+            torch.float64,
+            reduction,
+            gradients,
+            None,
+            mesh,
+            uneven,
+            {"backend": "torch", "strategy": "grid"},
+        )
         for loss in LOSSES
         for reduction in ("mean", "none")
         for gradients, uneven in (("average", False), ("sum", True))
@@ -68,7 +78,7 @@ def test_every_shape_of_grid(ranks, mesh, tmp_path):
     check(cases, ranks, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
 def test_gradients_that_are_wanted(strategy, tmp_path):
     """A frozen tower, a scale that is a parameter or not, nothing at all."""
     needs = [("x",), ("y",), ("scale",), ("x", "scale"), ("x", "y"), ()]
@@ -86,7 +96,7 @@ def test_two_runs_agree_bitwise(tmp_path):
         Case("panels", loss, dtype, options={"strategy": strategy})
         for loss in LOSSES
         for dtype in (torch.float32, torch.bfloat16)
-        for strategy in ("grid", "ring")
+        for strategy in ("replicated", "grid", "ring")
     ]
     for one in succeeded(run(4, lose, tmp_path, [*cases, *cases])):
         for first, second in zip(one[: len(cases)], one[len(cases) :]):

@@ -172,6 +172,6 @@ def overwritten(strategy: str) -> list[str]:
     return [str(caught.value)]
 
 
-@pytest.mark.parametrize("strategy", ["grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
 def test_features_that_were_overwritten_are_refused(strategy, tmp_path):
     assert all("modified by an inplace" in text for (text,) in succeeded(run(2, overwritten, tmp_path, strategy)))

@@ -67,7 +67,7 @@ def on_ranks(sizes: list[int], gradients: str, strategy: str) -> list[list[Tenso
     return [outcome(loss, own, **over) for loss in LOSSES]
 
 
-@pytest.mark.parametrize("gradients, strategy", [("average", "grid"), ("sum", "ring")])
+@pytest.mark.parametrize("gradients, strategy", [("average", "grid"), ("sum", "ring"), ("average", "replicated")])
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 0, 2], [1, 0], [0, 0]], ids=str)
 def test_structure(sizes, gradients, strategy, tmp_path):
     found = succeeded(run(len(sizes), on_ranks, tmp_path, sizes, gradients, strategy))

@@ -51,17 +51,34 @@ def test_a_ring_receives_every_column_twice(tmp_path):
     assert succeeded(run(3, elements, tmp_path, None, "ring")) == [N * D * (2 + 2 + 3)] * 3
 
 
-def padded() -> int:
+def padded(strategy: str) -> int:
     """The same of shards of 1 and of 7 rows, which a gather pads."""
     n = 7 if dist.get_rank() else 1
     image, text = (torch.randn(n, D, requires_grad=True) for _ in range(2))
     with count_traffic() as traffic:
-        ck.clip_loss(image, text, 5.0, group="world", uneven=True).backward()
+        ck.clip_loss(image, text, 5.0, group="world", uneven=True, strategy=strategy).backward()
     return traffic.elements
 
 
-def test_padding_counts(tmp_path):
-    assert succeeded(run(2, padded, tmp_path)) == [7 * D + 1 * D, 7 * D + 7 * D]
+@pytest.mark.parametrize(
+    "strategy, expected", [("grid", [7 * D + 1 * D, 7 * D + 7 * D]), ("replicated", [2 * 7 * D] * 2)]
+)
+def test_padding_counts(strategy, expected, tmp_path):
+    assert succeeded(run(2, padded, tmp_path, strategy)) == expected
+
+
+def messages(strategy: str) -> int:
+    """Collective calls of a step."""
+    image, text = (torch.randn(N, D, requires_grad=True) for _ in range(2))
+    ck.clip_loss(image, text, 5.0, group="world", strategy=strategy).backward()
+    with count_traffic() as traffic:
+        ck.clip_loss(image, text, 5.0, group="world", strategy=strategy).backward()
+    return traffic.calls
+
+
+def test_a_small_batch_takes_three_messages(tmp_path):
+    """Sizes, all rows, and what comes from upstream: "auto" knows when that is best."""
+    assert succeeded(run(2, messages, tmp_path, "auto")) == [3, 3]
 
 
 # ---- memory ----
@@ -191,7 +208,7 @@ def counted(loss: str, strategy: str, n: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
-@pytest.mark.parametrize("strategy", ["grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
 def test_the_plan_counts_what_a_rank_receives(loss, strategy, ranks, tmp_path):
     planned = ck.plan(N * ranks, None, D, loss=loss, world=ranks, strategy=strategy).over_ranks

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 #: Everything by which a memory changes a folder or takes from the machine.
 CALLS = [
     (os, name) for name in ("open", "write", "pwrite", "fsync", "replace", "ftruncate", "posix_fallocate", "unlink")
@@ -82,6 +84,7 @@ def fork(action: Callable[[], Any]) -> int:
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # OpenMP's other threads are not there, and would be waited for
             action()
             code = 0
         finally:
