@@ -355,7 +355,7 @@ def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | fl
             raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
-        if "scale" in hints.unseen and name == "logit_scale":
+        if "scale" in hints.unseen and name == "logit_scale" and isinstance(value, torch.nn.Parameter):
             hints.look_at_scale(value)
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):

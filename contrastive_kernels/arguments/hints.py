@@ -34,9 +34,9 @@ def look_at_lengths(x: Tensor, name: str) -> None:
         )
 
 
-def look_at_scale(value: Tensor) -> None:
+def look_at_scale(value: nn.Parameter) -> None:
     """Warns of a parameter that looks like the logarithm of the scale."""
-    if not isinstance(value, nn.Parameter) or not value.requires_grad or not _readable(value):
+    if not value.requires_grad or not _readable(value):
         return
     unseen.discard("scale")
     number = value.detach().item()
