@@ -2,7 +2,7 @@
 # Another Python: make PYTHON=/path/to/python3 test. Another torch: pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize soak offline lint bench wheel gpu clean
+.PHONY: help demo test test-integrations fuzz sanitize soak offline lint bench wheel gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,13 +22,17 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 CXX_ALL := $(CXX_SOURCES) $(wildcard tests/sanitize/*.cpp tests/cuda_emulator/*)
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-8s  %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' Makefile | awk -F@ '{printf "  make %-17s  %s\n", $$1, $$2}'
 
 demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pairs: the fused loss against the dense one
 	$(PY) examples/demo.py
 
 test: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
+
+# Not in make test: the libraries are large, and change by themselves.
+test-integrations: $(VENV)/.with-test $(VENV)/.with-integrations $(VENV)/.extension  ## losses of other libraries against these
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -q tests/integrations/peers
 
 # The long forms of what make test does in seconds. One process: several of them may run side by side.
 LONG := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -p no:cacheprovider -q -s

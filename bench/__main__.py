@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from contrastive_kernels.planning.costs import LOSSES
 
-from . import distributed, memory, plot, report, results
+from . import distributed, integrations, memory, plot, report, results
 from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases
 from .goals import GOALS, GPU_GOALS, Goal
 from .providers import get, providers
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--distributed",
         action="store_true",
         help="clip_loss over 1, 2 and 4 processes instead, against gathering all features (some minutes)",
+    )
+    what.add_argument(
+        "--integrations",
+        action="store_true",
+        help="other libraries' losses, those that are installed, against contrastive_kernels.integrations instead",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--memory", action="store_true", help="peak memory too, one process each (about 4 minutes more)")
@@ -242,6 +247,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return distributed.run(plan, console, args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.integrations:
+        others = set(vars(args)) - {"integrations", "quick", "rounds", "threads"}
+        if given := [name for name in sorted(others) if getattr(args, name)]:
+            parser.error(f"--integrations: expected --quick, --rounds, --threads alone; got {given}")
+        _warn_of_load(torch.get_num_threads(), console)
+        return integrations.run(console, args.rounds or (1 if args.quick else 7), args.quick)
     try:
         timed, remembered = _choose(args)
     except ValueError as error:

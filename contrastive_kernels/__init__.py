@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import reference, reference_structure
+from . import integrations, reference, reference_structure
 from .backends.native import require_fresh as _require_fresh
 from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
 from .losses import (
@@ -39,6 +39,7 @@ from .structure import (
     geometric_consistency,
     multimodal_contrastive,
 )
+from .training import cached_loss, cached_step
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,8 @@ __all__ = [
     "__version__",
     "autotune",
     "brownian_bridge",
+    "cached_loss",
+    "cached_step",
     "clip_loss",
     "decomposable",
     "explain",
@@ -70,6 +73,7 @@ __all__ = [
     "geometric_consistency",
     "hardest_negatives",
     "info_nce",
+    "integrations",
     "list_backends",
     "log_sum_exp",
     "matryoshka",

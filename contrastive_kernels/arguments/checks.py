@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import registry
 from ..panels.size import score_dtype
+from . import hints
 from .index import checked_index
 from .options import Engine
 
@@ -47,6 +48,8 @@ __all__ = [
     "shown",
 ]
 
+#: The features of losses that are defined on the sphere, by their names.
+_OF_UNIT_LENGTH = {("image_features", "text_features"), ("z1", "z2")}
 #: The largest integer that torch takes.
 _LARGEST_INT = 2**63 - 1
 
@@ -55,6 +58,8 @@ def check_features(
     x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
+    if "lengths" in hints.unseen and normalize is False and names in _OF_UNIT_LENGTH and isinstance(x, Tensor):
+        hints.look_at_lengths(x, names[0])
     if normalize is False and _need_no_change(x, y, matching):
         return x, y
     _, features = check_matrix(x, names[0])
@@ -350,6 +355,8 @@ def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | fl
             raise TypeError(f"{name}: expected a floating-point tensor; got {value.dtype}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, where the features are; got {value.device}")
+        if "scale" in hints.unseen and name == "logit_scale" and isinstance(value, torch.nn.Parameter):
+            hints.look_at_scale(value)
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return float(value)

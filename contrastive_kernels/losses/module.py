@@ -23,6 +23,26 @@ __all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
 PAIR_NAMES = ("image_features", "text_features")
 
 
+#: Options of other libraries' losses, by the integration that takes them.
+_OPTIONS_OF_OTHERS = {
+    "open_clip": ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size", "use_horovod", "dist_impl"),
+    "lightly": ("memory_bank_size", "gather_distributed"),
+    "sentence_transformers": ("model", "scale", "similarity_fct", "gather_across_devices", "mini_batch_size"),
+    "metric_learning": ("distance", "reducer", "collect_stats", "embedding_regularizer"),
+}
+
+
+def _unknown(loss: str, option: str) -> str:
+    """What is said of an option that no loss here has."""
+    said = f"{option}: expected options of {loss}, which its documentation lists; got one that it does not have"
+    for library, options in _OPTIONS_OF_OTHERS.items():
+        if option in options:
+            return f"{said}; the loss of contrastive_kernels.integrations.{library} takes it, as {library}'s own does"
+    if option in ("temperature", "logit_scale"):
+        return f"{said}; the scale, 1 / temperature, is an argument of the call: loss(x, y, logit_scale)"
+    return said
+
+
 class Loss(nn.Module):
     """What every loss has: a reduction, normalisation on request, and the engine's two arguments."""
 
@@ -37,8 +57,11 @@ class Loss(nn.Module):
         gradients: str = "average",
         strategy: str = "auto",
         uneven: bool = False,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            raise TypeError(_unknown(type(self).__name__, name))
         self.options: dict[str, Any] = {
             "reduction": check_reduction(reduction),
             "normalize": check_flag(normalize, "normalize"),

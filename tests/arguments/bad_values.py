@@ -405,3 +405,48 @@ def expectation() -> dict[str, Any]:
 
 def base() -> dict[str, Any]:
     return {"a word": "clip", "a number": 1, "a tensor": torch.ones(3)}
+
+
+def encoders() -> dict[str, Any]:
+    """For two inputs of N rows."""
+    linear = torch.nn.Linear(D, 2)
+    return {
+        "a number": 3,
+        "a word": "linear",
+        "a list of one": [linear],
+        "a list with a number": [linear, 3],
+        "one that gives a pair": lambda v: (linear(v), linear(v)),
+        "one that gives a dict": lambda v: {"features": linear(v)},
+        "one that gives twice the rows": lambda v: torch.cat([linear(v), linear(v)]),
+        "one that gives a number": lambda v: linear(v).sum(),
+    }
+
+
+def inputs() -> dict[str, Any]:
+    """Of several encoders, each by samples."""
+    v = torch.eye(N, D)
+    return {
+        "a tensor": v,
+        "none": (),
+        "a dict": {"x": v, "y": v},
+        "with a number": (v, 3),
+        "with one of no dimension": (v, v[0, 0]),
+        "with one of two lengths": (v, (v, v[1:])),
+        "with an empty tuple": (v, ()),
+    }
+
+
+def loss() -> dict[str, Any]:
+    """Of two matrices of features."""
+    return {
+        "a number": 3,
+        "a word": "clip_loss",
+        "one that gives a float": lambda x, y: 1.0,
+        "one that gives rows": lambda x, y: x[:, 0],
+        "one that gives a dict": lambda x, y: {"loss": x.sum()},
+    }
+
+
+def context() -> dict[str, Any]:
+    """What makes or does something."""
+    return {"a number": 3, "true": True, "a word": "no_sync", "a list": [], "a strange object": Strange()}

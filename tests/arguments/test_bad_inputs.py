@@ -87,6 +87,11 @@ KINDS: dict[str, Kind] = {
     "expectation": bad.expectation,
     "encode": bad.encoder,
     **dict.fromkeys(("batches", "accumulate.index"), bad.sequence),
+    "encoders": bad.encoders,
+    "inputs": bad.inputs,
+    **dict.fromkeys(("cached_step.loss", "cached_loss.loss"), bad.loss),
+    "chunk_size": bad.positive_count,
+    **dict.fromkeys(("scaler", "no_sync"), bad.context),
 }
 
 #: Arguments that hold another callable's keywords.
@@ -144,6 +149,10 @@ VALUES: dict[str, Any] = {
     "encode": lambda batch: (X, Y),
     "batches": [0, 1],
     "accumulate.index": [INDEX, INDEX + N],
+    "encoders": torch.nn.Linear(D, 2),
+    "inputs": (X, Y),
+    **dict.fromkeys(("cached_step.loss", "cached_loss.loss"), lambda x, y: ck.clip_loss(x, y, 5.0)),
+    "chunk_size": 2,
 }
 
 #: Arguments that a callable needs beside its required ones, for the others to play a part.
