@@ -234,9 +234,8 @@ class Ratio(Rule):
         n = len(self.rests)
         return Ratio(sides[:n], None if self.relative else sides[n:], constant)
 
-    def keep(self, other: Rule, route: Route) -> None:
+    def keep(self, other: Any, route: Route) -> None:
         """Takes over normalisers and dot products."""
-        assert isinstance(other, Ratio)
         self.normalizers = [own(found) for found, own in zip(other.normalizers, (route.own, route.own_cols))]
         self.dots = route.own(other.dots)
 
