@@ -90,6 +90,6 @@ class SoftmaxLoss(Loss):
     def __init__(self, *, include_positive: bool = True, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.options["include_positive"] = check_flag(include_positive, "include_positive")
-        if label_smoothing != 0.0:
+        if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive, None)
         self.options["label_smoothing"] = label_smoothing

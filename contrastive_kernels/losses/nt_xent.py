@@ -108,7 +108,7 @@ def nt_xent(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
-        if label_smoothing != 0.0:
+        if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)

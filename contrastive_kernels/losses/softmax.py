@@ -165,7 +165,7 @@ def info_nce(
     given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
-        if label_smoothing != 0.0:
+        if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
@@ -273,7 +273,7 @@ def clip_loss(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
-        if label_smoothing != 0.0:
+        if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)

@@ -285,6 +285,10 @@ def ids() -> dict[str, Any]:
     }
 
 
+def labels() -> dict[str, Any]:
+    return {name: value for name, value in ids().items() if "pair" not in name} | {"a pair": (torch.arange(N),) * 2}
+
+
 def margin() -> dict[str, Any]:
     v = 0.1
     return {

@@ -34,6 +34,9 @@ KINDS: dict[str, Kind] = {
     "weight": bad.weight,
     "positives": bad.positives,
     **dict.fromkeys(("exclude", "ids"), bad.ids),
+    **dict.fromkeys(("labels", "y_labels"), bad.labels),
+    "label_smoothing": bad.part,
+    "variant": bad.word,
     "index": bad.samples,
     "generator": bad.generator,
     **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit", "gradients", "strategy"), bad.word),
@@ -126,6 +129,7 @@ VALUES: dict[str, Any] = {
     "logit_bias": -1.0,
     "log_normalizer": VECTOR,
     "index": INDEX,
+    "labels": INDEX // 2,
     "num_samples": SAMPLES,
     "n": 8,
     "name": "torch",
@@ -157,6 +161,10 @@ VALUES: dict[str, Any] = {
 
 #: Arguments that a callable needs beside its required ones, for the others to play a part.
 BESIDE: dict[str, dict[str, Any]] = {
+    **{
+        name: {"y": Y, "y_labels": INDEX}
+        for name in ("sup_con", "SupConLoss.forward", "multi_positive_nce", "MultiPositiveNCELoss.forward")
+    },
     "plan": {"device": "cuda", "capability": 90},
     "brownian_bridge": {"image_aug": X},
     "FeatureQueue.enqueue": {"ids": INDEX},

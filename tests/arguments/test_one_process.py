@@ -19,7 +19,12 @@ MAKE = {
     "DatasetContrastiveLoss": lambda **over: ck.DatasetContrastiveLoss(10, **over),
     "DecomposableContrastiveLoss": lambda **over: ck.DecomposableContrastiveLoss(10, **over),
 }
-VALUES = {"index": torch.arange(4), "log_normalizer": torch.zeros(4), "logit_scale": 5.0}
+VALUES = {
+    "index": torch.arange(4),
+    "labels": torch.arange(4) // 2,
+    "log_normalizer": torch.zeros(4),
+    "logit_scale": 5.0,
+}
 MODULES = sorted(
     name
     for name in ck.__all__

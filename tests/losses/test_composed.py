@@ -73,7 +73,7 @@ def test_lightly():
     ],
 )
 def test_published_code(said, want):
-    """Of these views, by the estimators of the two papers written out densely (temperature 0.5), apart from this package."""
+    """Figures of the two papers' estimators, written out densely apart from this package (temperature 0.5)."""
     views = normalize(torch.cat([A, B]), dim=1)
     partner, samples = torch.arange(8).roll(4), torch.arange(4).repeat(2)
     for module in (ck, definitions):
