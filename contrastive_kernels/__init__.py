@@ -9,14 +9,18 @@ from .losses import (
     ClipLoss,
     DecomposableLoss,
     InfoNCELoss,
+    MultiPositiveNCELoss,
     NTXentLoss,
     SigmoidLoss,
+    SupConLoss,
     clip_loss,
     decomposable,
     info_nce,
     log_sum_exp,
+    multi_positive_nce,
     nt_xent,
     sigmoid,
+    sup_con,
 )
 from .planning.explain import explain, list_backends, why_not
 from .planning.plan import plan
@@ -42,6 +46,7 @@ __all__ = [
     "DecomposableLoss",
     "InfoNCELoss",
     "LatentStructureLoss",
+    "MultiPositiveNCELoss",
     "MultimodalContrastiveLoss",
     "NTXentLoss",
     "NormalizerMemory",
@@ -49,6 +54,7 @@ __all__ = [
     "RetrievalMetrics",
     "SeparationHead",
     "SigmoidLoss",
+    "SupConLoss",
     "__version__",
     "autotune",
     "brownian_bridge",
@@ -64,6 +70,7 @@ __all__ = [
     "integrations",
     "list_backends",
     "log_sum_exp",
+    "multi_positive_nce",
     "multimodal_contrastive",
     "nt_xent",
     "plan",
@@ -72,6 +79,7 @@ __all__ = [
     "retrieval_metrics",
     "sample_negatives",
     "sigmoid",
+    "sup_con",
     "why_not",
 ]
 

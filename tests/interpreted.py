@@ -40,7 +40,6 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "float32": {
         "base": None,
         "n1": None,
-        "n3": ("clip_loss", "nt_xent"),
         "no-rows": None,
         "one-row": ("info_nce",),
         "d1": ("clip_loss",),
@@ -55,7 +54,6 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "negative-scale": ("nt_xent",),
         "identical": ("clip_loss",),
         "huge": ("clip_loss", "sigmoid", "decomposable_pair"),
-        "common-100": ("clip_loss", "nt_xent", "decomposable_pair"),
         "common-256": ("info_nce", "sigmoid"),
         "common-block": ("decomposable",),
         "outliers": ("clip_loss", "decomposable_pair"),
@@ -70,7 +68,12 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "dcl-softmax": None,
         "padded": ("info_nce", "sigmoid", "decomposable"),
         "biased-zero-scale": ("info_nce",),
-        "ids-panels": ("clip_loss", "nt_xent"),
+        "ids-panels": ("clip_loss", "nt_xent", "sup_con", "sup_con_inside_wide", "multi_positive_nce"),
+        "smoothed": None,
+        "smoothed-panels": ("nt_xent",),
+        "smoothed-wide": None,
+        "n3": ("clip_loss", "nt_xent", "sup_con_wide", "multi_positive_nce_wide"),
+        "common-100": ("clip_loss", "nt_xent", "decomposable_pair", "sup_con_inside"),
         "ids-sigmoid-wide": None,
         "ids-far-apart": ("clip_loss", "sigmoid", "decomposable_pair"),
         "ids-equal": ("nt_xent", "sigmoid"),
@@ -83,12 +86,13 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "zero-weights": ("clip_loss",),
         "sparse-weights": ("decomposable",),
         "rather-stale": None,
-        "ids-solved": ("clip_loss", "sigmoid"),
+        "ids-solved": ("clip_loss", "sigmoid", "sup_con_wide"),
+        "smoothed-solved": ("clip_loss",),
         "candidate-bias": ("info_nce",),
     },
     "bfloat16": {
         "base": None,
-        "nearly-solved": ("info_nce",),
+        "nearly-solved": ("info_nce", "sup_con"),
         "wide-panels": ("info_nce",),
         "d123": ("sigmoid",),
         "t0.001": ("decomposable_pair",),
@@ -276,8 +280,9 @@ def whole() -> list[str]:
 
     whole_launch._Whole.forward = counting
     failures = []
-    # (ids, biases and denominators without the positive are never prepared: the other programs have them)
+    # (ids, biases, smoothing and denominators without the positive are never prepared: the other programs have them)
     usual = [p for p in PROBLEMS if p.ids is None and p.candidate_bias is None and p.include_positive]
+    usual = [p for p in usual if not p.label_smoothing]
     for number, problem in enumerate(p for p in usual if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
         for dtype in (torch.float32, torch.bfloat16):
             inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]

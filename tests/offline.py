@@ -61,6 +61,8 @@ class Case:
     tile: Tile
     #: a number of features that is a multiple of the tile's, and rows of whole vectors
     even: bool = True
+    #: pairs of equal ids count like others and have targets of their own
+    labels: bool = False
 
     @property
     def name(self) -> str:
@@ -69,7 +71,11 @@ class Case:
         return f"{self.term}-{outputs}-{'both' if self.two_sided else 'rows'}"
 
     def __str__(self) -> str:
-        return f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}" + "-ragged" * (not self.even)
+        return (
+            f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}"
+            + "-ragged" * (not self.even)
+            + "-labels" * self.labels
+        )
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,7 @@ def _compile_persistent(case: Case, tile: PersistentTile) -> Compiled:
         "params_ptr": "fp32",
         "columns_ptr": None,
         "col_bias_ptr": None,
-        "row_ids_ptr": None,
-        "col_ids_ptr": None,
+        **_pointers_of_labels(case),
         "line_ptr": "fp32" if case.weights else None,
         "row_referred_ptr": "fp32" if case.weights else None,
         "col_referred_ptr": "fp32" if case.weights and cols else None,
@@ -141,7 +146,7 @@ def _compile_persistent(case: Case, tile: PersistentTile) -> Compiled:
         "unusual_ptr": "fp32",
     }
     constants = {
-        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0,
+        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0, "EQUAL_IDS": int(case.labels),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "PARTS": tile.parts, "UPCAST": False,
     }  # fmt: skip
@@ -170,8 +175,7 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
         "params_ptr": "fp32",
         "columns_ptr": None,
         "col_bias_ptr": None,
-        "row_ids_ptr": None,
-        "col_ids_ptr": None,
+        **_pointers_of_labels(case),
         "row_normalizer_ptr": "fp32" if case.weights and exponential else None,
         "row_gain_ptr": "fp32" if case.weights else None,
         "col_normalizer_ptr": "fp32" if case.weights and cols else None,
@@ -184,13 +188,20 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
         "unusual_ptr": "fp32",
     }
     constants = {
-        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0,
+        "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0, "EQUAL_IDS": int(case.labels),
         "BLOCK_M": tile.block_m, "BLOCK_N": case.tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "EVEN_K": case.even, "INPUT_PRECISION": "ieee" if case.precision == "ieee" else "tf32", "UPCAST": False,
         **more,
     }  # fmt: skip
     aligned = {"C", "D", "x_stride", "y_stride", "weights_stride"} if case.even else set()
     return _compile(kernel, case.capability, pointers, constants, aligned, tile)
+
+
+def _pointers_of_labels(case: Case) -> dict[str, str | None]:
+    names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
+    if not case.labels:
+        return dict.fromkeys(names)
+    return dict(zip(names, ("i64", "i64", "fp32", "fp32" if case.two_sided else None)))
 
 
 def compile_merge(capability: int, term: str) -> Compiled:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from contrastive_kernels.panels.pairs import Pairs
+from contrastive_kernels.panels.pairs import ALIKE_ALONE, ALIKE_COUNT, Pairs
 from contrastive_kernels.panels.panel import Panel, Side
 
 EPS = torch.finfo(torch.float32).eps
@@ -58,7 +58,8 @@ class Case:
 
     def __init__(
         self, rows, cols, *, spread=1.0, excluded=0, diagonal=None, first_row=0, first_column=0, params=(1.3, 0.0, 0.0),
-        sides="both", deep=False, stale=0.0, level=0.0, biased=False, ids=0,
+        sides="both", deep=False, stale=0.0, level=0.0, biased=False, ids=0, equal_ids=0,
+        targets=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
@@ -78,8 +79,9 @@ class Case:
         # so many ids of either sign
         row_ids, col_ids = (torch.randint(-ids, ids, (k,), generator=g) if ids else None for k in (rows, cols))
         left_out = columns if excluded else None
-        self.pairs = Pairs(diagonal, left_out, col_bias, row_ids, col_ids, first_row, first_column)
+        self.pairs = Pairs(diagonal, left_out, col_bias, row_ids, col_ids, first_row, first_column, equal_ids)
         self.gains = normal(rows), normal(cols)
+        self.targets = (normal(2, rows), normal(2, cols)) if targets else (None, None)
         # near the log-sums, as they are in use
         z = self.logits()
         self.normalizers = tuple(
@@ -94,7 +96,7 @@ class Case:
         self.vanishing = math.exp(stale - 47) * (self.gains[0].abs()[:, None] + self.gains[1].abs()).double()
 
     def left_out(self):
-        """The pairs that do not count, but for those of equal ids [R, C]."""
+        """The pairs that do not count, but for what the term makes of equal ids [R, C]."""
         rows, cols = self.scores.shape
         columns = torch.arange(cols) + self.pairs.first_column
         left_out = torch.zeros(rows, cols, dtype=torch.bool)
@@ -102,6 +104,8 @@ class Case:
             left_out |= (columns[None, :, None] == self.pairs.columns[:, None, :]).any(-1)
         if self.pairs.diagonal is not None:
             left_out |= columns == torch.arange(rows)[:, None] + self.pairs.first_row + self.pairs.diagonal
+        if self.pairs.equal_ids == ALIKE_ALONE:
+            left_out |= ~self.alike()
         return left_out
 
     def alike(self):
@@ -119,8 +123,14 @@ class Case:
         if self.pairs.col_bias is not None:
             z = z + self.pairs.col_bias.double()
         if not signed:
-            return z.masked_fill(self.left_out() | self.alike(), -torch.inf)
+            out = self.left_out() if self.pairs.equal_ids else self.left_out() | self.alike()
+            return z.masked_fill(out, -torch.inf)
         return torch.where(self.alike() & (z > -torch.inf), -z, z).masked_fill(self.left_out(), -torch.inf)
+
+    def sides(self, states=(None, None)):
+        """Both sides of a weight panel, as far as they take part."""
+        vectors = zip(states, self.normalizers, self.gains, self.targets, self.use)
+        return [Side(*given) if used else Side() for *given, used in vectors]
 
 
 CASES = {
@@ -163,6 +173,19 @@ CASES = {
     "ids-of-cols": lambda: Case(130, 264, ids=9, sides="cols", params=(-0.7, 11.0, 0.0)),
     "one-id": lambda: Case(1, 1, ids=1),
     "deep": lambda: Case(65, 131, spread=12.0, excluded=1, deep=True),
+    # pairs of equal ids that count, alone or with others, and what comes off the weights
+    "alike-alone": lambda: Case(65, 131, ids=4, equal_ids=ALIKE_ALONE, excluded=1, diagonal=3),
+    "alike-alone-biased": lambda: Case(66, 70, ids=2, equal_ids=ALIKE_ALONE, biased=True, spread=90.0),
+    "alike-count": lambda: Case(65, 131, ids=4, equal_ids=ALIKE_COUNT, excluded=1),
+    "targets": lambda: Case(65, 131, targets=True, excluded=1, diagonal=3, biased=True),
+    "targets-of-ids": lambda: Case(
+        65, 131, ids=4, equal_ids=ALIKE_COUNT, targets=True, diagonal=3, params=(0.7, -3.0, 2.5)
+    ),
+    "targets-beside-ids": lambda: Case(130, 264, ids=4, targets=True, excluded=1, first_column=-9),
+    "targets-alone": lambda: Case(65, 70, ids=2, equal_ids=ALIKE_ALONE, targets=True),
+    "targets-far-apart": lambda: Case(65, 131, ids=3, equal_ids=ALIKE_COUNT, targets=True, spread=90.0, excluded=1),
+    "targets-of-rows": lambda: Case(66, 2051, ids=3, equal_ids=ALIKE_COUNT, targets=True, sides="rows", biased=True),
+    "targets-of-cols": lambda: Case(130, 264, ids=3, equal_ids=ALIKE_COUNT, targets=True, sides="cols"),
 }
 
 
@@ -200,7 +223,14 @@ def weights_in_float64(case):
     row_normalizer, col_normalizer = (pair.double().sum(0) for pair in case.normalizers)
     row = case.gains[0].double()[:, None] * torch.exp(z - row_normalizer[:, None]) * case.use[0]
     col = case.gains[1].double() * torch.exp(z - col_normalizer) * case.use[1]
-    return row + col, row.abs() + col.abs()
+    weights, size = row + col, row.abs() + col.abs()
+    counts, alike = z > -torch.inf, case.alike()
+    for target, used, dim in zip(case.targets, case.use, (2, 1)):
+        if target is not None and used:
+            of_others, of_alike = target.double().unsqueeze(dim)
+            less = torch.where(alike, of_alike, of_others) * counts
+            weights, size = weights - less, size + less.abs()
+    return weights, size
 
 
 def params_in_float64(case, weights):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import labelled
 import torch
 from made import biases_of, features_of, ids_of, lay_out, weights_of
 from torch import Tensor
@@ -65,6 +66,8 @@ class Problem:
     candidate_bias: str | None = None
     #: of a softmax loss: the denominator has the positive
     include_positive: bool = True
+    #: of a softmax loss
+    label_smoothing: float = 0.0
     #: panels as small as the engine takes them, so that several are walked in both directions
     small_panels: bool = False
     workspace_bytes: int | None = None
@@ -115,7 +118,11 @@ class Inputs:
         self, module: Any, loss: str, x: Tensor, y: Tensor, scale: Tensor | float, bias: Tensor | float, **options: Any
     ) -> Any:
         """The loss as `module` (the package, or its reference) computes it, in the dtype of x."""
+        if loss in labelled.LABELLED:
+            return labelled.call(self, module, loss, x, y, scale, options)
         options["weight"] = self.weight
+        if self.problem.label_smoothing:
+            options["label_smoothing"] = self.problem.label_smoothing
         if self.ids is not None:
             options["ids"] = self.ids[0] if loss == "nt_xent" else self.ids
         if not self.problem.include_positive:
@@ -267,6 +274,20 @@ PROBLEMS = (
     Problem("dcl-padded", "with biases of the candidates, and padding",
             n=130, include_positive=False, candidate_bias="padded", losses=SOFTMAX),
     Problem("dcl-alone", "no negatives: 0", n=5, include_positive=False, ids="equal", losses=SOFTMAX),
+    # a share of the target lies on all candidates
+    Problem("smoothed", "in one call of a backend without it", label_smoothing=0.1, losses=SOFTMAX),
+    Problem("smoothed-panels", "of some pairs, in panels", n=257, ids="shared", weight="sparse", small_panels=True,
+            label_smoothing=0.1, losses=SOFTMAX),
+    Problem("smoothed-band", "in bands", n=550, d=16, label_smoothing=0.2, losses=("info_nce", "clip_loss")),
+    Problem("smoothed-solved", "a nearly solved batch: softmax and target cancel", n=257, d=256, scale=13.0,
+            features="solved", label_smoothing=0.002, losses=SOFTMAX),
+    Problem("smoothed-common", "logits of 1e4 that differ by one", features="shifted", length=100.0,
+            label_smoothing=0.1, losses=SOFTMAX, **COMMON),
+    Problem("smoothed-wide", "positives anywhere, whose ids are others, among padding", n=130, m=33, positives="index",
+            ids="shared", candidate_bias="padded", label_smoothing=0.3, losses=("info_nce",)),
+    Problem("smoothed-padded", "biases of both sides", n=130, candidate_bias="padded", label_smoothing=1.0,
+            losses=("info_nce", "clip_loss")),
+    Problem("smoothed-alone", "no negatives: 0", n=5, ids="equal", label_smoothing=0.1, losses=SOFTMAX),
     Problem("ids-different", "nothing is left out, and the sigmoid loss has no positives", n=33, ids="different"),
     # the decomposable loss
     Problem("stale-panels", "normalisers too large", n=257, staleness=2.0, small_panels=True, losses=DECOMPOSABLE),

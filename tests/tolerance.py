@@ -30,13 +30,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import labelled
 import problems
 import torch
 from problems import Inputs, Outcome, Problem, make_inputs
 from torch import Tensor
 
 from contrastive_kernels import reference
+from contrastive_kernels.reference import losses
 
+#: Losses of one set of features, x and y together.
+TWO_VIEWS = ("nt_xent", *labelled.ONE_SET)
 #: Roundings of the largest contribution that every result may be off by.
 UNITS = 8
 #: Roundings of a logit, relative to |scale| |x_i| |y_j|.
@@ -69,7 +73,7 @@ def _rounded_alike(problem: Problem, loss: str, dtype: torch.dtype, reduction: s
     """What float32 sums of dx and dy may be off by because their summands are equal [N, 1], [M, 1]."""
     inputs = make_inputs(problem, dtype)
     x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double().abs()
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
     repeated_x, repeated_y = _repeated(x), _repeated(y)
     if not (repeated_x.any() or repeated_y.any()):
@@ -82,7 +86,7 @@ def _rounded_alike(problem: Problem, loss: str, dtype: torch.dtype, reduction: s
         return half * scale * other.abs().max() * (partial * repeated).sum(1)
 
     by_x, by_y = bound(w, y, repeated_y), bound(w.T, x, repeated_x)
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         by_x, by_y = (by_x + by_y).view(2, -1)
     return {"x": by_x[:, None], "y": by_y[:, None]}
 
@@ -100,7 +104,7 @@ def tensor_core_errors(problem: Problem, loss: str, dtype: torch.dtype, reductio
     """The absolute errors of the reference from scores that `product` makes, with its gradients rounded to `dtype`."""
     inputs = make_inputs(problem, dtype)
     x, y, scale = inputs.x, inputs.y, inputs.scale.double()
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
 
     def multiply(w: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def tensor_core_errors(problem: Problem, loss: str, dtype: torch.dtype, reductio
     scores = product(x, y.T).double()
     value, w = from_scores(inputs, loss, reduction, scores)
     dx, dy = multiply(scale * w, y), multiply(scale * w.T, x)
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         dx, dy = (dx + dy).chunk(2)
     gradients = {"x": dx.to(dtype), "y": dy.to(dtype), "scale": (w * scores).sum(), "bias": w.sum()}
     truth, _ = expected(problem, loss, dtype, reduction)
@@ -177,8 +181,8 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
     """The rule's floor for the value and for each gradient."""
     inputs = make_inputs(problem, dtype)
     x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double().abs()
-    two_way = loss in ("clip_loss", "nt_xent", "decomposable_pair")
-    if loss == "nt_xent":
+    two_way = loss in ("clip_loss", "decomposable_pair", *TWO_VIEWS)
+    if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
     score_eps, eps = torch.finfo(inputs.scale.dtype).eps, torch.finfo(dtype).eps
     value = expected(problem, loss, dtype, reduction)[0].value
@@ -206,7 +210,7 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
         of_result = of_result + (1.0 if inputs.weight is None or not len(x) else inputs.weight.double().max())
     by_x, by_y = contributions(eps).sum(1), contributions(eps).sum(0)
     of_candidates = by_y if loss != "clip_loss" else by_x + by_y  # the candidates of both directions
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         # row i of either view, as an anchor and as a candidate
         of_candidates = by_y.view(2, -1).sum(0)
         by_x, by_y = (by_x + by_y).view(2, -1)
@@ -230,9 +234,9 @@ def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> d
 
 
 def _pair_weights(inputs: Inputs, loss: str, reduction: str, upstream: Tensor) -> Tensor:
-    """w = dL/dz in float64 [N, M] ([2N, 2N] for nt_xent): the reference's gradient to the logits themselves."""
+    """w = dL/dz in float64 [N, M] ([2N, 2N] of two views): the reference's gradient to the logits themselves."""
     x, y = inputs.x.double(), inputs.y.double()
-    if loss == "nt_xent":
+    if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
     return from_scores(inputs, loss, reduction, x @ y.T, upstream)[1]
 
@@ -240,14 +244,18 @@ def _pair_weights(inputs: Inputs, loss: str, reduction: str, upstream: Tensor) -
 def from_scores(
     inputs: Inputs, loss: str, reduction: str, scores: Tensor, upstream: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The reference's value and w = dL/dz, from dot products [N, M] ([2N, 2N] for nt_xent) in float64."""
+    """The reference's value and w = dL/dz, from dot products [N, M] ([2N, 2N] of two views) in float64."""
     weight, z = inputs.weight, inputs.scale.double() * scores
     if loss == "nt_xent":  # InfoNCE among the views, whose scores with themselves are as good as -inf
         weight = None if weight is None else weight.repeat(2)
         z.fill_diagonal_(-1e30)
     z.requires_grad_()
     itself = torch.eye(z.shape[1], dtype=torch.float64)
-    if loss == "nt_xent":
+    if loss in labelled.ONE_SET:
+        value = labelled.of_logits(inputs, loss, z, reduction)
+    elif loss == "nt_xent" and inputs.problem.label_smoothing:  # by its own mask: all candidates count alike
+        value = _smoothed_nt_xent(inputs, z, weight, reduction)
+    elif loss == "nt_xent":
         positives = torch.arange(len(z)).roll(len(z) // 2)
         ids = None if inputs.ids is None else inputs.ids[0].repeat(2)
         bias = None if inputs.candidate_bias is None else inputs.candidate_bias.double().repeat(2)
@@ -258,6 +266,15 @@ def from_scores(
         value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)
     value.backward(problems.upstream_like(value, inputs.problem.seed) if upstream is None else upstream)
     return value.detach(), z.grad
+
+
+def _smoothed_nt_xent(inputs: Inputs, z: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """NT-Xent of logits [2N, 2N], of views whose logits with themselves are none."""
+    alike = None if inputs.ids is None else losses._alike(inputs.ids[0].repeat(2))
+    z = z.masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    positives = torch.arange(len(z)).roll(len(z) // 2)
+    rows = losses._softmax_losses(z, positives, alike, True, inputs.problem.label_smoothing)
+    return losses._reduce(rows, weight, reduction)
 
 
 def rms(error: Tensor) -> float:

@@ -71,6 +71,8 @@ class Vectors(NamedTuple):
     normalizer: Tensor | None = None
     #: [n]
     gain: Tensor | None = None
+    #: [2, n], its rows dense
+    target: Tensor | None = None
     #: the state is memory that nobody has written
     fresh: bool = False
 
@@ -175,7 +177,8 @@ def run_panel(
     row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
     sizes = Scratch.of(tile, n, m)
     row_partials, col_partials, params_partials, unusual, referred = scratch[: sum(sizes)].split_with_sizes(sizes)
-    values = params, *pairs.arguments(n, m), row.normalizer, row.gain, col.normalizer, col.gain
+    of_pairs = pairs.arguments(n, m, row.target, col.target)
+    values = params, *of_pairs, row.normalizer, row.gain, col.normalizer, col.gain
     outputs = (
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
@@ -188,7 +191,7 @@ def run_panel(
         *(0 if v.normalizer is None else v.normalizer.stride(0) for v in (row, col)),
     )  # fmt: skip
     constants = {
-        "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": pairs.width,
+        "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": pairs.width, "EQUAL_IDS": pairs.equal_ids,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
         "INPUT_PRECISION": "ieee" if precision == "ieee" else "tf32",
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,

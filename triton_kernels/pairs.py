@@ -1,9 +1,10 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
-`pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr), with None for
-what is not said, which then costs nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids. Kernels
-hand all through, and pair terms ask here. A further member that leaves out single pairs goes into `every_pair_counts`
-and `leave_out`; one that adds to the logits of a column into what stands beside `load_columns`.
+`pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr, row_target_ptr,
+row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS), with None for what is not said, which then costs
+nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids. Kernels hand all through, and pair terms
+ask here. A further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to
+the logits of a column into what stands beside `load_columns`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ __all__ = [
     "Pairs",
     "column_counts",
     "every_pair_counts",
+    "keep_alike",
     "leave_out",
     "leave_out_alike",
+    "less_targets",
     "load_columns",
     "load_ids",
     "logits",
@@ -29,6 +32,11 @@ __all__ = [
     "turn_alike",
     "with_columns",
 ]
+
+
+#: What `equal_ids` says.
+ALIKE_COUNT = tl.constexpr(1)
+ALIKE_ALONE = tl.constexpr(2)
 
 
 class Pairs(NamedTuple):
@@ -45,23 +53,31 @@ class Pairs(NamedTuple):
     #: [R], [C] int64: what pairs of equal ids are is the term's to say
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
+    #: what they are otherwise: ALIKE_COUNT, ALIKE_ALONE
+    equal_ids: int = 0
 
     @classmethod
     def of(cls, pairs: Any) -> Pairs:
         """What is said of a panel, with the diagonal counted from its own rows and columns."""
         diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
-        return cls(diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids)
+        return cls(
+            diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids, pairs.equal_ids
+        )
 
     @property
     def width(self) -> int:
         """Columns that a row leaves out."""
         return 0 if self.columns is None else self.columns.shape[1]
 
-    def arguments(self, rows: int, cols: int) -> tuple[Any, ...]:
-        """The same as a kernel's arguments for a panel of this size: past its ends there are no pairs."""
+    def arguments(self, rows: int, cols: int, *targets: Tensor | None) -> tuple[Any, ...]:
+        """The same as a kernel's arguments for a panel of this size: past its ends there are no pairs.
+
+        targets: of rows [2, R] and of columns [2, C].
+        """
         diagonal = None if self.diagonal is None else min(max(self.diagonal, -rows), cols)
         columns = self.columns if self.width else None
-        return diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids
+        of_sides = [v for target in targets for v in (target, 0 if target is None else target.stride(0))]
+        return diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids, *of_sides
 
 
 @triton.jit
@@ -120,10 +136,55 @@ def load_ids(pairs, rows, cols, R, C):
 
 @triton.jit
 def leave_out_alike(values, never, pairs, ids):
-    """A tile's values with `never` where ids are equal."""
-    if pairs[4] is not None:
-        values = tl.where(ids[0][:, None] == ids[1][None, :], never, values)
+    """A tile's values with `never` where ids are equal, unless these pairs count; where they are not, if only those."""
+    if pairs[4] is not None and pairs[10] != ALIKE_COUNT:
+        if pairs[10] == ALIKE_ALONE:
+            values = keep_alike(values, never, pairs, ids)
+        else:
+            values = tl.where(ids[0][:, None] == ids[1][None, :], never, values)
     return values
+
+
+@triton.jit
+def keep_alike(values, never, pairs, ids):
+    """A tile's values with `never` where ids are not equal, if only pairs of equal ones count."""
+    if pairs[4] is not None and pairs[10] == ALIKE_ALONE:
+        values = tl.where(ids[0][:, None] == ids[1][None, :], values, never)
+    return values
+
+
+@triton.jit
+def _target(ptr, stride, index, n, factor, alike, ROWS: tl.constexpr):
+    """What one side takes off a tile's weights [M, N], or the same for all pairs of a row (column)."""
+    target = tl.load(ptr + index, mask=index < n, other=0.0) * factor
+    target = target[:, None] if ROWS else target[None, :]
+    if alike is not None:
+        of_alike = tl.load(ptr + stride + index, mask=index < n, other=0.0) * factor
+        target = tl.where(alike, of_alike[:, None] if ROWS else of_alike[None, :], target)
+    return target
+
+
+@triton.jit
+def less_targets(w, counts, factor, pairs, of_cols, ids, rows, cols, R, C):
+    """A tile's weights (times `factor`) less the targets of its rows and columns, of the pairs that count.
+
+    `counts`: which do, beside what ids and biases say.
+    """
+    if pairs[6] is not None or pairs[8] is not None:
+        counts = counts & (of_cols > -float("inf"))[None, :]
+        alike = None
+        if pairs[4] is not None:
+            alike = ids[0][:, None] == ids[1][None, :]
+            if pairs[10] == ALIKE_ALONE:
+                counts = counts & alike
+            elif pairs[10] != ALIKE_COUNT:
+                counts = counts & (ids[0][:, None] != ids[1][None, :])
+        if pairs[6] is not None:
+            w -= _target(pairs[6], pairs[7], rows, R, factor, alike, True)
+        if pairs[8] is not None:
+            w -= _target(pairs[8], pairs[9], cols, C, factor, alike, False)
+        w = tl.where(counts, w, 0.0)
+    return w
 
 
 @triton.jit

@@ -91,18 +91,19 @@ def refer_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["R", "C", "D", "diagonal", "first_column"])
+@triton.jit(do_not_specialize=["R", "C", "D", "diagonal", "first_column", "row_target_stride", "col_target_stride"])
 def persistent_kernel(
     x_desc,  # [R, D] in blocks of BLOCK_M x BLOCK_K
     y_desc,  # [C, D] in blocks of BLOCK_N x BLOCK_K
     weights_desc,  # [R, C] in blocks of BLOCK_M x BLOCK_N / PARTS, or None
     params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride,
     line_ptr,  # [LINE] and the referred gains, of refer_kernel; or None
     row_referred_ptr,  # [R] or None
     col_referred_ptr,  # [C] or None
     factor_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
     R, C, D,
-    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,10 @@ def persistent_kernel(
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     scale, bias, center = load_params(params_ptr)
     usual = (scale > 1e-18) & (scale < 1e18)
-    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr)
+    pairs = (
+        diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+        row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+    )  # fmt: skip
     factor = 1.0
     shift = 0.0
     slope = 0.0

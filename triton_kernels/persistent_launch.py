@@ -77,6 +77,7 @@ def start_tiles(
         ),
         {
             "TERM": term, "ROW": has_row, "COL": has_col, "COLUMNS": constants["COLUMNS"],
+            "EQUAL_IDS": constants["EQUAL_IDS"],
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
             "PARTS": tile.parts, "UPCAST": constants["UPCAST"],
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .pair_terms import NEVER
-from .pairs import column_counts, every_pair_counts, leave_out, load_columns, load_ids, logits
+from .pairs import column_counts, every_pair_counts, leave_out, less_targets, load_columns, load_ids, logits
 
 __all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
 
@@ -108,6 +108,7 @@ def finish_tile(
     )
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
     if WEIGHTS:
+        w = less_targets(w, scores > NEVER / 10, factor, pairs, of_cols, ids, rows, cols, R, C)
         # the center comes off here: tensor cores cut off digits of each partial sum, which it would only make larger
         dscale = tl.sum(tl.sum(w * (scores - center), 1), 0)
         usual = usual & (tl.abs(dscale) < _LARGEST)  # no weight has overflowed; NaN is not below
@@ -126,6 +127,7 @@ def finish_tile(
 
 
 _ARGUMENTS = ["R", "diagonal", "first_column", "row_normalizer_stride", "col_normalizer_stride"]
+_ARGUMENTS += ["row_target_stride", "col_target_stride"]
 
 
 @triton.jit(do_not_specialize=_ARGUMENTS)
@@ -139,6 +141,10 @@ def score_kernel(
     col_bias_ptr,  # [C] or None
     row_ids_ptr,  # int64 [R] or None
     col_ids_ptr,  # int64 [C] or None
+    row_target_ptr,  # [2, R] or None: what comes off the weights of pairs of other ids, of equal ids
+    row_target_stride,
+    col_target_ptr,  # [2, C] or None
+    col_target_stride,
     row_normalizer_ptr,  # [2, R] or None
     row_gain_ptr,  # [R] or None
     col_normalizer_ptr,  # [2, C] or None
@@ -150,7 +156,7 @@ def score_kernel(
     params_partials_ptr,  # [blocks, 2] or None
     unusual_ptr,  # [blocks] becomes 1 where a tile is left to rest_kernel, else 0
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
-    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +169,10 @@ def score_kernel(
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = col0 + tl.arange(0, BLOCK_N)
     scale, bias, center = load_params(params_ptr)
-    pairs = (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr)
+    pairs = (
+        diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+        row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+    )  # fmt: skip
     of_cols = load_columns(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
     usual = (scale > 1e-18) & (scale < 1e18)
@@ -192,10 +201,11 @@ def score_kernel(
 @triton.jit(do_not_specialize=_ARGUMENTS)
 def rest_kernel(
     x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride,
     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
-    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     PIECE: tl.constexpr, TILES: tl.constexpr,
@@ -214,7 +224,10 @@ def rest_kernel(
             if tl.load(unusual_ptr + block) > 0:
                 _any_tile(
                     x_ptr, y_ptr, params_ptr,
-                    (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr),
+                    (
+                        diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
+                        row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+                    ),
                     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
                     row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
                     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
@@ -255,6 +268,7 @@ def _any_tile(
         w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
         if WEIGHTS:
             w = TERM.alike(w, z, of_cols, pairs, ids, True)
+            w = less_targets(w, z > -float("inf"), 1.0, pairs, of_cols, ids, rows, cols, R, C)
             dscale += tl.sum(tl.sum(w * (scores - center), 1), 0)
             dbias += tl.sum(tl.sum(w, 1), 0)
             _store_weights(weights_ptr, weights_stride, w * tl.load(factor_ptr), rows, cols, R, C)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .pair_terms import INTERPRETED, LOG2_E, NEVER, PairTerm, exp2, multiply_add, reciprocal
-from .pairs import offsets, turn_alike
+from .pairs import keep_alike, offsets, turn_alike
 
 __all__ = ["FACTORS", "SIGMOID", "sigmoid_from", "softplus_from", "sum_by_products"]
 
@@ -96,6 +96,7 @@ def _usual(
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
     z = scores * (scale * LOG2_E) + offsets(bias * LOG2_E, pairs, of_cols)
     z = turn_alike(z, NEVER / 10, scores, of_cols, pairs, ids)
+    z = keep_alike(z, NEVER, pairs, ids)
     rows = tl.zeros([scores.shape[0]], tl.float32)
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
@@ -130,7 +131,10 @@ def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constex
 
 @triton.jit
 def _alike(values, z, of_cols, pairs, ids, OF_WEIGHTS: tl.constexpr):
-    return turn_alike(values, -float("inf"), z, of_cols, pairs, ids)
+    values = turn_alike(values, -float("inf"), z, of_cols, pairs, ids)
+    if not OF_WEIGHTS:
+        values = keep_alike(values, -float("inf"), pairs, ids)
+    return values
 
 
 @triton.jit

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from ..panels.pairs import Pairs
-from .checks import check_dense, check_vector
+from .checks import check_dense, check_vector, is_number, shown
 from .reduction import row_weights
 
-__all__ = ["check_ids", "pairs_of", "pairs_of_samples", "require_alone", "with_biases", "without_padding"]
+__all__ = [
+    "check_ids",
+    "check_labels",
+    "check_smoothing",
+    "pairs_of",
+    "pairs_of_samples",
+    "require_alone",
+    "with_biases",
+    "without_padding",
+]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -25,15 +34,26 @@ def check_ids(ids: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor | None,
         raise TypeError(
             f"{name}: expected None, a tensor of ids [N], or a pair of them [N], [M]; got {type(ids).__name__}"
         )
-    for each, length in zip(pair, (x.shape[0], y.shape[0])):
-        check_dense(each, name)
-        if each.dtype not in _INTEGERS:
-            raise TypeError(f"{name}: expected integer ids; got {each.dtype}")
-        if each.shape != (length,):
-            raise ValueError(f"{name}: expected ids of shape [{length}]; got {list(each.shape)}")
-        if each.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device}; got {each.device}")
-    return pair[0].to(torch.int64).contiguous(), pair[1].to(torch.int64).contiguous()
+    return _integers(pair[0], name, "ids", x), _integers(pair[1], name, "ids", y)
+
+
+def _integers(ids: Tensor, name: str, what: str, x: Tensor) -> Tensor:
+    """One for each row of x, as int64."""
+    check_dense(ids, name)
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected integer {what}; got {ids.dtype}")
+    if ids.shape != (x.shape[0],):
+        raise ValueError(f"{name}: expected {what} of shape [{x.shape[0]}]; got {list(ids.shape)}")
+    if ids.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}; got {ids.device}")
+    return ids.to(torch.int64).contiguous()
+
+
+def check_labels(labels: Any, name: str, x: Tensor) -> Tensor:
+    """Labels of the rows of x [N], as int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a tensor of integer labels [N]; got {type(labels).__name__}")
+    return _integers(labels, name, "labels", x)
 
 
 def pairs_of(ids: Any, candidate_bias: Any, x: Tensor, y: Tensor) -> Pairs:
@@ -89,6 +109,21 @@ def without_padding(
         weights = torch.ones(x.shape[0], dtype=bias.dtype, device=x.device)
     x, y = x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0)
     return x, y, weights.masked_fill(idle, 0.0)
+
+
+def check_smoothing(label_smoothing: Any, include_positive: bool, ranks: object) -> None:
+    """A share of the target, of a loss whose denominator has the positive, in one process."""
+    if not is_number(label_smoothing):
+        raise TypeError(f"label_smoothing: expected a number; got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1; got {shown(label_smoothing)}")
+    if not include_positive:
+        raise ValueError("label_smoothing: expected 0 with include_positive=False, whose target is no distribution")
+    if ranks is not None:
+        raise NotImplementedError(
+            f"label_smoothing: expected 0 in a process group; got {shown(label_smoothing)}. group=None computes the "
+            "loss of this process's rows: gather the others' with their gradients"
+        )
 
 
 def require_alone(ranks: object, candidate_bias: object) -> None:

@@ -82,6 +82,9 @@ def weight_fields(panel: Panel) -> dict[str, int]:
             values[f"{name}_normalizer_rest"] = _address(side.normalizer[1])
         if side.gain is not None:
             values[f"{name}_gain"] = _address(side.gain)
+        if side.target is not None:
+            values[f"{name}_target"] = _address(side.target[0])
+            values[f"{name}_target_alike"] = _address(side.target[1])
     return values
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..draws.philox import gumbel
+from ..panels.pairs import ALIKE_ALONE
 from ..panels.panel import Panel, Route, SearchPanel, Side, present
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, RANK, SEARCHES, SIGMOID, PairTerm
@@ -42,7 +43,7 @@ class TorchBackend(Backend):
         score_product(panel)
         z = _logits(panel, term)
         _FOLD[term](panel, z)
-        w = _WEIGHTS[term](panel, z)
+        w = _weights(term, panel, z)
         if panel.dparams is not None:
             centered = panel.scores - panel.params[2]
             panel.dparams[0] += centered.mul_(w).sum(dtype=panel.dparams.dtype)
@@ -82,8 +83,10 @@ def _logits(panel: Panel, term: PairTerm, excluded: float = -torch.inf) -> Tenso
     if alike is not None and term is SIGMOID:
         counts = alike if pairs.col_bias is None else alike & (pairs.col_bias != excluded)
         z = torch.where(counts, -z, z)
-    elif alike is not None:
+    elif alike is not None and not pairs.equal_ids:
         z.masked_fill_(alike, excluded)
+    if alike is not None and pairs.equal_ids == ALIKE_ALONE:
+        z.masked_fill_(~alike, excluded)
     rows, columns = z.shape
     if pairs.diagonal is not None:
         shift = pairs.first_row + pairs.diagonal - pairs.first_column
@@ -124,6 +127,19 @@ def _fold_side(side: Side, z: Tensor, dim: int) -> None:
     sums = torch.exp(z - shift.unsqueeze(dim)).sum(dim)
     side.state[1] = side.state[1] * torch.exp(side.state[0] - shift) + sums
     side.state[0] = highest
+
+
+def _weights(term: PairTerm, panel: Panel, z: Tensor) -> Tensor:
+    """The term's weights less the targets [R, C]; z is overwritten."""
+    targets = [(side.target, dim) for side, dim in ((panel.row, 2), (panel.col, 1)) if side.target is not None]
+    if not targets:
+        return _WEIGHTS[term](panel, z)
+    left_out, alike = z == -torch.inf, panel.pairs.alike(slice(None))
+    w = _WEIGHTS[term](panel, z)
+    for target, dim in targets:
+        of_others, of_alike = target.unsqueeze(dim)
+        w -= of_others if alike is None else torch.where(alike, of_alike, of_others)
+    return w.masked_fill_(left_out, 0.0)
 
 
 def _sigmoid_weights(panel: Panel, z: Tensor) -> Tensor:

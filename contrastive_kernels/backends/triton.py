@@ -261,4 +261,4 @@ _NOTHING_TO_DO = contextlib.nullcontext()
 
 
 def _vectors(side: Side) -> Any:
-    return _kernels().Vectors(side.state, side.normalizer, side.gain, side.fresh)
+    return _kernels().Vectors(side.state, side.normalizer, side.gain, side.target, side.fresh)

@@ -73,13 +73,15 @@ def log_sums(normalizer: Tensor) -> Tensor:
     return normalizer[0] + normalizer[1]
 
 
-def softmax_side(normalizer: Tensor, gain: Tensor | None) -> Side:
-    """The side whose weights are gain * exp(z - normaliser); a log-sum of nothing gives no weight."""
+def softmax_side(normalizer: Tensor, gain: Tensor | None, target: Tensor | None = None) -> Side:
+    """The side whose weights are gain * exp(z - normaliser) - target; a log-sum of nothing gives no weight."""
     if gain is None:
         return Side()
     shift, rest = normalizer
     return Side(
-        normalizer=torch.stack([shift, rest.masked_fill(rest == -torch.inf, torch.inf)]), gain=gain.contiguous()
+        normalizer=torch.stack([shift, rest.masked_fill(rest == -torch.inf, torch.inf)]),
+        gain=gain.contiguous(),
+        target=target,
     )
 
 
@@ -110,9 +112,8 @@ def gradient_pass(
         What the sums for scale and bias begin with [2]; it is added to.
     """
     bounded = not matrix.term.has_shift or (row.state is None and col.state is None)
-    workspace = Workspace(
-        matrix, weighs=True, gains=(row.gain, col.gain), bounded=bounded, unscaled=wanted.candidates
-    )  # fmt: skip
+    gains = row.gain, col.gain, row.target, col.target
+    workspace = Workspace(matrix, weighs=True, gains=gains, bounded=bounded, unscaled=wanted.candidates)
     # The rows are swept one block after the other, so their sums are finished block by block, unless positives depend
     # on later blocks.
     by_block = late_positive is None and not matrix.symmetric
@@ -136,7 +137,7 @@ def gradient_pass(
 def band_passes(
     matrix: ScoreMatrix,
     rows: int,
-    sides: Callable[[slice, Tensor, Tensor | None], tuple[Side, Side, Tensor]],
+    sides: Callable[[slice, Tensor, Tensor | None], tuple[Side, Side, Tensor | None]],
     wanted: Wanted,
     *,
     cols: bool,
@@ -150,8 +151,8 @@ def band_passes(
     rows : int
         Rows of a band, as :func:`.strategy.choose` gives them.
     sides : callable
-        Gives normaliser and gain of a band's rows and columns, and the coefficients of its positive pairs, from the
-        rows of the band and their states.
+        Gives normaliser and gain of a band's rows and columns, and the coefficients of its positive pairs, if any, from
+        the rows of the band and their states.
     wanted : Wanted
         Which of dx, dy and dparams.
     cols : bool
@@ -284,4 +285,6 @@ def _part(vector: Tensor | None, block: slice) -> Tensor | None:
 
 
 def _side_part(side: Side, block: slice) -> Side:
-    return Side(_part(side.state, block), _part(side.normalizer, block), _part(side.gain, block))
+    return Side(
+        _part(side.state, block), _part(side.normalizer, block), _part(side.gain, block), _part(side.target, block)
+    )

@@ -63,7 +63,9 @@ class Strategy:
         return self.place in (Place.BAND, Place.WHOLE)
 
 
-def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients: bool) -> Strategy:
+def choose(
+    backend: Backend, size: Size, *, whole: bool, summed: bool, gradients: bool, one_call: bool = True
+) -> Strategy:
     """How a softmax loss is computed.
 
     Parameters
@@ -78,8 +80,10 @@ def choose(backend: Backend, size: Size, *, whole: bool, summed: bool, gradients
         A mean or a sum, whose gradients are known up to one factor; otherwise every row has a factor of its own.
     gradients : bool
         Some are wanted.
+    one_call : bool
+        The backends' one call for small matrices knows this loss.
     """
-    if summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
+    if one_call and summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return Strategy(Place.WHOLE)
     if summed and gradients:
         rows = band_rows(backend, size, whole)

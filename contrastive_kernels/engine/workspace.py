@@ -32,7 +32,7 @@ class Workspace:
     weighs : bool
         Whether the pass makes weights.
     gains : tuple of Tensor
-        The gains of both sides; needed where weights are float16.
+        The gains of both sides, and their targets; needed where weights are float16.
     bounded : bool
         The gains bound the weights: normalisers are of this matrix, not known beforehand and perhaps stale.
     unscaled : bool
@@ -83,7 +83,7 @@ class Workspace:
 
     def _scale_float16_weights(self, gains: tuple[Tensor | None, ...], scale: float) -> None:
         """Weights leave a panel times `factor`, and sums are multiplied by `rescale`."""
-        present = [g.abs().amax() for g in gains if g is not None and len(g)]
+        present = [g.abs().amax() for g in gains if g is not None and g.numel()]
         largest = torch.stack(present).sum() if present else torch.ones_like(self.matrix.params[0])
         largest = largest.clamp(min=1e-30)
         self.factor = (scale / largest).reshape(1)

@@ -17,27 +17,27 @@ from ..operators.softmax_loss import softmax_loss
 __all__ = ["pairs_with_biases", "views_with_biases"]
 
 
-def pairs_with_biases(problem: Problem, candidate_bias: Any, weight: Any, reduction: str, include: bool) -> Tensor:
+def pairs_with_biases(problem: Problem, candidate_bias: Any, weight: Any, reduction: str, **options: Any) -> Tensor:
     """The mean of both directions of matching rows x, y [N, D]; biases of x and of y [N], or one for both."""
     if isinstance(candidate_bias, Tensor):
         candidate_bias = candidate_bias, candidate_bias
     of_x, of_y = check_pair(candidate_bias, "candidate_bias")
     back = replace(problem, x=problem.y, y=problem.x, pairs=problem.pairs.turned())
-    there = _one_way(_biased(problem, of_y), weight, reduction, include)
-    return (there + _one_way(_biased(back, of_x), weight, reduction, include)) / 2
+    there = _one_way(_biased(problem, of_y), weight, reduction, options)
+    return (there + _one_way(_biased(back, of_x), weight, reduction, options)) / 2
 
 
-def views_with_biases(problem: Problem, weight: Any, reduction: str, include: bool) -> Tensor:
+def views_with_biases(problem: Problem, weight: Any, reduction: str, **options: Any) -> Tensor:
     """NT-Xent of views [2N, D], not as a symmetric matrix; weights of the samples [N]."""
     weights = row_weights(weight, problem.x.shape[0] // 2, problem.x)
-    return _one_way(problem, None if weights is None else torch.cat([weights, weights]), reduction, include)
+    return _one_way(problem, None if weights is None else torch.cat([weights, weights]), reduction, options)
 
 
 def _biased(problem: Problem, bias: Any) -> Problem:
     return replace(problem, pairs=with_biases(problem.pairs, bias, problem.x, problem.y))
 
 
-def _one_way(problem: Problem, weight: Any, reduction: str, include: bool) -> Tensor:
+def _one_way(problem: Problem, weight: Any, reduction: str, options: dict[str, Any]) -> Tensor:
     x, y, weight = without_padding(problem.x, problem.y, problem.pairs, problem.offset, problem.index, weight)
     gains = row_gains(weight, x.shape[0], x, reduction)
-    return softmax_loss(replace(problem, x=x, y=y), gains, reduction, include_positive=include)
+    return softmax_loss(replace(problem, x=x, y=y), gains, reduction, **options)

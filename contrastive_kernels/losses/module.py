@@ -14,6 +14,7 @@ from ..arguments.checks import (
     check_workspace,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import check_smoothing
 from ..distributed.group import check_group, ranks_of, tell
 
 __all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
@@ -84,8 +85,11 @@ class Loss(nn.Module):
 
 
 class SoftmaxLoss(Loss):
-    """A loss whose denominator has the positive or not."""
+    """A loss whose denominator has the positive or not, and whose target may be smoothed."""
 
-    def __init__(self, *, include_positive: bool = True, **options: Any) -> None:
+    def __init__(self, *, include_positive: bool = True, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.options["include_positive"] = check_flag(include_positive, "include_positive")
+        if label_smoothing != 0.0:
+            check_smoothing(label_smoothing, include_positive, None)
+        self.options["label_smoothing"] = label_smoothing

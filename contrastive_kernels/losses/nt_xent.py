@@ -16,7 +16,7 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import pairs_of_samples, require_alone
+from ..arguments.pairs import check_smoothing, pairs_of_samples, require_alone
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -38,6 +38,7 @@ def nt_xent(
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -61,7 +62,7 @@ def nt_xent(
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
         products.
-    include_positive : bool
+    include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N], not differentiated; each serves both views.
@@ -103,6 +104,8 @@ def nt_xent(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        if label_smoothing != 0.0:
+            check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
@@ -123,8 +126,9 @@ def nt_xent(
         about = (*rule.about, ("normalize", normalize))
         return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
     if pairs.adds:
-        return views_with_biases(problem, weight, reduction, include_positive)
-    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
+        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+        return views_with_biases(problem, weight, reduction, **options)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
 
 
 class NTXentLoss(SoftmaxLoss):
@@ -134,7 +138,7 @@ class NTXentLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the views' losses [2N].
-    include_positive, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.

@@ -17,7 +17,7 @@ from ..arguments.checks import (
     is_shared,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import pairs_of, require_alone, without_padding
+from ..arguments.pairs import check_smoothing, pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -40,6 +40,7 @@ def info_nce(
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -75,6 +76,9 @@ def info_nce(
     include_positive : bool
         False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
         positive's logit (DCL), which may be negative, and 0 for a row without negatives.
+    label_smoothing : float
+        This share of the target lies on all of a row's candidates alike, the positive's among them, as in torch's
+        cross-entropy; candidates that ids or a bias leave out have none. Needs the positive in the denominator.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     reduction : {"mean", "sum", "none"}
@@ -131,6 +135,8 @@ def info_nce(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        if label_smoothing != 0.0:
+            check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         x, y = check_features(x, y, ("x", "y"), normalize)
@@ -147,7 +153,7 @@ def info_nce(
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
         return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
-    return softmax_loss(problem, gains, reduction, include_positive=include_positive)
+    return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
 
 
 def clip_loss(
@@ -158,6 +164,7 @@ def clip_loss(
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
@@ -182,7 +189,7 @@ def clip_loss(
     candidate_bias : Tensor or pair of Tensor, optional
         As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
         one tensor of both. The directions are two passes then: twice the products.
-    include_positive : bool
+    include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N], not differentiated.
@@ -225,6 +232,8 @@ def clip_loss(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
+        if label_smoothing != 0.0:
+            check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
@@ -236,11 +245,14 @@ def clip_loss(
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        return pairs_with_biases(problem, candidate_bias, weight, reduction, include_positive)
+        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+        return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
         return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
-    return softmax_loss(problem, gains, reduction, both=True, include_positive=include_positive)
+    return softmax_loss(
+        problem, gains, reduction, both=True, include_positive=include_positive, smoothing=label_smoothing
+    )
 
 
 class InfoNCELoss(SoftmaxLoss):
@@ -250,7 +262,7 @@ class InfoNCELoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    include_positive, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -285,7 +297,7 @@ class ClipLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    include_positive, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.

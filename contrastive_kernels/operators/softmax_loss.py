@@ -5,7 +5,7 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,12 +36,19 @@ from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
+from .smoothing import Smoothing, smoothing_of
 
 __all__ = ["row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
 
 
 def softmax_loss(
-    problem: Problem, gain: Tensor | None, reduction: str, *, both: bool = False, include_positive: bool = True
+    problem: Problem,
+    gain: Tensor | None,
+    reduction: str,
+    *,
+    both: bool = False,
+    include_positive: bool = True,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The softmax loss of every row, or their mean or sum.
 
@@ -57,8 +64,12 @@ def softmax_loss(
         The columns' losses count too, in a square whose positives lie on the diagonal: the mean of both directions.
     include_positive : bool
         The denominator has the positive; without it the loss is n_i - z_i,p(i), and 0 for a row without negatives.
+    smoothing : float
+        The share of a row's target that lies on all its candidates alike; with the positive in the denominator.
     """
-    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both, include_positive))[0]
+    # (as text that keeps its bits: Dynamo takes no float within what it prints)
+    share = float(smoothing).hex() if smoothing else ""
+    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both, include_positive, share))[0]
     return loss
 
 
@@ -69,27 +80,28 @@ _WHOLE = Strategy(Place.WHOLE)
 
 def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -> tuple[Backend, Strategy]:
     """Who computes it, and how."""
-    problem, (reduction, both, include) = call.problem, call.settings
+    problem, (reduction, both, include, smoothing) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
     # the gradient of the columns' biases comes of a pass of its own
     summed = reduction != "none" and not call.needs[COL_BIAS]
     if summed and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
-        if include:
+        if include and not smoothing:
             return backend, _WHOLE
-        summed = False  # one call knows no other denominator
+        summed = include  # one call knows no other denominator, and no smoothing
     found = find(
         backend,
         problem.size(),
         whole=both or problem.symmetric,
         summed=summed,
         gradients=True in call.needs,
+        one_call=not smoothing,
     )
     return backend, found
 
 
 def _gains(call: Call) -> Tensor:
     """What every row's loss is multiplied by [N], of one direction."""
-    (gain,), (_, both, _), x = call.extras, call.settings, call.problem.x
+    (gain,), (_, both, *_), x = call.extras, call.settings, call.problem.x
     share = _share(call)
     if gain is None:
         return torch.full((len(x),), share, dtype=score_dtype(x.dtype), device=x.device)
@@ -98,7 +110,7 @@ def _gains(call: Call) -> Tensor:
 
 def _share(call: Call) -> float:
     """The same where rows have no weights of their own."""
-    (gain,), (reduction, both, _) = call.extras, call.settings
+    (gain,), (reduction, both, *_) = call.extras, call.settings
     share = 1.0 / max(call.problem.x.shape[0], 1) if reduction == "mean" and gain is None else 1.0
     return share / 2 if both else share
 
@@ -108,7 +120,7 @@ def _forward(call: Call) -> Outputs:
     backend, how = _strategy(call)
     if how.place is Place.WHOLE:
         return _in_one_call(call, backend)
-    problem, (reduction, both, include) = call.problem, call.settings
+    problem, (reduction, both, include, smoothing) = call.problem, call.settings
     if how.place is Place.BAND and _bands_are_whole(call, backend):
         return _in_one_call_a_band(call, backend, how.rows)
     saved, scores = saved_dtype(problem.x.dtype), None
@@ -117,12 +129,14 @@ def _forward(call: Call) -> Outputs:
             problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
         )
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
-    if matrix.dots is not None and scores is None and include and not problem.pairs.adds:
+    plain = include and not smoothing and not problem.pairs.adds
+    if matrix.dots is not None and scores is None and plain:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)
+    smoothings = _smoothings(call, matrix, z_pos)
     if how.place is Place.BAND:
-        found = _Found(matrix, dots, z_pos, gain, include)
+        found = _Found(matrix, dots, z_pos, gain, include, smoothings)
         made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
         found.add_positive_params(made)
         value = found.losses if reduction == "none" else (gain * found.losses).sum()
@@ -132,15 +146,26 @@ def _forward(call: Call) -> Outputs:
     losses = row_losses(row, z_pos, include)
     if col is not None:
         losses = losses + row_losses(col, z_pos, include)
+    for each in smoothings:
+        losses = losses + each.losses
     losses = gain * losses
     if True not in call.needs:
         return losses if reduction == "none" else losses.sum(), *(None,) * 8
     return losses if reduction == "none" else losses.sum(), None, None, None, None, row, col, dots, scores
 
 
+def _smoothings(call: Call, matrix: ScoreMatrix, z_pos: Tensor) -> list[Smoothing]:
+    """What smoothing adds to the rows and, if they have losses, to the columns; nothing without."""
+    _, both, _, share = call.settings
+    if not share:
+        return []
+    share = float.fromhex(share)
+    return [smoothing_of(share, call.problem, matrix, z_pos, turned=turned) for turned in (False, True)[: 1 + both]]
+
+
 def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
     """The same where the backend does what surrounds the panels."""
-    reduction, both, _ = call.settings
+    reduction, both, *_ = call.settings
     row, col = statistics_pass(matrix, cols=both)
     value = matrix.backend.softmax_losses(
         row, col, dots, matrix.params, call.extras[0], _share(call), reduction != "none"
@@ -151,7 +176,7 @@ def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
 
 def _in_one_call(call: Call, backend: Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
-    problem, (_, both, _), (gain,) = call.problem, call.settings, call.extras
+    problem, (_, both, *_), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
     value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
     return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
@@ -159,8 +184,8 @@ def _in_one_call(call: Call, backend: Backend) -> Outputs:
 
 def _bands_are_whole(call: Call, backend: Backend) -> bool:
     """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
-    problem, (_, both, include) = call.problem, call.settings
-    one_way = include and not both and not problem.symmetric and problem.pairs is EVERY_PAIR
+    problem, (_, both, include, smoothing) = call.problem, call.settings
+    one_way = include and not smoothing and not both and not problem.symmetric and problem.pairs is EVERY_PAIR
     return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
 
 
@@ -185,8 +210,10 @@ def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
 
 def _prepared(call: Call) -> Prepared | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
-    reduction, both, include = call.settings
-    return None if reduction == "none" or not include else prepared_for(call, "softmax", _share(call), both)
+    reduction, both, include, smoothing = call.settings
+    return (
+        None if reduction == "none" or smoothing or not include else prepared_for(call, "softmax", _share(call), both)
+    )
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
@@ -219,22 +246,38 @@ def row_softmax(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
 class _Found:
     """What bands of rows leave behind: the rows' losses and the positives' dL/dz."""
 
-    def __init__(self, matrix: ScoreMatrix, dots: Tensor, z_pos: Tensor, gain: Tensor, include: bool) -> None:
+    def __init__(
+        self,
+        matrix: ScoreMatrix,
+        dots: Tensor,
+        z_pos: Tensor,
+        gain: Tensor,
+        include: bool,
+        smoothings: Sequence[Smoothing],
+    ) -> None:
         self.matrix, self.dots, self.z_pos, self.gain, self.include = matrix, dots, z_pos, gain, include
+        self.row_smoothing, self.col_smoothing = (*smoothings, None, None)[:2]
         self.losses, self.dz_pos = torch.zeros_like(z_pos), torch.zeros_like(z_pos)
 
     def sides(self, i: slice, row_state: Tensor, col_state: Tensor | None) -> tuple[Side, Side, Tensor]:
         """Normalisers and gains of a band's rows and columns, and the coefficients of its positives."""
-        row = self._side(i, row_state)
-        col = row if self.matrix.symmetric else Side() if col_state is None else self._side(i, col_state)
+        row = self._side(i, row_state, self.row_smoothing)
+        col = row
+        if not self.matrix.symmetric:
+            col = Side() if col_state is None else self._side(i, col_state, self.col_smoothing)
         return row, col, self.dz_pos[i] * self.matrix.params[0]
 
-    def _side(self, i: slice, state: Tensor) -> Side:
+    def _side(self, i: slice, state: Tensor, smoothing: Smoothing | None) -> Side:
         normalizer = normalizer_of(state)
         self.losses[i] += row_losses(normalizer, self.z_pos[i], self.include)
         softmax = self.gain[i] * row_softmax(normalizer, self.z_pos[i], self.include)
         self.dz_pos[i] -= softmax
-        return softmax_side(normalizer, softmax)
+        if smoothing is None:
+            return softmax_side(normalizer, softmax)
+        part = smoothing.band(i)
+        self.losses[i] += part.losses
+        self.dz_pos[i] += part.of_positives(self.gain[i])
+        return softmax_side(normalizer, softmax, part.target(self.gain[i]))
 
     def add_positive_params(self, made: Gradients) -> None:
         """The positives' part of the gradient of the scale."""
@@ -244,7 +287,7 @@ class _Found:
 def _fake(call: Call) -> Outputs:
     """The shapes of what `_forward` returns."""
     _, how = _strategy(call, strategy.choose)
-    problem, (reduction, both, _) = call.problem, call.settings
+    problem, (reduction, both, *_) = call.problem, call.settings
     x, y, dtype, saved = problem.x, problem.y, score_dtype(problem.x.dtype), saved_dtype(problem.x.dtype)
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     want_x, want_y, _ = call.wants
@@ -276,8 +319,15 @@ def _fake(call: Call) -> Outputs:
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The gradient pass."""
     *_, row, col, dots, scores = kept
-    (backend, _), include = _strategy(call), call.settings[2]
-    if include and backend.vectors and len(dots) and call.problem.y.shape[0] and not call.problem.pairs.adds:
+    (backend, _), (_, _, include, smoothing) = _strategy(call), call.settings
+    if (
+        include
+        and not smoothing
+        and backend.vectors
+        and len(dots)
+        and call.problem.y.shape[0]
+        and not call.problem.pairs.adds
+    ):
         return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
     matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
@@ -285,8 +335,12 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     row_gain = gain * row_softmax(row, z_pos, include)
     col_gain = None if col is None else gain * row_softmax(col, z_pos, include)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
-    row_side = softmax_side(row, row_gain)
-    col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain)
+    smoothings = _smoothings(call, matrix, z_pos)
+    targets: list[Tensor | None] = [None, None]
+    for k, each in enumerate(smoothings):
+        targets[k], dz_pos = each.target(gain), dz_pos + each.of_positives(gain)
+    row_side = softmax_side(row, row_gain, targets[0])
+    col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain, targets[1])
     made = gradient_pass(matrix, row_side, col_side, wanted_of(call), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
     return gradients_of(call, made)
@@ -308,8 +362,13 @@ def _gradients_by_kernels(
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows (turned: columns), or their sum, in operations of torch."""
     z, z_pos = dense_logits(call.problem, rows, turned)
-    reduction, _, include = call.settings
-    losses = _share(call) * row_losses(torch.stack(dense_normalizer(z)), z_pos, include)
+    reduction, _, include, smoothing = call.settings
+    losses = row_losses(torch.stack(dense_normalizer(z)), z_pos, include)
+    if smoothing:
+        negatives = z != -torch.inf
+        sums = z.masked_fill(~negatives, 0.0).sum(1) + z_pos
+        losses = losses + float.fromhex(smoothing) * (z_pos - sums / (negatives.sum(1) + 1))
+    losses = _share(call) * losses
     gain = call.extras[0]
     if gain is not None:
         losses = losses * gain[rows]

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EVERY_PAIR", "Pairs"]
+__all__ = ["ALIKE_ALONE", "ALIKE_COUNT", "EVERY_PAIR", "Pairs"]
+
+#: What pairs of equal ids are, if not what the term makes of them: pairs like others; the only ones that count.
+ALIKE_COUNT, ALIKE_ALONE = 1, 2
 
 
 class Pairs(NamedTuple):
@@ -25,12 +28,15 @@ class Pairs(NamedTuple):
     columns: Tensor | None = None
     #: [M] added to the logits of a column, in the dtype of the scores; -inf leaves the column out
     col_bias: Tensor | None = None
-    #: [N], [M] int64: pairs of equal ids: left out of exponentials and searches, and positives of the sigmoid term
+    #: [N], [M] int64: pairs of equal ids: left out of exponentials and searches, and positives of the sigmoid term, but
+    #: for what `equal_ids` says
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
     #: where this block begins in the whole matrix
     first_row: int = 0
     first_column: int = 0
+    #: 0, `ALIKE_COUNT` or `ALIKE_ALONE`
+    equal_ids: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -57,6 +63,7 @@ class Pairs(NamedTuple):
             made(of_cols, self.col_bias),
             made(of_rows, self.row_ids),
             made(of_cols, self.col_ids),
+            equal_ids=self.equal_ids,
         )
 
     def block(self, rows: slice, cols: slice) -> Pairs:
@@ -73,13 +80,14 @@ class Pairs(NamedTuple):
             part(self.col_ids, cols),
             self.first_row + rows.start,
             self.first_column + cols.start,
+            self.equal_ids,
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
         """The same of a whole matrix without these as well; one of both may be left out already."""
         diagonal = self.diagonal if diagonal is None else diagonal
         columns = self.columns if columns is None else columns
-        return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids)
+        return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids, equal_ids=self.equal_ids)
 
     @property
     def adds(self) -> bool:

@@ -37,6 +37,9 @@ class Side:
     normalizer: Tensor | None = None
     #: [n] r_i (rows) or c_j (columns)
     gain: Tensor | None = None
+    #: [2, n] what is subtracted from the weights of pairs that count: of those of other ids, and of equal ids; where
+    #: exponentials are softmaxes times the gain, the gain times the probabilities that they are to have
+    target: Tensor | None = None
     #: nobody has written the state yet: this panel is the first, for a backend that knows it
     fresh: bool = False
 

@@ -2,6 +2,7 @@
 
 from ..draws.gamma import draw_log_weights
 from . import structure
+from .labels import multi_positive_nce, sup_con
 from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "draw_log_weights",
     "info_nce",
     "log_sum_exp",
+    "multi_positive_nce",
     "nt_xent",
     "sigmoid",
     "structure",
+    "sup_con",
 ]

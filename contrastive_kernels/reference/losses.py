@@ -31,11 +31,7 @@ __all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "l
 
 
 Scale = float | Tensor
-
-
 LogNormalizer = Tensor | Sequence[Tensor]
-
-
 Ids = Tensor | Sequence[Tensor]
 
 
@@ -48,6 +44,7 @@ def info_nce(
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -69,6 +66,8 @@ def info_nce(
         Added to the columns' logits [M]. -inf: the column is padding; so is a row whose positive it is, with loss 0.
     include_positive : bool
         False: loss_i = logsumexp_{j in N(i)} z_ij - z_i,p(i) [6]_, and 0 without negatives.
+    label_smoothing : float
+        This share of the target lies on p(i) and N(i) alike, as in torch's cross-entropy.
     weight : Tensor, optional
         Weights of the rows [N].
     reduction : {"mean", "sum", "none"}
@@ -82,7 +81,7 @@ def info_nce(
     p = _positive_indices(x, positives)
     x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
     z = _biased(logit_scale * (x @ y.T), candidate_bias)
-    return _reduce(_softmax_losses(z, p, _alike(ids), include_positive), weight, reduction)
+    return _reduce(_softmax_losses(z, p, _alike(ids), include_positive, label_smoothing), weight, reduction)
 
 
 def clip_loss(
@@ -93,6 +92,7 @@ def clip_loss(
     ids: Ids | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -108,7 +108,7 @@ def clip_loss(
         As in :func:`info_nce`, in both directions.
     candidate_bias : Tensor or pair of Tensor, optional
         Of the images and of the texts, as candidates; one tensor for both.
-    include_positive : bool
+    include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N].
@@ -126,7 +126,8 @@ def clip_loss(
         if ids is not None and not isinstance(ids, Tensor):
             back = (ids[1], ids[0])
         x, y = image_features, text_features
-        options: dict[str, Any] = {"include_positive": include_positive, "weight": weight, "reduction": reduction}
+        options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
+        options |= {"weight": weight, "reduction": reduction}
         first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, **options)
         second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, **options)
         return (first + second) / 2
@@ -134,8 +135,8 @@ def clip_loss(
     p = _positive_indices(image_features, None)
     alike = _alike(ids)
     turned = None if alike is None else alike.T
-    there = _softmax_losses(z, p, alike, include_positive)
-    return _reduce((there + _softmax_losses(z.T, p, turned, include_positive)) / 2, weight, reduction)
+    there = _softmax_losses(z, p, alike, include_positive, label_smoothing)
+    return _reduce((there + _softmax_losses(z.T, p, turned, include_positive, label_smoothing)) / 2, weight, reduction)
 
 
 def nt_xent(
@@ -146,6 +147,7 @@ def nt_xent(
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
     include_positive: bool = True,
+    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -161,7 +163,7 @@ def nt_xent(
         Integers of the samples [N]: views of equal ones are left out too.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N].
-    include_positive : bool
+    include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
@@ -181,7 +183,7 @@ def nt_xent(
     views, others, both = _without_padding(views, views, bias, p, both)
     z = _biased(logit_scale * (views @ others.T), bias).masked_fill(itself[:, None] == itself, -torch.inf)
     alike = None if ids is None else _alike(torch.cat([ids, ids]))
-    return _reduce(_softmax_losses(z, p, alike, include_positive), both, reduction)
+    return _reduce(_softmax_losses(z, p, alike, include_positive, label_smoothing), both, reduction)
 
 
 def sigmoid(
@@ -414,14 +416,23 @@ def _logsumexp(z: Tensor) -> Tensor:
     return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
 
 
-def _softmax_losses(z: Tensor, positives: Tensor, alike: Tensor | None, include_positive: bool) -> Tensor:
+def _softmax_losses(
+    z: Tensor, positives: Tensor, alike: Tensor | None, include_positive: bool, label_smoothing: float
+) -> Tensor:
     """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1.
 
     So is what is alike [N, M].
     """
     z_pos = _positive_logits(z, positives)
-    n = _logsumexp(_mask(z, positives, alike))
-    return -logsigmoid(z_pos - n) if include_positive else (n - z_pos).masked_fill(n == -torch.inf, 0.0)
+    negatives = _mask(z, positives, alike)
+    n = _logsumexp(negatives)
+    if not include_positive:
+        return (n - z_pos).masked_fill(n == -torch.inf, 0.0)
+    losses = -logsigmoid(z_pos - n)
+    if not label_smoothing:
+        return losses
+    gaps = (z_pos[:, None] - negatives).masked_fill(negatives == -torch.inf, 0.0)
+    return losses + label_smoothing * gaps.sum(1) / ((negatives != -torch.inf).sum(1) + 1)
 
 
 def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -101,6 +101,7 @@ void weight_panel(const Panel& panel) {
     for (const Side* side : {&panel.row, &panel.col})
       check(!side->gain == !side->normalizer_shift && !side->gain == !side->normalizer_rest,
             "weight_panel: a gain needs its normalizer");
+  check_targets(panel);
   run(panel);
 }
 

@@ -30,6 +30,12 @@ static void leave_out_ids(int64_t id, const int64_t* __restrict ids, int64_t col
   for (int64_t j = 0; j < cols; ++j) z[j] = ids[j] == id ? gap : z[j];
 }
 
+// ... and where they are not.
+static void leave_out_others(int64_t id, const int64_t* __restrict ids, int64_t cols, float gap, float* __restrict z) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) z[j] = ids[j] == id ? z[j] : gap;
+}
+
 // Puts -z in the place of z where the columns' ids are the row's, but for columns that their bias leaves out.
 static void turn_ids(int64_t id, const int64_t* __restrict ids, const float* bias, int64_t cols, float* __restrict z) {
 #pragma omp simd
@@ -46,10 +52,14 @@ static RowSource find_source(const Pairs& pairs, RowSource row, int64_t i, int64
   const int64_t first_column = pairs.first_column + j0;
   const float* bias = pairs.col_bias ? pairs.col_bias + j0 : nullptr;
   if (bias) add_biases(bias, cols, copy_row(row, cols, z));
-  if (pairs.row_ids) {
+  if (pairs.row_ids && (SIGNED || pairs.equal_ids != kAlikeCount)) {
     const int64_t id = pairs.row_ids[i], *ids = pairs.col_ids + j0;
     float* copied = copy_row(row, cols, z);
-    SIGNED ? turn_ids(id, ids, bias, cols, copied) : leave_out_ids(id, ids, cols, gap, copied);
+    if (SIGNED) turn_ids(id, ids, bias, cols, copied);
+    if (pairs.equal_ids == kAlikeAlone)
+      leave_out_others(id, ids, cols, gap, copied);
+    else if (!SIGNED)
+      leave_out_ids(id, ids, cols, gap, copied);
   }
   const int64_t diagonal = pairs.diagonal == kNoDiagonal ? -1 : pairs.first_row + i + pairs.diagonal - first_column;
   if (diagonal >= 0 && diagonal < cols) copy_row(row, cols, z)[diagonal] = gap;

@@ -111,8 +111,20 @@ static void round_normalizers(const Side& side, int64_t first, float* out, int64
 static inline void store_weight(float* out, int64_t j, float w) { out[j] = w; }
 static inline void store_weight(uint16_t* out, int64_t j, float w) { out[j] = to_bfloat16(w); }
 
+// What comes off the weights of one row of a chunk: its own targets, and its columns'.
+struct Targets {
+  float row = 0.0f, row_alike = 0.0f;
+  const float *col = nullptr, *col_alike = nullptr;
+
+  Targets() = default;
+  Targets(const Panel& p, const Chunk& c, int64_t i) {
+    if (p.row.target) row = p.row.target[c.row0 + i], row_alike = p.row.target_alike[c.row0 + i];
+    if (p.col.target) col = p.col.target + c.col0, col_alike = p.col.target_alike + c.col0;
+  }
+};
+
 // Sweep 2: the pairs' parts of row_sum and col_sum, where SUMS wants them, and the weights. Out: void for a reduce
-// panel. IDS: pairs of equal ids are the term's positives.
+// panel. IDS: pairs of equal ids are the term's positives, or have targets of their own.
 template <class Term, bool SUMS, typename Out, bool IDS = false>
 static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
@@ -129,6 +141,7 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
     const float row_shift = Term::kHasShift ? s.row_shift[i] : 0.0f;
     const float row_gain = kWeights && Term::kRow ? s.row_gain[i] : 0.0f;
+    const Targets targets = Term::kTargets ? Targets(p, c, i) : Targets();
     float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
     // `out` may be `score` itself, element by element: no restrict here.
 #pragma omp simd reduction(+ : sum, dscale, dbias)
@@ -141,6 +154,12 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
       if (kWeights) {
         float w = Term::weight(z, row_score, col_score, row_gain, Term::kCol ? col_gain[j] : 0.0f);
         if (Term::kSigned && IDS) w = ids[j] == id ? -w : w;
+        if (Term::kTargets) {
+          const bool alike = IDS && ids[j] == id;
+          float less = Term::kRow ? (alike ? targets.row_alike : targets.row) : 0.0f;
+          if (Term::kCol) less += IDS && alike ? targets.col_alike[j] : targets.col[j];
+          w = z == -__builtin_inff() ? 0.0f : w - less;
+        }
         dscale += w * (score[j] - center);
         dbias += w;
         store_weight(out, j, w * factor);
@@ -179,6 +198,13 @@ static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s) {
   return common;
 }
 
+template <class Term, bool SUMS, typename Out, bool IDS>
+static void sweep_of(bool common, const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
+  if constexpr (Term::kHasShift)
+    if (common) return sweep<typename Term::WithCommonShift, SUMS, Out, IDS>(p, c, s, params);
+  sweep<Term, SUMS, Out, IDS>(p, c, s, params);
+}
+
 // Makes one chunk's sources, shifts and gains, and sweeps over it.
 template <class Term, bool SUMS, typename Out>
 static void run_chunk(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
@@ -191,10 +217,9 @@ static void run_chunk(const Panel& p, const Chunk& c, Scratch& s, ParamSums& par
   } else if constexpr (kWeights) {
     copy(p.row.gain + c.row0, c.rows, s.row_gain);
   }
-  if (common) return sweep<typename Term::WithCommonShift, SUMS, Out>(p, c, s, params);
-  if constexpr (Term::kSigned && kWeights)
-    if (p.pairs.row_ids) return sweep<Term, SUMS, Out, true>(p, c, s, params);
-  sweep<Term, SUMS, Out>(p, c, s, params);
+  if constexpr ((Term::kSigned || Term::kTargets) && kWeights)
+    if (p.pairs.row_ids) return sweep_of<Term, SUMS, Out, true>(common, p, c, s, params);
+  sweep_of<Term, SUMS, Out, false>(common, p, c, s, params);
 }
 
 template <class Term>
@@ -275,9 +300,21 @@ static void run_term(const Panel& p, const Buffers& buffers) {
   p.weights_dtype == Dtype::kFloat32 ? run_weights<Term, float>(p, buffers) : run_weights<Term, uint16_t>(p, buffers);
 }
 
+// Weights with targets, which come without sums.
+template <bool ROW, bool COL>
+static void run_targets(const Panel& p, const Buffers& buffers) {
+  using Term = Exponential<false, ROW, COL, true>;
+  p.weights_dtype == Dtype::kFloat32 ? run_stripes<Term, false, float>(p, buffers)
+                                     : run_stripes<Term, false, uint16_t>(p, buffers);
+}
+
 static void run_panel(const Panel& p, const Buffers& buffers) {
   if (p.term == PairTerm::kSigmoid) return run_term<Sigmoid>(p, buffers);
   const bool row = p.row.sum || p.row.gain, col = p.col.sum || p.col.gain;
+  if (p.row.target || p.col.target) {
+    if (row && col) return run_targets<true, true>(p, buffers);
+    return row ? run_targets<true, false>(p, buffers) : run_targets<false, true>(p, buffers);
+  }
   if (row && col) return run_term<Exponential<false, true, true>>(p, buffers);
   row ? run_term<Exponential<false, true, false>>(p, buffers) : run_term<Exponential<false, false, true>>(p, buffers);
 }

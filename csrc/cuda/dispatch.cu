@@ -54,7 +54,7 @@ void run(const Panel& p) {
   const DeviceGuard guard(p.device);
   const bool sums = p.row.sum || p.col.sum;
   const bool weights = p.weights != nullptr;
-  const Kind kind = {p.term, p.pairs.row_ids != nullptr};
+  const Kind kind = {p.term, p.pairs.row_ids != nullptr, p.row.target || p.col.target};
   const TileKernel tile = p.scores ? panel_pass(kind, sums, weights) : tensor_cores(kind, p.operands, sums, weights);
   launch(p.scores ? "panel_pass_kernel" : "tensor_core_kernel", tile.kernel,
          static_cast<unsigned>(tiles(p.rows) * tiles(p.cols)), kThreads, tile.shared_bytes, p.stream, p);
@@ -86,6 +86,7 @@ void weight_panel(const Panel& panel) {
     for (const Side* side : {&panel.row, &panel.col})
       check(!side->gain == !side->normalizer_shift && !side->gain == !side->normalizer_rest,
             "weight_panel: a gain needs its normalizer");
+  check_targets(panel);
   run(panel);
 }
 
@@ -100,7 +101,7 @@ const char* architectures() { return CK_TEXT(CK_CUDA_ARCHITECTURES); }
 
 std::string why_not(int device) {
   try {
-    attributes(panel_pass({PairTerm::kExponential, false}, true, false), device);
+    attributes(panel_pass({PairTerm::kExponential, false, false}, true, false), device);
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -109,7 +110,7 @@ std::string why_not(int device) {
 
 bool has_tensor_cores(int device) {
   const cudaFuncAttributes found =
-      attributes(tensor_cores({PairTerm::kExponential, false}, Dtype::kBFloat16, true, false), device);
+      attributes(tensor_cores({PairTerm::kExponential, false, false}, Dtype::kBFloat16, true, false), device);
   return found.ptxVersion >= 80 && found.binaryVersion >= 80;
 }
 

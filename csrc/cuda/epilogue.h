@@ -12,6 +12,11 @@ namespace cuda {
 
 // The terms as the kernels know them: whichever sides take part, the other's gains are 0.
 using BothSides = Exponential<false, true, true>;
+using WithTargets = Exponential<false, true, true, true>;
+
+// Whether pairs of equal ids are kept in mind.
+template <class Term, bool IDS>
+constexpr bool kKeepsIds = IDS && (Term::kSigned || Term::kTargets);
 
 // The warps' sums of one row or column, added up.
 __device__ __forceinline__ float merged_sum(const EpilogueMemory& m, const Element& e) {
@@ -68,10 +73,24 @@ __device__ __forceinline__ void leave_params(const Panel& p, const ThreadPlace& 
   Scratch(p).params[2 * static_cast<int64_t>(blockIdx.x) + threadIdx.x] = sum;
 }
 
+// Leaves the targets of the tile's rows and columns; a side that takes no part has none.
+__device__ __forceinline__ void load_targets(const Panel& p, const TilePlace& tile, EpilogueMemory& m) {
+  const Element e(tile, p.row.target, p.col.target);
+  const Side& side = e.is_row ? p.row : p.col;
+  m.target[0][threadIdx.x] = e.inside ? side.target[e.at] : 0.0f;
+  m.target[1][threadIdx.x] = e.inside ? side.target_alike[e.at] : 0.0f;
+}
+
+// What comes off the weight of a pair that counts.
+__device__ __forceinline__ float target_of(const ThreadPlace& mine, const EpilogueMemory& m, int i, int j, bool alike) {
+  const volatile float* const target = m.target[alike];
+  return target[mine.row + i * kRowStep] + target[kTile + mine.col + j];
+}
+
 // Exponentials (or what a term has in their place), their sums in row_part and col_part, and the weights.
-template <class Term, bool SUMS, bool WEIGHTS, bool SIGNED>
+template <class Term, bool SUMS, bool WEIGHTS, class Logits>
 __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                           const Scores& s, const Logits<SIGNED>& logits, EpilogueMemory& m) {
+                                           const Scores& s, const Logits& logits, EpilogueMemory& m) {
   // read where it is needed: eight more registers are not to be had
   const volatile float* const col_shift = m.shift + kTile + mine.col;
   const float* const col_gains = m.gain + kTile + mine.col;
@@ -92,7 +111,9 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
       if (SUMS && Term::kCol) col_sum[j] += by_col;
       if (WEIGHTS) {
         const float col_gain = Term::kCol ? col_gains[j] : 0.0f;
-        const float w = Term::weight(z, by_row, by_col, row_gain, col_gain);
+        float w = Term::weight(z, by_row, by_col, row_gain, col_gain);
+        if constexpr (Term::kTargets)
+          w = z == -__builtin_inff() ? 0.0f : w - target_of(mine, m, i, j, logits.is_alike(i, j));
         out[j] = params.add(logits.with_sign(w, i, j), s.score[i][j]);
       }
     }
@@ -104,19 +125,19 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
 }
 
 // A term's shifts and gains, then its sweep. A side that takes no part has gains of 0, and nobody reads its sums.
-template <class Term, bool SUMS, bool WEIGHTS, bool SIGNED>
+template <class Term, bool SUMS, bool WEIGHTS, class Logits>
 __device__ __forceinline__ ParamSums sweep_with_shifts(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                                       const Scores& s, const Logits<SIGNED>& logits,
-                                                       EpilogueMemory& m) {
+                                                       const Scores& s, const Logits& logits, EpilogueMemory& m) {
   if constexpr (Term::kHasShift) {
-    if (SUMS) {
+    if constexpr (Term::kTargets) load_targets(p, tile, m);
+    if constexpr (SUMS) {
       find_maxima(mine, s, logits, m);
       __syncthreads();
     }
     const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
     const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
     const bool common = choose_shifts<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
-    const Logits<SIGNED> again = logits.anew();
+    const Logits again = logits.anew();
     if (common) return sweep<typename Term::WithCommonShift, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
     return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
   } else {
@@ -144,8 +165,8 @@ __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile
 template <class Term, bool IDS, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
                                             const Alike<IDS>& alike, EpilogueMemory& m) {
-  constexpr bool kZeros = SUMS && WEIGHTS, kSigned = IDS && Term::kSigned;
-  const Logits<kSigned> logits = find_logits<IDS, kSigned, kZeros>(p, tile, mine, s, alike, m.pairs);
+  constexpr bool kZeros = SUMS && WEIGHTS, kSigned = IDS && Term::kSigned, kKeeps = kKeepsIds<Term, IDS>;
+  const Logits<kSigned, kKeeps> logits = find_logits<IDS, kSigned, kKeeps, kZeros>(p, tile, mine, s, alike, m.pairs);
   const ParamSums params = sweep_with_shifts<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   if (SUMS) {
     __syncthreads();

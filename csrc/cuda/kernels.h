@@ -12,10 +12,11 @@ struct TileKernel {
   unsigned shared_bytes;
 };
 
-// The pair term, and whether pairs have ids: these have kernels of their own, for which the usual ones pay nothing.
+// The pair term, whether pairs have ids, and whether weights have targets: these have kernels of their own, for which
+// the usual ones pay nothing.
 struct Kind {
   PairTerm term;
-  bool ids;
+  bool ids, targets;
 };
 
 // Over scores in memory.

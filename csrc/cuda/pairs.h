@@ -34,24 +34,26 @@ struct Alike {
   }
 };
 
-// How a thread makes its logits. SIGNED: pairs of equal ids are positives, with -z in the place of z.
-template <bool SIGNED>
+// How a thread makes its logits. SIGNED: pairs of equal ids are positives, with -z in the place of z. KEEPS: it is kept
+// which pairs these are.
+template <bool SIGNED, bool KEEPS = SIGNED>
 struct Logits {
   float scale, bias;
   uint32_t left_out[2];            // a bit for each score that does not count or lies outside of the panel
   bool biased;                     // whether columns have biases:
   const volatile float* col_bias;  // of the thread's columns, in shared memory
-  uint32_t alike[SIGNED ? 2 : 1];  // a bit for each pair of equal ids
+  uint32_t alike[KEEPS ? 2 : 1];   // a bit for each pair of equal ids
 
   __device__ __forceinline__ float operator()(const Scores& s, int i, int j) const {
     const float z = s.score[i][j] * scale + bias;
     if ((left_out[i / 4] >> (i % 4 * kCols + j)) & 1u) return -__builtin_inff();
     return with_sign(biased ? z + col_bias[j] : z, i, j);
   }
-  // v, or -v of a positive.
-  __device__ __forceinline__ float with_sign(float v, int i, int j) const {
-    return SIGNED && ((alike[i / 4 * SIGNED] >> (i % 4 * kCols + j)) & 1u) ? -v : v;
+  __device__ __forceinline__ bool is_alike(int i, int j) const {
+    return KEEPS && ((alike[i / 4 * KEEPS] >> (i % 4 * kCols + j)) & 1u);
   }
+  // v, or -v of a positive.
+  __device__ __forceinline__ float with_sign(float v, int i, int j) const { return SIGNED && is_alike(i, j) ? -v : v; }
   // The same, new to the compiler: it would keep an earlier sweep's logits in registers, and spill.
   __device__ __forceinline__ Logits anew() const {
     Logits copy = *this;
@@ -97,14 +99,29 @@ __device__ __forceinline__ void leave_out_by_bias(const TilePlace& tile, const T
   left_out[0] |= bits * 0x01010101u, left_out[1] |= bits * 0x01010101u;
 }
 
+// Marks what the ids leave out, and what they make alike.
+template <bool SIGNED, bool KEEPS>
+__device__ __forceinline__ void sort_by_ids(const Panel& p, const uint32_t (&bits)[2], Logits<SIGNED, KEEPS>& logits) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (KEEPS) logits.alike[k * KEEPS] = bits[k];
+    if (p.pairs.equal_ids == kAlikeAlone)
+      logits.left_out[k] = ~bits[k];
+    else if (!SIGNED && p.pairs.equal_ids != kAlikeCount)
+      logits.left_out[k] = bits[k];
+  }
+}
+
 // Marks what does not count. Scores outside of the panel are 0 already; ZEROS
 // says so again, for without it ptxas 13.0 spills 180 bytes in the kernels of sums and weights, and with it some in all
-// others. IDS: pairs have ids, which leave out or, if SIGNED, make positives.
-template <bool IDS, bool SIGNED, bool ZEROS>
-__device__ __forceinline__ Logits<SIGNED> find_logits(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
-                                                      Scores& s, const Alike<IDS>& alike, PairsMemory& m) {
-  Logits<SIGNED> logits = {p.params[0], p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr, m.col_bias + mine.col, {}};
-  for (int k = 0; IDS && k < 2; ++k) (SIGNED ? logits.alike[k * SIGNED] : logits.left_out[k]) = alike.bits[k];
+// others. IDS: pairs have ids, which leave out or, if SIGNED, make positives; KEEPS: they have targets by them.
+template <bool IDS, bool SIGNED, bool KEEPS, bool ZEROS>
+__device__ __forceinline__ Logits<SIGNED, KEEPS> find_logits(const Panel& p, const TilePlace& tile,
+                                                             const ThreadPlace& mine, Scores& s,
+                                                             const Alike<IDS>& alike, PairsMemory& m) {
+  Logits<SIGNED, KEEPS> logits = {p.params[0],           p.params[1], {0u, 0u}, p.pairs.col_bias != nullptr,
+                                  m.col_bias + mine.col, {}};
+  if (IDS) sort_by_ids(p, alike.bits, logits);
   if (logits.biased) {
     const int col = static_cast<int>(threadIdx.x);
     if (col < tile.cols) m.col_bias[col] = p.pairs.col_bias[tile.col0() + col];

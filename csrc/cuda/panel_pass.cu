@@ -23,8 +23,11 @@ namespace {
 template <class Term, bool IDS>
 TileKernel choose(bool sums, bool weights) {
   const unsigned bytes = sizeof(EpilogueMemory);
-  if (!weights) return {panel_pass_kernel<Term, IDS, true, false>, bytes};
-  return {sums ? panel_pass_kernel<Term, IDS, true, true> : panel_pass_kernel<Term, IDS, false, true>, bytes};
+  if constexpr (!Term::kTargets) {  // which have no sums
+    if (!weights) return {panel_pass_kernel<Term, IDS, true, false>, bytes};
+    if (sums) return {panel_pass_kernel<Term, IDS, true, true>, bytes};
+  }
+  return {panel_pass_kernel<Term, IDS, false, true>, bytes};
 }
 
 template <class Term>
@@ -35,6 +38,7 @@ TileKernel choose(bool ids, bool sums, bool weights) {
 }  // namespace
 
 TileKernel panel_pass(Kind kind, bool sums, bool weights) {
+  if (kind.targets) return choose<WithTargets>(kind.ids, sums, weights);
   return kind.term == PairTerm::kSigmoid ? choose<Sigmoid>(kind.ids, sums, weights)
                                          : choose<BothSides>(kind.ids, sums, weights);
 }

@@ -121,10 +121,11 @@ __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_c
 template <class Term, bool IDS, Dtype OPERANDS>
 TileKernel choose(bool sums, bool weights) {
   const unsigned bytes = kStages * sizeof(Stage);
-  if (!weights) return {tensor_core_kernel<Term, IDS, OPERANDS, true, false>, bytes};
-  return {
-      sums ? tensor_core_kernel<Term, IDS, OPERANDS, true, true> : tensor_core_kernel<Term, IDS, OPERANDS, false, true>,
-      bytes};
+  if constexpr (!Term::kTargets) {  // which have no sums
+    if (!weights) return {tensor_core_kernel<Term, IDS, OPERANDS, true, false>, bytes};
+    if (sums) return {tensor_core_kernel<Term, IDS, OPERANDS, true, true>, bytes};
+  }
+  return {tensor_core_kernel<Term, IDS, OPERANDS, false, true>, bytes};
 }
 
 template <class Term, bool IDS>
@@ -141,6 +142,7 @@ TileKernel choose(bool ids, Dtype operands, bool sums, bool weights) {
 }  // namespace
 
 TileKernel tensor_cores(Kind kind, Dtype operands, bool sums, bool weights) {
+  if (kind.targets) return choose<WithTargets>(kind.ids, operands, sums, weights);
   return kind.term == PairTerm::kSigmoid ? choose<Sigmoid>(kind.ids, operands, sums, weights)
                                          : choose<BothSides>(kind.ids, operands, sums, weights);
 }

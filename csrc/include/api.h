@@ -16,6 +16,9 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // The diagonal of a matrix that leaves none out.
 constexpr int64_t kNoDiagonal = INT64_MIN;
 
+// What pairs of equal ids are, if not what the term makes of them: pairs like others; the only ones that count.
+constexpr int kAlikeCount = 1, kAlikeAlone = 2;
+
 #define CK_DECLARE(type, name, initial, comment) type name = initial;
 struct Pairs {
   CK_PAIRS_MEMBERS(CK_DECLARE)

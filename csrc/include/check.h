@@ -4,10 +4,21 @@
 #include <stdexcept>
 #include <string>
 
+#include "api.h"
+
 namespace ck {
 
 inline void check(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("contrastive_kernels: ") + what);
+}
+
+// Of a panel that has weights.
+inline void check_targets(const Panel& p) {
+  if (!p.row.target && !p.col.target) return;
+  check(p.term == PairTerm::kExponential && !p.row.sum && !p.col.sum, "weight_panel: no targets with sums");
+  for (const Side* side : {&p.row, &p.col})
+    check(!side->gain == !side->target && !side->target == !side->target_alike,
+          "weight_panel: targets of every side with a gain, or of none");
 }
 
 }  // namespace ck

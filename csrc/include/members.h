@@ -9,6 +9,7 @@
   X(int64_t, columns_count, 0, "columns that a row leaves out, -1 for none")                                     \
   X(const float*, col_bias, nullptr, "[cols] added to the logits of a column")                                   \
   X(const int64_t*, row_ids, nullptr, "[rows] pairs of equal ids are left out; the sigmoid term's positives")    \
+  X(int, equal_ids, 0, "or: kAlikeCount, kAlikeAlone")                                                           \
   X(const int64_t*, col_ids, nullptr, "[cols]")                                                                  \
   X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                         \
   X(int64_t, first_column, 0, "")
@@ -19,7 +20,9 @@
   X(float*, sum, nullptr, "[n] and the sum, of exp(z - shift)")                                                    \
   X(const float*, normalizer_shift, nullptr, "[n] log-normaliser a_i (rows) or b_j (columns), as two numbers:")    \
   X(const float*, normalizer_rest, nullptr, "[n] shift + rest, never added up; a rest of +inf is of no negatives") \
-  X(const float*, gain, nullptr, "[n] r_i (rows) or c_j (columns); null in a reduce panel")
+  X(const float*, gain, nullptr, "[n] r_i (rows) or c_j (columns); null in a reduce panel")                        \
+  X(const float*, target, nullptr, "[n] subtracted from the weights of pairs of other ids that count, and")        \
+  X(const float*, target_alike, nullptr, "[n] from those of equal ids; both sides' or none, and without sums")
 
 // One block of the score matrix, beside its pairs and its two sides.
 #define CK_PANEL_MEMBERS(X)                                                                                       \

@@ -44,12 +44,13 @@ CK_INLINE float refer_gain(float gain, float normalizer_shift, float normalizer_
 }
 
 // The term as the loops over pairs see it. COMMON: rows and columns share one shift, and one exponential serves both.
-// ROW, COL: the sides that take part.
-template <bool COMMON, bool ROW, bool COL>
+// ROW, COL: the sides that take part. TARGETS: they have targets, which come off the weights.
+template <bool COMMON, bool ROW, bool COL, bool TARGETS = false>
 struct Exponential {
   static constexpr bool kHasShift = true, kRow = ROW, kCol = COL;
   static constexpr bool kSigned = false;  // pairs of equal ids are left out
-  using WithCommonShift = Exponential<true, ROW, COL>;
+  static constexpr bool kTargets = TARGETS;
+  using WithCommonShift = Exponential<true, ROW, COL, TARGETS>;
 
   // A pair's exponentials, which are its parts of the row's and the column's sums.
   CK_INLINE float row_score(float z, float row_shift) { return COMMON || ROW ? exp_term(z - row_shift) : 0.0f; }

@@ -8,6 +8,7 @@ CK_INLINE float sigmoid_from(float z, float e) { return quotient(z >= 0.0f ? 1.0
 struct Sigmoid {
   static constexpr bool kHasShift = false, kRow = true, kCol = false;
   static constexpr bool kSigned = true;  // pairs of equal ids are positives: -z in the place of z, and -w of w
+  static constexpr bool kTargets = false;
   using WithCommonShift = Sigmoid;
 
   // exp(-|z|), of which both the pair's loss and its weight are made.

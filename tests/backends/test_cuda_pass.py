@@ -12,8 +12,9 @@ import emulated
 import pytest
 import torch
 from exact import EQUAL, assert_exact, equal
+from labelled import LABELLED
 from panels import CASES, Case, make_panel, start_states
-from problems import ALL, PROBLEMS, engine_options, make_inputs, run
+from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
@@ -40,7 +41,13 @@ BACKEND = backends.get("cuda")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 #: One of so many; a sanitizer, which sees shapes and not values, needs few and takes its time over each.
 EVERY = int(os.environ.get("EMULATED_EVERY") or 1)
-PAIRS = [(problem, loss) for problem in PROBLEMS for loss in problem.losses][::EVERY]
+PAIRS = [(problem, loss) for problem in PROBLEMS for loss in problem.losses]
+PAIRS += [
+    (BY_NAME[name], loss)
+    for name in ("base", "panels", "nearly-solved", "ids-panels", "common-100")
+    for loss in LABELLED
+]
+PAIRS = PAIRS[::EVERY]
 
 
 def dtype_in_turn(number, problem):

@@ -72,13 +72,14 @@ def test_weight_panel(backend, case, dtype, with_states):
     whole = torch.full((rows + 1, cols + (5 if cols % 8 else 8)), 7.0, dtype=dtype)  # aligned for vectors, and not
     dparams = torch.tensor([10.0, -20.0], dtype=torch.float64)
     neutral, _ = start_states(case)
-    row, col = (
-        Side(state.clone() if with_states else None, normalizer, gain) if used else Side()
-        for state, normalizer, gain, used in zip(neutral, case.normalizers, case.gains, case.use)
-    )
+    row, col = case.sides([state.clone() for state in neutral] if with_states else (None, None))
     panel = make_panel(scores, case.params, case.pairs, whole[:rows, :cols], row, col, dparams)
     if dtype == torch.float16 and backend.name == "cpu":
         with pytest.raises(ValueError, match="no float16 weights"):
+            backend.weight_panel(EXPONENTIAL, panel)
+        return
+    if with_states and case.targets[0] is not None and backend.name in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match="no targets with sums"):
             backend.weight_panel(EXPONENTIAL, panel)
         return
     backend.weight_panel(EXPONENTIAL, panel)
@@ -104,10 +105,7 @@ def test_weights_in_place_and_without_parameter_sums(backend, case):
     for in_place in (False, True):
         scores = case.scores.clone()
         weights = scores if in_place else torch.empty_like(scores)
-        row, col = (
-            Side(None, normalizer, gain) if used else Side()
-            for normalizer, gain, used in zip(case.normalizers, case.gains, case.use)
-        )
+        row, col = case.sides()
         dparams = None if in_place else torch.zeros(2, dtype=torch.float64)
         backend.weight_panel(EXPONENTIAL, make_panel(
             scores, case.params, case.pairs, weights, row, col, dparams

@@ -126,6 +126,24 @@ def test_odd_sizes_compile_too(case):
     assert made.stack == 0 and "wgmma.mma_async" in made.ptx
 
 
+LABELLED = [
+    replace(case, labels=True)
+    for case in (*itertools.chain(*map(offline.cases, ARCHITECTURES)), *offline.persistent_cases(90))
+    if case.dtype == "bf16" and case.term == "exponential" and case.weights and not case.statistics
+]
+
+
+@pytest.mark.parametrize("case", LABELLED, ids=str)
+def test_targets_compile_too(case):
+    """Weights less targets by ids, in usual tiles and in the rest; four more vectors than usual, so a few spills."""
+    require(case.capability)
+    usual, rest = offline.compile_score(case), offline.compile_rest(case)
+    most = 256 if isinstance(case.tile, configs.PersistentTile) else 64
+    for made, spilled in ((usual, most), (rest, 192)):
+        assert made.shared <= configs.shared_memory(case.capability)
+        assert made.stack <= spilled, f"{made.stack} bytes of registers spilled"
+
+
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("term", ["exponential", "sigmoid"])
 def test_merge_compiles(term, capability):

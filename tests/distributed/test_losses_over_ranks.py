@@ -34,7 +34,7 @@ def check(cases, ranks, tmp_path):
 
 
 #: u is drawn on every rank for itself.
-SAME_DRAWS = [p for p in PROBLEMS if "shape" not in dict(p.decomposable)]
+SAME_DRAWS = [p for p in PROBLEMS if "shape" not in dict(p.decomposable) and not p.label_smoothing]
 
 
 @pytest.mark.parametrize(
@@ -115,5 +115,20 @@ def with_biases() -> list[str]:
     return said
 
 
-def test_biases_are_refused_on_every_rank(tmp_path):
-    assert all(len(found) == 5 for found in succeeded(run(2, with_biases, tmp_path)))
+def with_labels() -> list[str]:
+    x, labels, said = torch.eye(4), torch.arange(4), []
+    for loss in ("info_nce", "clip_loss", "nt_xent"):
+        with pytest.raises(ValueError, match=r"label_smoothing: expected 0 in a process group; got 0\.1") as caught:
+            getattr(ck, loss)(x, x, 5.0, label_smoothing=0.1, group="world")
+        said.append(str(caught.value))
+    for module in (ck.SupConLoss, ck.MultiPositiveNCELoss):
+        with pytest.raises(NotImplementedError, match="group: the losses by labels are not there") as caught:
+            module()(x, labels, 5.0)
+        said.append(str(caught.value))
+        module(group=None)(x, labels, 5.0)
+    return said
+
+
+def test_what_ranks_cannot_share_is_refused_on_every_rank(tmp_path):
+    for function in (with_biases, with_labels):
+        assert all(len(found) == 5 for found in succeeded(run(2, function, tmp_path)))

@@ -44,6 +44,10 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
     options = dict(backend=backend, workspace_bytes=workspace_bytes)
     if "ids" in members:
         options["ids"] = torch.arange(n) % (n // 3)
+    if "smoothing" in members:
+        options["label_smoothing"] = 0.1
+    if "inside" in members:
+        options["variant"] = "inside"
     if loss == "geometric_consistency":
         value = ck.geometric_consistency(x, y)
     elif loss == "uniformity":
@@ -52,6 +56,10 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
         value = ck.retrieval_metrics(x, y, **options)
     elif loss == "hardest_negatives":
         value = ck.hardest_negatives(x, y, **options)
+    elif loss in ("sup_con", "multi_positive_nce"):
+        labels = torch.arange(n) % (n // 3)
+        of_candidates = dict(y=y, y_labels=labels) if "candidates" in members else {}
+        value = getattr(ck, loss)(x, labels, 1.0, **of_candidates, **options)
     else:
         value = getattr(ck, loss)(x, y, 1.0, *more, **options)
     if work != "forward":
@@ -100,10 +108,23 @@ def test_ids_take_vectors_alone():
     assert not over
 
 
+def test_labels_take_vectors_and_sums_of_features():
+    """N = 4096: a mask would take 16 MiB. Beside the workspace: sorted copies, sums in float64, gradients' sums."""
+    losses = ("sup_con", "sup_con with candidates", "sup_con with inside", "info_nce with ids and smoothing")
+    losses += ("multi_positive_nce", "multi_positive_nce with candidates")
+    cases = [
+        (loss, backend, "float32", 4096, 16, 4 * MIB, "gradients") for loss in losses for backend in ("cpu", "torch")
+    ]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 4 * MIB + 2 * SLACK}
+    assert not over
+
+
 def test_a_step_of_20_000_rows_takes_little():
     """Of one matrix of scores alone, it would be 1.5 GiB."""
-    case = ("clip_loss with ids", "cpu", "float32", 20_000, 16, 64 * MIB, "gradients")
-    assert measured(case)[case] < 400 * MIB
+    losses = ("clip_loss with ids", "clip_loss with smoothing", "sup_con", "sup_con with inside", "multi_positive_nce")
+    cases = [(loss, "cpu", "float32", 20_000, 16, 64 * MIB, "gradients") for loss in losses]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 400 * MIB}
+    assert not over
 
 
 def test_a_band_stays_within_the_workspace():

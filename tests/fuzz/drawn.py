@@ -79,6 +79,8 @@ def problems_of(draw: Any, loss: str) -> Problem:
     if features in ("solved", "outliers") and not square:
         features = "normal"
     length = {"equal": st.sampled_from((100.0, 1000.0)), "shifted": st.sampled_from((10.0, 100.0, 256.0))}
+    include_positive = loss not in SOFTMAX or draw(st.sampled_from((True, True, False)))
+    smooths = loss in SOFTMAX and include_positive
     return Problem(
         name=f"drawn-{draw(st.integers(0, 2**16))}",
         reason="drawn",
@@ -93,7 +95,8 @@ def problems_of(draw: Any, loss: str) -> Problem:
         positives=positives,
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
         ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
-        include_positive=loss not in SOFTMAX or draw(st.sampled_from((True, True, False))),
+        include_positive=include_positive,
+        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.01, 0.1, 1.0))) if smooths else 0.0,
         candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,

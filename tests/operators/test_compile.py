@@ -10,7 +10,9 @@ from problems import ALL, call
 import contrastive_kernels as ck
 from contrastive_kernels.arguments.options import Engine
 from contrastive_kernels.engine.matrix import Call, Problem
+from contrastive_kernels.operators.label_loss import label_losses
 from contrastive_kernels.operators.logsumexp import log_sum_exps
+from contrastive_kernels.operators.multi_positive import multi_positive_losses
 from contrastive_kernels.operators.shared import operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
@@ -249,9 +251,45 @@ def test_opcheck_of_softmax_loss(engine, layout, dtype):
         ({"offset": 0, "m": 7}, None, True, "mean", (False,) * 4),
     ):  # fmt: skip
         problem = problem_of(layout, dtype, **members, engine=engine)
-        check(softmax_losses, problem, (gain,), (reduction, both, reduction != "sum"), needs)
+        check(softmax_losses, problem, (gain,), (reduction, both, reduction != "sum", ""), needs)
+        if reduction != "sum":
+            check(softmax_losses, problem, (gain,), (reduction, both, True, (0.1).hex()), needs)
     views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6), engine=engine)
-    check(softmax_losses, views, (vectors(12),), ("sum", False, True))
+    check(softmax_losses, views, (vectors(12),), ("sum", False, True, ""))
+
+
+@OPERANDS
+def test_opcheck_of_label_loss(engine, layout, dtype):
+    own = IDS._replace(col_ids=IDS.row_ids)
+    for pairs, members in ((IDS, {}), (own, {"m": 7, "symmetric": True})):
+        for reduction, inside, needs in (
+            ("sum", False, (True, members == {}, True, True)), ("none", False, X_ALONE), ("sum", True, X_ALONE),
+            ("none", True, (False,) * 4),
+        ):  # fmt: skip
+            problem = problem_of(layout, dtype, pairs=pairs, **members, engine=engine)
+            check(label_losses, problem, (vectors(7), vectors(7, 1).abs()), (reduction, inside), needs)
+            check(multi_positive_losses, problem, (vectors(7),), (reduction,), needs)
+
+
+@pytest.mark.parametrize("loss", ["sup_con", "multi_positive_nce", "label_smoothing"])
+def test_one_graph_of_labels(loss):
+    """fullgraph, for every batch size: labels are sorted within the graph."""
+
+    def training(x, y, scale, rows, cols):
+        if loss == "label_smoothing":
+            return ck.info_nce(x, y, scale.exp(), label_smoothing=0.1, ids=(rows, cols))
+        one = getattr(ck, loss)(x, rows, scale.exp())
+        return one + getattr(ck, loss)(x, rows, scale.exp(), y=y, y_labels=cols, reduction="none").sum()
+
+    compiled = torch.compile(training, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in SIZES[:3]:
+        leaves, _ = make("info_nce", n, m=n + 4)
+        labels = torch.arange(n) % 7 - 3, torch.arange(n + 4) % 5
+        want = training(*leaves, *labels)
+        ours = compiled(*leaves, *labels)
+        torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(want, leaves)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @OPERANDS

@@ -16,7 +16,9 @@ import contrastive_kernels as ck
 from contrastive_kernels import backends
 from contrastive_kernels.arguments.options import Engine
 from contrastive_kernels.engine.matrix import Call, Problem
+from contrastive_kernels.operators.label_loss import label_losses
 from contrastive_kernels.operators.logsumexp import log_sum_exps
+from contrastive_kernels.operators.multi_positive import multi_positive_losses
 from contrastive_kernels.operators.shared import ABSENT_DIMS, operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
@@ -26,7 +28,7 @@ from contrastive_kernels.panels.pairs import Pairs
 OPERATORS = torch.ops.contrastive_kernels
 DEVICE = torch.device("cuda:0")
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
-PRIMITIVES = (softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps)
+PRIMITIVES = (softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses, multi_positive_losses)
 #: N, M and D as compilers first see them, and a workspace: for all scores at once, a band, panels.
 SIZES = (((60, 90, 32), 2**26), ((1000, 1200, 128), 2**26), ((9000, 7000, 300), 2**22))
 
@@ -93,9 +95,14 @@ def calls(
     indexed = Problem(x, other, scale, bias, index=index, engine=engine)
     views = Problem(x, x, scale, bias, index=index, symmetric=True, engine=engine)
     for reduction, gain in (("mean", None), ("sum", c), ("none", c)):
-        yield softmax_losses, square, (gain,), (reduction, True, reduction != "sum")
-        yield softmax_losses, indexed, (gain,), (reduction, False, True)
-        yield softmax_losses, views, (gain,), (reduction, False, True)
+        yield (
+            softmax_losses,
+            square,
+            (gain,),
+            (reduction, True, reduction != "sum", (0.1).hex() if reduction == "mean" else ""),
+        )
+        yield softmax_losses, indexed, (gain,), (reduction, False, True, "")
+        yield softmax_losses, views, (gain,), (reduction, False, True, "")
         yield sigmoid_losses, square, (gain,), (reduction,)
         yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
@@ -108,9 +115,17 @@ def calls(
             softmax_losses,
             Problem(x, other, scale, bias, index=index, pairs=ids, engine=engine),
             (c,),
-            (reduction, False, True),
+            (reduction, False, True, (0.1).hex()),
         )
         yield sigmoid_losses, Problem(x, other, scale, bias, pairs=ids, engine=engine), (None,), (reduction,)
+    own = Pairs(row_ids=ids.row_ids, col_ids=ids.row_ids)
+    for reduction, inside in (("sum", False), ("none", False), ("sum", True)):
+        for rows in (
+            Problem(x, other, scale, bias, pairs=ids, engine=engine),
+            Problem(x, x, scale, bias, symmetric=True, pairs=own, engine=engine),
+        ):
+            yield label_losses, rows, (a, b), (reduction, inside)
+            yield multi_positive_losses, rows, (a,), (reduction,)
 
 
 def is_fixed(fakes: Fakes, size: int | SymInt) -> bool:

@@ -1,0 +1,328 @@
+"""The losses whose positives are those of a label: the functions and their modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import check_engine, check_features, check_reduction, check_scale, shown
+from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.pairs import check_labels
+from ..arguments.reduction import row_gains, row_weights
+from ..distributed.group import ranks_of
+from ..engine.matrix import Problem
+from ..operators.label_loss import label_loss
+from ..operators.multi_positive import multi_positive_loss
+from ..panels.pairs import Pairs
+from ..panels.panel import present
+from ..panels.size import score_dtype
+from .module import Loss
+
+__all__ = ["MultiPositiveNCELoss", "SupConLoss", "multi_positive_nce", "sup_con"]
+
+_VARIANTS = ("outside", "inside")
+
+
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    variant: str = "outside",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+) -> Tensor:
+    """Supervised contrastive loss: a row's positives are all others of its label.
+
+    Parameters
+    ----------
+    x : Tensor
+        Features [N, D]; float16, bfloat16, float32 or float64. Several views of a sample are rows of one label.
+    labels : Tensor
+        Their labels [N]: any integers, of which equality alone counts.
+    logit_scale : float or Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm.
+    y, y_labels : Tensor, optional
+        Candidates [M, D] with labels [M]: rows of x are then compared with these alone, every one of equal label is a
+        positive and nothing is left out. By default with all other rows of x.
+    variant : {"outside", "inside"}
+        Where the mean over a row's positives stands. "outside" of the logarithm: the log-sum-exp over all candidates
+        less the mean of the positives' logits. "inside": the negative logarithm of the positives' mean probability.
+    weight : Tensor, optional
+        Weights of the rows [N], not differentiated.
+    reduction : {"mean", "sum", "none"}
+        "none" gives [N]. A row without positives has loss 0, and is left out of the mean; the mean of no rows is 0.
+    normalize, backend, workspace_bytes
+        As in :func:`info_nce`.
+    group : ProcessGroup, DeviceMesh or "world", optional
+        As in :func:`info_nce`; more than one rank is refused.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N]; float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        For several ranks.
+
+    Notes
+    -----
+    As many products as :func:`info_nce` on the same rows, or half of them for one set of features, whose matrix is
+    symmetric; "inside" takes twice as many. O((N + M) D) memory: labels never become a mask of pairs. A positive's
+    share 1/k comes off its softmax in float32, before weights are rounded to 16 bits: in a nearly solved batch the two
+    cancel.
+
+    References
+    ----------
+    P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> features, labels = torch.eye(3)[[0, 0, 1, 2, 2]], torch.tensor([7, 7, 3, -1, -1])
+    >>> ck.sup_con(features, labels, 2.0)
+    tensor(0.3408)
+    >>> ck.sup_con(features, labels, 2.0, reduction="none")[2]
+    tensor(0.)
+    """
+    if variant not in _VARIANTS:
+        raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
+    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
+    count = positives.counts
+    weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
+    gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
+    share = count.clamp(min=1).to(gain.dtype).reciprocal().masked_fill(count == 0, 0.0)
+    if variant == "outside":
+        problem = replace(problem, index=positives.only(problem.symmetric))
+    return label_loss(problem, gain, share, "none" if reduction == "none" else "sum", inside=variant == "inside")
+
+
+def multi_positive_nce(
+    x: Tensor,
+    labels: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str | None = None,
+    workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+    group: Any | None = None,
+) -> Tensor:
+    """Each positive by itself: InfoNCE of every pair of one label, against the candidates of other labels alone.
+
+    Parameters
+    ----------
+    x, labels, logit_scale, y, y_labels
+        As in :func:`sup_con`.
+    weight : Tensor, optional
+        Weights of the rows [N], not differentiated; each serves all pairs of its row.
+    reduction : {"mean", "sum", "none"}
+        The mean runs over pairs of a row and one of its positives, and is 0 where there are none. "none" gives the sums
+        over each row's pairs [N], "sum" their sum.
+    normalize, backend, workspace_bytes
+        As in :func:`info_nce`.
+    group
+        As in :func:`sup_con`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or [N]; float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        For several ranks.
+
+    Notes
+    -----
+    With N(i) the candidates of other labels, the loss of a pair is softplus(logsumexp_{j in N(i)} z_ij - z_ip).
+    4 products of 2 N M D flop for value and all gradients (half for one set of features), and those of the pairs of
+    equal labels once more, in float32; O((N + M) D) memory. On a GPU the host waits for the sorted labels.
+
+    References
+    ----------
+    K. Musgrave, S. Belongie, S.-N. Lim, "PyTorch metric learning", 2020: its NTXentLoss.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> features, labels = torch.eye(3)[[0, 0, 1, 2, 2]], torch.tensor([7, 7, 3, -1, -1])
+    >>> ck.multi_positive_nce(features, labels, 2.0)
+    tensor(0.3408)
+    """
+    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
+    count, weights = positives.counts, _weights(weight, problem, reduction)
+    if reduction == "mean":  # a row's share of all pairs, over its own
+        weights = weights * count
+    gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
+    if reduction == "mean":
+        gain = gain / count.clamp(min=1)
+    return multi_positive_loss(problem, gain, "none" if reduction == "none" else "sum")
+
+
+def _problem(
+    x: Any, labels: Any, logit_scale: Any, y: Any, y_labels: Any, normalize: Any, backend: Any, workspace_bytes: Any,
+    group: Any,
+) -> tuple[Problem, _Positives]:  # fmt: skip
+    """The checked problem, and its positives."""
+    if ranks_of(group, "average", "auto", False) is not None:
+        raise NotImplementedError(
+            "group: the losses by labels are not there over the ranks of a process group; group=None computes the loss "
+            "of this process's rows: gather the others' with their gradients, and their labels"
+        )
+    if (y is None) != (y_labels is None):
+        given, missing = ("y", "y_labels") if y_labels is None else ("y_labels", "y")
+        raise ValueError(f"{missing}: expected candidates with labels, or neither; got {given} alone")
+    alone = y is None
+    x, y = check_features(x, x if alone else y, ("x", "x" if alone else "y"), normalize)
+    if alone:  # (what is normalised is a tensor each)
+        y = x
+    rows = check_labels(labels, "labels", x)
+    cols = rows if alone else check_labels(y_labels, "y_labels", y)
+    engine = check_engine(backend, workspace_bytes)
+    scale = check_scale(x, logit_scale)
+    pairs = Pairs.of((None, rows, cols))
+    return Problem(x, y, scale, symmetric=alone, pairs=pairs, engine=engine), _Positives.of(rows, cols, alone)
+
+
+class _Positives(NamedTuple):
+    """How many positives every row has [N], and where: the first of its class among the sorted columns."""
+
+    counts: Tensor
+    place: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, cols: Tensor, alone: bool) -> _Positives:
+        """Of these labels; `alone`: the rows are the columns, and none is its own positive."""
+        ids, order = torch.sort(cols)
+        place = torch.searchsorted(ids, rows)
+        count = torch.searchsorted(ids, rows, right=True) - place
+        return cls(count - 1 if alone else count, place, order)
+
+    def only(self, alone: bool) -> Tensor:
+        """The columns of the positives [N] of rows that have one, -1 of others."""
+        columns, found = self.order.shape[0], self.place
+        if alone:  # of a class of two, the other one
+            first, second = (self.order[(found + k).clamp(max=max(columns - 1, 0))] for k in (0, 1))
+            own = torch.arange(columns, dtype=torch.int64, device=found.device)
+            found = torch.where(first == own, second, first)
+        elif columns:
+            found = self.order[found.clamp(max=columns - 1)]
+        return torch.where(self.counts == 1, found, -1)
+
+
+def _weights(weight: Any, problem: Problem, reduction: Any) -> Tensor:
+    """The rows' weights [N], by default 1."""
+    check_reduction(reduction)
+    x = problem.x
+    weights = row_weights(weight, x.shape[0], x)
+    return torch.ones(x.shape[0], dtype=score_dtype(x.dtype), device=x.device) if weights is None else weights
+
+
+class _LabelLoss(Loss):
+    """What the losses by labels share: they are called with features and labels, and perhaps with candidates."""
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str | None = None,
+        workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
+        group: Any | None = "auto",
+    ) -> None:
+        super().__init__(
+            reduction=reduction, normalize=normalize, backend=backend, workspace_bytes=workspace_bytes, group=group
+        )
+        for name in ("gradients", "strategy", "uneven"):
+            del self.options[name]
+
+
+class MultiPositiveNCELoss(_LabelLoss):
+    """Each positive by itself; see :func:`contrastive_kernels.multi_positive_nce`.
+
+    Parameters
+    ----------
+    reduction, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.multi_positive_nce`.
+    group
+        The same; by default all ranks of the default process group, if there is one: more than one are refused.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.MultiPositiveNCELoss(normalize=True)
+    >>> loss(torch.randn(8, 16), torch.arange(8) % 3, 10.0).shape
+    torch.Size([])
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        y: Tensor | None = None,
+        y_labels: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
+        return multi_positive_nce(x, labels, logit_scale, y=y, y_labels=y_labels, weight=weight, **self.options)
+
+
+class SupConLoss(_LabelLoss):
+    """Supervised contrastive loss; see :func:`contrastive_kernels.sup_con`.
+
+    Parameters
+    ----------
+    variant : {"outside", "inside"}
+        Where the mean over a row's positives stands.
+    reduction, normalize, backend, workspace_bytes
+        As in :func:`contrastive_kernels.sup_con`.
+    group
+        The same; by default all ranks of the default process group, if there is one: more than one are refused.
+
+    Examples
+    --------
+    >>> import torch, contrastive_kernels as ck
+    >>> loss = ck.SupConLoss(normalize=True)
+    >>> loss(torch.randn(8, 16), torch.arange(8) % 3, 10.0).shape
+    torch.Size([])
+    """
+
+    def __init__(self, *, variant: str = "outside", **options: Any) -> None:
+        super().__init__(**options)
+        if variant not in _VARIANTS:
+            raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
+        self.options["variant"] = variant
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        y: Tensor | None = None,
+        y_labels: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
+        return sup_con(x, labels, logit_scale, y=y, y_labels=y_labels, weight=weight, **self.options)
