@@ -429,26 +429,16 @@ def encoders() -> dict[str, Any]:
 def inputs() -> dict[str, Any]:
     """Of several encoders, each by samples."""
     v = torch.eye(N, D)
-    return {
-        "a tensor": v,
-        "none": (),
-        "a dict": {"x": v, "y": v},
-        "with a number": (v, 3),
-        "with one of no dimension": (v, v[0, 0]),
-        "with one of two lengths": (v, (v, v[1:])),
-        "with an empty tuple": (v, ()),
-    }
+    return {"a tensor": v, "none": (), "a dict": {"x": v, "y": v}, "with a number": (v, 3),
+            "with one of no dimension": (v, v[0, 0]), "with one of two lengths": (v, (v, v[1:])),
+            "with an empty tuple": (v, ())}  # fmt: skip
 
 
 def loss() -> dict[str, Any]:
     """Of two matrices of features."""
-    return {
-        "a number": 3,
-        "a word": "clip_loss",
-        "one that gives a float": lambda x, y: 1.0,
-        "one that gives rows": lambda x, y: x[:, 0],
-        "one that gives a dict": lambda x, y: {"loss": x.sum()},
-    }
+    return {"a number": 3, "a word": "clip_loss", "one that gives a float": lambda x, y: 1.0,
+            "one that gives rows": lambda x, y: x[:, 0],
+            "one that gives a dict": lambda x, y: {"loss": x.sum()}}  # fmt: skip
 
 
 def context() -> dict[str, Any]:
