@@ -335,6 +335,7 @@ class InfoNCELoss(SoftmaxLoss):
         x: Tensor,
         y: Tensor,
         logit_scale: float | Tensor,
+        *,
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
