@@ -55,9 +55,12 @@ _LARGEST_INT = 2**63 - 1
 
 
 def check_features(
-    x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False
+    x: Any, y: Any, names: tuple[str, str], normalize: bool, *, matching: bool = False, padded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any."""
+    """Two feature matrices [N, D], [M, D] (`matching`: N = M) of one dtype and device, in autocast's dtype if any.
+
+    `padded`: rows that hold NaN may be padding, and get no gradient.
+    """
     if "lengths" in hints.unseen and normalize is False and names in _OF_UNIT_LENGTH and isinstance(x, Tensor):
         hints.look_at_lengths(x, names[0])
     if normalize is False and _need_no_change(x, y, matching):
@@ -74,7 +77,7 @@ def check_features(
         raise ValueError(f"{names[0]} and {names[1]}: expected one device; got {x.device} and {y.device}")
     require_values(x, names[0])
     if check_flag(normalize, "normalize"):
-        x, y = normalized(x), normalized(y)
+        x, y = normalized(x, padded), normalized(y, padded)
     dtype = _autocast_dtype(x.device.type)
     if dtype is not None:  # (autocast leaves float64 alone, and so do we)
         x, y = (v if v.dtype == torch.float64 else v.to(dtype) for v in (x, y))
@@ -129,9 +132,15 @@ def check_dense(value: Tensor, name: str) -> None:
 _NOT_DENSE = ("torch.masked", "torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 
 
-def normalized(x: Tensor) -> Tensor:
-    """The rows of x [N, D] over their norms, in the dtype of the scores; a zero row stays, without gradient."""
+def normalized(x: Tensor, padded: bool = False) -> Tensor:
+    """The rows of x [N, D] over their norms, in the dtype of the scores; a zero row stays, without gradient.
+
+    `padded`: so does one that holds NaN, which nobody may read.
+    """
     v = x.to(score_dtype(x.dtype))
+    if padded:
+        lost = ~x.detach().isfinite().all(1, keepdim=True)
+        return normalized(v.masked_fill(lost, 0.0)).masked_fill(lost, torch.nan).to(x.dtype)
     largest = v.detach().abs().amax(1, keepdim=True)  # so that no square overflows, and none vanishes
     zero = largest == 0
     v = v / largest.masked_fill(zero, 1.0)

@@ -23,7 +23,7 @@ __all__ = [
     "without_padding",
 ]
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_ids(ids: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -157,7 +157,7 @@ class Ranks:
         texts = self._texts(text, device)
         if failed:
             said = [f"rank {rank} raised {t}" for rank, t in enumerate(texts) if t]
-            kinds = (TypeError, RuntimeError)
+            kinds = (TypeError, NotImplementedError, RuntimeError)
             kind = next((each for each in kinds if f" raised {each.__name__}: " in said[0]), ValueError)
             raise kind(f"group: expected every rank to reach the loss; {'; '.join(said)}")
         first = next(t for t in texts if t != texts[0])

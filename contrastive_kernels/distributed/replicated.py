@@ -56,7 +56,8 @@ class Replicated(Route):
         first_row, first_col = sum(self._sizes[:rank]), sum(cols[:rank])
         self._rows = slice(first_row, first_row + len(problem.x))
         self._cols = slice(first_col, first_col + len(problem.y))
-        aligned = problem.offset == 0 and problem.index is None and self._sizes == cols
+        # (elsewhere ranks may have an offset or an index, as each likes, and their messages have one length)
+        aligned = rule.diagonal and problem.offset == 0
         own = {
             "x": (problem.x, self._sizes),
             "y": (None if rule.mirrored else problem.y, cols),

@@ -47,6 +47,8 @@ class Rule(ABC):
     term: PairTerm
     #: y is x
     mirrored = False
+    #: the positives of all rows lie on the diagonal
+    diagonal = False
     #: tensors beside features, scale and bias that may want gradients
     extras: tuple[Tensor, ...] = ()
 
@@ -102,6 +104,7 @@ class Softmax(Rule):
 
     def __init__(self, *, both_ways: bool = False, mirrored: bool = False, include_positive: bool = True) -> None:
         self.both_ways, self.mirrored, self.include = both_ways, mirrored, include_positive
+        self.diagonal = both_ways
 
     @property
     def about(self) -> tuple[tuple[str, Any], ...]:
@@ -171,6 +174,7 @@ class Sigmoid(Rule):
     """sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))."""
 
     term = SIGMOID
+    diagonal = True
 
     def losses(self, route: Route, problem: Problem) -> tuple[Tensor, Kept]:
         """The losses of this rank's rows [n]."""

@@ -284,7 +284,7 @@ def _distinct(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"positives: expected shape [{x.shape[0]}, P], P at least 1; got {list(positives.shape)}")
     if positives.device != x.device:
         raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
-    if not y.shape[0]:
+    if not y.shape[0] and x.shape[0]:
         raise ValueError("y: expected at least one candidate with positives of shape [N, P]; got none")
     return _rising(checked_index(positives, y.shape[0], True), y.shape[0])
 

@@ -145,7 +145,7 @@ def decomposable(
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         check_reduction(reduction)
-        x, y = check_features(x, y, ("x", "y"), normalize)
+        x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
         index, offset = (None, None)
         if positive_logits is None or positives is not None:

@@ -78,7 +78,7 @@ def log_sum_exp(
     >>> (ck.log_sum_exp(x, y, 2.0, positives=0) - z_pos).mean()
     tensor(-1.3069)
     """
-    x, y = check_features(x, y, ("x", "y"), normalize)
+    x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
     index, offset = (None, None) if positives is None else check_positives(positives, x, y, allow_missing=True)
     scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
     pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)

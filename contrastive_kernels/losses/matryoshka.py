@@ -128,6 +128,8 @@ def _sum(
     if any(isinstance(value, FeatureQueue) for value in given):
         raise ValueError("queue: expected None within a loss of prefixes, whose features it does not have; got a queue")
     width = next((v.shape[1] for v in given if _is_matrix(v)), 0)
+    if not width:
+        raise TypeError("loss: expected features [N, D] among its arguments; got none")
     if max(dims) > width:
         raise ValueError(f"dims: expected at most {width}, the number of features; got {max(dims)}")
 

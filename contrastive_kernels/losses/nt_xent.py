@@ -116,7 +116,8 @@ def nt_xent(
             require_one_rank(ranks, "weight_fn")
             if candidate_bias is not None:
                 raise ValueError("weight_fn: expected None with candidate_bias; got a function")
-        z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True)
+        padded = candidate_bias is not None
+        z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True, padded=padded)
         scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
         n = z1.shape[0]
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)

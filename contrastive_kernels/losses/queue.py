@@ -105,7 +105,7 @@ class FeatureQueue(nn.Module):
         return self._count
 
     def filled(self) -> tuple[Tensor, Tensor | None]:
-        """The features that are in it [n, D], in no particular order, and their ids [n]."""
+        """Views of the features that are in it [n, D], in no particular order, and of their ids [n]."""
         return self.features[: self._count], None if self.ids is None else self.ids[: self._count]
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"features: expected {self.features.shape[1]} of every row; got {width}")
         if features.device != self.features.device:
             raise ValueError(f"features: expected device {self.features.device}; got {features.device}")
-        own = [features.detach().to(self.features.dtype)]
+        own = [_apart(features.detach().to(self.features.dtype), self.features)]
         if (ids is None) != (self.ids is None):
             expected = "None of a queue without ids" if self.ids is None else "a tensor, for the queue has ids"
             raise ValueError(f"ids: expected {expected}; got {type(ids).__name__}")
@@ -164,7 +164,7 @@ class FeatureQueue(nn.Module):
             check_dense(ids, "ids")
             checked, _ = check_ids(ids, "ids", features, features)
             assert checked is not None
-            own.append(checked)
+            own.append(_apart(checked, self.ids))
         return own
 
     # ---- state ----
@@ -177,7 +177,10 @@ class FeatureQueue(nn.Module):
         """... and back."""
         if not isinstance(state, dict) or not {"next", "count"} <= set(state):
             raise TypeError(f"state: expected what get_extra_state gives; got {type(state).__name__}")
-        self._next, self._count = int(state["next"]), int(state["count"])
+        start, count, size = state["next"], state["count"], len(self.features)
+        if not (isinstance(start, int) and 0 <= start < size and isinstance(count, int) and 0 <= count <= size):
+            raise ValueError(f"state: expected places in a queue of {size}; got next {start!r}, count {count!r}")
+        self._next, self._count = start, count
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any
@@ -211,6 +214,12 @@ class FeatureQueue(nn.Module):
         """Its size, as it prints."""
         size, width = self.features.shape
         return f"size={size}, features={width}, ids={self.ids is not None}, dtype={self.features.dtype}"
+
+
+def _apart(new: Tensor, kept: Tensor | None) -> Tensor:
+    """What comes in, copied if it lies in the ring, whose places it would lose while they are written."""
+    shares = kept is not None and new.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+    return new.clone() if shares else new
 
 
 def check_queue(queue: Any, x: Tensor, with_ids: bool) -> FeatureQueue:

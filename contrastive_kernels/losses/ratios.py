@@ -89,7 +89,8 @@ def pair_dots(x: Tensor, y: Tensor, index: Tensor, base: Tensor | None = None) -
 
     float64 of float64 features. Differentiable as often as you like, in O((N + M) D) memory.
     """
-    dots: Tensor = _Dots.apply(x, y, index, base)
+    # (Dynamo takes no tensor twice)
+    dots: Tensor = _Dots.apply(x, y.view_as(y) if y is x else y, index, base)
     return dots
 
 

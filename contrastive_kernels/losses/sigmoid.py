@@ -101,7 +101,8 @@ def sigmoid(
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         check_reduction(reduction)
-        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None)
+        padded = candidate_bias is not None
+        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=ids is None, padded=padded)
         scale, bias = check_scale(x, logit_scale), check_scale(x, logit_bias, "logit_bias")
         offset, pairs = (0, EVERY_PAIR) if ids is None else (None, pairs_of(ids, None, x, y))
         if candidate_bias is not None:  # positives in the stream, which leaves out

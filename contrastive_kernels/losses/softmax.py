@@ -169,7 +169,7 @@ def info_nce(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
-        x, y = check_features(x, y, ("x", "y"), normalize)
+        x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
@@ -277,7 +277,8 @@ def clip_loss(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
-        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True)
+        padded = candidate_bias is not None
+        x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)

@@ -91,11 +91,11 @@ class _Traffic:
 
 
 _TRAFFIC = {
-    "info_nce": _Traffic(2, 0, 3, 0, one_trip=False),
+    "info_nce": _Traffic(2, 0, 3, 0, one_trip=False, told_bytes=8),
     "clip_loss": _Traffic(2, 2, 3, 3, one_trip=False),
     "nt_xent": _Traffic(2, 0, 3, 3, one_trip=False, mirrored=True, told_bytes=8),
     "sigmoid": _Traffic(1, 0, 1, 0, one_trip=True, centered=False),
-    "decomposable": _Traffic(2, 0, 3, 0, one_trip=True, told=2),
+    "decomposable": _Traffic(2, 0, 3, 0, one_trip=True, told_bytes=8, told=2),
 }
 
 

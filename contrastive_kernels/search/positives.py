@@ -103,6 +103,6 @@ def figures_of(ranks: Tensor, relevance: Tensor, cuts: tuple[int, ...]) -> Tenso
     precision, ndcg = [], []
     for cut in cuts:
         inside = behind < cut
-        precision.append(inside.sum(1) / cut)
+        precision.append(inside.sum(1).to(dtype) / cut)
         ndcg.append(gains.masked_fill(~inside, 0.0).sum(1) / best[:, :cut].sum(1))
-    return torch.stack([precisions.sum(1) / known, *[v.to(dtype) for v in precision], *ndcg], 1)
+    return torch.stack([precisions.sum(1) / known, *precision, *ndcg], 1)

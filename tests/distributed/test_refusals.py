@@ -161,6 +161,30 @@ def test_a_memory_that_may_not_be_written_says_so_over_ranks(tmp_path):
         assert isinstance(one, Failure) and one.kind == "RuntimeError" and "read_only=True" in one.text
 
 
+def positives_as_each_likes(strategy: str) -> float:
+    """An index on one rank, the default on the other: the same pairs."""
+    x, y = features()
+    positives = torch.arange(N) if dist.get_rank() else None
+    return ck.info_nce(x, y, 2.0, positives=positives, group="world", strategy=strategy).item()
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+def test_ranks_say_where_positives_are_as_each_likes(strategy, tmp_path):
+    one, other = succeeded(run(2, positives_as_each_likes, tmp_path, strategy))
+    assert one == other
+
+
+def not_there() -> list[str]:
+    x, y = features()
+    with pytest.raises(NotImplementedError) as caught:
+        ck.info_nce(x, y, 2.0, label_smoothing=0.1, group="world")
+    return [str(caught.value)]
+
+
+def test_what_is_not_there_over_ranks_is_an_error_of_that_kind(tmp_path):
+    assert all("label_smoothing" in text for (text,) in succeeded(run(2, not_there, tmp_path)))
+
+
 def overwritten(strategy: str) -> list[str]:
     """Features that change between the loss and its backward pass, which computes again from them."""
     x, y = features()

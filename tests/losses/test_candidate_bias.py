@@ -93,9 +93,9 @@ def test_derivatives_of_given_positives():
         assert check(lambda *a: ck.info_nce(*a[:3], positives=index.abs(), candidate_bias=a[3]), (*leaves, bias))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction, normalize", [("mean", False), ("none", False), ("mean", True)])
 @pytest.mark.parametrize("loss", BIASED)
-def test_padding_is_not_there(loss, reduction, backend):
+def test_padding_is_not_there(loss, reduction, normalize, backend):
     """Rows of NaN behind a bias of -inf: value and gradients are those of the batch without them."""
     n, m, dtype = 70, 90, torch.float32
     leaves, rest = few(loss, dtype, m, d=16)
@@ -103,7 +103,7 @@ def test_padding_is_not_there(loss, reduction, backend):
     weight = torch.linspace(0.5, 2, m)
     short = [v[:n].detach().clone().requires_grad_() for v in leaves[:2]]
     short_bias = bias.detach()[:n].clone().requires_grad_()
-    options = {"reduction": reduction, "backend": backend}
+    options = {"reduction": reduction, "backend": backend, "normalize": normalize}
     want = call(
         loss, *short, *leaves[2:], *(v[:n] for v in rest), candidate_bias=short_bias, weight=weight[:n], **options
     )  # fmt: skip

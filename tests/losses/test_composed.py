@@ -19,13 +19,20 @@ NAMES = ("base", "wide-panels", "n1", "t0.005", "nearly-solved", "common-100", "
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+#: float64 is the torch backend's, and some problems are beyond float16.
+CASES = [
+    (name, dtype, backend)
+    for name in NAMES
+    for dtype in DTYPES
+    for backend in ("cpu", "torch")
+    if (dtype, backend) != ("float64", "cpu") and (dtype != "float16" or BY_NAME[name].float16)
+]
+
+
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, dtype, backend", CASES, indirect=["backend"])
 def test_value_and_gradients(name, member, dtype, backend):
     dtype = DTYPES[dtype]
-    if (dtype == torch.float64 and backend == "cpu") or (dtype == torch.float16 and not BY_NAME[name].float16):
-        return
     inputs = make_inputs(BY_NAME[name], dtype)
     given = Given(member, inputs)
     truth, torch_found = (given.found(definitions, d) for d in (torch.float64, torch.float32))
@@ -184,6 +191,22 @@ def test_one_graph(member):
         found, want = compiled(x, y, *rest), loss(x, y, *rest)
         torch.testing.assert_close(found, want)
         torch.testing.assert_close(*[torch.autograd.grad(v, (x, y)) for v in (found, want)])
+
+
+def test_one_graph_of_one_set():
+    """Dynamo takes no tensor twice."""
+    x, positives = torch.randn(5, 8, requires_grad=True), torch.tensor([[1, 2], [0, -1], [3, 4], [2, 2], [0, 1]])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ck.info_nce(x, x, 3.0, positives=positives), fullgraph=True, backend="aot_eager")
+    found, want = compiled(x), ck.info_nce(x, x, 3.0, positives=positives)
+    torch.testing.assert_close(*[(v, *torch.autograd.grad(v, x)) for v in (found, want)])
+
+
+def test_nothing_at_all():
+    nothing = torch.randn(0, 4, requires_grad=True)
+    loss = ck.info_nce(nothing, nothing, 2.0, positives=torch.zeros(0, 2, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and nothing.grad is not None and nothing.grad.shape == (0, 4)
 
 
 @pytest.mark.parametrize("members", [{"positives": torch.tensor([[0, 1], [1, 4], [3, -1]])}, {"debiased": 0.1}])

@@ -114,6 +114,7 @@ def test_only_equality_counts(loss, backend):
         labels,
         labels.int() - 300,
         labels.to(torch.uint8),
+        labels.to(torch.uint32),
         names,
         (labels, labels),
         names[:, None].expand(70, 2)[:, 0],

@@ -49,6 +49,25 @@ def test_the_ring_turns():
     assert queue.ids.tolist() == [4, 5, 2, 3]
 
 
+@pytest.mark.parametrize("places", [slice(2, 4), slice(0, 2), slice(1, 4)])
+def test_its_own_features_come_in_as_they_were(places):
+    """A view of the ring, which is written while it is read."""
+    queue, other = (ck.FeatureQueue(4, 3, ids=True) for _ in range(2))
+    for each in (queue, other):
+        each.enqueue(*batch(0, 4))
+        each.enqueue(*batch(10, 3))
+    queue.enqueue(queue.features[places], queue.ids[places])
+    other.enqueue(other.features[places].clone(), other.ids[places].clone())
+    assert torch.equal(queue.features, other.features) and torch.equal(queue.ids, other.ids)
+
+
+@pytest.mark.parametrize("next_, count", [(0, 99), (0, -2), (99, 4), (-1, 4), (0.5, 1)])
+def test_places_that_are_not_there_are_refused(next_, count):
+    queue = ck.FeatureQueue(4, 3)
+    with pytest.raises(ValueError, match="state: expected places in a queue of 4"):
+        queue.set_extra_state({"next": next_, "count": count})
+
+
 def test_no_gradient_and_no_reference():
     x, keys = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     queue = ck.FeatureQueue(8, 4)

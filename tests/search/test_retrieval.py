@@ -72,6 +72,11 @@ def test_several_positives(backend):
     assert torch.equal(ck.retrieval_metrics(x, y, positives=positives.T.contiguous().T).ranks, want)
 
 
+def test_figures_are_means_in_float64():
+    x = torch.eye(7, dtype=torch.float64)
+    assert ck.retrieval_metrics(x, x, k=(10,)).precision[10] == pytest.approx(0.1, rel=1e-15)
+
+
 def test_offsets_and_indices():
     x, y = features(50, 90)
     index = torch.arange(50) + 30
