@@ -11,7 +11,7 @@ $(error run make in the project's folder: make -C FOLDER TARGET)
 endif
 
 VENV ?= .venv
-PYTEST_ARGS ?= -n auto --maxprocesses 8
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 PY := '$(VENV)/bin/python'
 IN_VENV := PATH="$$(cd '$(VENV)/bin' && pwd):$$PATH"
 # --no-compile: half of torch's modules are never imported, so bytecode is made by those that are
