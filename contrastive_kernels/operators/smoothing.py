@@ -45,7 +45,8 @@ def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Ten
     counts, sums = _candidates(problem, matrix.params[0], z_pos, turned)
     counts = counts.clamp(min=1)
     each = share / counts
-    return Smoothing(share, (share * (z_pos - sums / counts)).to(z_pos.dtype), each.to(z_pos.dtype))
+    losses = (share * (z_pos - sums / counts)).masked_fill_(counts == 1, 0.0)  # where the positive is the one candidate
+    return Smoothing(share, losses.to(z_pos.dtype), each.to(z_pos.dtype))
 
 
 def _candidates(problem: Problem, scale: Tensor, z_pos: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
