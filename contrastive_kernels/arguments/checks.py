@@ -35,6 +35,7 @@ __all__ = [
     "check_positives",
     "check_reduction",
     "check_scale",
+    "check_several_positives",
     "check_vector",
     "check_workspace",
     "is_number",
@@ -180,14 +181,7 @@ def check_positives(
     """The positives as (indices [N], None) or (None, offset); an index of -1 for none if that is allowed."""
     rows, columns = x.shape[0], y.shape[0]
     if isinstance(positives, Tensor):
-        check_dense(positives, "positives")
-        if positives.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
-        if positives.shape != (rows,):
-            raise ValueError(f"positives: expected shape [{rows}], one per row of x; got {list(positives.shape)}")
-        if positives.device != x.device:
-            raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
-        return checked_index(positives, columns, allow_missing), None
+        return _columns(positives, x, columns, allow_missing, several=False), None
     offset = 0 if positives is None else positives
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(
@@ -199,6 +193,26 @@ def check_positives(
             f"got offset {shown(offset)} with N = {rows} and M = {columns}"
         )
     return None, cast(int, offset)
+
+
+def check_several_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The columns of every row's positives [N, P] as int64, -1 for none."""
+    return _columns(positives, x, y.shape[0], True, several=True)
+
+
+def _columns(positives: Tensor, x: Tensor, columns: int, allow_missing: bool, *, several: bool) -> Tensor:
+    """Indices among so many columns [N], or [N, P]."""
+    check_dense(positives, "positives")
+    if positives.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
+    rows, shape = x.shape[0], positives.shape
+    if several and not (len(shape) == 2 and shape[0] == rows and shape[1]):
+        raise ValueError(f"positives: expected shape [{rows}, P], P at least 1; got {list(shape)}")
+    if not several and shape != (rows,):
+        raise ValueError(f"positives: expected shape [{rows}], one per row of x; got {list(shape)}")
+    if positives.device != x.device:
+        raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
+    return checked_index(positives, columns, allow_missing)
 
 
 def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -91,11 +90,7 @@ def _two_views(x: Tensor, y: Tensor, scale: float, gather: bool, **options: Any)
 
 def _against_bank(x: Tensor, y: Tensor, bank: Tensor, scale: float) -> Tensor:
     """Rows x [n, D] with their positives y [n, D] against a bank [D, K]; other rows' positives are no candidates."""
-    candidates = torch.cat([y, bank.transpose(0, 1).to(y.dtype)])
-    own = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    ids = torch.ones(len(candidates), dtype=torch.int64, device=x.device)
-    ids[: len(x)] = 0  # (as the rows' own: an equal id is no negative)
-    return info_nce(x, candidates, scale, ids=(own, ids))
+    return info_nce(x, bank.transpose(0, 1).to(y.dtype), scale, positive_features=y)
 
 
 _CLASSES = {_ntx_ent.NTXentLoss: NTXentLoss, _dcl.DCLLoss: DCLLoss, _dcl.DCLWLoss: DCLWLoss}

@@ -20,7 +20,39 @@ except ImportError as _error:
 __all__ = ["CLIPModel", "SiglipModel", "install", "patched"]
 
 
-class CLIPModel(_clip.CLIPModel):
+class _WithoutLogits:
+    """What both models share: features of matching texts and pictures, and the loss of them."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Matching texts and pictures; the model's output."""
+        of_text: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+        of_vision: dict[str, Any] = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        model: Any = self
+        if not return_loss:
+            return super().forward(input_ids, pixel_values, **of_text, **of_vision, **kwargs)  # type: ignore[misc]
+        see, read = model._towers()
+        vision, text = see(pixel_values, **of_vision, **kwargs), read(input_ids, **of_text, **kwargs)
+        image_embeds, text_embeds = (
+            each.pooler_output / each.pooler_output.norm(dim=-1, keepdim=True) for each in (vision, text)
+        )
+        loss = model._contrast(text_embeds, image_embeds.to(text_embeds.device))
+        return model._output(
+            loss=loss, text_embeds=text_embeds, image_embeds=image_embeds, text_model_output=text,
+            vision_model_output=vision,
+        )  # fmt: skip
+
+
+class CLIPModel(_WithoutLogits, _clip.CLIPModel):
     """transformers' ``CLIPModel``: with ``return_loss=True`` it gives the loss and the embeddings, and no logits.
 
     Parameters
@@ -33,32 +65,16 @@ class CLIPModel(_clip.CLIPModel):
     Without ``return_loss`` it is transformers' own. As there, the loss is of this process's batch.
     """
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Matching texts and pictures; a ``CLIPOutput``."""
-        if not return_loss:
-            given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-            return super().forward(
-                input_ids, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **given, **kwargs
-            )
-        vision = self.get_image_features(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.get_text_features(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        image_embeds, text_embeds = _unit(vision.pooler_output), _unit(text.pooler_output)
-        scale = self.logit_scale.exp().to(text_embeds.device)
-        loss = clip_loss(text_embeds, image_embeds.to(text_embeds.device), scale)
-        return _output(_clip.CLIPOutput, loss, text_embeds, image_embeds, text, vision)
+    _output = _clip.CLIPOutput
+
+    def _towers(self) -> tuple[Any, Any]:
+        return self.get_image_features, self.get_text_features
+
+    def _contrast(self, text: Tensor, image: Tensor) -> Tensor:
+        return clip_loss(text, image, self.logit_scale.exp().to(text.device))
 
 
-class SiglipModel(_siglip.SiglipModel):
+class SiglipModel(_WithoutLogits, _siglip.SiglipModel):
     """transformers' ``SiglipModel``: with ``return_loss=True`` it gives the loss and the embeddings, and no logits.
 
     Parameters
@@ -71,43 +87,14 @@ class SiglipModel(_siglip.SiglipModel):
     Without ``return_loss`` it is transformers' own. As there, the loss is of this process's batch.
     """
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        return_loss: bool | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Matching texts and pictures; a ``SiglipOutput``."""
-        if not return_loss:
-            given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-            return super().forward(
-                input_ids, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **given, **kwargs
-            )
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        text = self.text_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        image_embeds, text_embeds = _unit(vision.pooler_output), _unit(text.pooler_output)
-        device = text_embeds.device
-        scale, bias = self.logit_scale.exp().to(device), self.logit_bias.to(device)
-        loss = sigmoid(text_embeds, image_embeds.to(device), scale, bias)
-        return _output(_siglip.SiglipOutput, loss, text_embeds, image_embeds, text, vision)
+    _output = _siglip.SiglipOutput
 
+    def _towers(self) -> tuple[Any, Any]:
+        return self.vision_model, self.text_model
 
-def _unit(features: Tensor) -> Tensor:
-    """Rows [n, D] over their norms, as transformers takes them."""
-    return features / features.norm(dim=-1, keepdim=True)
-
-
-def _output(kind: Any, loss: Tensor, text_embeds: Tensor, image_embeds: Tensor, text: Any, vision: Any) -> Any:
-    """An output without logits."""
-    return kind(
-        loss=loss, text_embeds=text_embeds, image_embeds=image_embeds, text_model_output=text,
-        vision_model_output=vision,
-    )  # fmt: skip
+    def _contrast(self, text: Tensor, image: Tensor) -> Tensor:
+        scale, bias = self.logit_scale.exp().to(text.device), self.logit_bias.to(text.device)
+        return sigmoid(text, image, scale, bias)
 
 
 _CLASSES = {_clip.CLIPModel: CLIPModel, _siglip.SiglipModel: SiglipModel}

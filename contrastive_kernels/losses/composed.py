@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import (
-    check_dense,
     check_features,
     check_number,
     check_positives,
+    check_several_positives,
     check_vector,
     is_number,
     normalized,
@@ -21,7 +21,6 @@ from ..arguments.checks import (
     scale_tensor,
     shown,
 )
-from ..arguments.index import checked_index
 from ..arguments.pairs import with_biases, without_padding
 from ..arguments.reduction import reduce_losses, row_weights
 from ..engine.matrix import Problem
@@ -277,16 +276,10 @@ class _Rows:
 
 def _distinct(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The positives [N, P] in rising order, each once, -1 at the end."""
-    check_dense(positives, "positives")
-    if positives.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
-    if positives.shape[0] != x.shape[0] or positives.shape[1] == 0:
-        raise ValueError(f"positives: expected shape [{x.shape[0]}, P], P at least 1; got {list(positives.shape)}")
-    if positives.device != x.device:
-        raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
+    index = check_several_positives(positives, x, y)
     if not y.shape[0] and x.shape[0]:
         raise ValueError("y: expected at least one candidate with positives of shape [N, P]; got none")
-    return _rising(checked_index(positives, y.shape[0], True), y.shape[0])
+    return _rising(index, y.shape[0])
 
 
 def _rising(index: Tensor, columns: int) -> Tensor:

@@ -7,32 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_positives
-from ..arguments.index import checked_index
+from ..arguments.checks import check_dense, check_positives, check_several_positives
 
 __all__ = ["check_relevance", "figures_of", "in_order", "positive_columns", "without_self"]
 
 
 def positive_columns(positives: Any, x: Tensor, y: Tensor) -> Tensor:
     """The positives' columns [N, P] int64, -1 for none; of one that is there twice, the second is -1."""
-    if isinstance(positives, Tensor):
-        check_dense(positives, "positives")
     if isinstance(positives, Tensor) and positives.dim() == 2:
-        if positives.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"positives: expected int64 indices; got {positives.dtype}")
-        if positives.shape[0] != x.shape[0] or positives.shape[1] == 0:
-            raise ValueError(f"positives: expected shape [{x.shape[0]}, P], P at least 1; got {list(positives.shape)}")
-        if positives.device != x.device:
-            raise ValueError(f"positives: expected device {x.device}; got {positives.device}")
-        index = checked_index(positives, y.shape[0], True)
+        index = check_several_positives(positives, x, y)
         ordered, order = index.sort(dim=1, stable=True)
         repeated = torch.zeros_like(ordered, dtype=torch.bool)
         repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
         return index.masked_fill(torch.zeros_like(repeated).scatter_(1, order, repeated), -1)
-    index, offset = check_positives(positives, x, y, allow_missing=True)
-    if index is None:
-        index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
-    return index[:, None]
+    single, offset = check_positives(positives, x, y, allow_missing=True)
+    if single is None:
+        single = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (offset or 0)
+    return single[:, None]
 
 
 def without_self(index: Tensor, y: Tensor) -> Tensor:
