@@ -62,9 +62,10 @@ def check_features(
 
     `padded`: rows that hold NaN may be padding, and get no gradient.
     """
-    if "lengths" in hints.unseen and normalize is False and names in _OF_UNIT_LENGTH and isinstance(x, Tensor):
-        hints.look_at_lengths(x, names[0])
+    may_hint = "lengths" in hints.unseen and normalize is False and names in _OF_UNIT_LENGTH
     if normalize is False and _need_no_change(x, y, matching):
+        if may_hint:
+            hints.look_at_lengths(x, names[0])
         return x, y
     _, features = check_matrix(x, names[0])
     _, others = check_matrix(y, names[1])
@@ -86,6 +87,8 @@ def check_features(
         raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
     if matching:
         require_equal_lengths(x, y, names)
+    if may_hint:  # of features that are right otherwise
+        hints.look_at_lengths(x, names[0])
     return x, y
 
 

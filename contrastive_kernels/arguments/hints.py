@@ -22,11 +22,11 @@ _SHORTEST, _LONGEST = 0.5, 2.0
 
 def look_at_lengths(x: Tensor, name: str) -> None:
     """Warns of features [N, D] that are far from unit length, for losses that are defined on the sphere."""
-    if not _readable(x) or x.dim() != 2 or not x.is_floating_point() or x.numel() == 0:
+    if not _readable(x) or x.numel() == 0:
         return
     unseen.discard("lengths")
-    length = torch.linalg.vector_norm(x.detach()[:_ROWS].float(), dim=1).median().item()
-    if not _SHORTEST <= length <= _LONGEST:
+    length = torch.linalg.vector_norm(x.detach()[:_ROWS].float(), dim=1).nanmedian().item()
+    if length < _SHORTEST or length > _LONGEST:
         warnings.warn(
             f"{name}: rows have a length of about {length:.3g}, and no normalize=True divides them by it; this loss is "
             "usually one of unit vectors (said once)",
