@@ -22,7 +22,7 @@ _SHORTEST, _LONGEST = 0.5, 2.0
 
 def look_at_lengths(x: Tensor, name: str) -> None:
     """Warns of features [N, D] that are far from unit length, for losses that are defined on the sphere."""
-    if not _readable(x) or x.numel() == 0:
+    if not _readable(x) or x.dim() != 2 or not x.is_floating_point() or x.numel() == 0:
         return
     unseen.discard("lengths")
     length = torch.linalg.vector_norm(x.detach()[:_ROWS].float(), dim=1).nanmedian().item()

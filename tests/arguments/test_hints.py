@@ -45,6 +45,15 @@ def test_unit_length_and_normalize_are_silent(name, silent):
     ck.info_nce(10 * X, X, 5.0)  # dot products of any length are usual there
 
 
+def test_padding_and_refused_features_are_silent(silent):
+    """Rows of NaN have no length; what is no matrix is an error of its own, in the first call too."""
+    padded = torch.cat([X, torch.full_like(X, torch.nan)])
+    bias = torch.where(padded.isnan().any(1), -torch.inf, 0.0)
+    ck.clip_loss(padded, padded, 5.0, candidate_bias=bias)
+    with pytest.raises(TypeError, match="image_features"):
+        ck.clip_loss((10 * X).to_sparse(), X, 5.0)
+
+
 @pytest.mark.parametrize("name", [*LOSSES, "info_nce"])
 def test_the_logarithm_of_the_scale(name):
     log_scale = nn.Parameter(torch.tensor(2.66))
