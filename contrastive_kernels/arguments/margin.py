@@ -1,4 +1,4 @@
-"""Scores of given pairs, and the bounds above which a candidate counts as a positive that nobody labelled."""
+"""Bounds above which a candidate counts as a positive that nobody labelled, and the scores of given pairs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import is_number, shown
+from .checks import is_number, shown
+from .pairs import require_one_rank
 
-__all__ = ["Margin", "check_margin", "scores_of", "upper_bounds"]
+__all__ = ["Margin", "check_margin", "check_margin_of_loss", "require_no_margin", "scores_of", "upper_bounds"]
 
 #: An absolute one, or ("relative", m).
 Margin = float | tuple[str, float]
@@ -31,22 +32,34 @@ def check_margin(margin: Any) -> None:
         raise ValueError(f"margin: expected a finite number; got {shown(margin)}")
 
 
-def upper_bounds(x: Tensor, y: Tensor, index: Tensor, margin: Margin, dtype: torch.dtype, memory: int) -> Tensor:
-    """The largest score that a candidate may have [N]; +inf for a row whose positive, in index [N, 1], is -1."""
-    own = scores_of(x, y, index, dtype, memory)[:, 0]
-    bound = own * (1 + float(margin[1])) if isinstance(margin, (tuple, list)) else own + float(margin)
-    return bound.masked_fill(index[:, 0] < 0, torch.inf)
+def require_no_margin(margin: Any, name: str) -> None:
+    """Of members of a loss whose sums over candidates do not know of one."""
+    if margin is not None:
+        raise ValueError(f"margin: expected None with {name}; got {shown(margin)}")
+
+
+def check_margin_of_loss(margin: Any, label_smoothing: float, ranks: object) -> None:
+    """A margin, of a loss whose target lies on the positive alone, in one process."""
+    check_margin(margin)
+    require_one_rank(ranks, "margin")
+    if label_smoothing:
+        require_no_margin(margin, "label_smoothing")
+
+
+def upper_bounds(own: Tensor, margin: Margin) -> Tensor:
+    """The largest score that a candidate may have [N], from the positives' scores [N], or logits for logits."""
+    return own * (1 + float(margin[1])) if isinstance(margin, (tuple, list)) else own + float(margin)
 
 
 def scores_of(x: Tensor, y: Tensor, index: Tensor, dtype: torch.dtype, memory: int) -> Tensor:
     """<x_i, y_p> [N, P] of the documents p in index [N, P], in `dtype`; -inf where it is -1."""
     n, count = index.shape
-    found = torch.full((n, count), -torch.inf, dtype=dtype, device=x.device)
-    if not len(y):
-        return found
+    if not len(y) or not n:
+        return torch.full((n, count), -torch.inf, dtype=dtype, device=x.device)
     rows = max(1, memory // (3 * max(count, 1) * x.shape[1] * dtype.itemsize))
+    found = []
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         partners = y[index[part].clamp(min=0)].to(dtype)  # [rows, P, D]
-        found[part] = (partners * x[part, None].to(dtype)).sum(2).masked_fill_(index[part] < 0, -torch.inf)
-    return found
+        found.append((partners * x[part, None].to(dtype)).sum(2).masked_fill(index[part] < 0, -torch.inf))
+    return torch.cat(found)
