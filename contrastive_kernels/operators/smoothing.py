@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine import strategy
 from ..engine.class_sums import ClassSums, square_norms
 from ..engine.matrix import Problem, ScoreMatrix
 
@@ -42,6 +43,7 @@ class Smoothing:
 
 def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Tensor, *, turned: bool) -> Smoothing:
     """What smoothing adds to the rows (turned: the columns), whose positives have the logits z_pos [N]."""
+    strategy.require_panel(problem.backend(), problem.size())
     counts, sums = _candidates(problem, matrix.params[0], z_pos, turned)
     counts = counts.clamp(min=1)
     each = share / counts
