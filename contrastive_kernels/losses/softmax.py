@@ -31,6 +31,7 @@ from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .module import PAIR_NAMES, SoftmaxLoss
 from .queue import FeatureQueue
+from .scales import check_scales, is_by_row, pairs_with_scales, require_no_corrections, widened
 
 __all__ = ["ClipLoss", "InfoNCELoss", "clip_loss", "info_nce"]
 
@@ -72,7 +73,8 @@ def info_nce(
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A 0-d tensor may require a gradient
-        and is never read by the host.
+        and is never read by the host. One of [N] is every row's own, and may require a gradient, too; 16-bit features
+        are then multiplied in float32.
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]). Several are int64 [N, P], -1 where there are fewer: the loss is the mean over them of the
@@ -182,6 +184,11 @@ def info_nce(
         if margin is not None:
             check_margin_of_loss(margin, label_smoothing, ranks)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
+        if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
+            corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
+            require_no_corrections(logit_scale, weight_fn=weight_fn, **corrections)
+            given = (positive_logits, widened(positive_features, x), *given[2:])
+            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
@@ -214,7 +221,7 @@ def info_nce(
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor],
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
@@ -237,8 +244,10 @@ def clip_loss(
     ----------
     image_features, text_features : Tensor
         Matching rows [N, D] of one dtype and device.
-    logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+    logit_scale : float, Tensor or pair of Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
+        every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
+        The directions are two passes then, and 16-bit features are multiplied in float32.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
         equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
@@ -301,9 +310,17 @@ def clip_loss(
             check_margin_of_loss(margin, label_smoothing, ranks)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
-        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        by_row = isinstance(logit_scale, (tuple, list))
+        if by_row or (isinstance(logit_scale, Tensor) and logit_scale.ndim == 1):
+            by_row = by_row or is_by_row(logit_scale)
+        if by_row:
+            require_one_rank(ranks, "logit_scale of shape [N]")
+        scale, engine = 1.0 if by_row else check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        if by_row:
+            options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+            return pairs_with_scales(problem, logit_scale, candidate_bias, margin, weight, reduction, **options)
         if margin is not None:
             problem = with_margin(problem, margin, both=True)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
@@ -311,7 +328,7 @@ def clip_loss(
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+        options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
@@ -400,7 +417,7 @@ class ClipLoss(SoftmaxLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | Sequence[Tensor],
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
