@@ -35,7 +35,7 @@ from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import PairTerm
 
 #: Panels of thousands of columns, of which the unit matrix is too large.
-LARGE = ("two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart")
+LARGE = ("two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart", "ceilings-biased")
 #: Problem: its losses (None: all of them).
 SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "float32": {
@@ -71,6 +71,10 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "biased-zero-scale": ("info_nce",),
         "ids-panels": ("clip_loss", "nt_xent", "sup_con", "sup_con_inside_wide", "multi_positive_nce"),
         "smoothed": None,
+        "margin": ("info_nce", "clip_loss", "nt_xent", "decomposable_pair"),
+        "margin-panels": ("nt_xent",),
+        "margin-padded": ("info_nce",),
+        "margin-far-apart": ("clip_loss",),
         "smoothed-panels": ("nt_xent",),
         "smoothed-wide": None,
         "n3": ("clip_loss", "nt_xent", "sup_con_wide", "multi_positive_nce_wide"),
@@ -89,12 +93,14 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "rather-stale": None,
         "ids-solved": ("clip_loss", "sigmoid", "sup_con_wide"),
         "smoothed-solved": ("clip_loss",),
+        "margin-dcl": ("clip_loss",),
         "candidate-bias": ("info_nce",),
     },
     "bfloat16": {
         "base": None,
         "nearly-solved": ("info_nce", "sup_con"),
         "wide-panels": ("info_nce",),
+        "margin-relative": ("clip_loss",),
         "d123": ("sigmoid",),
         "t0.001": ("decomposable_pair",),
     },
@@ -284,7 +290,7 @@ def whole() -> list[str]:
     failures = []
     # (ids, biases, smoothing and denominators without the positive are never prepared: the other programs have them)
     usual = [p for p in PROBLEMS if p.ids is None and p.candidate_bias is None and p.include_positive]
-    usual = [p for p in usual if not p.label_smoothing]
+    usual = [p for p in usual if not p.label_smoothing and p.margin is None]
     for number, problem in enumerate(p for p in usual if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
         for dtype in (torch.float32, torch.bfloat16):
             inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]

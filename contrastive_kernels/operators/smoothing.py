@@ -54,7 +54,7 @@ def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Ten
 def _candidates(problem: Problem, scale: Tensor, z_pos: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
     """How many candidates every row has [N], and the sum of their logits [N], both in float64."""
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
-    bias, row_ids, col_ids = problem.pairs.tensors
+    bias, row_ids, col_ids = problem.pairs.tensors[:3]
     if turned:
         row_ids, col_ids = col_ids, row_ids
     there = torch.ones(y.shape[0], dtype=z_pos.dtype, device=y.device)
