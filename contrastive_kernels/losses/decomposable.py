@@ -104,7 +104,7 @@ def decomposable(
     margin : float or ("relative", float), optional
         As in :func:`info_nce`; with two directions, in each by its own positive.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     generator : torch.Generator, optional
         Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
         generators: leave this None there, or backward raises.

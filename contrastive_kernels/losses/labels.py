@@ -60,7 +60,7 @@ def sup_con(
         Where the mean over a row's positives stands. "outside" of the logarithm: the log-sum-exp over all candidates
         less the mean of the positives' logits. "inside": the negative logarithm of the positives' mean probability.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "none" gives [N]. A row without positives has loss 0, and is left out of the mean; the mean of no rows is 0.
     normalize, backend, workspace_bytes

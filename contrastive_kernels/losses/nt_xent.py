@@ -75,7 +75,7 @@ def nt_xent(
     weight_fn : callable, optional
         As in :func:`info_nce` (DCLW): called with ``z1`` and ``z2``, and with ``z2`` and ``z1``.
     weight : Tensor, optional
-        Weights of the samples [N], not differentiated; each serves both views.
+        Weights of the samples [N], not differentiated; of either sign. Each serves both views.
     reduction : {"mean", "sum", "none"}
         "none" gives [2N], the views of ``z1`` first. The mean of no views is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven

@@ -83,7 +83,7 @@ def info_nce(
     positive_logits, positive_features : Tensor, optional
         The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
-        [N], -1 for none). Differentiable.
+        [N], -1 for none). Differentiable; a logit of -inf gives an infinite loss, and no gradient of its own.
     queue : FeatureQueue, optional
         Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
@@ -116,7 +116,7 @@ def info_nce(
         Negatives weigh exp(hardness_beta * logit) more in their mean exponential; it goes with ``debiased``. Twice the
         products, in float32 of 16-bit features.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign, for the loss is linear in them.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize : bool
@@ -260,7 +260,7 @@ def clip_loss(
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
-        Weights of the pairs [N], not differentiated.
+        Weights of the pairs [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "none" gives every pair's mean of both directions. The mean of no pairs is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
