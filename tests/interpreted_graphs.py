@@ -1,4 +1,4 @@
-"""What tests/interpreted.py asks of autograd: graphs that are kept, saved tensors elsewhere, dtypes of scale and bias."""
+"""What tests/interpreted.py asks of autograd: graphs that are kept, saved tensors elsewhere, dtypes of scalars."""
 
 from __future__ import annotations
 
