@@ -115,21 +115,15 @@ class _OverRanks(torch.autograd.Function):
 
 def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
     """Value and gradients of a whole batch by the operator of one process, if there is one."""
-    names = ("x", "y", "scale", "bias")
-    leaves: dict[str, Any] = {
-        name: value.detach().requires_grad_(need) if isinstance(value := getattr(problem, name), Tensor) else value
-        for name, need in zip(names, work.needs)
-    }
-    with torch.enable_grad():
-        loss = work.rule.alone(replace(problem, **leaves), gain if work.weighted else None, work.reduction)
-    if loss is None:
+    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4])
+    if found is None:
         return None
-    wanted = [leaves[name] for name, need in zip(names, work.needs) if need]
-    found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-    dx, dy, dscale, dbias = (next(found) if need else None for need in work.needs[:4])
+    loss, (dx, dy, dscale, dbias) = found
+    if dscale is None and dbias is None:
+        return loss, Made(dx, dy, None)
     zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
     dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
-    return loss.detach(), Made(dx, dy, dparams)
+    return loss, Made(dx, dy, dparams)
 
 
 def _rounded(made: Made, problem: Problem) -> Made:
@@ -139,7 +133,6 @@ def _rounded(made: Made, problem: Problem) -> Made:
     return Made(dx, dy, made.dparams, extras=made.extras)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def over_ranks(
     rule: Rule,
     ranks: Ranks,
@@ -171,6 +164,22 @@ def over_ranks(
     repeats : int
         Rows that a weight serves.
     """
+    # (a graph break; its wrapper takes as long as all else that is done before the first message)
+    call_it = _apart if torch.compiler.is_compiling() else _over_ranks
+    loss: Tensor = call_it(rule, ranks, call, problem, weight, reduction, about, repeats)
+    return loss
+
+
+def _over_ranks(
+    rule: Rule,
+    ranks: Ranks,
+    call: str,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    about: tuple[tuple[str, Any], ...],
+    repeats: int,
+) -> Tensor:
     x, y = problem.x, problem.y
     tensors = (x, None if rule.mirrored else y, problem.scale, problem.bias, *rule.extras)
     grad = torch.is_grad_enabled()
@@ -188,6 +197,9 @@ def over_ranks(
     )
     rule.keep(shared, route)
     return loss
+
+
+_apart = torch.compiler.disable(_over_ranks)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -105,9 +106,15 @@ class Replicated(Route):
             pairs=Pairs.of((None, found.get("row_ids"), found.get("col_ids"))),
         )
         self.rule = rule.of([tensor for name, tensor in found.items() if name.startswith("rule ")])
-        whole = Own(self.problem, rule.term, rule.mirrored)
-        out = (0, None) if aligned and not rule.mirrored else (None, whole.excluded())
-        self._block = Block(whole, x, self.problem.y, self.problem.pairs.leaving_out(*out), keeps=keeps)
+        self._aligned, self._mirrored, self._keeps = aligned, rule.mirrored, keeps
+
+    @cached_property
+    def _block(self) -> Block:
+        """The whole matrix, for losses that no operator of one process computes."""
+        whole = Own(self.problem, self.rule.term, self._mirrored)
+        out = (0, None) if self._aligned and not self._mirrored else (None, whole.excluded())
+        pairs = self.problem.pairs.leaving_out(*out)
+        return Block(whole, self.problem.x, self.problem.y, pairs, keeps=self._keeps)
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states of all rows and columns."""
