@@ -248,11 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.integrations:
-        others = set(vars(args)) - {"integrations", "quick", "rounds", "threads"}
+        others = set(vars(args)) - {"integrations", "quick", "rounds", "threads", "json", "plot"}
         if given := [name for name in sorted(others) if getattr(args, name)]:
-            parser.error(f"--integrations: expected --quick, --rounds, --threads alone; got {given}")
+            parser.error(f"--integrations: expected --quick, --rounds, --threads, --json, --plot alone; got {given}")
         _warn_of_load(torch.get_num_threads(), console)
-        return integrations.run(console, args.rounds or (1 if args.quick else 7), args.quick)
+        return integrations.run(console, args.rounds or (1 if args.quick else 7), args.quick, args.json, args.plot)
     try:
         timed, remembered = _choose(args)
     except ValueError as error:

@@ -79,7 +79,7 @@ def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor) -> Pairs:
     """
     if ids is not None and not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected None or a tensor of the samples' ids [N]; got {type(ids).__name__}")
-    bias, of_views, _ = pairs_of(ids, candidate_bias, x, x).tensors
+    bias, of_views, *_ = pairs_of(ids, candidate_bias, x, x).tensors
     if of_views is not None:
         of_views = of_views.repeat(2)
     elif bias is not None:

@@ -22,6 +22,7 @@ from ..arguments.checks import (
     is_shared,
     require_equal_lengths,
 )
+from ..arguments.margin import Margin, check_margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
@@ -32,6 +33,7 @@ from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infini
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
 from ..panels.pairs import EVERY_PAIR
+from .ceilings import with_margin
 from .module import Loss
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -50,6 +52,7 @@ def decomposable(
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -96,6 +99,8 @@ def decomposable(
         As in :func:`info_nce`; with two directions they are left out of both.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, for one direction.
+    margin : float or ("relative", float), optional
+        As in :func:`info_nce`; with two directions, in each by its own positive.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated.
     generator : torch.Generator, optional
@@ -118,6 +123,8 @@ def decomposable(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for biases and a margin.
 
     Notes
     -----
@@ -144,6 +151,8 @@ def decomposable(
     try:
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, 0.0, ranks)
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
@@ -161,6 +170,9 @@ def decomposable(
                 )
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        if margin is not None:
+            given = [logit for _, logit in sides]
+            problem = with_margin(problem, margin, both=len(sides) == 2, logits=given)
         gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
@@ -292,6 +304,8 @@ class DecomposableLoss(Loss):
         c and k of Z_i = c + k * sum over negatives.
     return_log_normalizer : bool
         Also return the batch's own log Z.
+    margin : float or ("relative", float), optional
+        As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
     normalize : bool
@@ -318,15 +332,18 @@ class DecomposableLoss(Loss):
         positive_constant: float = 1.0,
         negative_scale: float = 1.0,
         return_log_normalizer: bool = False,
+        margin: Margin | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         shape, positive_constant, negative_scale = _check_rule(shape, positive_constant, negative_scale)
+        check_margin(margin)
         self.options.update(
             shape=shape,
             positive_constant=positive_constant,
             negative_scale=negative_scale,
             return_log_normalizer=check_flag(return_log_normalizer, "return_log_normalizer"),
+            margin=margin,
         )
 
     def forward(

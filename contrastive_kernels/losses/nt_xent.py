@@ -15,6 +15,7 @@ from ..arguments.checks import (
     check_scale,
     is_shared,
 )
+from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of_samples, require_alone, require_one_rank
 from ..arguments.reduction import gains_or_weights
@@ -25,6 +26,7 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import views_with_biases
+from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .module import SoftmaxLoss
 
@@ -38,6 +40,7 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight_fn: WeightFunction | None = None,
@@ -64,6 +67,8 @@ def nt_xent(
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N]; each serves both views. The matrix is not symmetric then: twice the
         products.
+    margin : float or ("relative", float), optional
+        As in :func:`info_nce`, of every view by its own positive, the sample's other view.
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight_fn : callable, optional
@@ -84,6 +89,8 @@ def nt_xent(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for biases, a margin, smoothing and weights of positives.
 
     Notes
     -----
@@ -112,7 +119,10 @@ def nt_xent(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, label_smoothing, ranks)
         if weight_fn is not None:
+            require_no_margin(margin, "weight_fn")
             require_one_rank(ranks, "weight_fn")
             if candidate_bias is not None:
                 raise ValueError("weight_fn: expected None with candidate_bias; got a function")
@@ -130,6 +140,8 @@ def nt_xent(
     mirrored = ranks is None and not pairs.adds
     offset = n if mirrored else None
     problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
+    if margin is not None:
+        problem = with_margin(problem, margin)
     if ranks is not None:
         rule = Softmax(mirrored=True, include_positive=include_positive)
         about = (*rule.about, ("normalize", normalize))
@@ -151,7 +163,7 @@ class NTXentLoss(SoftmaxLoss):
         "none" gives the views' losses [2N].
     weight_fn
         As in :func:`contrastive_kernels.nt_xent`.
-    include_positive, label_smoothing, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.

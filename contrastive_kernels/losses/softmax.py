@@ -16,6 +16,7 @@ from ..arguments.checks import (
     check_scale,
     is_shared,
 )
+from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, require_alone, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
@@ -26,6 +27,7 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
+from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .module import PAIR_NAMES, SoftmaxLoss
 from .queue import FeatureQueue
@@ -44,6 +46,7 @@ def info_nce(
     queue: FeatureQueue | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight_fn: WeightFunction | None = None,
@@ -89,6 +92,12 @@ def info_nce(
         Added to the logits of the candidates [M], the positives' too: -log q of a candidate drawn with probability q,
         say. It may require a gradient. A candidate of -inf is padding: its features are not used, not even if they are
         NaN, and a row whose own positive is padding is left out of the mean; its loss is 0.
+    margin : float or ("relative", float), optional
+        Candidates that score too high to be negatives are left out: those whose logit exceeds the positive's by more
+        than ``margin``; with ("relative", m), whose dot product exceeds 1 + m times the positive's (at a positive
+        scale). What ``candidate_bias`` adds does not count here. The positive itself always counts, and the choice has
+        no gradient. At the margin itself a candidate counts, as far as rounding can tell: with a margin of 0 a copy of
+        the positive lies there, and may count in one row and not in another; ``ids`` tell copies for certain.
     include_positive : bool
         False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
         positive's logit (DCL), which may be negative, and 0 for a row without negatives.
@@ -137,7 +146,8 @@ def info_nce(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for several positives and those that are no candidates, a queue and corrections.
+        Over the ranks of a group, for several positives and those that are no candidates, a queue, a margin and
+        corrections.
 
     Notes
     -----
@@ -169,6 +179,8 @@ def info_nce(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, label_smoothing, ranks)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
@@ -180,13 +192,15 @@ def info_nce(
                 )
             of_ids = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
             problem = Problem(x, y, scale, pairs=of_ids, engine=engine)
-            options = (candidate_bias, weight, reduction, include_positive, normalize)
+            options = (candidate_bias, weight, reduction, include_positive, normalize, margin)
             return composed(problem, positives, members, *options)
         index, offset = check_positives(positives, x, y)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        if margin is not None:
+            problem = with_margin(problem, margin)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
@@ -204,6 +218,7 @@ def clip_loss(
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -230,6 +245,9 @@ def clip_loss(
     candidate_bias : Tensor or pair of Tensor, optional
         As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
         one tensor of both. The directions are two passes then: twice the products.
+    margin : float or ("relative", float), optional
+        As in :func:`info_nce`, in each direction by its own positive: a text may be too close to an image to be its
+        negative, while the image is one of the text's.
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
@@ -248,6 +266,8 @@ def clip_loss(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for biases, a margin and smoothing.
 
     Notes
     -----
@@ -277,11 +297,15 @@ def clip_loss(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, label_smoothing, ranks)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        if margin is not None:
+            problem = with_margin(problem, margin, both=True)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
@@ -306,7 +330,7 @@ class InfoNCELoss(SoftmaxLoss):
         As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    include_positive, label_smoothing, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -358,7 +382,7 @@ class ClipLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    include_positive, label_smoothing, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.

@@ -29,8 +29,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("name, dtype, backend", CASES, indirect=["backend"])
+#: Logits of 1e4 that differ by one: rounding decides which lie above a margin.
+PAIRS = [(*case, member) for case in CASES for member in MEMBERS if case[0] != "common-100" or "margin" not in member]
+
+
+@pytest.mark.parametrize("name, dtype, backend, member", PAIRS, indirect=["backend"])
 def test_value_and_gradients(name, member, dtype, backend):
     dtype = DTYPES[dtype]
     inputs = make_inputs(BY_NAME[name], dtype)
