@@ -2,7 +2,7 @@
 # Another Python: make PYTHON=/path/to/python3 test. Another torch: pip's own settings (PIP_FIND_LINKS, PIP_INDEX_URL).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations fuzz sanitize soak offline lint bench wheel gpu clean
+.PHONY: help demo test test-integrations thorough fuzz sanitize soak offline lint bench wheel gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -36,6 +36,9 @@ test-integrations: $(VENV)/.with-test $(VENV)/.with-integrations $(VENV)/.extens
 
 # The long forms of what make test does in seconds. One process: several of them may run side by side.
 LONG := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -p no:cacheprovider -q -s
+
+thorough: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## make test with every loss of every problem everywhere
+	THOROUGH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.with-dev $(VENV)/.extension  ## random problems against the float64 definitions; FUZZ_SECONDS=3600
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(LONG) tests/fuzz

@@ -5,9 +5,12 @@ The loss alone, forward and backward, at sizes that are usual in each library; c
 
 from __future__ import annotations
 
+import datetime
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 
 from . import memory
 from .measure import Work, interleave, warm_up
+from .plot import plot_ratios
 from .report import milliseconds
-from .results import describe_machine
+from .results import Row, commit, describe_machine
 from .structures import make_features
 
 __all__ = ["Comparison", "comparisons", "run"]
@@ -134,8 +138,8 @@ def _columns(comparison: Comparison, n: int) -> list[Tensor]:
     return [x, y, *(y.roll(k, 0).clone() for k in range(1, comparison.columns - 1))]
 
 
-def _measured(comparison: Comparison, rounds: int) -> Iterator[str]:
-    """The cells of a row."""
+def _measured(comparison: Comparison, rounds: int) -> Row:
+    """What is found: an error, or seconds and bytes of both."""
     columns = _columns(comparison, comparison.n)
     losses = [comparison.make(module) for module in _modules(comparison)]
     # in float64: in float32 the value of a nearly solved batch has no digits in common
@@ -143,28 +147,36 @@ def _measured(comparison: Comparison, rounds: int) -> Iterator[str]:
     pairs = zip(*(_step(loss, few) for loss in losses), strict=True)
     error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
     if error > TOLERANCE:
-        yield from ("wrong", f"{error:.1e}", "", "", "")
-        return
+        return {"error": error}
     works = [Work(lambda loss=loss: _step(loss, columns), "cpu") for loss in losses]  # type: ignore[misc]
     for work in works:
         warm_up(work)
     interleave(works, rounds)
-    ours, theirs = (work.best for work in works)
-    yield from (milliseconds(ours), milliseconds(theirs), f"{theirs / ours:.2f}x")
+    found: Row = {"seconds": [work.best for work in works]}
     if memory.why_not("cpu") is None:
-        for loss in losses:
-            peak, _ = memory.peak_of(lambda loss=loss: sum(g.nbytes for g in _step(loss, columns)))  # type: ignore[misc]
-            yield f"{max(peak, 0) / MIB:.1f}"
-    else:
-        yield from ("", "")
+        peaks = [
+            memory.peak_of(lambda loss=loss: sum(g.nbytes for g in _step(loss, columns)))[0]  # type: ignore[misc]
+            for loss in losses
+        ]
+        found["bytes"] = [max(peak, 0) for peak in peaks]
+    return found
 
 
-def run(console: Console, rounds: int, quick: bool) -> int:
-    """The command; 1 where ours is wrong."""
-    table = Table(title=f"float32, forward and backward; {describe_machine('cpu')}", title_justify="left")
+def _cells(row: Row) -> list[str]:
+    if "error" in row:
+        return ["wrong", f"{row['error']:.1e}", "", "", ""]
+    ours, theirs = row["seconds"]
+    memories = [f"{size / MIB:.1f}" for size in row["bytes"]] if "bytes" in row else ["", ""]
+    return [milliseconds(ours), milliseconds(theirs), f"{theirs / ours:.2f}x", *memories]
+
+
+def run(console: Console, rounds: int, quick: bool, stored: Path | None = None, folder: Path | None = None) -> int:
+    """The command; 1 where ours is wrong. Rows replace those of a JSON file, a plot goes into a folder."""
+    machine = describe_machine("cpu")
+    table = Table(title=f"float32, forward and backward; {machine}; commit {commit()}", title_justify="left")
     for name in ("", "ours, ms", "theirs, ms", "faster", "ours, MiB", "theirs, MiB"):
         table.add_column(name, justify="left" if not name else "right")
-    wrong, missing = False, dict[str, str]()
+    rows, missing = list[Row](), dict[str, str]()
     for comparison in comparisons(quick):
         if comparison.library in missing:
             continue
@@ -173,10 +185,22 @@ def run(console: Console, rounds: int, quick: bool) -> int:
         except (ImportError, RuntimeError) as error:  # (a library may fail in its own way)
             missing[comparison.library] = str(error).splitlines()[0]
             continue
-        cells = list(_measured(comparison, rounds))
-        wrong |= cells[0] == "wrong"
-        table.add_row(comparison.title, *cells)
+        rows.append({"title": comparison.title, **_measured(comparison, rounds)})
+        table.add_row(comparison.title, *_cells(rows[-1]))
     console.print(table)
     for library, reason in missing.items():
         console.print(f"{library} is left out: {reason}", highlight=False)
-    return int(wrong)
+    if stored is not None:
+        about = {
+            "machine": machine,
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        lines = ",\n".join(json.dumps({**row, **about}) for row in rows)
+        stored.write_text(f"[\n{lines}\n]\n")
+    if folder is not None:
+        right = [(row["title"], row["seconds"][1] / row["seconds"][0]) for row in rows if "seconds" in row]
+        path = plot_ratios(right, f"{machine}, commit {commit()}", folder / "integrations.png")
+        console.print(f"wrote {path}", highlight=False)
+    return int(any("error" in row for row in rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from .cases import MODES
 from .report import provider_name
 from .results import Row
 
-__all__ = ["plot"]
+__all__ = ["plot", "plot_ratios"]
 
 #: One figure per value of these.
 FIGURE = ("loss", "d", "dtype", "device", "learnable_scale", "frozen_y")
@@ -107,3 +107,29 @@ def _style(name: str, names: list[str]) -> dict[str, Any]:
     peers = [other for other in names if other not in ours and other != "GEMM floor"]
     k = peers.index(name)
     return {"color": PEERS[k % len(PEERS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 4.5, "linewidth": 1.2}
+
+
+def plot_ratios(ratios: Sequence[tuple[str, float]], where: str, path: Path) -> Path:
+    """How many times as fast each is, on one logarithmic axis; writes the picture and returns its path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 0.6 + 0.24 * len(ratios)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(ratios), 0, -1)
+    axes.hlines(places, 1.0, [ratio for _, ratio in ratios], color="0.85", linewidth=3)
+    axes.plot([ratio for _, ratio in ratios], places, "o", color=OURS[0])
+    for place, (_, ratio) in zip(places, ratios, strict=True):
+        axes.annotate(f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.0f}x", (ratio, place), (7, -3),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min([0.8, *(0.8 * ratio for _, ratio in ratios)]), 2 * max([1.0, *(ratio for _, ratio in ratios)]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(places, [name for name, _ in ratios], fontsize=8)
+    axes.set_xlabel("times as fast as the library's own loss", fontsize=9)
+    axes.set_title(where, fontsize=8, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

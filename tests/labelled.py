@@ -27,7 +27,7 @@ ONE_SET = tuple(name for name in LABELLED if not name.endswith("_wide"))
 
 def fits(problem: Problem, loss: str) -> bool:
     """Whether a problem says nothing that these losses do not know."""
-    said = problem.positives, problem.candidate_bias, problem.block, problem.bias == -10.0 or None
+    said = problem.positives, problem.candidate_bias, problem.margin, problem.block, problem.bias == -10.0 or None
     if any(value is not None for value in said) or problem.decomposable or problem.staleness:
         return False
     square = problem.m is None or problem.m == problem.n

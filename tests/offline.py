@@ -198,10 +198,11 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
 
 
 def _pointers_of_labels(case: Case) -> dict[str, str | None]:
+    ceilings: dict[str, str | None] = dict.fromkeys(("row_ceiling_ptr", "col_ceiling_ptr"))
     names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
     if not case.labels:
-        return dict.fromkeys(names)
-    return dict(zip(names, ("i64", "i64", "fp32", "fp32" if case.two_sided else None)))
+        return dict.fromkeys(names) | ceilings
+    return dict(zip(names, ("i64", "i64", "fp32", "fp32" if case.two_sided else None))) | ceilings
 
 
 def compile_merge(capability: int, term: str) -> Compiled:

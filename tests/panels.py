@@ -59,7 +59,7 @@ class Case:
     def __init__(
         self, rows, cols, *, spread=1.0, excluded=0, diagonal=None, first_row=0, first_column=0, params=(1.3, 0.0, 0.0),
         sides="both", deep=False, stale=0.0, level=0.0, biased=False, ids=0, equal_ids=0,
-        targets=False,
+        targets=False, capped="",
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
@@ -82,12 +82,14 @@ class Case:
         self.pairs = Pairs(diagonal, left_out, col_bias, row_ids, col_ids, first_row, first_column, equal_ids)
         self.gains = normal(rows), normal(cols)
         self.targets = (normal(2, rows), normal(2, cols)) if targets else (None, None)
+        of_rows, of_cols = (self._ceilings(dim) if side in capped else None for dim, side in ((1, "rows"), (0, "cols")))
+        self.pairs = self.pairs._replace(row_ceiling=of_rows, col_ceiling=of_cols)
         # near the log-sums, as they are in use
-        z = self.logits()
         self.normalizers = tuple(
             split((torch.logsumexp(z, dim) + 0.5 * normal(n) - stale).nan_to_num(neginf=0.0), z.amax(dim))
-            for dim, n in ((1, rows), (0, cols))
+            for z, dim, n in ((self.logits(1), 1, rows), (self.logits(0), 0, cols))
         )
+        z = self.logits()
         finite = z[z.isfinite()]
         # what an exponent's rounding goes by: not how large logits are, but how far from the normaliser
         size = (finite - (level * params[0] + params[1])).abs().max().item() if finite.numel() else 0.0
@@ -114,11 +116,27 @@ class Case:
             return torch.zeros(self.scores.shape, dtype=torch.bool)
         return self.pairs.row_ids[:, None] == self.pairs.col_ids
 
-    def logits(self, signed=False):
+    def _ceilings(self, dim):
+        """Between two of a row's (column's) scaled scores, as far from both as can be; of some +inf, of some -inf."""
+        ordered = (self.scores * torch.tensor(self.params[0])).sort(dim).values.movedim(dim, 0)
+        n = max(len(ordered) - 1, 1)
+        place = n * 3 // 4 + torch.arange(ordered.shape[1]) % (n - n * 3 // 4)
+        high = ordered.gather(0, place.clamp(max=len(ordered) - 1)[None])[0]
+        low = ordered.gather(0, (place - 1).clamp(min=0)[None])[0]
+        ceilings = (high + low) / 2
+        ceilings[3::7], ceilings[5::11] = torch.inf, -torch.inf
+        return ceilings
+
+    def logits(self, dim=None, signed=False):
         """z in float64 of what a backend makes in float32: scale * score is exact in it; excluded pairs at -inf.
 
-        Pairs of equal ids are among these or, if `signed`, have -z.
+        Pairs of equal ids are among these or, if `signed`, have -z. dim 1: those above the rows' ceilings are among
+        them; 0: above the columns'.
         """
+        ceiling = self.pairs.row_ceiling if dim else self.pairs.col_ceiling
+        if dim is not None and ceiling is not None:
+            too_high = self.scores * torch.tensor(self.params[0]) > ceiling.unsqueeze(dim)
+            return self.logits().masked_fill(too_high, -torch.inf)
         z = self.scores.double() * torch.tensor(self.params[0]).double() + torch.tensor(self.params[1]).double()
         if self.pairs.col_bias is not None:
             z = z + self.pairs.col_bias.double()
@@ -186,6 +204,16 @@ CASES = {
     "targets-far-apart": lambda: Case(65, 131, ids=3, equal_ids=ALIKE_COUNT, targets=True, spread=90.0, excluded=1),
     "targets-of-rows": lambda: Case(66, 2051, ids=3, equal_ids=ALIKE_COUNT, targets=True, sides="rows", biased=True),
     "targets-of-cols": lambda: Case(130, 264, ids=3, equal_ids=ALIKE_COUNT, targets=True, sides="cols"),
+    # pairs too high to count, of a row, of a column, or of both
+    "ceilings": lambda: Case(65, 131, capped="rows, cols", excluded=1, diagonal=3),
+    "ceilings-far-apart": lambda: Case(65, 131, capped="rows, cols", spread=90.0),
+    "ceilings-very-far-apart": lambda: Case(40, 70, capped="rows, cols", spread=3000.0),
+    "ceilings-deep": lambda: Case(130, 264, capped="rows, cols", spread=12.0, deep=True, ids=4, first_column=-9),
+    "ceilings-biased": lambda: Case(66, 2051, capped="rows", sides="rows", biased=True, params=(-0.7, 11.0, 0.0)),
+    "ceilings-of-cols": lambda: Case(130, 264, capped="cols", sides="cols", ids=9),
+    "ceilings-of-one-side": lambda: Case(65, 70, capped="cols", diagonal=0),
+    "ceilings-high": lambda: Case(65, 131, capped="rows, cols", level=1e4, params=(1.0, 0.0, 1e4)),
+    "ceilings-stale": lambda: Case(65, 131, capped="rows, cols", stale=60.0, spread=90.0),
 }
 
 
@@ -198,7 +226,7 @@ def start_states(case):
     """Neutral states; states of earlier panels, some higher and some lower than this one's."""
     rows, cols = case.scores.shape
     neutral, earlier = [], []
-    for n, z, dim in ((rows, case.logits(), 1), (cols, case.logits(), 0)):
+    for n, z, dim in ((rows, case.logits(1), 1), (cols, case.logits(0), 0)):
         neutral.append(torch.stack([torch.full((n,), -torch.inf), torch.zeros(n)]))
         level = torch.logsumexp(z, dim).float().nan_to_num(neginf=0.0) + 4 * torch.linspace(-1, 1, n)
         earlier.append(torch.stack([level, torch.linspace(0.5, 2, n)]))
@@ -221,8 +249,8 @@ def weights_in_float64(case):
     """dL/dz [R, C], and the size of what it is the sum of."""
     z = case.logits()
     row_normalizer, col_normalizer = (pair.double().sum(0) for pair in case.normalizers)
-    row = case.gains[0].double()[:, None] * torch.exp(z - row_normalizer[:, None]) * case.use[0]
-    col = case.gains[1].double() * torch.exp(z - col_normalizer) * case.use[1]
+    row = case.gains[0].double()[:, None] * torch.exp(case.logits(1) - row_normalizer[:, None]) * case.use[0]
+    col = case.gains[1].double() * torch.exp(case.logits(0) - col_normalizer) * case.use[1]
     weights, size = row + col, row.abs() + col.abs()
     counts, alike = z > -torch.inf, case.alike()
     for target, used, dim in zip(case.targets, case.use, (2, 1)):

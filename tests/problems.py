@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import labelled
 import torch
 from made import biases_of, features_of, ids_of, lay_out, weights_of
+from margins import margin_of
+from outcomes import Outcome, smallest_workspace
 from torch import Tensor
 
 import contrastive_kernels
@@ -25,6 +26,8 @@ PAIRED = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair")
 DECOMPOSABLE = ("decomposable", "decomposable_pair")
 ALL = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
 
+#: Those that take a margin.
+RATIOS = (*SOFTMAX, *DECOMPOSABLE)
 #: Those that take biases of candidates.
 BIASED = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable")
 
@@ -64,6 +67,8 @@ class Problem:
     ids: str | None = None
     #: None, or what is added to the candidates' logits: "normal", or "padded" (-inf among them)
     candidate_bias: str | None = None
+    #: a number or ("relative", number), moved so that no candidate lies at it: see `margin_of`
+    margin: Any = None
     #: of a softmax loss: the denominator has the positive
     include_positive: bool = True
     #: of a softmax loss
@@ -110,6 +115,7 @@ class Inputs:
     weight: Tensor | None = None
     ids: tuple[Tensor, Tensor] | None = None
     candidate_bias: Tensor | None = None
+    margin: Any = None
     log_normalizer: tuple[Tensor, Tensor] | None = None
     positive_logits: tuple[Tensor, Tensor] | None = None
     decomposable: dict[str, Any] = field(default_factory=dict)
@@ -125,6 +131,8 @@ class Inputs:
             options["label_smoothing"] = self.problem.label_smoothing
         if self.ids is not None:
             options["ids"] = self.ids[0] if loss == "nt_xent" else self.ids
+        if self.margin is not None:
+            options["margin"] = self.margin
         if not self.problem.include_positive:
             options["include_positive"] = False
         if self.candidate_bias is not None:
@@ -273,6 +281,26 @@ PROBLEMS = (
             include_positive=False, losses=SOFTMAX, **COMMON),
     Problem("dcl-padded", "with biases of the candidates, and padding",
             n=130, include_positive=False, candidate_bias="padded", losses=SOFTMAX),
+    # candidates above the positive are left out
+    Problem("margin", "of rows and of columns, each by its own positive", margin=-4.0, losses=RATIOS),
+    Problem("margin-relative", "by dot products", n=130, margin=("relative", -0.6), weight="sparse", losses=RATIOS),
+    Problem("margin-panels", "across panels, beside ids", n=257, ids="shared", margin=-4.0, small_panels=True,
+            losses=RATIOS),
+    Problem("margin-band", "in bands", n=550, d=16, margin=-3.0,
+            losses=("info_nce", "clip_loss", "decomposable_pair")),
+    Problem("margin-kept", "with kept scores", n=257, d=1000, margin=-6.0, workspace_bytes=16 * 257**2,
+            losses=("info_nce", "clip_loss")),
+    Problem("margin-index", "positives anywhere", n=130, m=33, positives="index", margin=-2.0, losses=ONE_WAY),
+    Problem("margin-dcl", "no positive in the denominator either", n=130, margin=-5.0, include_positive=False,
+            losses=SOFTMAX),
+    Problem("margin-padded", "biases do not count for it", n=130, margin=-4.0, candidate_bias="padded",
+            losses=("info_nce", "clip_loss", "nt_xent", "decomposable")),
+    Problem("margin-far-apart", "normalisers far apart", n=33, scale=1.0, margin=("relative", 0.1),
+            features="outliers", losses=RATIOS),
+    Problem("margin-common", "logits of 1e4 that differ by one", n=7, features="shifted", length=100.0, margin=-1.0,
+            losses=RATIOS, **COMMON),
+    Problem("margin-alone", "all are left out: 0", n=33, margin=-1e6, losses=SOFTMAX),
+    Problem("margin-block", "above given logits", block="some", m=33, margin=-9.0, losses=("decomposable",)),
     Problem("dcl-alone", "no negatives: 0", n=5, include_positive=False, ids="equal", losses=SOFTMAX),
     # a share of the target lies on all candidates
     Problem("smoothed", "in one call of a backend without it", label_smoothing=0.1, losses=SOFTMAX),
@@ -334,6 +362,8 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
         if problem.block == "some":
             index = torch.arange(n)
             inputs.positives = torch.where(index < m, index, -1)
+    if problem.margin is not None:
+        inputs.margin = margin_of(inputs)
     if set(problem.losses) & set(DECOMPOSABLE):
         inputs.log_normalizer = _normalizers(problem, inputs, g)
     return inputs
@@ -350,23 +380,6 @@ def _normalizers(problem: Problem, inputs: Inputs, g: torch.Generator) -> tuple[
     noise = [0.3 * bool(problem.staleness) * torch.randn(len(v), generator=g) for v in (rows, cols)]
     made = [(v + problem.staleness + e).to(inputs.scale.dtype) for v, e in zip((rows, cols), noise)]
     return tuple(v.masked_fill(v == -math.inf, 0.0) for v in made)
-
-
-@dataclass
-class Outcome:
-    """A value and its gradients by argument, None where there is none."""
-
-    value: Tensor
-    gradients: dict[str, Tensor | None]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The value, or the gradient of this name."""
-        return self.value if name == "value" else self.gradients[name]
-
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> Outcome:
-        """The same with `function` applied to the value and to the gradients that there are."""
-        gradients = {name: None if g is None else function(name, g) for name, g in self.gradients.items()}
-        return Outcome(function("value", self.value), gradients)
 
 
 #: The arguments that a loss has gradients to.
@@ -426,18 +439,3 @@ def smallest_panels(inputs: Inputs, loss: str, backend: str) -> dict[str, Any]:
             lambda size: run(contrastive_kernels, inputs, loss, dtype, backend=backend, workspace_bytes=size)
         )
     }
-
-
-def smallest_workspace(call: Callable[[int], Any]) -> int:
-    """The smallest number of bytes that `call` (forward and backward) accepts, as its own refusals tell it."""
-    size = 1
-    while True:
-        try:
-            call(size)
-        except ValueError as error:
-            words = str(error).replace(",", "").split()
-            needed = next(int(word) for word in words if word.isdigit())
-            assert words[0] == "workspace_bytes:" and needed > size, error
-            size = needed
-        else:
-            return size

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .pair_terms import LOG2_E, NEVER, PairTerm, exp, exp2, multiply_add
-from .pairs import leave_out_alike, offsets, with_columns
+from .pairs import below, leave_out_alike, offsets, with_columns
 
 __all__ = ["EXPONENTIAL"]
 
@@ -102,7 +102,7 @@ def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, ids, referred, scale, bias,
+    scores, pairs, of_cols, ids, ceilings, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     scores = leave_out_alike(scores, NEVER, pairs, ids)
@@ -112,6 +112,11 @@ def _usual(
         shift, slope, offset, unit, row_gain, col_gain = referred
     else:
         highest = with_columns(scores, scale, pairs, of_cols)
+        if ROW and COL:
+            by_row = below(highest, NEVER, scores, scale, pairs, ceilings, True)
+            highest = tl.maximum(by_row, below(highest, NEVER, scores, scale, pairs, ceilings, False))
+        else:
+            highest = below(highest, NEVER, scores, scale, pairs, ceilings, ROW)
         shift = tl.max(tl.max(highest, 1), 0) * scale + bias
         slope, offset, unit = _line(scale, bias, shift)
     e = exp2(multiply_add(scores, slope, offsets(-offset, pairs, of_cols)))
@@ -119,17 +124,22 @@ def _usual(
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
     col_sum = cols
+    by_row = below(e, 0.0, scores, scale, pairs, ceilings, True)  # (far above, it may be infinite)
+    by_col = below(e, 0.0, scores, scale, pairs, ceilings, False)
     if STATISTICS and ROW:
-        row_sum = tl.sum(e, 1) * unit
+        row_sum = tl.sum(by_row, 1) * unit
     if STATISTICS and COL:
-        col_sum = tl.sum(e, 0) * unit
+        col_sum = tl.sum(by_col, 0) * unit
     w = e
     if ROW and COL:
-        w = e * (row_gain[:, None] + col_gain[None, :])
+        if pairs[11] is None and pairs[12] is None:
+            w = e * (row_gain[:, None] + col_gain[None, :])
+        else:
+            w = by_row * row_gain[:, None] + by_col * col_gain[None, :]
     elif ROW:
-        w = e * row_gain[:, None]
+        w = by_row * row_gain[:, None]
     elif COL:
-        w = e * col_gain[None, :]
+        w = by_col * col_gain[None, :]
     return w, rows + shift, row_sum, cols + shift, col_sum
 
 
@@ -150,24 +160,26 @@ def _fair(row_sum, col_sum, rows, cols, ROW: tl.constexpr, COL: tl.constexpr):
 
 
 @triton.jit
-def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr):
+def _tile(
+    by_row, by_col, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr
+):
     w = tl.zeros([1, 1], tl.float32)
-    row_shift = tl.zeros([z.shape[0]], tl.float32)
-    col_shift = tl.zeros([z.shape[1]], tl.float32)
+    row_shift = tl.zeros([by_row.shape[0]], tl.float32)
+    col_shift = tl.zeros([by_col.shape[1]], tl.float32)
     row_sum = row_shift
     col_sum = col_shift
     if WEIGHTS and ROW:
         shift, rest, gain = row
-        w = w + exp((z - shift[:, None]) - rest[:, None]) * gain[:, None]
+        w = w + exp((by_row - shift[:, None]) - rest[:, None]) * gain[:, None]
     if WEIGHTS and COL:
         shift, rest, gain = col
-        w = w + exp((z - shift[None, :]) - rest[None, :]) * gain[None, :]
+        w = w + exp((by_col - shift[None, :]) - rest[None, :]) * gain[None, :]
     if STATISTICS and ROW:
-        row_shift = _finite(tl.max(z, 1))
-        row_sum = tl.sum(tl.exp(z - row_shift[:, None]), 1)
+        row_shift = _finite(tl.max(by_row, 1))
+        row_sum = tl.sum(tl.exp(by_row - row_shift[:, None]), 1)
     if STATISTICS and COL:
-        col_shift = _finite(tl.max(z, 0))
-        col_sum = tl.sum(tl.exp(z - col_shift[None, :]), 0)
+        col_shift = _finite(tl.max(by_col, 0))
+        col_sum = tl.sum(tl.exp(by_col - col_shift[None, :]), 0)
     return w, row_shift, row_sum, col_shift, col_sum
 
 

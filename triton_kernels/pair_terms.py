@@ -34,11 +34,11 @@ class PairTerm(NamedTuple):
     line: Any
     #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
     refer_gain: Any
-    #: (scores, pairs, what is loaded of the columns, ids, referred, scale, bias, flags) -> w * factor, row shift, row
-    #: sum, col shift, col sum, which are right if they are fair
+    #: (scores, pairs, what is loaded of the columns, ids, ceilings, referred, scale, bias, flags) -> w * factor, row
+    #: shift, row sum, col shift, col sum, which are right if they are fair
     usual: Any
-    #: (z, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any tile, with z = -inf where a pair
-    #: does not count
+    #: (z as rows have it, as columns do, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any
+    #: tile, with z = -inf where a pair does not count
     tile: Any
     #: (a tile's z, or its w; z; what is loaded of the columns, pairs, ids; whether these are weights) -> the same as
     #: the pairs of equal ids have it

@@ -1,8 +1,9 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
 `pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr, row_target_ptr,
-row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS), with None for what is not said, which then costs
-nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids. Kernels hand all through, and pair terms
+row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS, row_ceiling_ptr, col_ceiling_ptr), with None for what
+is not said, which then costs nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids, `ceilings` of
+its ceilings. Kernels hand all through, and pair terms
 ask here. A further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to
 the logits of a column into what stands beside `load_columns`.
 """
@@ -19,12 +20,14 @@ from .pair_terms import LOG2_E
 
 __all__ = [
     "Pairs",
+    "below",
     "column_counts",
     "every_pair_counts",
     "keep_alike",
     "leave_out",
     "leave_out_alike",
     "less_targets",
+    "load_ceilings",
     "load_columns",
     "load_ids",
     "logits",
@@ -55,14 +58,18 @@ class Pairs(NamedTuple):
     col_ids: Tensor | None = None
     #: what they are otherwise: ALIKE_COUNT, ALIKE_ALONE
     equal_ids: int = 0
+    #: [R], [C]: pairs whose scale * score lies above are left out of the row's, of the column's
+    row_ceiling: Tensor | None = None
+    col_ceiling: Tensor | None = None
 
     @classmethod
     def of(cls, pairs: Any) -> Pairs:
         """What is said of a panel, with the diagonal counted from its own rows and columns."""
         diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
         return cls(
-            diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids, pairs.equal_ids
-        )
+            diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids, pairs.equal_ids,
+            pairs.row_ceiling, pairs.col_ceiling,
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -77,7 +84,8 @@ class Pairs(NamedTuple):
         diagonal = None if self.diagonal is None else min(max(self.diagonal, -rows), cols)
         columns = self.columns if self.width else None
         of_sides = [v for target in targets for v in (target, 0 if target is None else target.stride(0))]
-        return diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids, *of_sides
+        said = diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids
+        return *said, *of_sides, self.row_ceiling, self.col_ceiling
 
 
 @triton.jit
@@ -132,6 +140,29 @@ def load_ids(pairs, rows, cols, R, C):
     else:  # noqa: RET505 (the compiler would see both)
         row_ids = tl.load(row_ids_ptr + rows, mask=rows < R, other=0)
         return row_ids, tl.load(col_ids_ptr + cols, mask=cols < C, other=0)
+
+
+@triton.jit
+def load_ceilings(pairs, rows, cols, R, C):
+    """The ceilings of these rows [M] and columns [N]; [1] of zero where a side has none."""
+    row_ceiling = tl.zeros([1], tl.float32)
+    col_ceiling = row_ceiling
+    if pairs[11] is not None:
+        row_ceiling = tl.load(pairs[11] + rows, mask=rows < R, other=0.0)
+    if pairs[12] is not None:
+        col_ceiling = tl.load(pairs[12] + cols, mask=cols < C, other=0.0)
+    return row_ceiling, col_ceiling
+
+
+@triton.jit
+def below(values, never, scores, scale, pairs, ceilings, ROWS: tl.constexpr):
+    """A tile's values with `never` where scale * score lies above the row's (else the column's) ceiling."""
+    if ROWS:
+        if pairs[11] is not None:
+            values = tl.where(scores * scale > ceilings[0][:, None], never, values)
+    elif pairs[12] is not None:
+        values = tl.where(scores * scale > ceilings[1][None, :], never, values)
+    return values
 
 
 @triton.jit

@@ -97,7 +97,7 @@ def persistent_kernel(
     y_desc,  # [C, D] in blocks of BLOCK_N x BLOCK_K
     weights_desc,  # [R, C] in blocks of BLOCK_M x BLOCK_N / PARTS, or None
     params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
-    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride,
+    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, row_ceiling_ptr, col_ceiling_ptr,
     line_ptr,  # [LINE] and the referred gains, of refer_kernel; or None
     row_referred_ptr,  # [R] or None
     col_referred_ptr,  # [C] or None
@@ -115,6 +115,7 @@ def persistent_kernel(
     pairs = (
         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+        row_ceiling_ptr, col_ceiling_ptr,
     )  # fmt: skip
     factor = 1.0
     shift = 0.0

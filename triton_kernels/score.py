@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 
 from .pair_terms import NEVER
-from .pairs import column_counts, every_pair_counts, leave_out, less_targets, load_columns, load_ids, logits
+from .pairs import (
+    below,
+    column_counts,
+    every_pair_counts,
+    leave_out,
+    less_targets,
+    load_ceilings,
+    load_columns,
+    load_ids,
+    logits,
+)
 
 __all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
 
@@ -104,8 +114,9 @@ def finish_tile(
         scores = leave_out(scores, NEVER, pairs, rows, cols, R, C, COLUMNS)
     ids = load_ids(pairs, rows, cols, R, C)
     w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, pairs, of_cols, ids, referred, scale, bias, ROW, COL, WEIGHTS, STATISTICS
-    )
+        scores, pairs, of_cols, ids, load_ceilings(pairs, rows, cols, R, C), referred, scale, bias,
+        ROW, COL, WEIGHTS, STATISTICS,
+    )  # fmt: skip
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
     if WEIGHTS:
         w = less_targets(w, scores > NEVER / 10, factor, pairs, of_cols, ids, rows, cols, R, C)
@@ -145,6 +156,8 @@ def score_kernel(
     row_target_stride,
     col_target_ptr,  # [2, C] or None
     col_target_stride,
+    row_ceiling_ptr,  # [R] or None: scale * score above it is left out of the row's sums and weights
+    col_ceiling_ptr,  # [C] or None
     row_normalizer_ptr,  # [2, R] or None
     row_gain_ptr,  # [R] or None
     col_normalizer_ptr,  # [2, C] or None
@@ -172,6 +185,7 @@ def score_kernel(
     pairs = (
         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+        row_ceiling_ptr, col_ceiling_ptr,
     )  # fmt: skip
     of_cols = load_columns(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
@@ -201,7 +215,7 @@ def score_kernel(
 @triton.jit(do_not_specialize=_ARGUMENTS)
 def rest_kernel(
     x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
-    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride,
+    row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, row_ceiling_ptr, col_ceiling_ptr,
     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
@@ -227,6 +241,7 @@ def rest_kernel(
                     (
                         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
                         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
+                        row_ceiling_ptr, col_ceiling_ptr,
                     ),
                     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
                     row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
@@ -265,7 +280,10 @@ def _any_tile(
         z = TERM.alike(z, z, of_cols, pairs, ids, False)
         z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
         col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
-        w, row_shift, row_sum, col_shift, col_sum = TERM.tile(z, row, col, ROW, COL, WEIGHTS, STATISTICS)
+        ceilings = load_ceilings(pairs, rows, cols, R, C)
+        by_row = below(z, -float("inf"), scores, scale, pairs, ceilings, True)
+        by_col = below(z, -float("inf"), scores, scale, pairs, ceilings, False)
+        w, row_shift, row_sum, col_shift, col_sum = TERM.tile(by_row, by_col, row, col, ROW, COL, WEIGHTS, STATISTICS)
         if WEIGHTS:
             w = TERM.alike(w, z, of_cols, pairs, ids, True)
             w = less_targets(w, z > -float("inf"), 1.0, pairs, of_cols, ids, rows, cols, R, C)

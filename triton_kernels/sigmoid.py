@@ -90,7 +90,7 @@ def _refer_gain(side, shift):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, ids, referred, scale, bias,
+    scores, pairs, of_cols, ids, ceilings, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""
@@ -116,7 +116,7 @@ def _fair(row_sum, col_sum, rows, cols, ROW: tl.constexpr, COL: tl.constexpr):
 
 
 @triton.jit
-def _tile(z, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr):
+def _tile(z, by_col, row, col, ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr):
     e = tl.exp(-tl.abs(z))
     w = tl.zeros([1, 1], tl.float32)
     rows = tl.zeros([z.shape[0]], tl.float32)

@@ -121,17 +121,27 @@ def _fold_sigmoid(panel: Panel, z: Tensor) -> None:
 
 def _fold_exponential(panel: Panel, z: Tensor) -> None:
     """Merges the panel's (shift, sum) into the states that there are."""
-    _fold_side(panel.row, z, 1)
-    _fold_side(panel.col, z, 0)
+    _fold_side(panel, panel.row, z, 1)
+    _fold_side(panel, panel.col, z, 0)
 
 
-def _fold_side(side: Side, z: Tensor, dim: int) -> None:
+def _below(panel: Panel, z: Tensor, dim: int) -> Tensor:
+    """z with -inf above the ceilings of rows (dim 1) or of columns [R, C]; z itself where there are none."""
+    ceiling = panel.pairs.row_ceiling if dim else panel.pairs.col_ceiling
+    if ceiling is None:
+        return z
+    return z.masked_fill(panel.scores * panel.params[0] > ceiling.unsqueeze(dim), -torch.inf)
+
+
+def _fold_side(panel: Panel, side: Side, z: Tensor, dim: int) -> None:
     """Merges the panel's (shift, sum) along `dim` into side.state [2, n]."""
     if side.state is None:
         return
-    highest = torch.maximum(side.state[0], z.amax(dim))
+    below = _below(panel, z, dim)
+    highest = torch.maximum(side.state[0], below.amax(dim))
     shift = highest.masked_fill(highest == -torch.inf, 0.0)
-    sums = torch.exp(z - shift.unsqueeze(dim)).sum(dim)
+    spread = below - shift.unsqueeze(dim) if below is z else below.sub_(shift.unsqueeze(dim))
+    sums = torch.exp(spread).sum(dim)
     side.state[1] = side.state[1] * torch.exp(side.state[0] - shift) + sums
     side.state[0] = highest
 
@@ -162,11 +172,13 @@ def _exponential_weights(panel: Panel, z: Tensor) -> Tensor:
     w = None
     if col.gain is not None:
         shift, rest = present(col.normalizer)
-        w = _finite_exp_((z - shift).sub_(rest)).mul_(col.gain)
+        below = _below(panel, z, 0)
+        spread = z - shift if below is z else below.sub_(shift)
+        w = _finite_exp_(spread.sub_(rest)).mul_(col.gain)
         if row.gain is None:
             return w
     shift, rest = present(row.normalizer)[:, :, None]
-    by_row = _finite_exp_(z.sub_(shift).sub_(rest)).mul_(present(row.gain)[:, None])
+    by_row = _finite_exp_(_below(panel, z, 1).sub_(shift).sub_(rest)).mul_(present(row.gain)[:, None])
     return by_row if w is None else by_row.add_(w)
 
 

@@ -37,6 +37,7 @@ class Grid(Route):
     """This rank's place in the grid, with the block gathered."""
 
     def __init__(self, ranks: Ranks, own: Own, sizes: Sizes, call: str, *, keeps: bool) -> None:
+        super().__init__(sizes)
         problem, rank = own.problem, ranks.rank
         self._own = own
         self._all = ranks.transport(call)

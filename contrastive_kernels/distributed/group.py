@@ -6,8 +6,8 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..arguments.checks import is_shared, shown
+from .lines import Lines, expected_of
 from .transport import Transport
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ __all__ = ["Ranks", "Sizes", "check_group", "ranks_of", "tell", "told"]
 
 #: Bytes of a message that says what went wrong on a rank.
 _MESSAGE = 1024
+#: Bytes of what every rank says of itself first.
+_HEADER = 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Sizes:
     cols: tuple[int, ...]
     #: of the device with the least, in bytes
     memory: int
+    #: all ranks' lines [ranks, bytes], where they came with the agreement
+    lines: Tensor | None = None
 
 
 class Ranks:
@@ -94,7 +99,16 @@ class Ranks:
 
     # ---- agreement ----
 
-    def agree(self, call: str, about: Sequence[Any], x: Tensor, rows: int, cols: int) -> Sizes:
+    def agree(
+        self,
+        call: str,
+        about: Sequence[Any],
+        x: Tensor,
+        rows: int,
+        cols: int,
+        lines: Lines | None = None,
+        wanted: Callable[[Sizes], bool] | None = None,
+    ) -> Sizes:
         """All ranks' sizes, once they are about to compute the same.
 
         Parameters
@@ -107,6 +121,10 @@ class Ranks:
             Of the device and dtype.
         rows, cols : int
             Of this rank.
+        lines : Lines, optional
+            What this rank brings along, if there is room for it.
+        wanted : callable, optional
+            Whether such calls want lines, given the sizes: the same on every rank.
 
         Raises
         ------
@@ -117,11 +135,18 @@ class Ranks:
         if not x.is_cpu and not self.uneven:
             return Sizes((rows,) * self.size, (cols,) * self.size, memory_of(x.device))
         text = "; ".join(f"{name}={value}" for name, value in (("loss", call), *about))
-        found = self._headers(zlib.crc32(text.encode()), rows, cols, memory_of(x.device), failed=False, device=x.device)
-        sizes = Sizes(tuple(h[1] for h in found), tuple(h[2] for h in found), min(h[3] for h in found))
+        expected, memory, length = expected_of(self.group), memory_of(x.device), 0 if lines is None else lines.bytes
+        own = (zlib.crc32(text.encode()), rows, cols, memory, 0, length)
+        found, brought = self._headers(own, expected.room, x.device, lines)
         failed = any(h[4] for h in found)
         if failed or len({h[0] for h in found}) > 1:
+            expected.forget()
             self._raise_together("" if failed else text, x.device, failed=failed)
+        sizes = Sizes(tuple([h[1] for h in found]), tuple([h[2] for h in found]), min([h[3] for h in found]))
+        longest = max([h[5] for h in found]) if wanted is not None and wanted(sizes) else 0
+        if 0 < longest <= expected.room:
+            sizes = replace(sizes, lines=brought)
+        expected.learn(call, longest)
         uneven = len(set(sizes.rows)) > 1 or len(set(sizes.cols)) > 1
         if uneven and not self.uneven:
             raise ValueError(
@@ -141,16 +166,21 @@ class Ranks:
         device = features.device if isinstance(features, Tensor) else torch.device("cpu")
         if device.type != "cpu" and not self.uneven:
             return
-        self._headers(0, 0, 0, 0, failed=True, device=device)
+        expected = expected_of(self.group)
+        self._headers((0, 0, 0, 0, 1, 0), expected.room, device)
+        expected.forget()
         self._raise_together(f"{type(error).__name__}: {error}", device, failed=True)
 
     def _headers(
-        self, what: int, rows: int, cols: int, memory: int, *, failed: bool, device: torch.device
-    ) -> list[tuple[int, ...]]:
-        """(what, rows, cols, memory, failed) of every rank."""
-        own = torch.tensor([[what, rows, cols, memory, int(failed), 0, 0, 0]], dtype=torch.int64, device=device)
-        found = self.transport("the agreement of ranks").all_gather(own[:, None], [1] * self.size)
-        return [tuple(line) for line in found[:, 0].tolist()]
+        self, own: tuple[int, ...], room: int, device: torch.device, lines: Lines | None = None
+    ) -> tuple[list[list[int]], Tensor]:
+        """(what, rows, cols, memory, failed, bytes of its line) of every rank; their lines [ranks, room]."""
+        sent = torch.zeros(_HEADER + room, dtype=torch.uint8, device=device)
+        sent[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64, device=device).view(torch.uint8)
+        if lines is not None and lines.bytes <= room:
+            lines.write(sent[_HEADER:])
+        found = self.transport("the agreement of ranks").all_gather(sent[None, None], [1] * self.size)[:, 0]
+        return found[:, :_HEADER].view(torch.int64).tolist(), found[:, _HEADER:]
 
     def _raise_together(self, text: str, device: torch.device, *, failed: bool) -> None:
         """The same error on every rank."""

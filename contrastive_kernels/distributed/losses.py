@@ -6,6 +6,7 @@ multiplies them by what the ranks' losses get from upstream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from ..engine.strategy import panel_shape
 from ..panels.size import saved_dtype, score_dtype
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
-from .replicated import Replicated, worth_replicating
+from .replicated import Brought, Replicated, worth_replicating
 from .ring import Ring
 from .route import Made, Own, Route
 from .rules import Rule, Softmax
@@ -114,21 +115,15 @@ class _OverRanks(torch.autograd.Function):
 
 def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
     """Value and gradients of a whole batch by the operator of one process, if there is one."""
-    names = ("x", "y", "scale", "bias")
-    leaves: dict[str, Any] = {
-        name: value.detach().requires_grad_(need) if isinstance(value := getattr(problem, name), Tensor) else value
-        for name, need in zip(names, work.needs)
-    }
-    with torch.enable_grad():
-        loss = work.rule.alone(replace(problem, **leaves), gain if work.weighted else None, work.reduction)
-    if loss is None:
+    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4])
+    if found is None:
         return None
-    wanted = [leaves[name] for name, need in zip(names, work.needs) if need]
-    found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-    dx, dy, dscale, dbias = (next(found) if need else None for need in work.needs[:4])
+    loss, (dx, dy, dscale, dbias) = found
+    if dscale is None and dbias is None:
+        return loss, Made(dx, dy, None)
     zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
     dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
-    return loss.detach(), Made(dx, dy, dparams)
+    return loss, Made(dx, dy, dparams)
 
 
 def _rounded(made: Made, problem: Problem) -> Made:
@@ -138,7 +133,6 @@ def _rounded(made: Made, problem: Problem) -> Made:
     return Made(dx, dy, made.dparams, extras=made.extras)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def over_ranks(
     rule: Rule,
     ranks: Ranks,
@@ -170,22 +164,42 @@ def over_ranks(
     repeats : int
         Rows that a weight serves.
     """
+    # (a graph break; its wrapper takes as long as all else that is done before the first message)
+    call_it = _apart if torch.compiler.is_compiling() else _over_ranks
+    loss: Tensor = call_it(rule, ranks, call, problem, weight, reduction, about, repeats)
+    return loss
+
+
+def _over_ranks(
+    rule: Rule,
+    ranks: Ranks,
+    call: str,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    about: tuple[tuple[str, Any], ...],
+    repeats: int,
+) -> Tensor:
     x, y = problem.x, problem.y
     tensors = (x, None if rule.mirrored else y, problem.scale, problem.bias, *rule.extras)
     grad = torch.is_grad_enabled()
     needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
     _require_engine(ranks, problem)
-    sizes = ranks.agree(call, _described(ranks, problem, weight, reduction, needs, about), x, len(x), len(y))
     own_x = x.detach()
     plain = replace(problem, x=own_x, y=own_x if rule.mirrored else y.detach())
+    described = _described(ranks, problem, weight, reduction, needs, about)
     with torch.no_grad(), _no_autocast(x):
-        route, shared, problem = _shared(ranks, rule, plain, sizes, call, keeps=True in needs)
+        route, shared, problem = _shared(ranks, rule, plain, call, described, keeps=True in needs)
+        sizes = route.sizes
         gain = _gains(ranks, call, sizes, weight, x, reduction, repeats, whole=route.whole)
     loss: Tensor = _OverRanks.apply(
         _Work(shared, ranks, call, reduction, weight is not None, needs), route, problem, gain, *tensors
     )
     rule.keep(shared, route)
     return loss
+
+
+_apart = torch.compiler.disable(_over_ranks)
 
 
 @torch.no_grad()
@@ -195,10 +209,10 @@ def normalizers_over_ranks(
     """The log-sum-exps of this rank's rows over all ranks' columns [2, n], and of its columns [2, m]: (shift, rest)."""
     x, y = problem.x.detach(), problem.y.detach()
     _require_engine(ranks, problem)
-    sizes = ranks.agree(call, _described(ranks, problem, None, "none", (), (("columns", cols),)), x, len(x), len(y))
+    described = _described(ranks, problem, None, "none", (), (("columns", cols),))
     with _no_autocast(x):
         plain = replace(problem, x=x, y=y)
-        route, _, problem = _shared(ranks, Softmax(both_ways=cols), plain, sizes, call, keeps=False)
+        route, _, problem = _shared(ranks, Softmax(both_ways=cols), plain, call, described, keeps=False)
         row, col = route.statistics(problem.params(), cols=cols)
     return normalizer_of(route.own(row)), None if col is None else normalizer_of(route.own_cols(col))
 
@@ -242,20 +256,33 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _shared(
-    ranks: Ranks, rule: Rule, problem: Problem, sizes: Sizes, call: str, *, keeps: bool
+    ranks: Ranks, rule: Rule, problem: Problem, call: str, described: list[tuple[str, Any]], *, keeps: bool
 ) -> tuple[Route, Rule, Problem]:
-    """How the ranks' rows meet, and the loss and the rows that this rank computes."""
-    strategy = ranks.strategy
+    """How the ranks' rows meet once all agree on the call, and the loss and the rows that this rank computes."""
+    n, m = len(problem.x), len(problem.y)
+    brought = Brought(problem, rule) if _strategy(ranks, problem, (n,), (m,)) == "replicated" else None
+    sizes = ranks.agree(
+        call, described, problem.x, n, m, None if brought is None else brought.lines,
+        lambda sizes: _strategy(ranks, problem, sizes.rows, sizes.cols) == "replicated",
+    )  # fmt: skip
+    strategy = _strategy(ranks, problem, sizes.rows, sizes.cols)
+    if strategy == "replicated":
+        assert brought is not None  # as fewer rows want to be
+        whole = Replicated(ranks, brought, sizes, call, keeps=keeps)
+        return whole, whole.rule, whole.problem
     if strategy == "auto":  # the grid where its blocks fit their share of the memory, otherwise the ring
         strategy = "grid" if gathered_bytes(ranks, problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
-        if ranks.mesh is None and worth_replicating(sum(sizes.rows), sum(sizes.cols), problem.x.shape[1]):
-            strategy = "replicated"
-    if strategy == "replicated":
-        whole = Replicated(ranks, problem, rule, sizes, call, keeps=keeps)
-        return whole, whole.rule, whole.problem
     own = Own(problem, rule.term, rule.mirrored)
     route = Ring(ranks, own, sizes, call) if strategy == "ring" else Grid(ranks, own, sizes, call, keeps=keeps)
     return route, rule, problem
+
+
+def _strategy(ranks: Ranks, problem: Problem, rows: Sequence[int], cols: Sequence[int]) -> str:
+    """The one that is asked for; "auto" replicates a small matrix of so many rows and columns on each rank."""
+    small = ranks.strategy == "auto" and ranks.mesh is None
+    if small and worth_replicating(sum(rows), sum(cols), problem.x.shape[1]):
+        return "replicated"
+    return ranks.strategy
 
 
 def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:

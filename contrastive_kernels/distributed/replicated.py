@@ -5,7 +5,9 @@ One message brings everything; nothing is merged, summed or sent home. What a ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from ..engine.matrix import Problem
 from ..panels.pairs import Pairs
 from ..panels.panel import Side
 from .group import Ranks, Sizes
+from .lines import Lines
 from .route import Block, Made, Own, Route
 from .rules import Rule
+from .transport import Transport, count_entries
 
-__all__ = ["Replicated", "worth_replicating"]
+__all__ = ["Brought", "Replicated", "worth_replicating"]
 
 #: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for several messages.
 MULTIPLICATIONS = 2**25
@@ -29,6 +33,40 @@ def worth_replicating(rows: int, cols: int, features: int) -> bool:
     return rows * cols * features <= MULTIPLICATIONS
 
 
+class Brought:
+    """What a rank tells all others of its rows, in one line of bytes."""
+
+    def __init__(self, problem: Problem, rule: Rule) -> None:
+        self.problem, self.rule = problem, rule
+        # (elsewhere ranks may have an offset or an index, as each likes, and their lines have the same parts)
+        #: whether the positives of all rows lie on the diagonal of the whole matrix
+        self.aligned = rule.diagonal and problem.offset == 0
+        own = {
+            "x": (problem.x, False),
+            "y": (None if rule.mirrored else problem.y, True),
+            "index": (None if self.aligned else _index(problem), False),
+            "row_ids": (problem.pairs.row_ids, False),
+            "col_ids": (problem.pairs.col_ids, True),
+        } | {f"rule {i}": vector for i, vector in enumerate(rule.vectors())}
+        self._given = {name: (tensor, of_cols) for name, (tensor, of_cols) in own.items() if tensor is not None}
+        self.lines = Lines(list(self._given.values()), len(problem.x), len(problem.y))
+
+    def of_all(self, transport: Transport, sizes: Sizes, cols: Sequence[int]) -> dict[str, Tensor]:
+        """The same of all ranks, by name."""
+        lines = sizes.lines
+        if lines is None:
+            lines = self.lines.gather(transport, sizes.rows, cols)
+        count_entries((transport.size - 1) * self.lines.entries(sizes.rows, cols))
+        found = dict(zip(self._given, self.lines.read(lines, sizes.rows, cols)))
+        index = found.get("index")
+        if index is not None:  # from among a rank's own columns to those of all
+            firsts = torch.tensor([0, *cols[:-1]], dtype=torch.int64, device=index.device).cumsum(0)
+            rows = torch.tensor(sizes.rows, dtype=torch.int64, device=index.device)
+            firsts = firsts.repeat_interleave(rows, output_size=len(index))
+            found["index"] = torch.where(index < 0, index, index + firsts)
+        return found
+
+
 class Replicated(Route):
     """The concatenated batch on this rank.
 
@@ -36,10 +74,8 @@ class Replicated(Route):
     ----------
     ranks : Ranks
         Who shares it.
-    problem : Problem
-        This rank's rows.
-    rule : Rule
-        The loss of them.
+    brought : Brought
+        This rank's rows, and the loss of them.
     sizes : Sizes
         All ranks'.
     call : str
@@ -50,23 +86,15 @@ class Replicated(Route):
 
     whole = True
 
-    def __init__(self, ranks: Ranks, problem: Problem, rule: Rule, sizes: Sizes, call: str, *, keeps: bool) -> None:
-        rank, self._ranks, self._all = ranks.rank, ranks.size, ranks.transport(call)
-        self._sizes, cols = sizes.rows, sizes.rows if rule.mirrored else sizes.cols
-        first_row, first_col = sum(self._sizes[:rank]), sum(cols[:rank])
+    def __init__(self, ranks: Ranks, brought: Brought, sizes: Sizes, call: str, *, keeps: bool) -> None:
+        super().__init__(sizes)
+        problem, rule, rank = brought.problem, brought.rule, ranks.rank
+        self._ranks, self._all = ranks.size, ranks.transport(call)
+        cols = sizes.rows if rule.mirrored else sizes.cols
+        first_row, first_col = sum(sizes.rows[:rank]), sum(cols[:rank])
         self._rows = slice(first_row, first_row + len(problem.x))
         self._cols = slice(first_col, first_col + len(problem.y))
-        # (elsewhere ranks may have an offset or an index, as each likes, and their messages have one length)
-        aligned = rule.diagonal and problem.offset == 0
-        own = {
-            "x": (problem.x, self._sizes),
-            "y": (None if rule.mirrored else problem.y, cols),
-            "index": (None if aligned else _index(problem, first_col), self._sizes),
-            "row_ids": (problem.pairs.row_ids, self._sizes),
-            "col_ids": (problem.pairs.col_ids, cols),
-        } | {f"rule {i}": (v, cols if of_cols else self._sizes) for i, (v, of_cols) in enumerate(rule.vectors())}
-        given = {name: (tensor, of) for name, (tensor, of) in own.items() if tensor is not None}
-        found = dict(zip(given, self._all.all_gather_together(list(given.values()))))
+        found, aligned = brought.of_all(self._all, sizes, cols), brought.aligned
         x = found["x"]
         #: of all ranks' rows
         self.problem = replace(
@@ -78,9 +106,15 @@ class Replicated(Route):
             pairs=Pairs.of((None, found.get("row_ids"), found.get("col_ids"))),
         )
         self.rule = rule.of([tensor for name, tensor in found.items() if name.startswith("rule ")])
-        whole = Own(self.problem, rule.term, rule.mirrored)
-        out = (0, None) if aligned and not rule.mirrored else (None, whole.excluded())
-        self._block = Block(whole, x, self.problem.y, self.problem.pairs.leaving_out(*out), keeps=keeps)
+        self._aligned, self._mirrored, self._keeps = aligned, rule.mirrored, keeps
+
+    @cached_property
+    def _block(self) -> Block:
+        """The whole matrix, for losses that no operator of one process computes."""
+        whole = Own(self.problem, self.rule.term, self._mirrored)
+        out = (0, None) if self._aligned and not self._mirrored else (None, whole.excluded())
+        pairs = self.problem.pairs.leaving_out(*out)
+        return Block(whole, self.problem.x, self.problem.y, pairs, keeps=self._keeps)
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states of all rows and columns."""
@@ -104,7 +138,7 @@ class Replicated(Route):
 
     def of_all(self, vector: Tensor) -> Tensor:
         """Of this rank's rows, all ranks'."""
-        return self._all.all_gather(vector, self._sizes)
+        return self._all.all_gather(vector, self.sizes.rows)
 
     def own_of(self, made: Made) -> Made:
         """This rank's gradients of all; of scale and bias an equal share."""
@@ -115,11 +149,8 @@ class Replicated(Route):
         return Made(dx, dy, dparams, extras=tuple([None if g is None else self.own(g) for g in made.extras]))
 
 
-def _index(problem: Problem, first_col: int) -> Tensor | None:
-    """The positives of this rank's rows among all ranks' columns; None where they are none of them."""
-    index = problem.index
-    if index is None:
-        if problem.offset is None:
-            return None
-        index = torch.arange(len(problem.x), dtype=torch.int64, device=problem.x.device) + problem.offset
-    return torch.where(index < 0, index, index + first_col)
+def _index(problem: Problem) -> Tensor | None:
+    """The positives of this rank's rows among its own columns; None where they are none of them."""
+    if problem.index is not None or problem.offset is None:
+        return problem.index
+    return torch.arange(len(problem.x), dtype=torch.int64, device=problem.x.device) + problem.offset

@@ -56,7 +56,8 @@ class Ring(Route):
     """This rank's place in the ring."""
 
     def __init__(self, ranks: Ranks, own: Own, sizes: Sizes, call: str) -> None:
-        self._own, self._sizes = own, sizes
+        super().__init__(sizes)
+        self._own = own
         self._all = ranks.transport(call)
 
     def _trip(self, side: Side) -> Iterator[_Guest]:
@@ -66,7 +67,7 @@ class Ring(Route):
         vectors = [] if side.gain is None else [side.gain]
         if side.gain is not None and side.normalizer is not None:
             vectors.append(side.normalizer.T[:, None])  # (no matrix of features)
-        for rank, (y, *rest) in travel(self._all, self._sizes.cols, [own.problem.y, *said, *vectors]):
+        for rank, (y, *rest) in travel(self._all, self.sizes.cols, [own.problem.y, *said, *vectors]):
             of_columns, given = iter(rest), rest[len(said) :]
             pairs = own.problem.pairs.mapped(_as_it_is, lambda _, of_columns=of_columns: next(of_columns))  # type: ignore[misc]
             if rank == self._all.rank:
@@ -117,7 +118,7 @@ class Ring(Route):
         if guest.rank != self._all.rank:
             assert arrived is not None
             col = merged(torch.stack([arrived, col]), self._own.term)
-        following = self._sizes.cols[(guest.rank - 1) % self._all.size]
+        following = self.sizes.cols[(guest.rank - 1) % self._all.size]
         return self._all.pass_on(col[None], (1, len(col), following), _STATE).wait()[0]
 
     def _add_and_pass(self, guest: _Guest, dy: Tensor, arriving: Arrival | None) -> Arrival:
@@ -125,7 +126,7 @@ class Ring(Route):
         if guest.rank != self._all.rank:
             assert arriving is not None
             dy = arriving.wait().add_(dy)
-        following = self._sizes.cols[(guest.rank - 1) % self._all.size]
+        following = self.sizes.cols[(guest.rank - 1) % self._all.size]
         return self._all.pass_on(dy, (following, dy.shape[1]), _SUMS)
 
     def total(self, own: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..panels.pairs import Pairs
 from ..panels.panel import Side
 from ..panels.size import BAND_SHARE, score_dtype
 from ..panels.terms import PairTerm
+from .group import Sizes
 
 __all__ = ["Block", "Made", "Own", "Route", "merged"]
 
@@ -128,6 +129,10 @@ def _neutral(matrix: ScoreMatrix, n: int) -> Tensor:
 
 class Route(ABC):
     """How the ranks' rows meet. Every rank calls the same methods in the same order."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        #: what the ranks have agreed on
+        self.sizes = sizes
 
     @abstractmethod
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:

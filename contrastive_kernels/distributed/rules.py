@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
-from ..operators.sigmoid_loss import sigmoid_loss
-from ..operators.softmax_loss import row_losses, row_softmax, softmax_loss
+from ..operators.sigmoid_loss import sigmoid_losses
+from ..operators.softmax_loss import row_losses, row_softmax, softmax_losses
 from ..operators.weighted_sum import two_sum
 from ..panels.panel import Side
 from ..panels.size import blocks, score_dtype
@@ -23,6 +23,9 @@ from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .route import Made, Route
 
 __all__ = ["LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
+
+#: A loss, and its gradients by x, y, scale and bias; None of those that are not wanted.
+Alone = tuple[Tensor, tuple[Tensor | None, ...]]
 
 #: Rows of which copies in the dtype of the scores are made at a time.
 _ROWS = 1024
@@ -73,7 +76,7 @@ class Rule(ABC):
         """The same loss of other rows and columns, of which that is told."""
         return self
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone | None:
         """The mean or sum as one process computes it, in the fewest calls; None where there is no such operator."""
         return None
 
@@ -122,11 +125,12 @@ class Softmax(Rule):
             losses = (losses + row_losses(kept.col, kept.z_pos, self.include)) / 2
         return losses, kept
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor | None:
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone | None:
         """The mean or sum as one process computes it."""
         if self.mirrored or (self.both_ways and problem.offset != 0):
             return None
-        return softmax_loss(problem, gain, reduction, both=self.both_ways, include_positive=self.include)
+        settings = (reduction, self.both_ways, self.include, "")
+        return softmax_losses.with_gradients(problem, (gain,), settings, needs)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -182,9 +186,9 @@ class Sigmoid(Rule):
         row, _ = route.statistics(kept.params, cols=False)
         return self._of(row, problem, kept), kept
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:
+    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone:
         """The mean or sum as one process computes it."""
-        return sigmoid_loss(problem, gain, reduction)
+        return sigmoid_losses.with_gradients(problem, (gain,), (reduction,), needs)
 
     def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
         """The losses, given the sums over the stream [1, n], in which positives by ids are."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["Arrival", "Traffic", "Transport", "count_traffic"]
+__all__ = ["Arrival", "Traffic", "Transport", "count_entries", "count_traffic"]
 
 
 @dataclass
@@ -49,15 +49,19 @@ def count_traffic() -> Iterator[Traffic]:
         _counting.remove(traffic)
 
 
-def _count(received: Tensor, share: float = 1.0, matrices: int | None = None) -> None:
-    """Takes note of a tensor, of which this share came from other ranks; entries of matrices in it, if it is bytes."""
+def _count(received: Tensor, share: float = 1.0) -> None:
+    """Takes note of a tensor, of which this share came from other ranks."""
     for traffic in _counting:
         traffic.calls += 1
         traffic.bytes += round(received.numel() * received.element_size() * share)
-        if matrices is not None:
-            traffic.elements += matrices
-        elif received.dim() == 2:
+        if received.dim() == 2:
             traffic.elements += round(received.numel() * share)
+
+
+def count_entries(matrices: int) -> None:
+    """Takes note of entries of matrices that came among other bytes."""
+    for traffic in _counting:
+        traffic.elements += matrices
 
 
 # torch 2.13 renames it, and warns of the old name.
@@ -102,27 +106,6 @@ class Transport:
         if equal:
             return found
         return torch.cat([found[i * longest : i * longest + n] for i, n in enumerate(sizes)])
-
-    def all_gather_together(self, owns: Sequence[tuple[Tensor, Sequence[int]]]) -> list[Tensor]:
-        """The same of several tensors with their sizes, in one message."""
-        if self.size == 1:
-            return [own for own, _ in owns]
-        places, length = _layout([(own, max(sizes)) for own, sizes in owns])
-        sent = owns[0][0].new_zeros(length, dtype=torch.uint8)
-        for (own, _), place in zip(owns, places):
-            packed = own.contiguous().view(-1).view(torch.uint8)
-            sent[place.start : place.start + len(packed)] = packed
-        found = sent.new_empty(self.size * length)
-        self._worded(_all_gather, found, sent, group=self.group)
-        entries = sum(max(sizes) * own.shape[1] for own, sizes in owns if own.dim() == 2)
-        _count(found, (self.size - 1) / self.size, (self.size - 1) * entries)
-        lines = found.view(self.size, length)
-        return [
-            torch.cat([line[place][: n * _row_bytes(own)].view(own.dtype) for line, n in zip(lines, sizes)]).view(
-                -1, *own.shape[1:]
-            )
-            for (own, sizes), place in zip(owns, places)
-        ]
 
     def to_owners(self, block: Tensor, sizes: Sequence[int]) -> Tensor:
         """What all ranks hold of this rank's rows [ranks, sizes[rank], ...], in their order, of [sum of sizes, ...]."""
@@ -181,20 +164,6 @@ class Transport:
                 f"{self.call}: rank {self.rank} of {self.size} could not exchange its rows with the others: has one of "
                 f"them died, or left out this call? ({error})"
             ) from error
-
-
-def _row_bytes(tensor: Tensor) -> int:
-    return tensor.element_size() * tensor.shape[1:].numel()
-
-
-def _layout(tensors: Sequence[tuple[Tensor, int]]) -> tuple[list[slice], int]:
-    """Where so many rows of each tensor lie in a line of bytes, and its length: wider entries first, so all aligned."""
-    places, start = [slice(0)] * len(tensors), 0
-    for i in sorted(range(len(tensors)), key=lambda i: -tensors[i][0].element_size()):
-        tensor, rows = tensors[i]
-        places[i] = slice(start, start + rows * _row_bytes(tensor))
-        start = places[i].stop
-    return places, max(-(-start // 8), 1) * 8  # (a view of nothing has odd offsets)
 
 
 def _in_order(rank: int, sent: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

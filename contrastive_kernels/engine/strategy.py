@@ -20,7 +20,7 @@ from ..panels.size import (
     wave_shape,
 )
 
-__all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape"]
+__all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape", "require_panel"]
 
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
 #: memory is no concern.
@@ -129,11 +129,22 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
             size.multiprocessors, 2 * weighs, size.symmetric,
         )  # fmt: skip
     if shape is None:
-        raise ValueError(
-            f"workspace_bytes: expected at least {both.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
-            f"with D = {size.features}; got {size.workspace_bytes}"
-        )
+        raise _too_small(size, both)
     return shape
+
+
+def require_panel(backend: Backend, size: Size) -> None:
+    """ValueError where the workspace does not hold the smallest panel; for who needs some of it before the panels."""
+    both = panel_bytes(backend, size, True)
+    if both.of(SMALLEST_PANEL, SMALLEST_PANEL) > size.workspace_bytes:
+        raise _too_small(size, both)
+
+
+def _too_small(size: Size, both: PanelBytes) -> ValueError:
+    return ValueError(
+        f"workspace_bytes: expected at least {both.of(SMALLEST_PANEL, SMALLEST_PANEL)} for the smallest panel "
+        f"with D = {size.features}; got {size.workspace_bytes}"
+    )
 
 
 def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:

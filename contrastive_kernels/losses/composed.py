@@ -21,12 +21,14 @@ from ..arguments.checks import (
     scale_tensor,
     shown,
 )
+from ..arguments.margin import Margin, require_no_margin, upper_bounds
 from ..arguments.pairs import with_biases, without_padding
 from ..arguments.reduction import reduce_losses, row_weights
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import Pairs
 from ..panels.size import score_dtype
+from .ceilings import with_ceilings
 from .queue import FeatureQueue, check_queue
 from .ratios import debiased_mean, joined, negatives_of, pair_dots, relative_log_sum, softplus
 
@@ -34,6 +36,10 @@ __all__ = ["Members", "WeightFunction", "check_corrections", "composed", "von_mi
 
 #: Of rows x [N, D] and their positives [N, D]: weights [N].
 WeightFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+#: Members that go with a margin.
+_WITH_MARGIN = ("positive_logits", "positive_features", "queue")
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def composed(
     reduction: str,
     include_positive: bool,
     normalize: bool,
+    margin: Margin | None = None,
 ) -> Tensor:
     """InfoNCE of the rows, or their mean or sum; the problem without positives and biases, its features normalised."""
     if members.hardness_beta is not None:
@@ -117,6 +124,10 @@ def composed(
     several = isinstance(positives, Tensor) and positives.dim() == 2
     with_ids = problem.pairs.tensors[1] is not None
     members = members.checked(x, include_positive, several, candidate_bias is not None, with_ids)
+    if margin is not None:
+        for name in members.told(positives):
+            if name not in _WITH_MARGIN:
+                require_no_margin(margin, name)
     weights = row_weights(weight, x.shape[0], x)
     if several:
         problem = replace(problem, index=_distinct(positives, x, y))
@@ -137,6 +148,8 @@ def composed(
         ones = torch.ones(x.shape[0], dtype=score_dtype(x.dtype), device=x.device)
         weights = (ones if weights is None else weights).masked_fill(~there, 0.0)
     rows = _Rows(problem, scale, members, partners, normalize)
+    if margin is not None:
+        rows.problem = with_ceilings(problem, upper_bounds(rows.z_pos().detach(), margin), None)
     losses = rows.of_several() if several else rows.losses(include_positive)
     if several:
         losses = losses.masked_fill(~there, 0.0)
@@ -203,7 +216,7 @@ class _Rows:
         if factor != 1.0:
             problem = replace(problem, scale=factor * self.scale)
         outside = self.partners is not None or self.members.positive_logits is not None
-        if outside:
+        if outside or problem.pairs.capped:
             found = relative_log_sum(problem, factor * self.z_pos())
         else:
             found = softmax_loss(problem, None, "none", include_positive=False)
@@ -224,7 +237,8 @@ class _Rows:
         features = features.to(problem.x.dtype, copy=True)  # others may come in before the backward pass
         features = normalized(features) if self.normalize else features
         row_ids = problem.pairs.tensors[1]
-        pairs = Pairs.of((None, row_ids, col_ids)) if row_ids is not None else Pairs.of((None, None, None))
+        col_ids = None if row_ids is None else col_ids
+        pairs = Pairs.of((None, row_ids, col_ids, problem.pairs.row_ceiling, None))
         return replace(problem, y=features, offset=None, index=None, pairs=pairs)
 
     def z_pos(self) -> Tensor:

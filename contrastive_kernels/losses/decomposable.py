@@ -22,6 +22,7 @@ from ..arguments.checks import (
     is_shared,
     require_equal_lengths,
 )
+from ..arguments.margin import Margin, check_margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
@@ -32,7 +33,9 @@ from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infini
 from ..engine.matrix import Problem
 from ..operators.weighted_sum import exponential_sums
 from ..panels.pairs import EVERY_PAIR
+from .ceilings import with_margin
 from .module import Loss
+from .scales import check_scales
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -50,6 +53,7 @@ def decomposable(
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -75,7 +79,8 @@ def decomposable(
     y : Tensor
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+        Multiplies the dot products: the inverse temperature, not its logarithm. One of [N], for one direction, is every
+        row's own, as in :func:`info_nce`.
     log_normalizer : Tensor or pair of Tensor
         log Zbar_i [N], known before this batch was seen; a pair ([N], [M]) trains both directions from the one pass
         (N == M) and gives their mean. Not differentiated.
@@ -96,8 +101,10 @@ def decomposable(
         As in :func:`info_nce`; with two directions they are left out of both.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, for one direction.
+    margin : float or ("relative", float), optional
+        As in :func:`info_nce`; with two directions, in each by its own positive.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     generator : torch.Generator, optional
         Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
         generators: leave this None there, or backward raises.
@@ -118,6 +125,8 @@ def decomposable(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for biases and a margin.
 
     Notes
     -----
@@ -144,6 +153,8 @@ def decomposable(
     try:
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, 0.0, ranks)
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)
@@ -152,6 +163,8 @@ def decomposable(
             index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
+        if len(sides) == 1 and isinstance(logit_scale, Tensor):
+            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
@@ -161,6 +174,9 @@ def decomposable(
                 )
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        if margin is not None:
+            given = [logit for _, logit in sides]
+            problem = with_margin(problem, margin, both=len(sides) == 2, logits=given)
         gain = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
         check_generator(generator, x.device)
         check_flag(return_log_normalizer, "return_log_normalizer")
@@ -292,6 +308,8 @@ class DecomposableLoss(Loss):
         c and k of Z_i = c + k * sum over negatives.
     return_log_normalizer : bool
         Also return the batch's own log Z.
+    margin : float or ("relative", float), optional
+        As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
     normalize : bool
@@ -318,15 +336,18 @@ class DecomposableLoss(Loss):
         positive_constant: float = 1.0,
         negative_scale: float = 1.0,
         return_log_normalizer: bool = False,
+        margin: Margin | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         shape, positive_constant, negative_scale = _check_rule(shape, positive_constant, negative_scale)
+        check_margin(margin)
         self.options.update(
             shape=shape,
             positive_constant=positive_constant,
             negative_scale=negative_scale,
             return_log_normalizer=check_flag(return_log_normalizer, "return_log_normalizer"),
+            margin=margin,
         )
 
     def forward(

@@ -13,6 +13,7 @@ from ..arguments.checks import (
     check_reduction,
     check_workspace,
 )
+from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing
 from ..distributed.group import check_group, ranks_of, tell
@@ -85,11 +86,19 @@ class Loss(nn.Module):
 
 
 class SoftmaxLoss(Loss):
-    """A loss whose denominator has the positive or not, and whose target may be smoothed."""
+    """A loss whose denominator has the positive or not, whose target may be smoothed, and that may have a margin."""
 
-    def __init__(self, *, include_positive: bool = True, label_smoothing: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        include_positive: bool = True,
+        label_smoothing: float = 0.0,
+        margin: Margin | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.options["include_positive"] = check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive, None)
-        self.options["label_smoothing"] = label_smoothing
+        check_margin_of_loss(margin, label_smoothing, None)
+        self.options.update(label_smoothing=label_smoothing, margin=margin)

@@ -16,6 +16,7 @@ from ..arguments.checks import (
     check_scale,
     is_shared,
 )
+from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, require_alone, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
@@ -26,9 +27,11 @@ from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
+from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .module import PAIR_NAMES, SoftmaxLoss
 from .queue import FeatureQueue
+from .scales import check_scales, is_by_row, pairs_with_scales, require_no_corrections, widened
 
 __all__ = ["ClipLoss", "InfoNCELoss", "clip_loss", "info_nce"]
 
@@ -44,6 +47,7 @@ def info_nce(
     queue: FeatureQueue | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight_fn: WeightFunction | None = None,
@@ -69,7 +73,8 @@ def info_nce(
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A 0-d tensor may require a gradient
-        and is never read by the host.
+        and is never read by the host. One of [N] is every row's own, and may require a gradient, too; 16-bit features
+        are then multiplied in float32.
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]). Several are int64 [N, P], -1 where there are fewer: the loss is the mean over them of the
@@ -78,7 +83,7 @@ def info_nce(
     positive_logits, positive_features : Tensor, optional
         The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
-        [N], -1 for none). Differentiable.
+        [N], -1 for none). Differentiable; a logit of -inf gives an infinite loss, and no gradient of its own.
     queue : FeatureQueue, optional
         Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
@@ -89,6 +94,12 @@ def info_nce(
         Added to the logits of the candidates [M], the positives' too: -log q of a candidate drawn with probability q,
         say. It may require a gradient. A candidate of -inf is padding: its features are not used, not even if they are
         NaN, and a row whose own positive is padding is left out of the mean; its loss is 0.
+    margin : float or ("relative", float), optional
+        Candidates that score too high to be negatives are left out: those whose logit exceeds the positive's by more
+        than ``margin``; with ("relative", m), whose dot product exceeds 1 + m times the positive's (at a positive
+        scale). What ``candidate_bias`` adds does not count here. The positive itself always counts, and the choice has
+        no gradient. At the margin itself a candidate counts, as far as rounding can tell: with a margin of 0 a copy of
+        the positive lies there, and may count in one row and not in another; ``ids`` tell copies for certain.
     include_positive : bool
         False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
         positive's logit (DCL), which may be negative, and 0 for a row without negatives.
@@ -105,7 +116,7 @@ def info_nce(
         Negatives weigh exp(hardness_beta * logit) more in their mean exponential; it goes with ``debiased``. Twice the
         products, in float32 of 16-bit features.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign, for the loss is linear in them.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize : bool
@@ -137,7 +148,8 @@ def info_nce(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for several positives and those that are no candidates, a queue and corrections.
+        Over the ranks of a group, for several positives and those that are no candidates, a queue, a margin and
+        corrections.
 
     Notes
     -----
@@ -169,7 +181,14 @@ def info_nce(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, label_smoothing, ranks)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
+        if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
+            corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
+            require_no_corrections(logit_scale, weight_fn=weight_fn, **corrections)
+            given = (positive_logits, widened(positive_features, x), *given[2:])
+            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
@@ -180,13 +199,15 @@ def info_nce(
                 )
             of_ids = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
             problem = Problem(x, y, scale, pairs=of_ids, engine=engine)
-            options = (candidate_bias, weight, reduction, include_positive, normalize)
+            options = (candidate_bias, weight, reduction, include_positive, normalize, margin)
             return composed(problem, positives, members, *options)
         index, offset = check_positives(positives, x, y)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
             x, y, weight = without_padding(x, y, pairs, offset, index, weight)
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
+        if margin is not None:
+            problem = with_margin(problem, margin)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
@@ -200,10 +221,11 @@ def info_nce(
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor],
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -222,18 +244,23 @@ def clip_loss(
     ----------
     image_features, text_features : Tensor
         Matching rows [N, D] of one dtype and device.
-    logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+    logit_scale : float, Tensor or pair of Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
+        every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
+        The directions are two passes then, and 16-bit features are multiplied in float32.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
         equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
     candidate_bias : Tensor or pair of Tensor, optional
         As in :func:`info_nce`, of the images [N] as candidates of a text and of the texts [N] as those of an image, or
         one tensor of both. The directions are two passes then: twice the products.
+    margin : float or ("relative", float), optional
+        As in :func:`info_nce`, in each direction by its own positive: a text may be too close to an image to be its
+        negative, while the image is one of the text's.
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
-        Weights of the pairs [N], not differentiated.
+        Weights of the pairs [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "none" gives every pair's mean of both directions. The mean of no pairs is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
@@ -248,6 +275,8 @@ def clip_loss(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
+    NotImplementedError
+        Over the ranks of a group, for biases, a margin and smoothing.
 
     Notes
     -----
@@ -277,17 +306,29 @@ def clip_loss(
             check_smoothing(label_smoothing, include_positive, ranks)
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
+        if margin is not None:
+            check_margin_of_loss(margin, label_smoothing, ranks)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
-        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        by_row = isinstance(logit_scale, (tuple, list))
+        if by_row or (isinstance(logit_scale, Tensor) and logit_scale.ndim == 1):
+            by_row = by_row or is_by_row(logit_scale)
+        if by_row:
+            require_one_rank(ranks, "logit_scale of shape [N]")
+        scale, engine = 1.0 if by_row else check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        if by_row:
+            options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+            return pairs_with_scales(problem, logit_scale, candidate_bias, margin, weight, reduction, **options)
+        if margin is not None:
+            problem = with_margin(problem, margin, both=True)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+        options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
@@ -306,7 +347,7 @@ class InfoNCELoss(SoftmaxLoss):
         As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    include_positive, label_smoothing, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -358,7 +399,7 @@ class ClipLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    include_positive, label_smoothing, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -376,7 +417,7 @@ class ClipLoss(SoftmaxLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | Sequence[Tensor],
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,

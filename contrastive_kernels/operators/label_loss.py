@@ -153,6 +153,7 @@ def _forward(call: Call) -> Outputs:
     (backend, how), (reduction, is_inside), (gain, _) = _strategy(call), call.settings, _vectors(call)
     if how.place is Place.WHOLE:
         return *value_and_gradients(call, inside if is_inside else outside), None, None, None
+    strategy.require_panel(backend, call.problem.size())
     mean_dots = _mean_dots(call)
     if is_inside:
         return _forward_inside(call, backend, mean_dots)

@@ -9,7 +9,7 @@ from ..engine.matrix import Problem, ScoreMatrix
 from ..panels.panel import Side
 from ..panels.size import score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import gradients_of, wanted_of
+from .parts import bounded_ceilings, gradients_of, wanted_of
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -29,14 +29,13 @@ def normalizers(problem: Problem, *, cols: bool = False) -> tuple[Tensor, Tensor
     return row, col if cols else None
 
 
-def _matrix(call: Call) -> ScoreMatrix:
-    problem = call.problem
+def _matrix(problem: Problem) -> ScoreMatrix:
     return ScoreMatrix.of(problem, EXPONENTIAL, problem.backend())
 
 
 def _forward(call: Call) -> Outputs:
     """Log-sum-exps of rows, and of columns; the same as two numbers each."""
-    row_state, col_state = statistics_pass(_matrix(call), cols=call.settings[0])
+    row_state, col_state = statistics_pass(_matrix(call.problem), cols=call.settings[0])
     row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
     return log_sums(row), None if col is None else log_sums(col), row, col
 
@@ -54,7 +53,7 @@ def _fake(call: Call) -> Outputs:
 def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     """The weights are upstream times the softmax."""
     row, col = kept
-    matrix = _matrix(call)
+    matrix = _matrix(bounded_ceilings(call.problem, row, col))
     row_side = Side() if upstream[0] is None else softmax_side(row, upstream[0])
     col_side = row_side if matrix.symmetric else Side() if upstream[1] is None else softmax_side(col, upstream[1])
     return gradients_of(call, gradient_pass(matrix, row_side, col_side, wanted_of(call)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..engine.gradients import Gradients, Wanted
@@ -10,6 +13,7 @@ from .shared import Call, Outputs, like
 
 __all__ = [
     "add_positive_params",
+    "bounded_ceilings",
     "gradients_of",
     "params_of",
     "wanted_of",
@@ -60,6 +64,28 @@ def whole_gradients(
 def wanted_of(call: Call) -> Wanted:
     """Which gradients a pass makes."""
     return Wanted(*call.wants, call.needs[COL_BIAS])
+
+
+def bounded_ceilings(problem: Problem, row: Tensor | None, col: Tensor | None) -> Problem:
+    """The problem of a gradient pass that follows its statistics, the normalisers [2, N], [2, M] as two numbers.
+
+    A pass may make a score with other last digits than the one before: a pair that was above its ceiling there, and is
+    not here, might weigh anything where all others are far below. None that counted lies above its normaliser.
+    """
+    pairs = problem.pairs
+    if not pairs.capped:
+        return problem
+    lowest = pairs.least_added()  # which does not count for ceilings
+
+    def bounded(ceiling: Tensor | None, normalizer: Tensor | None) -> Tensor | None:
+        if ceiling is None or normalizer is None:
+            return ceiling
+        shift, rest = normalizer
+        room = 1 + 4 * torch.finfo(shift.dtype).eps * shift.abs()
+        return torch.minimum(ceiling, (shift - lowest) + (rest + room))
+
+    of_rows, of_cols = bounded(pairs.row_ceiling, row), bounded(pairs.col_ceiling, row if problem.symmetric else col)
+    return replace(problem, pairs=pairs._replace(row_ceiling=of_rows, col_ceiling=of_cols))
 
 
 def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, dots: Tensor) -> None:

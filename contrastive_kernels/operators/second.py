@@ -94,7 +94,8 @@ def dense_logits(problem: Problem, rows: slice, turned: bool, *, signed: bool = 
     `signed`: pairs of equal ids are not left out but have -z, as the sigmoid term wants it.
     """
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
-    z = problem.scale * (x[rows] @ (x if problem.symmetric else y).T) + problem.bias
+    scaled = problem.scale * (x[rows] @ (x if problem.symmetric else y).T)
+    z, too_high = scaled + problem.bias, problem.pairs.too_high(scaled, rows, turned)
     z = problem.pairs.add_to(z.T, rows).T if turned else problem.pairs.add_to(z, slice(None))
     here = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=x.device)
     columns = torch.arange(z.shape[1], dtype=torch.int64, device=x.device)
@@ -118,6 +119,8 @@ def dense_logits(problem: Problem, rows: slice, turned: bool, *, signed: bool = 
         z = torch.where(alike & (z != -torch.inf), -z, z)
     elif alike is not None:
         masks.append(alike)
+    if too_high is not None:
+        masks.append(too_high)
     for mask in masks:
         z = z.masked_fill(mask, -torch.inf)
     return z, z_pos

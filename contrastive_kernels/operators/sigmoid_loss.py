@@ -24,7 +24,7 @@ from .registration import register
 from .second import dense_logits
 from .shared import Call, Outputs, Primitive
 
-__all__ = ["sigmoid_loss"]
+__all__ = ["sigmoid_loss", "sigmoid_losses"]
 
 
 def sigmoid_loss(problem: Problem, gain: Tensor | None, reduction: str) -> Tensor:

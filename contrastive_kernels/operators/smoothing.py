@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine import strategy
 from ..engine.class_sums import ClassSums, square_norms
 from ..engine.matrix import Problem, ScoreMatrix
 
@@ -42,6 +43,7 @@ class Smoothing:
 
 def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Tensor, *, turned: bool) -> Smoothing:
     """What smoothing adds to the rows (turned: the columns), whose positives have the logits z_pos [N]."""
+    strategy.require_panel(problem.backend(), problem.size())
     counts, sums = _candidates(problem, matrix.params[0], z_pos, turned)
     counts = counts.clamp(min=1)
     each = share / counts
@@ -52,7 +54,7 @@ def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Ten
 def _candidates(problem: Problem, scale: Tensor, z_pos: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
     """How many candidates every row has [N], and the sum of their logits [N], both in float64."""
     x, y = (problem.y, problem.x) if turned else (problem.x, problem.y)
-    bias, row_ids, col_ids = problem.pairs.tensors
+    bias, row_ids, col_ids = problem.pairs.tensors[:3]
     if turned:
         row_ids, col_ids = col_ids, row_ids
     there = torch.ones(y.shape[0], dtype=z_pos.dtype, device=y.device)

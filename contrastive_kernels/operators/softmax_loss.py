@@ -31,7 +31,15 @@ from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Side
 from ..panels.size import blocks, saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .parts import add_positive_params, gradients_of, params_of, wanted_of, whole_gradients, whole_scores
+from .parts import (
+    add_positive_params,
+    bounded_ceilings,
+    gradients_of,
+    params_of,
+    wanted_of,
+    whole_gradients,
+    whole_scores,
+)
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
@@ -329,7 +337,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
         and not call.problem.pairs.adds
     ):
         return _gradients_by_kernels(call, backend, row, col, dots, upstream[0])
-    matrix = ScoreMatrix.of(call.problem, EXPONENTIAL, backend, scores=scores)
+    matrix = ScoreMatrix.of(bounded_ceilings(call.problem, row, col), EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
     z_pos, gain = positive_logits(matrix, dots), _gains(call) * upstream[0]
     row_gain = gain * row_softmax(row, z_pos, include)
@@ -350,7 +358,7 @@ def _gradients_by_kernels(
     call: Call, backend: Backend, row: Tensor, col: Tensor | None, dots: Tensor, upstream: Tensor
 ) -> Outputs:
     """The same where the backend does what surrounds the panels."""
-    problem = call.problem
+    problem = bounded_ceilings(call.problem, row, col)
     gains = backend.softmax_gains(row, col, dots, problem, call.extras[0], _share(call), upstream)
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, params=gains.params)
     row_side = Side(None, row, gains.row)

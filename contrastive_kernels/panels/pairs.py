@@ -37,19 +37,24 @@ class Pairs(NamedTuple):
     first_column: int = 0
     #: 0, `ALIKE_COUNT` or `ALIKE_ALONE`
     equal_ids: int = 0
+    #: [N], [M] in the dtype of the scores: a pair whose scale * score lies above the row's (column's) is left out of
+    #: what the row (column) sums and weighs
+    row_ceiling: Tensor | None = None
+    col_ceiling: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that a differentiable problem may say of its pairs, as :meth:`of` takes them."""
-        return self.col_bias, self.row_ids, self.col_ids
+        return self.col_bias, self.row_ids, self.col_ids, self.row_ceiling, self.col_ceiling
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Pairs:
-        """What these tensors say."""
-        col_bias, row_ids, col_ids = tensors
-        if col_bias is None and row_ids is None:
+        """What these tensors say; the last two may be left away."""
+        col_bias, row_ids, col_ids, *ceilings = tensors
+        row_ceiling, col_ceiling = ceilings or (None, None)
+        if col_bias is None and row_ids is None and row_ceiling is None and col_ceiling is None:
             return EVERY_PAIR
-        return cls(col_bias=col_bias, row_ids=row_ids, col_ids=col_ids)
+        return cls(None, None, col_bias, row_ids, col_ids, row_ceiling=row_ceiling, col_ceiling=col_ceiling)
 
     def mapped(self, of_rows: Callable[[Any], Any], of_cols: Callable[[Any], Any]) -> Pairs:
         """The same of other rows and columns: what these functions make of the vectors of rows, and of columns."""
@@ -64,6 +69,8 @@ class Pairs(NamedTuple):
             made(of_rows, self.row_ids),
             made(of_cols, self.col_ids),
             equal_ids=self.equal_ids,
+            row_ceiling=made(of_rows, self.row_ceiling),
+            col_ceiling=made(of_cols, self.col_ceiling),
         )
 
     def block(self, rows: slice, cols: slice) -> Pairs:
@@ -81,18 +88,32 @@ class Pairs(NamedTuple):
             self.first_row + rows.start,
             self.first_column + cols.start,
             self.equal_ids,
+            part(self.row_ceiling, rows),
+            part(self.col_ceiling, cols),
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
         """The same of a whole matrix without these as well; one of both may be left out already."""
         diagonal = self.diagonal if diagonal is None else diagonal
         columns = self.columns if columns is None else columns
-        return Pairs(diagonal, columns, self.col_bias, self.row_ids, self.col_ids, equal_ids=self.equal_ids)
+        return self._replace(diagonal=diagonal, columns=columns, first_row=0, first_column=0)
+
+    @property
+    def capped(self) -> bool:
+        """Whether scores may be too high to count."""
+        return self.row_ceiling is not None or self.col_ceiling is not None
 
     @property
     def adds(self) -> bool:
         """Whether something is added to the columns' logits."""
         return self.col_bias is not None
+
+    def least_added(self) -> Tensor | float:
+        """The least that is added to the logits of a column that counts."""
+        if self.col_bias is None or not len(self.col_bias):
+            return 0.0
+        bias = self.col_bias.detach()
+        return bias.masked_fill(bias == -torch.inf, torch.inf).amin()
 
     def add_to(self, z: Tensor, columns: slice | Tensor) -> Tensor:
         """Logits [..., n] of these n columns, with what is added to a column's; the same tensor if that is nothing."""
@@ -106,12 +127,15 @@ class Pairs(NamedTuple):
         return z + added.masked_fill(added == -torch.inf, 0.0)
 
     def turned(self) -> Pairs:
-        """What ids say of the transposed matrix."""
-        return Pairs.of((None, self.col_ids, self.row_ids))
+        """What ids and ceilings say of the transposed matrix."""
+        return Pairs.of((None, self.col_ids, self.row_ids, self.col_ceiling, self.row_ceiling))
 
     def of_rows(self, rows: slice) -> Pairs:
         """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""
-        return self if self.row_ids is None else self._replace(row_ids=self.row_ids[rows])
+        if self.row_ids is None and self.row_ceiling is None:
+            return self
+        row_ids, ceiling = (None if v is None else v[rows] for v in (self.row_ids, self.row_ceiling))
+        return self._replace(row_ids=row_ids, row_ceiling=ceiling)
 
     def alike(self, rows: slice, turned: bool = False) -> Tensor | None:
         """Which pairs of these rows (turned: columns) have equal ids [R, M]; None where nobody has ids."""
@@ -119,6 +143,14 @@ class Pairs(NamedTuple):
             return None
         own, others = (self.col_ids, self.row_ids) if turned else (self.row_ids, self.col_ids)
         return own[rows, None] == others
+
+    def too_high(self, scaled: Tensor, rows: slice, turned: bool = False) -> Tensor | None:
+        """Which pairs of these rows (turned: columns) lie above their ceilings [R, M]; None where there are none.
+
+        `scaled`: scale * score of these pairs.
+        """
+        ceiling = self.col_ceiling if turned else self.row_ceiling
+        return None if ceiling is None else scaled > ceiling[rows, None]
 
 
 #: Nothing is said: every pair counts, and its logit is scale * score + bias.

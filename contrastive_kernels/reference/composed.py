@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-from .losses import Ids, Scale, _alike, _biased, _logsumexp, _positive_indices, _reduce
+from .parts import Ids, Margin, Scale, _alike, _biased, _logsumexp, _positive_indices, _reduce, _too_high
 
 __all__ = ["info_nce", "matryoshka", "von_mises_fisher_weights"]
 
@@ -35,6 +35,7 @@ def info_nce(
     queue: tuple[Tensor, Tensor | None] | None = None,
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     debiased: float | None = None,
@@ -61,6 +62,8 @@ def info_nce(
         Columns of the row's id are no negatives.
     candidate_bias : Tensor, optional
         Added to the columns' logits [M]; -inf is padding, which is neither a negative nor a positive.
+    margin : float or ("relative", float), optional
+        Columns above the positive by more, biases not counted, are no negatives.
     include_positive : bool
         False: without the positive in the sum [2]_.
     weight_fn : callable, optional
@@ -90,21 +93,26 @@ def info_nce(
         padding = candidate_bias.detach() == -torch.inf
         y, held = y.masked_fill(padding[:, None], 0.0), held & ~padding
     idle = torch.zeros(len(x), dtype=torch.bool, device=x.device) if given else ~held.any(1)
-    z, alike = _biased(logit_scale * (x @ y.T), candidate_bias), _alike(ids)
+    unbiased, alike = logit_scale * (x @ y.T), _alike(ids)
+    z = _biased(unbiased, candidate_bias)
     left_out = held if alike is None else held | alike
     if queue is not None:
-        z = torch.cat([z, logit_scale * (x @ queue[0].detach().T)], 1)
+        of_queue = logit_scale * (x @ queue[0].detach().T)
+        z, unbiased = (torch.cat([v, of_queue], 1) for v in (z, unbiased))
         none = torch.zeros(len(x), len(queue[0]), dtype=torch.bool, device=x.device)
         rows = None if ids is None else (ids if isinstance(ids, Tensor) else ids[0])
-        of_queue = none if rows is None or queue[1] is None else rows[:, None] == queue[1]
-        held, left_out = torch.cat([held, none], 1), torch.cat([left_out, of_queue], 1)
-    n = _logsumexp(z.masked_fill(left_out, -torch.inf))
+        same = none if rows is None or queue[1] is None else rows[:, None] == queue[1]
+        held, left_out = torch.cat([held, none], 1), torch.cat([left_out, same], 1)
     if positive_features is not None:
         z_pos = logit_scale * (x * positive_features).sum(1)
     elif positive_logits is not None:
         z_pos = positive_logits
     else:
         z_pos = z.masked_fill(~held, 0.0).sum(1) / held.sum(1).clamp(min=1)
+    own = z_pos if given else unbiased.masked_fill(~held, 0.0).sum(1)
+    too_high = _too_high(unbiased, None, own, margin)
+    left_out = left_out if too_high is None else left_out | too_high
+    n = _logsumexp(z.masked_fill(left_out, -torch.inf))
     if int(held.sum(1).max() if len(x) else 0) > 1 and not given:
         both = torch.stack([n, _logsumexp(z.masked_fill(~held, -torch.inf)).masked_fill(idle, 0.0)], 1)
         losses = _logsumexp(both) - z_pos

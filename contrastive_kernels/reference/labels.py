@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import Scale, _logsumexp, _reduce
+from .parts import Scale, _logsumexp, _reduce
 
 __all__ = ["multi_positive_nce", "multi_positive_of_logits", "sup_con", "sup_con_of_logits"]
 

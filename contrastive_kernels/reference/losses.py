@@ -26,13 +26,26 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
+from .parts import (
+    Ids,
+    LogNormalizer,
+    Margin,
+    Scale,
+    _alike,
+    _biased,
+    _either,
+    _logsumexp,
+    _mask,
+    _one_or_both,
+    _positive_indices,
+    _positive_logits,
+    _reduce,
+    _softmax_losses,
+    _too_high,
+    _without_padding,
+)
 
 __all__ = ["LogNormalizer", "Scale", "clip_loss", "decomposable", "info_nce", "log_sum_exp", "nt_xent", "sigmoid"]
-
-
-Scale = float | Tensor
-LogNormalizer = Tensor | Sequence[Tensor]
-Ids = Tensor | Sequence[Tensor]
 
 
 def info_nce(
@@ -43,6 +56,7 @@ def info_nce(
     positives: int | Tensor | None = None,
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -64,6 +78,9 @@ def info_nce(
         Integers of the rows [N] and the columns [M]; one tensor for both.
     candidate_bias : Tensor, optional
         Added to the columns' logits [M]. -inf: the column is padding; so is a row whose positive it is, with loss 0.
+    margin : float or ("relative", float), optional
+        Columns of z_ij > z_i,p(i) + margin are left out of N(i); of ("relative", m), those of
+        z_ij > (1 + m) z_i,p(i). Both without biases.
     include_positive : bool
         False: loss_i = logsumexp_{j in N(i)} z_ij - z_i,p(i) [6]_, and 0 without negatives.
     label_smoothing : float
@@ -80,8 +97,10 @@ def info_nce(
     """
     p = _positive_indices(x, positives)
     x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
-    z = _biased(logit_scale * (x @ y.T), candidate_bias)
-    return _reduce(_softmax_losses(z, p, _alike(ids), include_positive, label_smoothing), weight, reduction)
+    z = logit_scale * (x @ y.T)
+    out = _either(_alike(ids), _too_high(z, p, None, margin))
+    losses = _softmax_losses(_biased(z, candidate_bias), p, out, include_positive, label_smoothing)
+    return _reduce(losses, weight, reduction)
 
 
 def clip_loss(
@@ -91,6 +110,7 @@ def clip_loss(
     *,
     ids: Ids | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -108,7 +128,7 @@ def clip_loss(
         As in :func:`info_nce`, in both directions.
     candidate_bias : Tensor or pair of Tensor, optional
         Of the images and of the texts, as candidates; one tensor for both.
-    include_positive, label_smoothing
+    margin, include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N].
@@ -127,7 +147,7 @@ def clip_loss(
             back = (ids[1], ids[0])
         x, y = image_features, text_features
         options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
-        options |= {"weight": weight, "reduction": reduction}
+        options |= {"weight": weight, "reduction": reduction, "margin": margin}
         first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, **options)
         second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, **options)
         return (first + second) / 2
@@ -135,8 +155,9 @@ def clip_loss(
     p = _positive_indices(image_features, None)
     alike = _alike(ids)
     turned = None if alike is None else alike.T
-    there = _softmax_losses(z, p, alike, include_positive, label_smoothing)
-    return _reduce((there + _softmax_losses(z.T, p, turned, include_positive, label_smoothing)) / 2, weight, reduction)
+    masks = _either(alike, _too_high(z, p, None, margin)), _either(turned, _too_high(z.T, p, None, margin))
+    there, back = (_softmax_losses(v, p, m, include_positive, label_smoothing) for v, m in zip((z, z.T), masks))
+    return _reduce((there + back) / 2, weight, reduction)
 
 
 def nt_xent(
@@ -146,6 +167,7 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -163,7 +185,7 @@ def nt_xent(
         Integers of the samples [N]: views of equal ones are left out too.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N].
-    include_positive, label_smoothing
+    margin, include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
@@ -181,9 +203,11 @@ def nt_xent(
     p = (itself + n) % max(2 * n, 1)
     both, bias = (None if v is None else v.repeat(2) for v in (weight, candidate_bias))
     views, others, both = _without_padding(views, views, bias, p, both)
-    z = _biased(logit_scale * (views @ others.T), bias).masked_fill(itself[:, None] == itself, -torch.inf)
-    alike = None if ids is None else _alike(torch.cat([ids, ids]))
-    return _reduce(_softmax_losses(z, p, alike, include_positive, label_smoothing), both, reduction)
+    z = logit_scale * (views @ others.T)
+    out = _too_high(z, p, None, margin)
+    z = _biased(z, bias).masked_fill(itself[:, None] == itself, -torch.inf)
+    out = _either(None if ids is None else _alike(torch.cat([ids, ids])), out)
+    return _reduce(_softmax_losses(z, p, out, include_positive, label_smoothing), both, reduction)
 
 
 def sigmoid(
@@ -245,6 +269,7 @@ def decomposable(
     positives: int | Tensor | None = None,
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
+    margin: Margin | None = None,
     weight: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_log_normalizer: bool = False,
@@ -272,8 +297,8 @@ def decomposable(
         z_i,p(i) where the columns do not hold row i's positive.
     positives : int or Tensor, optional
         As in :func:`info_nce`; with ``positive_logits``, an index of -1 says that the columns do not hold it.
-    ids : Tensor or pair of Tensor, optional
-        As in :func:`info_nce`.
+    ids, margin
+        As in :func:`info_nce`, with a pair in both directions.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, for one direction.
     weight : Tensor, optional
@@ -295,10 +320,13 @@ def decomposable(
     nowhere = positive_logits is not None and positives is None
     held = torch.full((len(x),), -1, dtype=torch.int64, device=x.device) if nowhere else _positive_indices(x, positives)
     x, y, weight = _without_padding(x, y, candidate_bias, held, weight)
-    z = _biased(logit_scale * (x @ y.T), candidate_bias)
+    unbiased = logit_scale * (x @ y.T)
+    z = _biased(unbiased, candidate_bias)
     log_k = log_or_minus_infinity(negative_scale)
     losses, log_zs, alike = [], [], _alike(ids)
-    masks = (None, None) if alike is None else (alike, alike.T)
+    alikes = (None, None) if alike is None else (alike, alike.T)
+    sides = zip((unbiased, unbiased.T), given, alikes)
+    masks = [_either(mask, _too_high(v, held, own, margin)) for v, own, mask in sides]
     for scores, log_zbar, z_pos, mask in zip((z, z.T), normalizers, given, masks):
         log_zbar = log_zbar.detach().to(z.dtype)
         log_weight = draw_log_weights(log_zbar, shape, generator)
@@ -353,95 +381,3 @@ def log_sum_exp(
         held = _positive_indices(x, positives)
     x, y, _ = _without_padding(x, y, candidate_bias, None, None)
     return _logsumexp(_mask(_biased(logit_scale * (x @ y.T), candidate_bias), held, _alike(ids)))
-
-
-def _one_or_both(value: LogNormalizer) -> list[Tensor]:
-    """Rows alone, or rows and columns."""
-    return [value] if isinstance(value, Tensor) else list(value)
-
-
-def _positive_indices(x: Tensor, positives: int | Tensor | None) -> Tensor:
-    """p(i) as indices [N]."""
-    if isinstance(positives, Tensor):
-        return positives
-    return torch.arange(len(x), dtype=torch.int64, device=x.device) + (positives or 0)
-
-
-def _alike(ids: Ids | None) -> Tensor | None:
-    """Which rows and columns have equal ids [N, M]."""
-    if ids is None:
-        return None
-    rows, cols = (ids, ids) if isinstance(ids, Tensor) else ids
-    return rows[:, None] == cols
-
-
-def _biased(z: Tensor, candidate_bias: Tensor | None) -> Tensor:
-    """Logits [N, M] with what is added to the columns'."""
-    return z if candidate_bias is None else z + candidate_bias
-
-
-def _without_padding(
-    x: Tensor, y: Tensor, candidate_bias: Tensor | None, positives: Tensor | None, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, y with zeros, and weights [N] with 0, for columns of -inf and rows whose positive they are."""
-    if candidate_bias is None:
-        return x, y, weight
-    padding = candidate_bias.detach() == -torch.inf
-    idle = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if positives is not None:
-        idle = padding[positives.clamp(min=0)] & (positives >= 0)
-    weight = torch.ones(len(x), dtype=x.dtype, device=x.device) if weight is None else weight
-    return x.masked_fill(idle[:, None], 0.0), y.masked_fill(padding[:, None], 0.0), weight.masked_fill(idle, 0.0)
-
-
-def _positive_logits(z: Tensor, positives: Tensor) -> Tensor:
-    """z_i,p(i) [N]; of padding, whose row does not count, 0."""
-    z_pos = z.gather(1, positives[:, None])[:, 0]
-    return z_pos.masked_fill(z_pos == -torch.inf, 0.0)
-
-
-def _mask(z: Tensor, positives: Tensor, alike: Tensor | None = None) -> Tensor:
-    """z with every row's positive, and what is alike, at -inf; an index of -1 masks nothing."""
-    columns = torch.arange(z.shape[1], dtype=torch.int64, device=z.device)
-    out = columns == positives[:, None]
-    return z.masked_fill(out if alike is None else out | alike, -torch.inf)
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    """logsumexp over columns [N]; -inf, with gradient 0, for a row of nothing."""
-    highest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -torch.inf)
-    highest = highest.masked_fill(highest == -torch.inf, 0.0)
-    total = torch.exp(z - highest[:, None]).sum(1)
-    empty = total == 0
-    return (total.masked_fill(empty, 1.0).log() + highest).masked_fill(empty, -torch.inf)
-
-
-def _softmax_losses(
-    z: Tensor, positives: Tensor, alike: Tensor | None, include_positive: bool, label_smoothing: float
-) -> Tensor:
-    """softplus(n_i - z_pos) [N] with the positive masked out of n_i: as many digits at loss 1e-6 as at loss 1.
-
-    So is what is alike [N, M].
-    """
-    z_pos = _positive_logits(z, positives)
-    negatives = _mask(z, positives, alike)
-    n = _logsumexp(negatives)
-    if not include_positive:
-        return (n - z_pos).masked_fill(n == -torch.inf, 0.0)
-    losses = -logsigmoid(z_pos - n)
-    if not label_smoothing:
-        return losses
-    gaps = (z_pos[:, None] - negatives).masked_fill(negatives == -torch.inf, 0.0)
-    return losses + label_smoothing * gaps.sum(1) / ((negatives != -torch.inf).sum(1) + 1)
-
-
-def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """The weighted mean (by the sum of weights), the weighted sum, or the weighted rows."""
-    if weight is not None:
-        losses = losses * weight.to(losses.dtype)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = losses.new_tensor(len(losses)) if weight is None else weight.to(losses.dtype).sum()
-    return losses.sum() / total.masked_fill(total == 0, 1.0)

@@ -17,6 +17,7 @@ from ..arguments.checks import (
     check_positives,
     scale_tensor,
 )
+from ..arguments.margin import Margin, check_margin, scores_of, upper_bounds
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES, Engine
 from ..arguments.pairs import check_ids
 from ..distributed.group import Ranks, Sizes, ranks_of, told
@@ -26,7 +27,6 @@ from ..operators.search import best_column, best_columns
 from ..panels.pairs import Pairs
 from ..panels.size import workspace_for
 from ..panels.terms import GUMBEL_MAX, MAXIMUM, PairTerm
-from .margin import Margin, check_margin, upper_bounds
 
 __all__ = ["hardest_negatives", "sample_negatives"]
 
@@ -254,7 +254,10 @@ def _many(
     """The columns of the largest scores within the margin [N, most], of which there may be less."""
     engine = Engine("torch", engine.workspace_bytes)
     workspace = workspace_for(x.device, engine.workspace_bytes)
-    upper = None if margin is None else upper_bounds(x, y, excluded, margin, params.dtype, workspace)
+    upper = None
+    if margin is not None:
+        own = scores_of(x, y, excluded, params.dtype, workspace)[:, 0]
+        upper = upper_bounds(own, margin).masked_fill(excluded[:, 0] < 0, torch.inf)
     if ranks is None:
         return best_columns(x, y, params, excluded, *ids, upper, most, *engine)
     call, about = "hardest_negatives", (("normalize", normalize), ("most", most), ("margin", margin))

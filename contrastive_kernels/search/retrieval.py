@@ -17,6 +17,7 @@ from ..arguments.checks import (
     check_flag,
     check_workspace,
 )
+from ..arguments.margin import scores_of
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
 from ..distributed.group import ranks_of, told
@@ -25,7 +26,6 @@ from ..engine.search import panel_side
 from ..operators.search import count_ranks
 from ..panels.size import score_dtype, workspace_for
 from ..panels.terms import RANK
-from .margin import scores_of
 from .positives import check_relevance, figures_of, in_order, positive_columns, without_self
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]

@@ -47,6 +47,7 @@ void check_panel(const Panel& p) {
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "panel: scores and params must not be null");
   check_pairs(p.pairs);
   check(p.weights_dtype != Dtype::kFloat16, "panel: the CPU has no float16 weights");
+  check_ceilings(p);
   check(p.threads >= 1, "panel: threads must be at least 1");
   if (p.term == PairTerm::kExponential)
     check(!p.row.sum == !p.row.shift && !p.col.sum == !p.col.shift, "panel: a sum needs its shift");

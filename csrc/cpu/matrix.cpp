@@ -317,7 +317,8 @@ void softmax_matrix(const Matrix& m, bool both, bool symmetric) {
   check(!both || (!symmetric && !m.positives && m.offset == 0), "softmax_matrix: columns have their rows' positives");
   m.out[0] = m.out[1] = m.out[2] = 0.0;
   Work w(m, true);
-  const bool columns = both || symmetric, visited = m.cols <= kChunk;
+  const bool columns = both || symmetric, capped = m.pairs.row_ceiling || m.pairs.col_ceiling;
+  const bool visited = m.cols <= kChunk && !capped;  // one exponential does not serve both sides of a pair then
   Panel statistics = w.panel(PairTerm::kExponential);
   use_state(statistics.row, w.row);
   if (both) use_state(statistics.col, w.col);

@@ -39,6 +39,7 @@ void check_panel(const Panel& p) {
     check_operands(p);
   check(p.pairs.columns_count == 0 || p.pairs.columns, "pairs: columns must not be null when columns_count is not 0");
   check(!p.pairs.row_ids == !p.pairs.col_ids, "pairs: ids of rows need ids of columns");
+  check_ceilings(p);
   check(tiles(p.rows) * tiles(p.cols) <= 0x7FFFFFFF, "panel: more tiles than a launch has blocks");
   check(p.scratch || p.scratch_bytes == 0, "panel: scratch must not be null");
   check(reinterpret_cast<uintptr_t>(p.scratch) % sizeof(double) == 0, "panel: scratch must be aligned to 8");
@@ -54,7 +55,8 @@ void run(const Panel& p) {
   const DeviceGuard guard(p.device);
   const bool sums = p.row.sum || p.col.sum;
   const bool weights = p.weights != nullptr;
-  const Kind kind = {p.term, p.pairs.row_ids != nullptr, p.row.target || p.col.target};
+  const bool targets = p.row.target || p.col.target, capped = p.pairs.row_ceiling || p.pairs.col_ceiling;
+  const Kind kind = {p.term, p.pairs.row_ids != nullptr, targets, capped};
   const TileKernel tile = p.scores ? panel_pass(kind, sums, weights) : tensor_cores(kind, p.operands, sums, weights);
   launch(p.scores ? "panel_pass_kernel" : "tensor_core_kernel", tile.kernel,
          static_cast<unsigned>(tiles(p.rows) * tiles(p.cols)), kThreads, tile.shared_bytes, p.stream, p);

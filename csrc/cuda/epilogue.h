@@ -88,12 +88,13 @@ __device__ __forceinline__ float target_of(const ThreadPlace& mine, const Epilog
 }
 
 // Exponentials (or what a term has in their place), their sums in row_part and col_part, and the weights.
-template <class Term, bool SUMS, bool WEIGHTS, class Logits>
+template <class Term, bool CAPPED, bool SUMS, bool WEIGHTS, class Logits>
 __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
                                            const Scores& s, const Logits& logits, EpilogueMemory& m) {
   // read where it is needed: eight more registers are not to be had
   const volatile float* const col_shift = m.shift + kTile + mine.col;
   const float* const col_gains = m.gain + kTile + mine.col;
+  const volatile float* const ceiling = m.ceiling;
   WeightWriter writer(p, tile, mine);
   ParamSums params(p);
   float col_sum[kCols] = {};
@@ -105,13 +106,18 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const float z = logits(s, i, j);
-      const float by_row = Term::row_score(z, row_shift);
-      const float by_col = Term::col_score(z, by_row, Term::kCol ? col_shift[j] : 0.0f);
+      float by_row = Term::row_score(z, row_shift);
+      float by_col = Term::col_score(z, by_row, Term::kCol ? col_shift[j] : 0.0f);
+      if (CAPPED) {  // (what lies far above may be infinite)
+        const float scaled = s.score[i][j] * logits.scale;
+        by_row = scaled > ceiling[row] ? 0.0f : by_row;
+        by_col = scaled > ceiling[kTile + mine.col + j] ? 0.0f : by_col;
+      }
       if (SUMS) row_sum += Term::row_part(z, by_row);
       if (SUMS && Term::kCol) col_sum[j] += by_col;
       if (WEIGHTS) {
         const float col_gain = Term::kCol ? col_gains[j] : 0.0f;
-        float w = Term::weight(z, by_row, by_col, row_gain, col_gain);
+        float w = WeightsOf<Term, CAPPED>::Type::weight(z, by_row, by_col, row_gain, col_gain);
         if constexpr (Term::kTargets)
           w = z == -__builtin_inff() ? 0.0f : w - target_of(mine, m, i, j, logits.is_alike(i, j));
         out[j] = params.add(logits.with_sign(w, i, j), s.score[i][j]);
@@ -125,28 +131,32 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
 }
 
 // A term's shifts and gains, then its sweep. A side that takes no part has gains of 0, and nobody reads its sums.
-template <class Term, bool SUMS, bool WEIGHTS, class Logits>
+template <class Term, bool CAPPED, bool SUMS, bool WEIGHTS, class Logits>
 __device__ __forceinline__ ParamSums sweep_with_shifts(const Panel& p, const TilePlace& tile, const ThreadPlace& mine,
                                                        const Scores& s, const Logits& logits, EpilogueMemory& m) {
   if constexpr (Term::kHasShift) {
     if constexpr (Term::kTargets) load_targets(p, tile, m);
+    if constexpr (CAPPED) {
+      load_ceilings(p, tile, m);
+      __syncthreads();
+    }
     if constexpr (SUMS) {
-      find_maxima(mine, s, logits, m);
+      find_maxima<CAPPED>(mine, s, logits, m);
       __syncthreads();
     }
     const bool by_row = SUMS && p.row.sum ? true : WEIGHTS && p.row.gain;
     const bool by_col = SUMS && p.col.sum ? true : WEIGHTS && p.col.gain;
     const bool common = choose_shifts<SUMS, WEIGHTS>(p, mine, Element(tile, by_row, by_col), m);
     const Logits again = logits.anew();
-    if (common) return sweep<typename Term::WithCommonShift, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
-    return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
+    if (common) return sweep<typename Term::WithCommonShift, CAPPED, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
+    return sweep<Term, CAPPED, SUMS, WEIGHTS>(p, tile, mine, s, again, m);
   } else {
     if (WEIGHTS) {
       const Element e(tile, true, false);
       if (e.is_row) m.gain[e.index] = e.inside ? p.row.gain[e.at] : 0.0f;
       __syncthreads();
     }
-    return sweep<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
+    return sweep<Term, CAPPED, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   }
 }
 
@@ -161,13 +171,14 @@ __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile
   (e.is_row ? scratch.row_sum : scratch.col_sum)[at] = merged_sum(m, e);
 }
 
-// Everything that is done with a tile once its scores are in registers. IDS: its pairs have ids.
-template <class Term, bool IDS, bool SUMS, bool WEIGHTS>
+// Everything that is done with a tile once its scores are in registers. IDS: its pairs have ids; CAPPED: its rows and
+// columns have ceilings.
+template <class Term, bool IDS, bool CAPPED, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
                                             const Alike<IDS>& alike, EpilogueMemory& m) {
   constexpr bool kZeros = SUMS && WEIGHTS, kSigned = IDS && Term::kSigned, kKeeps = kKeepsIds<Term, IDS>;
   const Logits<kSigned, kKeeps> logits = find_logits<IDS, kSigned, kKeeps, kZeros>(p, tile, mine, s, alike, m.pairs);
-  const ParamSums params = sweep_with_shifts<Term, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
+  const ParamSums params = sweep_with_shifts<Term, CAPPED, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);
   if (SUMS) {
     __syncthreads();
     leave_sums<Term>(p, tile, m);

@@ -12,11 +12,11 @@ struct TileKernel {
   unsigned shared_bytes;
 };
 
-// The pair term, whether pairs have ids, and whether weights have targets: these have kernels of their own, for which
-// the usual ones pay nothing.
+// The pair term, whether pairs have ids, weights have targets, and rows or columns have ceilings: these have kernels of
+// their own, for which the usual ones pay nothing.
 struct Kind {
   PairTerm term;
-  bool ids, targets;
+  bool ids, targets, capped = false;
 };
 
 // Over scores in memory.

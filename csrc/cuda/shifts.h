@@ -10,7 +10,16 @@ namespace cuda {
 __device__ __forceinline__ float larger(float a, float b) { return b > a ? b : a; }  // a NaN in b is passed over
 __device__ __forceinline__ float smaller(float a, float b) { return b < a ? b : a; }
 
-// Leaves each warp's maxima of its rows and columns in row_part and col_part.
+// Leaves the ceilings of the tile's rows and columns; +inf where there are none.
+__device__ __forceinline__ void load_ceilings(const Panel& p, const TilePlace& tile, EpilogueMemory& m) {
+  const Element e(tile, p.pairs.row_ceiling, p.pairs.col_ceiling);
+  const float* const ceiling = e.is_row ? p.pairs.row_ceiling : p.pairs.col_ceiling;
+  m.ceiling[threadIdx.x] = e.inside ? ceiling[e.at] : __builtin_inff();
+}
+
+// Leaves each warp's maxima of its rows and columns in row_part and col_part. CAPPED: of what lies below their
+// ceilings.
+template <bool CAPPED>
 __device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Scores& s, const Logits<false>& logits,
                                             EpilogueMemory& m) {
   float col_best[kCols];
@@ -21,9 +30,11 @@ __device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Score
     float best = -__builtin_inff();
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      const float z = logits(s, i, j);
-      best = larger(best, z);
-      col_best[j] = larger(col_best[j], z);
+      const float z = logits(s, i, j), scaled = s.score[i][j] * logits.scale;
+      const bool row_out = CAPPED && scaled > m.ceiling[mine.row + i * kRowStep];
+      const bool col_out = CAPPED && scaled > m.ceiling[kTile + mine.col + j];
+      best = larger(best, row_out ? -__builtin_inff() : z);
+      col_best[j] = larger(col_best[j], col_out ? -__builtin_inff() : z);
     }
     best = larger(best, __shfl_xor_sync(kAllLanes, best, 1));
     best = larger(best, __shfl_xor_sync(kAllLanes, best, 2));

@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_tile(const Panel& p, const TilePlace& t
   __syncthreads();
 }
 
-template <class Term, bool IDS, Dtype OPERANDS, bool SUMS, bool WEIGHTS>
+template <class Term, bool IDS, bool CAPPED, Dtype OPERANDS, bool SUMS, bool WEIGHTS>
 __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_constant__ Panel p) {
   if constexpr (kServes) {
     const TilePlace tile(p, blockIdx.x);
@@ -113,38 +113,40 @@ __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_c
     const Alike<IDS> alike(p, tile, mine);
     Scores scores;
     multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
-    finish_tile<Term, IDS, SUMS, WEIGHTS>(p, tile, mine, scores, alike,
-                                          *reinterpret_cast<EpilogueMemory*>(shared_memory));
+    finish_tile<Term, IDS, CAPPED, SUMS, WEIGHTS>(p, tile, mine, scores, alike,
+                                                  *reinterpret_cast<EpilogueMemory*>(shared_memory));
   }
 }
 
-template <class Term, bool IDS, Dtype OPERANDS>
+template <class Term, bool IDS, bool CAPPED, Dtype OPERANDS>
 TileKernel choose(bool sums, bool weights) {
   const unsigned bytes = kStages * sizeof(Stage);
   if constexpr (!Term::kTargets) {  // which have no sums
-    if (!weights) return {tensor_core_kernel<Term, IDS, OPERANDS, true, false>, bytes};
-    if (sums) return {tensor_core_kernel<Term, IDS, OPERANDS, true, true>, bytes};
+    if (!weights) return {tensor_core_kernel<Term, IDS, CAPPED, OPERANDS, true, false>, bytes};
+    if (sums) return {tensor_core_kernel<Term, IDS, CAPPED, OPERANDS, true, true>, bytes};
   }
-  return {tensor_core_kernel<Term, IDS, OPERANDS, false, true>, bytes};
+  return {tensor_core_kernel<Term, IDS, CAPPED, OPERANDS, false, true>, bytes};
 }
 
-template <class Term, bool IDS>
+template <class Term, bool IDS, bool CAPPED>
 TileKernel choose(Dtype operands, bool sums, bool weights) {
-  return operands == Dtype::kBFloat16 ? choose<Term, IDS, Dtype::kBFloat16>(sums, weights)
-                                      : choose<Term, IDS, Dtype::kFloat16>(sums, weights);
+  return operands == Dtype::kBFloat16 ? choose<Term, IDS, CAPPED, Dtype::kBFloat16>(sums, weights)
+                                      : choose<Term, IDS, CAPPED, Dtype::kFloat16>(sums, weights);
 }
 
-template <class Term>
-TileKernel choose(bool ids, Dtype operands, bool sums, bool weights) {
-  return ids ? choose<Term, true>(operands, sums, weights) : choose<Term, false>(operands, sums, weights);
+template <class Term, bool CAPPED = false>
+TileKernel choose_ids(bool ids, Dtype operands, bool sums, bool weights) {
+  return ids ? choose<Term, true, CAPPED>(operands, sums, weights)
+             : choose<Term, false, CAPPED>(operands, sums, weights);
 }
 
 }  // namespace
 
 TileKernel tensor_cores(Kind kind, Dtype operands, bool sums, bool weights) {
-  if (kind.targets) return choose<WithTargets>(kind.ids, operands, sums, weights);
-  return kind.term == PairTerm::kSigmoid ? choose<Sigmoid>(kind.ids, operands, sums, weights)
-                                         : choose<BothSides>(kind.ids, operands, sums, weights);
+  if (kind.targets) return choose_ids<WithTargets>(kind.ids, operands, sums, weights);
+  if (kind.capped) return choose_ids<BothSides, true>(kind.ids, operands, sums, weights);
+  return kind.term == PairTerm::kSigmoid ? choose_ids<Sigmoid>(kind.ids, operands, sums, weights)
+                                         : choose_ids<BothSides>(kind.ids, operands, sums, weights);
 }
 
 }  // namespace cuda

@@ -19,6 +19,7 @@ struct EpilogueMemory {
   float row_part[kWarpsAcross][kTile], col_part[kWarpsDown][kTile];  // the warps' maxima, then their sums
   float shift[2 * kTile], gain[2 * kTile];
   float target[2][2 * kTile];  // of pairs of other ids, of equal ids
+  float ceiling[2 * kTile];
   PairsMemory pairs;
   float low[kWarps], high[kWarps], lowest_normalizer[kWarps];
 };

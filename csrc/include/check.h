@@ -21,4 +21,10 @@ inline void check_targets(const Panel& p) {
           "weight_panel: targets of every side with a gain, or of none");
 }
 
+// Ceilings are the exponential term's, and go without targets.
+inline void check_ceilings(const Panel& p) {
+  if (!p.pairs.row_ceiling && !p.pairs.col_ceiling) return;
+  check(p.term == PairTerm::kExponential && !p.row.target && !p.col.target, "panel: ceilings with targets or signs");
+}
+
 }  // namespace ck

@@ -11,6 +11,8 @@
   X(const int64_t*, row_ids, nullptr, "[rows] pairs of equal ids are left out; the sigmoid term's positives")    \
   X(int, equal_ids, 0, "or: kAlikeCount, kAlikeAlone")                                                           \
   X(const int64_t*, col_ids, nullptr, "[cols]")                                                                  \
+  X(const float*, row_ceiling, nullptr, "[rows] pairs whose scale * score is higher are left out of the row's")  \
+  X(const float*, col_ceiling, nullptr, "[cols] ... of the column's; or null")                                   \
   X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                         \
   X(int64_t, first_column, 0, "")
 

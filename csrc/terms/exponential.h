@@ -69,3 +69,13 @@ struct Exponential {
     merge_exponential(shift[i], sum[i], other_shift[i], other_sum[i]);
   }
 };
+
+// Whose weights a term has: with ceilings, rows and columns may share a shift and no exponential.
+template <class Term, bool CAPPED>
+struct WeightsOf {
+  using Type = Term;
+};
+template <bool COMMON, bool ROW, bool COL>
+struct WeightsOf<Exponential<COMMON, ROW, COL>, true> {
+  using Type = Exponential<false, ROW, COL>;
+};

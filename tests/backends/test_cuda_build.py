@@ -15,6 +15,7 @@ import emulated
 import pytest
 import torch
 from panels import Case, make_panel, start_states
+from thorough import LONG, THOROUGH
 
 from contrastive_kernels.backends import cuda
 from contrastive_kernels.panels.panel import Side
@@ -75,6 +76,7 @@ def read_ptxas(text):
     return found
 
 
+@pytest.mark.skipif(not THOROUGH, reason=LONG)
 def test_oldest_architecture_compiles(tmp_path):
     setup = emulated.load_setup()
     nvcc = setup.find_nvcc()

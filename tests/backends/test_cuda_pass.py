@@ -15,6 +15,7 @@ from exact import EQUAL, assert_exact, equal
 from labelled import LABELLED
 from panels import CASES, Case, make_panel, start_states
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
+from thorough import one_of
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
@@ -39,19 +40,19 @@ def kernels(monkeypatch):
 
 BACKEND = backends.get("cuda")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-#: One of so many; a sanitizer, which sees shapes and not values, needs few and takes its time over each.
-EVERY = int(os.environ.get("EMULATED_EVERY") or 1)
-PAIRS = [(problem, loss) for problem in PROBLEMS for loss in problem.losses]
+#: "K/N": part K of N; a sanitizer takes its time.
+PART = [*map(int, os.environ.get("EMULATED_PART", "0/1").split("/"))]
+PAIRS = [(problem, loss) for k, problem in enumerate(PROBLEMS) for loss in one_of(k, problem.losses)]
 PAIRS += [
     (BY_NAME[name], loss)
     for name in ("base", "panels", "nearly-solved", "ids-panels", "common-100")
     for loss in LABELLED
 ]
-PAIRS = PAIRS[::EVERY]
+PAIRS = PAIRS[PART[0] :: PART[1]]
 
 
 def dtype_in_turn(number, problem):
-    """Every problem meets every dtype with one of its losses, or most; every pair in every dtype would take minutes."""
+    """The dtypes in turn; every pair in every dtype would take minutes."""
     dtype = DTYPES[number % len(DTYPES)]
     return dtype if problem.float16 or dtype != torch.float16 else torch.float32
 

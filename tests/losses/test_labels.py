@@ -9,11 +9,12 @@ import pytest
 import torch
 from labelled import LABELLED
 from paths import PATHS, path_options, walked
-from problems import CPU_BACKENDS, PROBLEMS, engine_options, make_inputs, run
+from problems import BY_NAME, CPU_BACKENDS, PROBLEMS, SOFTMAX, engine_options, make_inputs, run
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.engine.class_sums import ClassSums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: (ids-kept takes the path of kept-panels, with labels of its own)
@@ -274,6 +275,19 @@ def test_derivatives_of_smoothed_losses(loss):
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("loss", ["sup_con", "sup_con_inside", "multi_positive_nce", "clip_loss", "nt_xent"])
+def test_a_workspace_that_is_too_small_is_refused_at_once(loss, monkeypatch):
+    """Before the sums of features, which one row at a time would take a minute."""
+
+    def early(*_):
+        raise AssertionError("computed before the workspace was looked at")
+
+    monkeypatch.setattr(ClassSums, "dots", early)
+    inputs = make_inputs(BY_NAME["smoothed-solved" if loss in SOFTMAX else "nearly-solved"], torch.float32)
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least [0-9]+ for the smallest panel"):
+        run(ck, inputs, loss, torch.float32, workspace_bytes=1)
 
 
 def test_refused_smoothing():

@@ -1,0 +1,58 @@
+"""``python -m bench.cached``: a step in chunks (gradient caching) beside the plain step, in turns."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import contrastive_kernels as ck
+
+from .measure import Work, interleave, warm_up
+from .report import milliseconds
+from .results import commit, describe_machine
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Measures and prints the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2048, help="of each of two inputs")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    parts = [part for _ in range(args.layers) for part in (nn.Linear(args.width, args.width), nn.GELU())]
+    model = nn.Sequential(*parts, nn.Linear(args.width, 32))
+    views = tuple(torch.randn(args.rows, args.width) for _ in range(2))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return ck.clip_loss(x, y, 10.0, normalize=True)
+
+    def plain() -> None:
+        loss(model(views[0]), model(views[1])).backward()
+
+    def cached() -> None:
+        ck.cached_step(model, views, loss, chunk_size=args.chunk)
+
+    works = [Work(step, "cpu") for step in (cached, plain)]
+    for work in works:
+        warm_up(work)
+    interleave(works, args.rounds)
+    ours, whole = (work.best for work in works)
+    Console().print(
+        f"in chunks of {args.chunk}: {milliseconds(ours)} ms, {ours / whole:.2f} of the plain step's "
+        f"{milliseconds(whole)} ms; {describe_machine('cpu')}, commit {commit()}",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
