@@ -15,7 +15,7 @@ from ..engine.matrix import Problem
 from ..operators.logsumexp import log_sum_exps
 from ..panels.size import score_dtype
 
-__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "softplus"]
+__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "relative_of", "softplus"]
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -42,6 +42,11 @@ def relative_log_sum(problem: Problem, z_pos: Tensor) -> Tensor:
     the value, and the gradient finite: nothing comes back to z_pos.
     """
     rows, _, normalizer, _ = log_sum_exps(problem, (), (False,))
+    return relative_of(rows, normalizer, z_pos)
+
+
+def relative_of(rows: Tensor, normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """The same of log-sums [N], differentiable, and their two numbers [2, N]."""
     shift, rest = normalizer.detach()
     nothing = rest == -torch.inf
     value = (shift - z_pos.detach()) + rest
