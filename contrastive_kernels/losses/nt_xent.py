@@ -91,7 +91,7 @@ def nt_xent(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for biases, a margin, smoothing and weights of positives.
+        Over the ranks of a group in a grid or a ring, for biases, a margin, smoothing and weights of positives.
 
     Notes
     -----

@@ -147,8 +147,8 @@ def info_nce(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for several positives and those that are no candidates, a queue, a margin and
-        corrections.
+        Over the ranks of a group in a grid or a ring, for smoothing, a bias, a margin, several positives and those that
+        are no candidates, a queue and corrections, for which every rank computes all rows.
 
     Notes
     -----
@@ -275,7 +275,7 @@ def clip_loss(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for biases, a margin and smoothing.
+        Over the ranks of a group in a grid or a ring, for biases, a margin and smoothing.
 
     Notes
     -----
