@@ -106,21 +106,6 @@ class Primitive:
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
 
-    def with_gradients(
-        self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...], needs: Sequence[bool]
-    ) -> tuple[Tensor, Outputs]:
-        """The one result, a number, and its gradients by the first tensors that want them, without autograd."""
-        rest = [False] * (len(problem.tensors()) + len(extras) - len(needs))
-        call = Call(problem, extras, settings, (*needs, *rest))
-        value, *kept = _without_autocast(self.forward, call)
-        found: list[Tensor | None] = [None] * len(call.needs)
-        if self.comes_with_value(tuple(kept), call.needs):
-            for place, g in zip(self.made, kept):
-                found[place] = g
-        elif True in needs:
-            found[:] = self.backward(call, tuple(kept), (torch.ones_like(value),))
-        return value, tuple(found[: len(needs)])
-
     def _read(self, outputs: Outputs) -> Outputs:
         """What callers read."""
         return (*outputs[: self.results], *outputs[len(outputs) - self.found :])
