@@ -159,10 +159,11 @@ class NormalizerMemory(Tables):
             As the constructor, and where there is none.
         """
         check_flag(read_only, "read_only")
+        check_group(group)
         folder = check_folder(folder, "folder")
         held = peek(folder.absolute())
-        rule: dict[str, Any] = {"step": held.step, "floor": held.floor}
-        return cls(held.num_samples, held.directions, **rule, storage=folder, read_only=read_only, group=group)
+        rule: dict[str, Any] = {"step": held.step, "floor": held.floor, "storage": folder, "read_only": read_only}
+        return cls(held.num_samples, held.directions, **rule, group=group)
 
     def close(self) -> None:
         """Ends the use of a folder: its lock is free, the tables are gone from here. In memory it does nothing."""

@@ -1,5 +1,6 @@
 """The losses: each function stands beside its module."""
 
+from .clip import ClipLoss, clip_loss
 from .composed import von_mises_fisher_weights
 from .decomposable import DecomposableLoss, decomposable
 from .labels import MultiPositiveNCELoss, SupConLoss, multi_positive_nce, sup_con
@@ -9,7 +10,7 @@ from .nt_xent import NTXentLoss, nt_xent
 from .queue import FeatureQueue
 from .ranking import MultipleNegativesRankingLoss, multiple_negatives_ranking
 from .sigmoid import SigmoidLoss, sigmoid
-from .softmax import ClipLoss, InfoNCELoss, clip_loss, info_nce
+from .softmax import InfoNCELoss, info_nce
 
 __all__ = [
     "ClipLoss",

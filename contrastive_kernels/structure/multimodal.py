@@ -12,7 +12,8 @@ from ..arguments.checks import (
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..distributed.group import ranks_of, told
-from ..losses.softmax import clip_loss, info_nce
+from ..losses.clip import clip_loss
+from ..losses.softmax import info_nce
 
 __all__ = ["multimodal_contrastive"]
 
