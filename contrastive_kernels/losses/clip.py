@@ -27,7 +27,7 @@ from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
-from .gathered import gathered_loss
+from .gathered import gathered_loss, wants_all
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
 
@@ -116,7 +116,7 @@ def clip_loss(
     """
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
-    if ranks is not None and (because := _wants_all(label_smoothing, candidate_bias, margin)):
+    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin)):
         rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
         given.update(margin=margin, reduction=reduction, normalize=normalize)

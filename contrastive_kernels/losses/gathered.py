@@ -22,7 +22,7 @@ from ..arguments.reduction import row_weights
 from ..distributed.group import Ranks, told
 from ..distributed.whole import OfRank, whole_over_ranks
 
-__all__ = ["check_candidates", "gathered_labels", "gathered_loss", "require_gathering"]
+__all__ = ["check_candidates", "gathered_labels", "gathered_loss", "require_gathering", "wants_all"]
 
 #: Options that print alike where they are alike.
 _PRINTED = (
@@ -180,3 +180,10 @@ def gathered_labels(
         return function(x, labels, of_scale, **all_, **options)
 
     return whole_over_ranks(ranks, function.__name__, parts, scale, compute, _printed(options))
+
+
+def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
+    """What of a loss is no sum over a rank's own rows; "" where nothing is."""
+    smooth = type(label_smoothing) is not float or label_smoothing != 0.0
+    said = {"label_smoothing": smooth, "candidate_bias": candidate_bias is not None, "margin": margin is not None}
+    return next((name for name, there in said.items() if there), members[0] if members else "")

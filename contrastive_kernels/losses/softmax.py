@@ -28,7 +28,7 @@ from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
-from .gathered import gathered_loss
+from .gathered import gathered_loss, wants_all
 from .module import SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, require_no_corrections, widened
@@ -177,7 +177,7 @@ def info_nce(
     given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
     if ranks is not None:
         members = Members(*given)
-        if because := _wants_all(label_smoothing, candidate_bias, margin, *members.told(positives)):
+        if because := wants_all(label_smoothing, candidate_bias, margin, *members.told(positives)):
             rows: dict[str, Any] = {"positives": positives, "ids": ids, "candidate_bias": candidate_bias}
             rows.update(weight=weight, positive_logits=positive_logits, positive_features=positive_features)
             options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
@@ -223,13 +223,6 @@ def info_nce(
         rule = Softmax(include_positive=include_positive)
         return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
     return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
-
-
-def _wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
-    """What of a loss is no sum over a rank's own rows; "" where nothing is."""
-    smooth = type(label_smoothing) is not float or label_smoothing != 0.0
-    said = {"label_smoothing": smooth, "candidate_bias": candidate_bias is not None, "margin": margin is not None}
-    return next((name for name, there in said.items() if there), members[0] if members else "")
 
 
 class InfoNCELoss(SoftmaxLoss):
