@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from contrastive_kernels.planning.costs import LOSSES
 
-from . import distributed, integrations, memory, plot, report, results
+from . import distributed, family, integrations, memory, plot, report, results
 from .cases import DTYPES, MODES, Case, memory_cases, quick_cases, standard_cases
 from .goals import GOALS, GPU_GOALS, Goal
 from .providers import get, providers
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         "--distributed",
         action="store_true",
         help="clip_loss over 1, 2 and 4 processes instead, against gathering all features (some minutes)",
+    )
+    what.add_argument(
+        "--family",
+        action="store_true",
+        help="what a member of a loss costs (ids, a margin, a scale by row), beside the loss without it, instead",
     )
     what.add_argument(
         "--integrations",
@@ -247,6 +252,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return distributed.run(plan, console, args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.family:
+        others = set(vars(args)) - {"family", "quick", "rounds", "threads"}
+        if given := [name for name in sorted(others) if getattr(args, name)]:
+            parser.error(f"--family: expected --quick, --rounds, --threads alone; got {given}")
+        _warn_of_load(torch.get_num_threads(), console)
+        return family.run(console, args.rounds or (1 if args.quick else 5), args.quick)
     if args.integrations:
         others = set(vars(args)) - {"integrations", "quick", "rounds", "threads", "json", "plot"}
         if given := [name for name in sorted(others) if getattr(args, name)]:

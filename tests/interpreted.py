@@ -74,8 +74,6 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "smoothed": None,
         "margin": ("info_nce", "clip_loss", "nt_xent", "decomposable_pair"),
         "margin-panels": ("nt_xent",),
-        "margin-padded": ("info_nce",),
-        "margin-far-apart": ("clip_loss",),
         "smoothed-panels": ("nt_xent",),
         "smoothed-wide": None,
         "n3": ("clip_loss", "nt_xent", "sup_con_wide", "multi_positive_nce_wide"),
@@ -94,7 +92,6 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "rather-stale": None,
         "ids-solved": ("clip_loss", "sigmoid", "sup_con_wide"),
         "smoothed-solved": ("clip_loss",),
-        "margin-dcl": ("clip_loss",),
         "candidate-bias": ("info_nce",),
     },
     "bfloat16": {

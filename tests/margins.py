@@ -20,6 +20,8 @@ def margin_of(inputs: Any) -> Any:
     given = None if inputs.positive_logits is None else inputs.positive_logits[0].double()
     gaps = [_logits(*each, inputs.scale.double(), given) for each in sets]
     z, own, size = (torch.cat(v) for v in zip(*gaps))
+    if not len(z):
+        return problem.margin
     relative = isinstance(problem.margin, tuple)
     number = problem.margin[1] if relative else problem.margin
     moved = [number * (1 + 0.005 * k) for k in range(50)]

@@ -72,17 +72,17 @@ def _checked_bias(value: Any, x: Tensor, y: Tensor) -> Tensor:
     return check_vector(value, "candidate_bias", y.shape[0], x, differentiable=True)
 
 
-def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor) -> Pairs:
+def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor, by_row: bool = False) -> Pairs:
     """What ids and biases of samples x [N, D] say of the pairs of their 2 N views.
 
-    With biases the matrix is not symmetric, and it is ids that leave out every view's own column.
+    With biases, or scales by row, the matrix is not symmetric, and it is ids that leave out every view's own column.
     """
     if ids is not None and not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected None or a tensor of the samples' ids [N]; got {type(ids).__name__}")
     bias, of_views, *_ = pairs_of(ids, candidate_bias, x, x).tensors
     if of_views is not None:
         of_views = of_views.repeat(2)
-    elif bias is not None:
+    elif bias is not None or by_row:
         of_views = torch.arange(2 * x.shape[0], dtype=torch.int64, device=x.device)
     return Pairs.of((None if bias is None else bias.repeat(2), of_views, of_views))
 

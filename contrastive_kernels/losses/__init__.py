@@ -7,6 +7,7 @@ from .log_sum_exp import log_sum_exp
 from .matryoshka import MatryoshkaLoss, matryoshka
 from .nt_xent import NTXentLoss, nt_xent
 from .queue import FeatureQueue
+from .ranking import MultipleNegativesRankingLoss, multiple_negatives_ranking
 from .sigmoid import SigmoidLoss, sigmoid
 from .softmax import ClipLoss, InfoNCELoss, clip_loss, info_nce
 
@@ -17,6 +18,7 @@ __all__ = [
     "InfoNCELoss",
     "MatryoshkaLoss",
     "MultiPositiveNCELoss",
+    "MultipleNegativesRankingLoss",
     "NTXentLoss",
     "SigmoidLoss",
     "SupConLoss",
@@ -26,6 +28,7 @@ __all__ = [
     "log_sum_exp",
     "matryoshka",
     "multi_positive_nce",
+    "multiple_negatives_ranking",
     "nt_xent",
     "sigmoid",
     "sup_con",

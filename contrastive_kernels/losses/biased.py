@@ -14,7 +14,7 @@ from ..arguments.reduction import row_gains, row_weights
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 
-__all__ = ["pairs_with_biases", "views_with_biases"]
+__all__ = ["one_way", "pairs_with_biases", "views_with_biases"]
 
 
 def pairs_with_biases(problem: Problem, candidate_bias: Any, weight: Any, reduction: str, **options: Any) -> Tensor:
@@ -23,21 +23,22 @@ def pairs_with_biases(problem: Problem, candidate_bias: Any, weight: Any, reduct
         candidate_bias = candidate_bias, candidate_bias
     of_x, of_y = check_pair(candidate_bias, "candidate_bias")
     back = replace(problem, x=problem.y, y=problem.x, pairs=problem.pairs.turned())
-    there = _one_way(_biased(problem, of_y), weight, reduction, options)
-    return (there + _one_way(_biased(back, of_x), weight, reduction, options)) / 2
+    there = one_way(_biased(problem, of_y), weight, reduction, options)
+    return (there + one_way(_biased(back, of_x), weight, reduction, options)) / 2
 
 
 def views_with_biases(problem: Problem, weight: Any, reduction: str, **options: Any) -> Tensor:
     """NT-Xent of views [2N, D], not as a symmetric matrix; weights of the samples [N]."""
     weights = row_weights(weight, problem.x.shape[0] // 2, problem.x)
-    return _one_way(problem, None if weights is None else torch.cat([weights, weights]), reduction, options)
+    return one_way(problem, None if weights is None else torch.cat([weights, weights]), reduction, options)
 
 
 def _biased(problem: Problem, bias: Any) -> Problem:
     return replace(problem, pairs=with_biases(problem.pairs, bias, problem.x, problem.y))
 
 
-def _one_way(problem: Problem, weight: Any, reduction: str, options: dict[str, Any]) -> Tensor:
+def one_way(problem: Problem, weight: Any, reduction: str, options: dict[str, Any]) -> Tensor:
+    """InfoNCE of rows with weights [N], whose padding nobody reads."""
     x, y, weight = without_padding(problem.x, problem.y, problem.pairs, problem.offset, problem.index, weight)
     gains = row_gains(weight, x.shape[0], x, reduction)
     return softmax_loss(replace(problem, x=x, y=y), gains, reduction, **options)

@@ -35,6 +35,7 @@ from ..operators.weighted_sum import exponential_sums
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
+from .scales import check_scales
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -78,7 +79,8 @@ def decomposable(
     y : Tensor
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+        Multiplies the dot products: the inverse temperature, not its logarithm. One of [N], for one direction, is every
+        row's own, as in :func:`info_nce`.
     log_normalizer : Tensor or pair of Tensor
         log Zbar_i [N], known before this batch was seen; a pair ([N], [M]) trains both directions from the one pass
         (N == M) and gives their mean. Not differentiated.
@@ -102,7 +104,7 @@ def decomposable(
     margin : float or ("relative", float), optional
         As in :func:`info_nce`; with two directions, in each by its own positive.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     generator : torch.Generator, optional
         Source of the draws of u. Activation checkpointing runs the forward again and restores only the default
         generators: leave this None there, or backward raises.
@@ -162,6 +164,8 @@ def decomposable(
             index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
+        if len(sides) == 1 and isinstance(logit_scale, Tensor):
+            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:

@@ -21,6 +21,7 @@ from ..panels.panel import present
 from ..panels.size import score_dtype
 from .gathered import check_candidates, gathered_labels
 from .module import Loss
+from .scales import check_scales
 
 __all__ = ["MultiPositiveNCELoss", "SupConLoss", "multi_positive_nce", "sup_con"]
 
@@ -53,7 +54,8 @@ def sup_con(
     labels : Tensor
         Their labels [N]: any integers, of which equality alone counts.
     logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+        Multiplies the dot products: the inverse temperature, not its logarithm. With ``y``, one of [N] is every row's
+        own, as in :func:`info_nce`.
     y, y_labels : Tensor, optional
         Candidates [M, D] with labels [M]: rows of x are then compared with these alone, every one of equal label is a
         positive and nothing is left out. By default with all other rows of x.
@@ -61,7 +63,7 @@ def sup_con(
         Where the mean over a row's positives stands. "outside" of the logarithm: the log-sum-exp over all candidates
         less the mean of the positives' logits. "inside": the negative logarithm of the positives' mean probability.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "none" gives [N]. A row without positives has loss 0, and is left out of the mean; the mean of no rows is 0.
     normalize, backend, workspace_bytes
@@ -203,7 +205,10 @@ def _problem(
     rows = check_labels(labels, "labels", x)
     cols = rows if alone else check_labels(y_labels, "y_labels", y)
     engine = check_engine(backend, workspace_bytes)
-    scale = check_scale(x, logit_scale)
+    if alone:
+        scale = check_scale(x, logit_scale)
+    else:
+        x, y, scale = check_scales(x, y, logit_scale)
     pairs = Pairs.of((None, rows, cols))
     return Problem(x, y, scale, symmetric=alone, pairs=pairs, engine=engine), _Positives.of(rows, cols, alone)
 

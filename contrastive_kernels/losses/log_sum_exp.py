@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_positives, check_scale
+from ..arguments.checks import check_engine, check_features, check_positives
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, without_padding
 from ..engine.matrix import Problem
 from ..operators.logsumexp import logsumexp
 from ..panels.pairs import EVERY_PAIR
+from .scales import check_scales
 
 __all__ = ["log_sum_exp"]
 
@@ -37,7 +38,8 @@ def log_sum_exp(
     y : Tensor
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+        Multiplies the dot products: the inverse temperature, not its logarithm. One of [N] is every row's own, as in
+        :func:`info_nce`.
     positives : int or Tensor, optional
         A candidate that each row leaves out: that at ``i + positives`` (an int), or at ``positives[i]`` (int64 [N]; -1:
         none). Without it every candidate counts.
@@ -80,7 +82,8 @@ def log_sum_exp(
     """
     x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
     index, offset = (None, None) if positives is None else check_positives(positives, x, y, allow_missing=True)
-    scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+    x, y, scale = check_scales(x, y, logit_scale, padded=candidate_bias is not None)
+    engine = check_engine(backend, workspace_bytes)
     pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
     if pairs.adds:
         x, y, _ = without_padding(x, y, pairs, None, None, None)

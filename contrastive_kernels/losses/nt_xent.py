@@ -12,7 +12,6 @@ from ..arguments.checks import (
     check_features,
     check_flag,
     check_reduction,
-    check_scale,
     is_shared,
 )
 from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
@@ -30,6 +29,7 @@ from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss
 from .module import SoftmaxLoss
+from .scales import check_scales, is_by_row, require_no_corrections
 
 __all__ = ["NTXentLoss", "nt_xent"]
 
@@ -62,7 +62,8 @@ def nt_xent(
     z1, z2 : Tensor
         Two views of the same samples [N, D] of one dtype and device.
     logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+        Multiplies the dot products: the inverse temperature, not its logarithm. One of [N] is every sample's own, of
+        both its views; the matrix is not symmetric then, and 16-bit features are multiplied in float32.
     ids : Tensor, optional
         Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
     candidate_bias : Tensor, optional
@@ -75,7 +76,7 @@ def nt_xent(
     weight_fn : callable, optional
         As in :func:`info_nce` (DCLW): called with ``z1`` and ``z2``, and with ``z2`` and ``z1``.
     weight : Tensor, optional
-        Weights of the samples [N], not differentiated; each serves both views.
+        Weights of the samples [N], not differentiated; of either sign. Each serves both views.
     reduction : {"mean", "sum", "none"}
         "none" gives [2N], the views of ``z1`` first. The mean of no views is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
@@ -137,18 +138,24 @@ def nt_xent(
                 raise ValueError("weight_fn: expected None with candidate_bias; got a function")
         padded = candidate_bias is not None
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True, padded=padded)
-        scale, engine = check_scale(z1, logit_scale), check_engine(backend, workspace_bytes)
-        n = z1.shape[0]
-        pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of_samples(ids, candidate_bias, z1)
+        by_row = isinstance(logit_scale, Tensor) and is_by_row(logit_scale)
+        if by_row:
+            require_no_corrections(logit_scale, weight_fn=weight_fn)
+        own, _, scale = check_scales(z1, z2, logit_scale, ranks, padded)
+        engine, n = check_engine(backend, workspace_bytes), z1.shape[0]
+        alone = by_row or candidate_bias is not None
+        pairs = EVERY_PAIR if ids is None and not alone else pairs_of_samples(ids, candidate_bias, z1, by_row)
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, z1)
         raise
     views = torch.cat([z1, z2])
     index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
-    mirrored = ranks is None and not pairs.adds
-    offset = n if mirrored else None
-    problem = Problem(views, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
+    mirrored = ranks is None and not pairs.adds and not by_row
+    offset, anchors = n if mirrored else None, views
+    if by_row:
+        anchors, views = torch.cat([own, check_scales(z2, z1, logit_scale, None, padded)[0]]), views.to(own.dtype)
+    problem = Problem(anchors, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if margin is not None:
         problem = with_margin(problem, margin)
     if ranks is not None:
@@ -157,7 +164,7 @@ def nt_xent(
         return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
     if weight_fn is not None:
         return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
-    if pairs.adds:
+    if pairs.adds or by_row:
         options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
         return views_with_biases(problem, weight, reduction, **options)
     return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)

@@ -15,7 +15,7 @@ from ..engine.matrix import Problem
 from ..operators.logsumexp import log_sum_exps
 from ..panels.size import score_dtype
 
-__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "softplus"]
+__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "relative_of", "softplus"]
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -38,13 +38,19 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
 def relative_log_sum(problem: Problem, z_pos: Tensor) -> Tensor:
     """log sum_j exp(z_ij - z_pos,i) [N] over the pairs that count, -inf where there are none; differentiable.
 
-    The value is made of the log-sum's two numbers, the gradient is that of the log-sum.
+    The value is made of the log-sum's two numbers, the gradient is that of the log-sum. Where z_pos is infinite, so is
+    the value, and the gradient finite: nothing comes back to z_pos.
     """
     rows, _, normalizer, _ = log_sum_exps(problem, (), (False,))
+    return relative_of(rows, normalizer, z_pos)
+
+
+def relative_of(rows: Tensor, normalizer: Tensor, z_pos: Tensor) -> Tensor:
+    """The same of log-sums [N], differentiable, and their two numbers [2, N]."""
     shift, rest = normalizer.detach()
     nothing = rest == -torch.inf
     value = (shift - z_pos.detach()) + rest
-    moving = (rows - z_pos).masked_fill(nothing, 0.0)
+    moving = (rows - z_pos.masked_fill(z_pos.detach().isinf(), 0.0)).masked_fill(nothing, 0.0)
     return value + (moving - moving.detach())
 
 

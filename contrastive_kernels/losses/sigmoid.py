@@ -63,7 +63,7 @@ def sigmoid(
         Added to the logits of the texts [M], matching or not. It may require a gradient. A text of -inf is padding: its
         features are not used, not even if they are NaN; without ids, so is its image, which is left out of the mean.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "mean" divides the sum over all pairs by N, "none" gives the row sums [N]. The mean of no pairs is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven

@@ -18,7 +18,7 @@ from ..arguments.checks import (
 )
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of, without_padding
+from ..arguments.pairs import check_smoothing, pairs_of, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -32,6 +32,7 @@ from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss
 from .module import PAIR_NAMES, SoftmaxLoss
 from .queue import FeatureQueue
+from .scales import check_scales, is_by_row, pairs_with_scales, require_no_corrections, widened
 
 __all__ = ["ClipLoss", "InfoNCELoss", "clip_loss", "info_nce"]
 
@@ -73,7 +74,8 @@ def info_nce(
         Candidates [M, D] of the same dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A 0-d tensor may require a gradient
-        and is never read by the host.
+        and is never read by the host. One of [N] is every row's own, and may require a gradient, too; 16-bit features
+        are then multiplied in float32.
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]). Several are int64 [N, P], -1 where there are fewer: the loss is the mean over them of the
@@ -82,7 +84,7 @@ def info_nce(
     positive_logits, positive_features : Tensor, optional
         The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
-        [N], -1 for none). Differentiable.
+        [N], -1 for none). Differentiable; a logit of -inf gives an infinite loss, and no gradient of its own.
     queue : FeatureQueue, optional
         Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
@@ -115,7 +117,7 @@ def info_nce(
         Negatives weigh exp(hardness_beta * logit) more in their mean exponential; it goes with ``debiased``. Twice the
         products, in float32 of 16-bit features.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign, for the loss is linear in them.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize : bool
@@ -191,6 +193,11 @@ def info_nce(
         if margin is not None:
             check_margin_of_loss(margin, label_smoothing)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
+        if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
+            corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
+            require_no_corrections(logit_scale, weight_fn=weight_fn, **corrections)
+            given = (positive_logits, widened(positive_features, x), *given[2:])
+            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
@@ -222,7 +229,7 @@ def info_nce(
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor],
     *,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
@@ -245,8 +252,10 @@ def clip_loss(
     ----------
     image_features, text_features : Tensor
         Matching rows [N, D] of one dtype and device.
-    logit_scale : float or Tensor
-        Multiplies the dot products: the inverse temperature, not its logarithm.
+    logit_scale : float, Tensor or pair of Tensor
+        Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
+        every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
+        The directions are two passes then, and 16-bit features are multiplied in float32.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
         equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
@@ -259,7 +268,7 @@ def clip_loss(
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
-        Weights of the pairs [N], not differentiated.
+        Weights of the pairs [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         "none" gives every pair's mean of both directions. The mean of no pairs is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
@@ -314,9 +323,17 @@ def clip_loss(
             check_margin_of_loss(margin, label_smoothing)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
-        scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
+        by_row = isinstance(logit_scale, (tuple, list))
+        if by_row or (isinstance(logit_scale, Tensor) and logit_scale.ndim == 1):
+            by_row = by_row or is_by_row(logit_scale)
+        if by_row:
+            require_one_rank(ranks, "logit_scale of shape [N]")
+        scale, engine = 1.0 if by_row else check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        if by_row:
+            options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+            return pairs_with_scales(problem, logit_scale, candidate_bias, margin, weight, reduction, **options)
         if margin is not None:
             problem = with_margin(problem, margin, both=True)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
@@ -324,7 +341,7 @@ def clip_loss(
         tell(ranks, error, image_features)
         raise
     if candidate_bias is not None:
-        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+        options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
@@ -420,7 +437,7 @@ class ClipLoss(SoftmaxLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | Sequence[Tensor],
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,

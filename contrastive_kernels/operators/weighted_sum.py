@@ -178,11 +178,11 @@ def _two_numbers(rest: Tensor, logit: Tensor | None) -> Tensor:
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b as (rounded sum, exact remainder) [n]; where b is infinite, as (a, b)."""
+    """a + b as (rounded sum, exact remainder) [n]; where one is infinite, as (a, b)."""
     total = a + b
     part = total - a
     rest = (a - (total - part)) + (b - part)
-    infinite = b.abs() == torch.inf
+    infinite = (a.abs() == torch.inf) | (b.abs() == torch.inf)
     return torch.where(infinite, a, total), torch.where(infinite, b, rest)
 
 

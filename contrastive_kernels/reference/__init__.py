@@ -4,6 +4,7 @@ from ..draws.gamma import draw_log_weights
 from . import composed, search, structure
 from .labels import multi_positive_nce, sup_con
 from .losses import clip_loss, decomposable, info_nce, log_sum_exp, nt_xent, sigmoid
+from .ranking import multiple_negatives_ranking
 
 __all__ = [
     "clip_loss",
@@ -13,6 +14,7 @@ __all__ = [
     "info_nce",
     "log_sum_exp",
     "multi_positive_nce",
+    "multiple_negatives_ranking",
     "nt_xent",
     "search",
     "sigmoid",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import bad_ranking
 import bad_values as bad
 import pytest
 import torch
@@ -64,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "sigma": bad.positive_number,
     **dict.fromkeys(("weight_fn", "matryoshka.loss", "MatryoshkaLoss.loss"), bad.function),
     "dims": bad.lengths,
+    "members": lambda: {"one name": "ids", "a name of none": ("colour",), "a number": 3, "numbers": [1]},
     **dict.fromkeys(("matryoshka.weights", "MatryoshkaLoss.weights"), bad.factors),
     **dict.fromkeys(("exclude_self", "FeatureQueue.ids"), bad.flag),
     "enqueue.features": bad.features,
@@ -79,9 +81,21 @@ KINDS: dict[str, Kind] = {
     "directions": bad.directions,
     "world": bad.positive_count,
     "links": bad.positive_number,
+    **dict.fromkeys(
+        ("multiple_negatives_ranking.directions", "MultipleNegativesRankingLoss.directions"), bad_ranking.ways
+    ),
     "direction": bad.direction,
     **dict.fromkeys(("storage", "folder"), bad.folder),
     "negatives": bad.notional,
+    **dict.fromkeys(("anchor", "positive"), bad.features),
+    **dict.fromkeys(
+        ("multiple_negatives_ranking.negatives", "MultipleNegativesRankingLoss.forward.negatives"),
+        bad_ranking.hard_negatives,
+    ),
+    **dict.fromkeys(("partition", "hardness_mode"), bad.word),
+    "hardness_strength": bad.amount,
+    "guided": bad_ranking.guided,
+    "guided_margin": bad.margin,
     **dict.fromkeys(("weights", "max_ratio"), bad.choice),
     **dict.fromkeys(("separation_options", "bridge_options", "geometry_options"), bad.options),
     "base": bad.base,
@@ -126,6 +140,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("y", "text_features", "text", "text_aug", "z2"), Y),
     **dict.fromkeys(("image_independent", "image_independent_aug"), X),
     **dict.fromkeys(("text_independent", "text_independent_aug"), Y),
+    **dict.fromkeys(("anchor", "positive"), X),
     "logit_scale": 5.0,
     "logit_bias": -1.0,
     "log_normalizer": VECTOR,
@@ -167,6 +182,10 @@ BESIDE: dict[str, dict[str, Any]] = {
         for name in ("sup_con", "SupConLoss.forward", "multi_positive_nce", "MultiPositiveNCELoss.forward")
     },
     "plan": {"device": "cuda", "capability": 90},
+    **{
+        name: {"negatives": torch.ones(N, 2, D), "guided": (X, Y, torch.ones(N, 2, D))}
+        for name in ("multiple_negatives_ranking", "MultipleNegativesRankingLoss.forward")
+    },
     "brownian_bridge": {"image_aug": X},
     "FeatureQueue.enqueue": {"ids": INDEX},
     "retrieval_metrics": {"positives": INDEX.flip(0)},

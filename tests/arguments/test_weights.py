@@ -92,6 +92,21 @@ def test_a_row_that_does_not_count_may_overflow(loss):
             assert ck.decomposable(x, y, 1.0, normalizers, weight=weight, reduction=reduction).isfinite()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dataset"])
+def test_weights_of_either_sign(loss, reduction):
+    """The loss is linear in them: that of the positive ones less that of the others."""
+    weight = torch.tensor([1.0, -2.0, 3.0, 0.5, -0.25, 0.0])
+    views = 2 if loss == "nt_xent" else 1
+    total = views * weight.sum() if reduction == "mean" else 1.0
+    for options in ways(loss):
+        found, dx = outcome(loss, weight, reduction, **options)
+        kind = "none" if reduction == "none" else "sum"
+        parts = [outcome(loss, part, kind, **options) for part in (weight.clamp(min=0), weight.neg().clamp(min=0))]
+        for ours, more, less in zip((found, dx), *parts):
+            torch.testing.assert_close(ours, (more - less) / total, rtol=1e-4, atol=1e-5)
+
+
 def test_float64_features_keep_float64_weights():
     x = torch.eye(4, dtype=torch.float64)
     weight = torch.tensor([1e-300, 0.0, 0.0, 3e-300], dtype=torch.float64)

@@ -47,6 +47,8 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
         options["ids"] = torch.arange(n) % (n // 3)
     if "smoothing" in members:
         options["label_smoothing"] = 0.1
+    if "margin" in members:
+        options["margin"] = -1.0
     if "inside" in members:
         options["variant"] = "inside"
     if loss == "geometric_consistency":
@@ -77,7 +79,8 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
             options.update(hardness_beta=0.5, debiased=0.1)
         if "weighted" in members:
             options.update(weight_fn=ck.von_mises_fisher_weights, include_positive=False)
-        value = getattr(ck, loss)(x, y, 1.0, *more, **options)
+        scale = torch.ones(n, requires_grad=True) if "scales" in members else 1.0
+        value = getattr(ck, loss)(x, y, scale, *more, **options)
     if work != "forward":
         value.backward()
     return resident("VmHWM") - before - sum(v.grad.nbytes for v in (x, y) if v.grad is not None)
@@ -139,6 +142,9 @@ def test_labels_take_vectors_and_sums_of_features():
 MEMBERS = {
     "clip_loss with ids": 1,
     "clip_loss with smoothing": 1,
+    "clip_loss with margin": 1,
+    "clip_loss with scales": 1,
+    "nt_xent with margin": 2,
     "sup_con": 1,
     "sup_con with inside": 1,
     "multi_positive_nce": 1,

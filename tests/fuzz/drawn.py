@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, SOFTMAX, Problem, differentiable
+from problems import BIASED, CPU_BACKENDS, DECOMPOSABLE, ONE_WAY, PAIRED, RATIOS, SOFTMAX, Problem, differentiable
 from within import WAYS
 
 import contrastive_kernels as ck
@@ -80,7 +80,11 @@ def problems_of(draw: Any, loss: str) -> Problem:
         features = "normal"
     length = {"equal": st.sampled_from((100.0, 1000.0)), "shifted": st.sampled_from((10.0, 100.0, 256.0))}
     include_positive = loss not in SOFTMAX or draw(st.sampled_from((True, True, False)))
-    smooths = loss in SOFTMAX and include_positive
+    smoothing = 0.0
+    if loss in SOFTMAX and include_positive:
+        smoothing = draw(st.sampled_from((0.0, 0.0, 0.01, 0.1, 1.0)))
+    # (rounding decides about no candidate: all count, or none)
+    margins = (None, None, None, 1e30, -1e30) if loss in RATIOS and not smoothing else (None,)
     return Problem(
         name=f"drawn-{draw(st.integers(0, 2**16))}",
         reason="drawn",
@@ -96,7 +100,8 @@ def problems_of(draw: Any, loss: str) -> Problem:
         weight=draw(st.sampled_from((None, None, "sparse", "zero"))),
         ids=draw(st.sampled_from((None, None, None, "shared", "shared", "equal", "different"))),
         include_positive=include_positive,
-        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.01, 0.1, 1.0))) if smooths else 0.0,
+        label_smoothing=smoothing,
+        margin=draw(st.sampled_from(margins)),
         candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,

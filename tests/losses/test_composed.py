@@ -287,3 +287,25 @@ def test_views_refuse():
         weighted()
     with pytest.raises(ValueError, match="weight_fn: expected None with candidate_bias"):
         weighted(include_positive=False, candidate_bias=torch.ones(4))
+
+
+@pytest.mark.parametrize("include_positive", [True, False])
+def test_infinite_logits(include_positive, backend):
+    """As torch's cross-entropy has it: an infinite loss of that row alone, and gradients of the features."""
+    x, y = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    logits = torch.zeros(6)
+    for value, want in ((-torch.inf, torch.inf), (torch.inf, 0.0 if include_positive else -torch.inf)):
+        given = logits.index_fill(0, torch.tensor(2), value).requires_grad_()
+        options = {"include_positive": include_positive, "reduction": "none", "backend": backend}
+        found = ck.info_nce(x, y, 2.0, positive_logits=given, **options)
+        plain = ck.info_nce(x, y, 2.0, positive_logits=logits, **options)
+        assert found[2] == want or (value > 0 and found[2] == 0)
+        others = torch.arange(6) != 2
+        assert torch.equal(found[others], plain[others])
+        gradients = torch.autograd.grad(found.sum(), (x, y, given))
+        assert all(g.isfinite().all() for g in gradients) and gradients[2][2] == 0
+    log_z = torch.zeros(6)
+    for reduction in ("mean", "none"):
+        given = logits.index_fill(0, torch.tensor(2), -torch.inf)
+        value = ck.decomposable(x, y, 2.0, log_z, positive_logits=given, reduction=reduction, backend=backend)
+        assert value.isinf().sum() == 1 and not value.isnan().any()

@@ -16,6 +16,7 @@ import contrastive_kernels as ck
 from contrastive_kernels import backends
 from contrastive_kernels.arguments.options import Engine
 from contrastive_kernels.engine.matrix import Call, Problem
+from contrastive_kernels.operators.guided import guided
 from contrastive_kernels.operators.label_loss import label_losses
 from contrastive_kernels.operators.logsumexp import log_sum_exps
 from contrastive_kernels.operators.multi_positive import multi_positive_losses
@@ -28,7 +29,7 @@ from contrastive_kernels.panels.pairs import Pairs
 OPERATORS = torch.ops.contrastive_kernels
 DEVICE = torch.device("cuda:0")
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
-PRIMITIVES = (softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses, multi_positive_losses)
+PRIMITIVES = (softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses, multi_positive_losses, guided)
 #: N, M and D as compilers first see them, and a workspace: for all scores at once, a band, panels.
 SIZES = (((60, 90, 32), 2**26), ((1000, 1200, 128), 2**26), ((9000, 7000, 300), 2**22))
 
@@ -109,6 +110,8 @@ def calls(
     biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
+    guide = fakes.tensor(n, 8), fakes.tensor(m, 8), a
+    yield guided, Problem(x, other, scale, bias, offset=0, engine=engine), guide, ()
     ids = Pairs(row_ids=fakes.tensor(n, dtype=torch.int64), col_ids=fakes.tensor(m, dtype=torch.int64))
     for reduction in ("mean", "none"):
         yield (

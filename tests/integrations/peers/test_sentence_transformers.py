@@ -23,6 +23,11 @@ WAYS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 JOINT = [("query_to_doc", *more) for size in range(4) for more in itertools.combinations(WAYS[1:], size)]
 OPTIONS: list[dict[str, Any]] = [{"directions": ways, "partition_mode": "joint"} for ways in JOINT]
 OPTIONS += [{"directions": ways, "partition_mode": "per_direction"} for ways in (WAYS[:1], (WAYS[0], WAYS[2]))]
+HARD = [
+    {**OPTIONS[k], "hardness_mode": mode, "hardness_strength": 5.0}
+    for k in (0, 7, 9)
+    for mode in ("in_batch_negatives", "hard_negatives", "all_negatives")
+]
 pytestmark = pytest.mark.filterwarnings("ignore:The .*MultipleNegatives.* is deprecated:DeprecationWarning")
 
 
@@ -58,6 +63,21 @@ def test_ranking(kind, options, columns):
         over = {**options, "similarity_fct": similarity_fct, "scale": scale}
         tensors = features(9, count=columns, unit=False)
         assert_same(of_embeddings(kind, ours, **over), of_embeddings(kind, theirs, **over), tensors)
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("options", HARD, ids=str)
+@pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
+def test_hardness(kind, options, columns):
+    for similarity_fct, scale in ((cos_sim, 20.0), (dot_score, 0.7)):
+        over = {**options, "similarity_fct": similarity_fct, "scale": scale}
+        pair = of_embeddings(kind, ours, **over), of_embeddings(kind, theirs, **over)
+        batches = [features(9, count=columns, unit=False, seed=seed) for seed in range(8)]
+        wide = [v.double() for v in batches[0]]
+        found, wanted = (value_and_gradients(loss, wide) for loss in pair)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        # logits of up to 200 in float32: one batch is a throw of dice
+        assert_no_worse(*pair, batches, torch.float32, factor=2.0)
 
 
 @pytest.mark.parametrize("columns", [2, 3])
@@ -139,7 +159,6 @@ def test_gather_in_one_process():
     "options, said",
     [
         ({"similarity_fct": manhattan_sim}, "similarity_fct=manhattan_sim"),
-        ({"hardness_mode": "all_negatives", "hardness_strength": 5.0}, "hardness_mode='all_negatives'"),
     ],
 )
 def test_others_are_left_and_said_once(kind, options, said, monkeypatch):

@@ -1,0 +1,32 @@
+"""What may be wrong with the arguments of multiple negatives ranking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bad_values import D, N, tensors_of_no_use
+
+
+def ways() -> dict[str, Any]:
+    first = "query_to_doc"
+    return {"a word": first, "a number": 1, "none": (), "another word": (first, "doc_to_docs"), "twice": (first, first),
+            "without the first": ("doc_to_doc",), "numbers": (1, 2)}  # fmt: skip
+
+
+def hard_negatives() -> dict[str, Any]:
+    v = torch.ones(N, 2, D)
+    return tensors_of_no_use(v) | {
+        "of two dimensions": v[:, 0],
+        "too few": v[1:],
+        "of other features": torch.ones(N, 2, D + 1),
+        "of integers": v.long(),
+        "of another dtype": v.double(),
+    }
+
+
+def guided() -> dict[str, Any]:
+    v, hard = torch.eye(N, D), torch.ones(N, 2, D)
+    return {"a tensor": v, "a number": 1, "without negatives": (v, v), "of other lengths": (v, v[1:], hard),
+            "too few": (v[1:], v[1:], hard[1:]), "of other negatives": (v, v, hard[:, :1]), "of words": ("a", "b", "c"),
+            "of integers": (v.long(), v.long(), hard.long()), "sparse": (v.to_sparse(), v, hard)}  # fmt: skip

@@ -1,0 +1,36 @@
+"""What members cost: all of them at their smallest sizes, as they are asked for; and a ratio of its own run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import family
+from bench.__main__ import main
+
+
+def test_everything_is_measured(capsys):
+    assert main(["--family", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    for member in family.members(quick=True):
+        assert member.title in printed
+    assert printed.count("1.3") >= 1
+
+
+def test_members_are_what_they_say():
+    """Each gives another value than the loss without it, or other gradients."""
+    for member in family.members(quick=True):
+        x, y = family.make_features(member.m or member.n, member.d)
+        x, y = x[: member.n].clone().requires_grad_(), y.requires_grad_()
+        results = []
+        for make in (member.member, family._of(member.plain)):
+            loss, leaves = make(x, y)
+            value = loss()
+            results.append((value.detach(), len(torch.autograd.grad(value, leaves)), leaves[2].shape))
+        (ours, *asked), (plain, *usual) = results
+        assert not torch.equal(ours, plain) or asked != usual, member.title
+
+
+def test_other_options_are_refused():
+    with pytest.raises(SystemExit):
+        main(["--family", "--n", "64"])
