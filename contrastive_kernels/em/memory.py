@@ -374,8 +374,7 @@ class NormalizerMemory(Tables):
         with self._guard:
             with told(ranks := self._folder_ranks(), self.log_mean):
                 self._require("grow", write=True, beside=ranks is not None)
-                before = self.num_samples
-                more = check_samples(num_samples, before) - before
+                more = check_samples(num_samples, self.num_samples) - self.num_samples
             if more == 0 and ranks is None:
                 return
             unvisited = self.unvisited + more
