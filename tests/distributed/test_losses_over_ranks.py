@@ -132,6 +132,21 @@ def with_labels() -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("function", [with_biases, with_labels])
+def with_margins_and_scales() -> list[str]:
+    x, scales, said = torch.eye(4), torch.ones(4), []
+    for loss, more in (("info_nce", ()), ("clip_loss", ()), ("nt_xent", ()), ("decomposable", (scales,))):
+        with pytest.raises(NotImplementedError, match="margin: not there over the ranks of a process group") as caught:
+            getattr(ck, loss)(x, x, 5.0, *more, margin=0.5, group="world")
+        said.append(str(caught.value))
+        with pytest.raises(
+            NotImplementedError, match=r"logit_scale of shape \[N\]: not there over the ranks"
+        ) as caught:
+            getattr(ck, loss)(x, x, scales, *more, group="world")
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.parametrize("function", [with_biases, with_labels, with_margins_and_scales])
 def test_what_ranks_cannot_share_is_refused_on_every_rank(function, tmp_path):
-    assert all(len(found) == 5 for found in succeeded(run(2, function, tmp_path)))
+    refused = 8 if function is with_margins_and_scales else 5
+    assert all(len(found) == refused for found in succeeded(run(2, function, tmp_path)))
