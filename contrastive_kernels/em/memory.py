@@ -160,8 +160,7 @@ class NormalizerMemory(Tables):
         """
         check_flag(read_only, "read_only")
         check_group(group)
-        folder = check_folder(folder, "folder")
-        held = peek(folder.absolute())
+        held = peek(check_folder(folder, "folder").absolute())
         rule: dict[str, Any] = {"step": held.step, "floor": held.floor, "storage": folder, "read_only": read_only}
         return cls(held.num_samples, held.directions, **rule, group=group)
 
