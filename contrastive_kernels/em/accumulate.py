@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments.checks import check_features
 from ..draws.gamma import expected_excess
-from ..losses import decomposable
+from ..losses.decomposable import decomposable
 from .expectation import wide
 from .normalizers import Batch, positive_term, row_normalizers
 

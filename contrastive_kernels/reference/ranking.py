@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .losses import Scale, _logsumexp, _reduce
+from .parts import Scale, _logsumexp, _reduce
 
 __all__ = ["multiple_negatives_ranking"]
 
