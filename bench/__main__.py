@@ -282,7 +282,10 @@ def _scaling(args: argparse.Namespace) -> distributed.Plan:
     """Of --distributed."""
     sizes: dict[str, Any] = {"processes": (1, 2), "each": 32, "total": 96, "d": 16} if args.quick else {}
     sizes |= {"d": args.d[0]} if args.d else {}
-    sizes |= {"total": args.n[0], "each": args.n[0] // 4} if args.n else {}
+    if args.n and len(args.n) > 1:  # small batches, whose messages are what they cost
+        sizes |= {"totals": tuple(args.n), "strategies": ("auto",)}
+    elif args.n:
+        sizes |= {"total": args.n[0], "each": args.n[0] // 4}
     sizes |= {"threads": args.threads} if args.threads else {}
     return distributed.Plan(**sizes, rounds=args.rounds or (1 if args.quick else 5))
 

@@ -64,6 +64,10 @@ class Plan:
         Rows a process for weak scaling, and of all processes for strong scaling.
     d : int
         Features.
+    totals : tuple of int
+        Rows of all processes in place of these two.
+    strategies : tuple of str
+        Of ours.
     rounds : int
         Turns of everything.
     threads : int
@@ -74,19 +78,21 @@ class Plan:
     each: int = 2048
     total: int = 8192
     d: int = 256
+    totals: tuple[int, ...] = ()
+    strategies: tuple[str, ...] = ("grid", "ring")
     rounds: int = 5
     threads: int = max(1, (os.cpu_count() or 1) // 4)
 
     def sizes(self, processes: int) -> list[int]:
         """Rows of all processes together, ascending."""
-        return sorted({self.each * processes, self.total})
+        return sorted(self.totals or {self.each * processes, self.total})
 
 
-def contenders(processes: int) -> dict[str, Loss]:
+def contenders(processes: int, strategies: Sequence[str] = ("auto", "grid", "ring")) -> dict[str, Loss]:
     """Who computes the loss of all rows from the share [n, D] of each process."""
     if processes == 1:
         return {"ours": ck.clip_loss, GATHERED: gathered_clip_loss}
-    ours = {f"ours-{s}": partial(ck.clip_loss, group="world", strategy=s) for s in ("grid", "ring")}
+    ours = {f"ours-{s}": partial(ck.clip_loss, group="world", strategy=s) for s in strategies}
     return {**ours, GATHERED: gathered_clip_loss}
 
 
@@ -138,7 +144,7 @@ def check(loss: Loss, n: int, d: int) -> float:
 
 def _time(plan: Plan) -> dict[tuple[int, str], tuple[list[float], float]]:
     """(rows, contender) -> seconds of every round, and the error."""
-    losses = list(contenders(dist.get_world_size()).items())
+    losses = list(contenders(dist.get_world_size(), plan.strategies).items())
     found: dict[tuple[int, str], tuple[list[float], float]] = {}
     errors = {name: check(loss, SMALL_ROWS * dist.get_world_size(), plan.d) for name, loss in losses}
     gc.disable()

@@ -157,15 +157,15 @@ class Arguments {
 };
 
 void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 15);
+  Arguments arguments(values, count, 16);
   ck::Matrix m;
-  bool both, symmetric;
+  bool both, symmetric, include;
   arguments.read_matrix(m);
   arguments.read(m.gain), arguments.read(m.share), arguments.read(both), arguments.read(symmetric);
-  arguments.read(m.threads);
+  arguments.read(include), arguments.read(m.threads);
   m.out = out;
   py::gil_scoped_release release;
-  ck::softmax_matrix(m, both, symmetric);
+  ck::softmax_matrix(m, both, symmetric, include);
 }
 
 void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {

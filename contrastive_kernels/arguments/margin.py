@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .checks import is_number, shown
-from .pairs import require_one_rank
 
 __all__ = ["Margin", "check_margin", "check_margin_of_loss", "require_no_margin", "scores_of", "upper_bounds"]
 
@@ -38,10 +37,9 @@ def require_no_margin(margin: Any, name: str) -> None:
         raise ValueError(f"margin: expected None with {name}; got {shown(margin)}")
 
 
-def check_margin_of_loss(margin: Any, label_smoothing: float, ranks: object) -> None:
-    """A margin, of a loss whose target lies on the positive alone, in one process."""
+def check_margin_of_loss(margin: Any, label_smoothing: float) -> None:
+    """A margin, of a loss whose target lies on the positive alone."""
     check_margin(margin)
-    require_one_rank(ranks, "margin")
     if label_smoothing:
         require_no_margin(margin, "label_smoothing")
 

@@ -112,19 +112,14 @@ def without_padding(
     return x, y, weights.masked_fill(idle, 0.0)
 
 
-def check_smoothing(label_smoothing: Any, include_positive: bool, ranks: object) -> None:
-    """A share of the target, of a loss whose denominator has the positive, in one process."""
+def check_smoothing(label_smoothing: Any, include_positive: bool) -> None:
+    """A share of the target, of a loss whose denominator has the positive."""
     if not is_number(label_smoothing):
         raise TypeError(f"label_smoothing: expected a number; got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1; got {shown(label_smoothing)}")
     if not include_positive:
         raise ValueError("label_smoothing: expected 0 with include_positive=False, whose target is no distribution")
-    if ranks is not None:
-        raise NotImplementedError(
-            f"label_smoothing: expected 0 in a process group; got {shown(label_smoothing)}. group=None computes the "
-            "loss of this process's rows: gather the others' with their gradients"
-        )
 
 
 def require_one_rank(ranks: object, name: str) -> None:

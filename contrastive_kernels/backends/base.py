@@ -130,10 +130,11 @@ class Backend:
         raise NotImplementedError
 
     def softmax_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool, include: bool
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
+        Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
         The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
         triangles'. Without gains, all are `share`.
         """

@@ -55,11 +55,11 @@ class CpuBackend(Backend):
         _C.search_panel(**_fields(term, panel), **search_fields(panel))
 
     def softmax_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool, include: bool
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
             *_matrix_fields(scores, problem), 0 if gain is None else gain.data_ptr(), share, both, problem.symmetric,
-            torch.get_num_threads(),
+            include, torch.get_num_threads(),
         )  # fmt: skip
         return scores.new_full((), value), dscale, dbias
 

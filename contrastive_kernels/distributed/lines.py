@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from .transport import Transport
 
-__all__ = ["Expected", "Lines", "expected_of"]
+__all__ = ["Expected", "Lines", "among_all", "expected_of"]
 
 #: Bytes of the longest room: a call that was expected and does not come costs the others that much.
 _MOST = 2**22
@@ -117,3 +117,11 @@ class Lines:
 
 def _row_bytes(tensor: Tensor) -> int:
     return tensor.element_size() * tensor.shape[1:].numel()
+
+
+def among_all(index: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
+    """Columns [N, ...] among those of all ranks, of each rank's among its own; -1 stays none."""
+    firsts = torch.tensor([0, *cols[:-1]], dtype=torch.int64, device=index.device).cumsum(0)
+    of_rows = torch.tensor(rows, dtype=torch.int64, device=index.device)
+    firsts = firsts.repeat_interleave(of_rows, output_size=len(index)).view(-1, *[1] * (index.dim() - 1))
+    return torch.where(index < 0, index, index + firsts)

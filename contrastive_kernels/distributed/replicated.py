@@ -17,7 +17,7 @@ from ..engine.matrix import Problem
 from ..panels.pairs import Pairs
 from ..panels.panel import Side
 from .group import Ranks, Sizes
-from .lines import Lines
+from .lines import Lines, among_all
 from .route import Block, Made, Own, Route
 from .rules import Rule
 from .transport import Transport, count_entries
@@ -60,10 +60,7 @@ class Brought:
         found = dict(zip(self._given, self.lines.read(lines, sizes.rows, cols)))
         index = found.get("index")
         if index is not None:  # from among a rank's own columns to those of all
-            firsts = torch.tensor([0, *cols[:-1]], dtype=torch.int64, device=index.device).cumsum(0)
-            rows = torch.tensor(sizes.rows, dtype=torch.int64, device=index.device)
-            firsts = firsts.repeat_interleave(rows, output_size=len(index))
-            found["index"] = torch.where(index < 0, index, index + firsts)
+            found["index"] = among_all(index, sizes.rows, cols)
         return found
 
 

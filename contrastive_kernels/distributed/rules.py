@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from ..engine.driver import log_sums, normalizer_of, positive_dots, positive_logits, softmax_side
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem, ScoreMatrix
+from ..operators.parts import with_gradients
 from ..operators.sigmoid_loss import sigmoid_losses
 from ..operators.softmax_loss import row_losses, row_softmax, softmax_losses
 from ..operators.weighted_sum import two_sum
@@ -130,7 +131,7 @@ class Softmax(Rule):
         if self.mirrored or (self.both_ways and problem.offset != 0):
             return None
         settings = (reduction, self.both_ways, self.include, "")
-        return softmax_losses.with_gradients(problem, (gain,), settings, needs)
+        return with_gradients(softmax_losses, problem, (gain,), settings, needs)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -188,7 +189,7 @@ class Sigmoid(Rule):
 
     def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone:
         """The mean or sum as one process computes it."""
-        return sigmoid_losses.with_gradients(problem, (gain,), (reduction,), needs)
+        return with_gradients(sigmoid_losses, problem, (gain,), (reduction,), needs)
 
     def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
         """The losses, given the sums over the stream [1, n], in which positives by ids are."""

@@ -13,13 +13,12 @@ from ..arguments.checks import (
     check_device,
     check_flag,
     check_folder,
-    is_shared,
     shown,
 )
-from ..distributed.group import Ranks, check_group, ranks_of, told
+from ..distributed.group import Ranks, check_group, told
 from .expectation import ratio_of, wide
 from .manifest import TABLES, Manifest, check_rule, check_samples
-from .ranks import gathered_visits, opened_together, written_by_one
+from .ranks import changed_together, gathered_visits, opened_together, written_by_one
 from .statistics import NormalizerStatistics, averages, last_of_each, observe
 from .storage import Folder, peek
 from .tables import Tables, survey_folder
@@ -141,7 +140,7 @@ class NormalizerMemory(Tables):
         self._arriving: tuple[Tensor, Any] | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, *, read_only: bool = False) -> NormalizerMemory:
+    def open(cls, folder: str | Path, *, read_only: bool = False, group: Any | None = "auto") -> NormalizerMemory:
         """The memory that a folder holds, with its own sizes, step and floor.
 
         Parameters
@@ -151,6 +150,8 @@ class NormalizerMemory(Tables):
         read_only : bool
             Any number of processes may map the tables so while another one writes: they see what it writes to the
             samples that there were, and cannot change it.
+        group
+            As the constructor's.
 
         Raises
         ------
@@ -160,9 +161,8 @@ class NormalizerMemory(Tables):
         check_flag(read_only, "read_only")
         folder = check_folder(folder, "folder")
         held = peek(folder.absolute())
-        return cls(
-            held.num_samples, held.directions, step=held.step, floor=held.floor, storage=folder, read_only=read_only
-        )
+        rule: dict[str, Any] = {"step": held.step, "floor": held.floor}
+        return cls(held.num_samples, held.directions, **rule, storage=folder, read_only=read_only, group=group)
 
     def close(self) -> None:
         """Ends the use of a folder: its lock is free, the tables are gone from here. In memory it does nothing."""
@@ -291,11 +291,6 @@ class NormalizerMemory(Tables):
             if len(rows):
                 self._visit(rows, columns, found, bound, ranks)
 
-    def _ranks(self) -> Ranks | None:
-        """The ranks that share the memory."""
-        shared = is_shared(self.group, "sum", "auto", True)
-        return ranks_of(self.group, "sum", "auto", True) if shared else None
-
     def _visit(
         self, rows: Tensor, columns: slice, found: Tensor, bound: Tensor | None, ranks: Ranks | None = None
     ) -> None:
@@ -350,14 +345,18 @@ class NormalizerMemory(Tables):
             For a ratio that is no finite number above 0 (on a GPU: a device-side assertion).
         """
         with self._guard:
-            self._require("rescale", write=True)
-            factor = ratio_of(ratio).to(self.log_mean.device, torch.float64)
-            fits = ((factor > 0) & factor.isfinite()).all()
-            if factor.device.type == "cuda":
-                torch._assert_async(fits, "ratio: expected a finite number above 0")
-            elif not bool(fits):
-                raise ValueError(f"ratio: expected a finite number above 0; got {ratio}")
-            self.log_mean.mul_(factor)
+            with told(ranks := self._folder_ranks(), self.log_mean):
+                self._require("rescale", write=True, beside=ranks is not None)
+                factor = ratio_of(ratio).to(self.log_mean.device, torch.float64)
+                fits = ((factor > 0) & factor.isfinite()).all()
+                if factor.device.type == "cuda":
+                    torch._assert_async(fits, "ratio: expected a finite number above 0")
+                elif not bool(fits):
+                    raise ValueError(f"ratio: expected a finite number above 0; got {ratio}")
+            about = "ratio", None if ranks is None else factor.tolist()
+            with changed_together(ranks, self._folder, "rescale", about) as writes:
+                if writes:
+                    self.log_mean.mul_(factor)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -372,17 +371,22 @@ class NormalizerMemory(Tables):
             Where there is no room: the memory, and its folder, keep their size.
         """
         with self._guard:
-            self._require("grow", write=True)
-            before = self.num_samples
-            more = check_samples(num_samples, before) - before
-            if more == 0:
+            with told(ranks := self._folder_ranks(), self.log_mean):
+                self._require("grow", write=True, beside=ranks is not None)
+                before = self.num_samples
+                more = check_samples(num_samples, before) - before
+            if more == 0 and ranks is None:
                 return
             unvisited = self.unvisited + more
             if self._folder is None:
                 old = {name: getattr(self, name) for name in TABLES}
                 tables = {name: torch.cat([v, v.new_zeros(more, self.directions)]) for name, v in old.items()}
             else:
-                self._folder.grow(num_samples)
+                with changed_together(ranks, self._folder, "grow", ("samples", num_samples)) as writes:
+                    if writes and more:
+                        self._folder.grow(num_samples)
+                if not writes:
+                    self._folder.follow(num_samples)
                 tables = self._folder.tables
             self._replace({**tables, "unvisited": unvisited})
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..distributed.group import Ranks, tell
 from .manifest import Manifest
 from .storage import Folder
 
-__all__ = ["gathered_visits", "opened_together", "written_by_one"]
+__all__ = ["changed_together", "gathered_visits", "opened_together", "written_by_one"]
 
 
 def opened_together(ranks: Ranks, path: Path, wanted: Manifest) -> Folder:
@@ -72,6 +73,23 @@ def written_by_one(ranks: Ranks | None, folder: Folder | None) -> Iterator[bool]
     _wait_for_all(ranks)
     yield not folder.read_only
     _wait_for_all(ranks)
+
+
+@contextmanager
+def changed_together(ranks: Ranks | None, folder: Folder | None, call: str, about: tuple[str, Any]) -> Iterator[bool]:
+    """Whether this process changes a folder's tables, in a call of all ranks; what fails then fails on each of them."""
+    if ranks is None or folder is None:
+        yield True
+        return
+    call = f"NormalizerMemory.{call}"
+    nothing = torch.empty(0, 1, device=ranks.device(), dtype=torch.float32)
+    ranks.agree(call, (about,), nothing, 0, 0)
+    try:
+        yield not folder.read_only
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        tell(ranks, error, nothing)
+        raise
+    ranks.agree(f"the end of {call}", (), nothing, 0, 0)
 
 
 def _wait_for_all(ranks: Ranks) -> None:

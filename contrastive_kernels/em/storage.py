@@ -121,6 +121,11 @@ class Folder:
             raise
         self.manifest, self.tables, self._mapped = grown, tables, mapped
 
+    def follow(self, num_samples: int) -> None:
+        """Maps tables anew that their writer has extended."""
+        _close_all(self._files)
+        self._read(replace(self.manifest, num_samples=num_samples))
+
     # ---- taking a folder ----
 
     def _take(self, wanted: Manifest) -> None:

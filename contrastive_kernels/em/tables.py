@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments.checks import is_shared
+from ..distributed.group import Ranks, ranks_of, told
+from .manifest import TABLES
+from .ranks import changed_together
 from .storage import Folder
 
 __all__ = ["Tables", "survey", "survey_folder"]
@@ -40,6 +44,8 @@ class Tables(nn.Module):
     unvisited: Tensor
     #: by direction [d, 6]: see statistics.observe
     running: Tensor
+    #: as `check_group` takes it
+    group: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +69,16 @@ class Tables(nn.Module):
                 f"{what}: expected the process that opened the memory ({folder.process}); got a fork of it, which "
                 f"would write beside it ({folder.path})"
             )
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks that share the memory."""
+        shared = is_shared(self.group, "sum", "auto", True)
+        return ranks_of(self.group, "sum", "auto", True) if shared else None
+
+    def _folder_ranks(self) -> Ranks | None:
+        """Those that share its folder, which one of them writes; None of tables in memory, which each has."""
+        shared = self._folder is not None and (self._folder.beside or not self._folder.read_only)
+        return self._ranks() if shared else None
 
     # ---- devices ----
 
@@ -155,21 +171,26 @@ class Tables(nn.Module):
     def _take(self, own: dict[str, Any], assign: bool) -> None:
         """Takes a state over; everything that can fail comes before anything is written."""
         with self._guard:
-            self._require("load_state_dict", write=True)
-            new = {name: self._fitting(name, value) for name, value in own.items()}
-            new["unvisited"] = survey(new["log_mean"], new["visits"])
-            if not new["running"].is_meta and not bool(new["running"].isfinite().all()):
-                raise ValueError(f"running: expected finite statistics; got {new['running'].tolist()}")
+            with told(ranks := self._folder_ranks(), self.log_mean):
+                self._require("load_state_dict", write=True, beside=ranks is not None)
+                new = {name: self._fitting(name, value) for name, value in own.items()}
+                new["unvisited"] = survey(new["log_mean"], new["visits"])
+                if not new["running"].is_meta and not bool(new["running"].isfinite().all()):
+                    raise ValueError(f"running: expected finite statistics; got {new['running'].tolist()}")
             if self.unvisited.is_meta and not new["visits"].is_meta:
                 if not assign:
                     raise ValueError("expected assign=True, or to_empty() before, for a memory on the meta device")
                 self._replace({name: value.clone() for name, value in new.items()})
                 return
-            if self._folder is not None:  # a process that dies here loses visits, and leaves none without its mean
-                new["visits"] = new["visits"].clone()  # it may be mapped from the same file
-                self.visits.zero_()
-            for name, value in new.items():
-                getattr(self, name).copy_(value)
+            about = ("samples never met", new["unvisited"].tolist() if ranks is not None else None)
+            with changed_together(ranks, self._folder, "load_state_dict", about) as writes:
+                if self._folder is not None and writes:
+                    # a process that dies here loses visits, and leaves none without its mean
+                    new["visits"] = new["visits"].clone()  # it may be mapped from the same file
+                    self.visits.zero_()
+                for name, value in new.items():
+                    if writes or name not in TABLES:
+                        getattr(self, name).copy_(value)
             self._settled()
 
     def _fitting(self, name: str, value: Any) -> Tensor:

@@ -22,9 +22,9 @@ from ..arguments.checks import (
     is_shared,
     require_equal_lengths,
 )
-from ..arguments.margin import Margin, check_margin, check_margin_of_loss
+from ..arguments.margin import Margin, check_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import pairs_of, require_alone, without_padding
+from ..arguments.pairs import pairs_of, require_alone, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -154,7 +154,8 @@ def decomposable(
         if candidate_bias is not None:
             require_alone(ranks, candidate_bias)
         if margin is not None:
-            check_margin_of_loss(margin, 0.0, ranks)
+            check_margin(margin)
+            require_one_rank(ranks, "margin")
         check_reduction(reduction)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         sides = _decomposable_sides(x, y, log_normalizer, positive_logits, positives)

@@ -19,6 +19,7 @@ from ..operators.multi_positive import multi_positive_loss
 from ..panels.pairs import Pairs
 from ..panels.panel import present
 from ..panels.size import score_dtype
+from .gathered import check_candidates, gathered_labels
 from .module import Loss
 from .scales import check_scales
 
@@ -41,6 +42,8 @@ def sup_con(
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     group: Any | None = None,
+    gradients: str = "average",
+    uneven: bool = False,
 ) -> Tensor:
     """Supervised contrastive loss: a row's positives are all others of its label.
 
@@ -65,8 +68,8 @@ def sup_con(
         "none" gives [N]. A row without positives has loss 0, and is left out of the mean; the mean of no rows is 0.
     normalize, backend, workspace_bytes
         As in :func:`info_nce`.
-    group : ProcessGroup, DeviceMesh or "world", optional
-        As in :func:`info_nce`; more than one rank is refused.
+    group, gradients, uneven
+        As in :func:`info_nce`. Every rank computes the loss of all rows.
 
     Returns
     -------
@@ -77,8 +80,6 @@ def sup_con(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
-    NotImplementedError
-        For several ranks.
 
     Notes
     -----
@@ -100,9 +101,15 @@ def sup_con(
     >>> ck.sup_con(features, labels, 2.0, reduction="none")[2]
     tensor(0.)
     """
+    ranks = ranks_of(group, gradients, "auto", uneven)
+    if ranks is not None:
+        options = {"variant": variant, "reduction": reduction, "normalize": normalize, "backend": backend}
+        options["workspace_bytes"] = workspace_bytes
+        given = {"y": y, "labels": labels, "y_labels": y_labels, "weight": weight}
+        return gathered_labels(ranks, sup_con, x, logit_scale, given, options)
     if variant not in _VARIANTS:
         raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
-    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
+    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count = positives.counts
     weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
     gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
@@ -125,6 +132,8 @@ def multi_positive_nce(
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     group: Any | None = None,
+    gradients: str = "average",
+    uneven: bool = False,
 ) -> Tensor:
     """Each positive by itself: InfoNCE of every pair of one label, against the candidates of other labels alone.
 
@@ -139,7 +148,7 @@ def multi_positive_nce(
         over each row's pairs [N], "sum" their sum.
     normalize, backend, workspace_bytes
         As in :func:`info_nce`.
-    group
+    group, gradients, uneven
         As in :func:`sup_con`.
 
     Returns
@@ -151,8 +160,6 @@ def multi_positive_nce(
     ------
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
-    NotImplementedError
-        For several ranks.
 
     Notes
     -----
@@ -171,7 +178,13 @@ def multi_positive_nce(
     >>> ck.multi_positive_nce(features, labels, 2.0)
     tensor(0.3408)
     """
-    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes, group)
+    ranks = ranks_of(group, gradients, "auto", uneven)
+    if ranks is not None:
+        options = {"reduction": reduction, "normalize": normalize, "backend": backend}
+        options["workspace_bytes"] = workspace_bytes
+        given = {"y": y, "labels": labels, "y_labels": y_labels, "weight": weight}
+        return gathered_labels(ranks, multi_positive_nce, x, logit_scale, given, options)
+    problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count, weights = positives.counts, _weights(weight, problem, reduction)
     if reduction == "mean":  # a row's share of all pairs, over its own
         weights = weights * count
@@ -182,19 +195,10 @@ def multi_positive_nce(
 
 
 def _problem(
-    x: Any, labels: Any, logit_scale: Any, y: Any, y_labels: Any, normalize: Any, backend: Any, workspace_bytes: Any,
-    group: Any,
+    x: Any, labels: Any, logit_scale: Any, y: Any, y_labels: Any, normalize: Any, backend: Any, workspace_bytes: Any
 ) -> tuple[Problem, _Positives]:  # fmt: skip
     """The checked problem, and its positives."""
-    if ranks_of(group, "average", "auto", False) is not None:
-        raise NotImplementedError(
-            "group: the losses by labels are not there over the ranks of a process group; group=None computes the loss "
-            "of this process's rows: gather the others' with their gradients, and their labels"
-        )
-    if (y is None) != (y_labels is None):
-        given, missing = ("y", "y_labels") if y_labels is None else ("y_labels", "y")
-        raise ValueError(f"{missing}: expected candidates with labels, or neither; got {given} alone")
-    alone = y is None
+    alone = check_candidates(y, y_labels)
     x, y = check_features(x, x if alone else y, ("x", "x" if alone else "y"), normalize)
     if alone:  # (what is normalised is a tensor each)
         y = x
@@ -255,12 +259,14 @@ class _LabelLoss(Loss):
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
         group: Any | None = "auto",
+        gradients: str = "average",
+        uneven: bool = False,
     ) -> None:
         super().__init__(
-            reduction=reduction, normalize=normalize, backend=backend, workspace_bytes=workspace_bytes, group=group
-        )
-        for name in ("gradients", "strategy", "uneven"):
-            del self.options[name]
+            reduction=reduction, normalize=normalize, backend=backend, workspace_bytes=workspace_bytes, group=group,
+            gradients=gradients, uneven=uneven,
+        )  # fmt: skip
+        del self.options["strategy"]
 
 
 class MultiPositiveNCELoss(_LabelLoss):
@@ -270,8 +276,8 @@ class MultiPositiveNCELoss(_LabelLoss):
     ----------
     reduction, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.multi_positive_nce`.
-    group
-        The same; by default all ranks of the default process group, if there is one: more than one are refused.
+    group, gradients, uneven
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -303,8 +309,8 @@ class SupConLoss(_LabelLoss):
         Where the mean over a row's positives stands.
     reduction, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.sup_con`.
-    group
-        The same; by default all ranks of the default process group, if there is one: more than one are refused.
+    group, gradients, uneven
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------

@@ -99,6 +99,6 @@ class SoftmaxLoss(Loss):
         super().__init__(**options)
         self.options["include_positive"] = check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
-            check_smoothing(label_smoothing, include_positive, None)
-        check_margin_of_loss(margin, label_smoothing, None)
+            check_smoothing(label_smoothing, include_positive)
+        check_margin_of_loss(margin, label_smoothing)
         self.options.update(label_smoothing=label_smoothing, margin=margin)

@@ -16,7 +16,7 @@ from ..arguments.checks import (
 )
 from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of_samples, require_alone, require_one_rank
+from ..arguments.pairs import check_smoothing, pairs_of_samples
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -27,6 +27,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
+from .gathered import gathered_loss
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -91,7 +92,7 @@ def nt_xent(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for biases, a margin, smoothing and weights of positives.
+        Over the ranks of a group in a grid or a ring, for biases, a margin, smoothing and weights of positives.
 
     Notes
     -----
@@ -114,17 +115,25 @@ def nt_xent(
     """
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    wants_all = {"candidate_bias": candidate_bias, "margin": margin, "weight_fn": weight_fn}
+    because = [name for name, value in wants_all.items() if value is not None]
+    if type(label_smoothing) is not float or label_smoothing != 0.0:
+        because.append("label_smoothing")
+    if ranks is not None and because:
+        rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
+        given.update(margin=margin, weight_fn=weight_fn, reduction=reduction, normalize=normalize)
+        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        sides = (z1, z2)
+        return gathered_loss(ranks, nt_xent, sides, logit_scale, rows, given, because[0], views=True, matching=True)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
-            check_smoothing(label_smoothing, include_positive, ranks)
-        if candidate_bias is not None:
-            require_alone(ranks, candidate_bias)
+            check_smoothing(label_smoothing, include_positive)
         if margin is not None:
-            check_margin_of_loss(margin, label_smoothing, ranks)
+            check_margin_of_loss(margin, label_smoothing)
         if weight_fn is not None:
             require_no_margin(margin, "weight_fn")
-            require_one_rank(ranks, "weight_fn")
             if candidate_bias is not None:
                 raise ValueError("weight_fn: expected None with candidate_bias; got a function")
         padded = candidate_bias is not None

@@ -18,7 +18,7 @@ from ..arguments.checks import (
 )
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of, require_alone, require_one_rank, without_padding
+from ..arguments.pairs import check_smoothing, pairs_of, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -29,6 +29,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
+from .gathered import gathered_loss
 from .module import PAIR_NAMES, SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, pairs_with_scales, require_no_corrections, widened
@@ -148,8 +149,8 @@ def info_nce(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for several positives and those that are no candidates, a queue, a margin and
-        corrections.
+        Over the ranks of a group in a grid or a ring, for smoothing, a bias, a margin, several positives and those that
+        are no candidates, a queue and corrections, for which every rank computes all rows.
 
     Notes
     -----
@@ -175,14 +176,22 @@ def info_nce(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
+    if ranks is not None:
+        members = Members(*given)
+        if because := _wants_all(label_smoothing, candidate_bias, margin, *members.told(positives)):
+            rows: dict[str, Any] = {"positives": positives, "ids": ids, "candidate_bias": candidate_bias}
+            rows.update(weight=weight, positive_logits=positive_logits, positive_features=positive_features)
+            options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
+            options.update(margin=margin, queue=queue, weight_fn=weight_fn, debiased=debiased)
+            options.update(hardness_beta=hardness_beta, reduction=reduction, normalize=normalize)
+            options.update(backend=backend, workspace_bytes=workspace_bytes)
+            return gathered_loss(ranks, info_nce, (x, y), logit_scale, rows, options, because)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
-            check_smoothing(label_smoothing, include_positive, ranks)
-        if candidate_bias is not None:
-            require_alone(ranks, candidate_bias)
+            check_smoothing(label_smoothing, include_positive)
         if margin is not None:
-            check_margin_of_loss(margin, label_smoothing, ranks)
+            check_margin_of_loss(margin, label_smoothing)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
             corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
@@ -192,15 +201,14 @@ def info_nce(
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
-            require_one_rank(ranks, members.told(positives)[0])
             if label_smoothing:
                 raise ValueError(
                     f"label_smoothing: expected 0 with {members.told(positives)[0]}; got {label_smoothing}"
                 )
             of_ids = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
             problem = Problem(x, y, scale, pairs=of_ids, engine=engine)
-            options = (candidate_bias, weight, reduction, include_positive, normalize, margin)
-            return composed(problem, positives, members, *options)
+            said = (candidate_bias, weight, reduction, include_positive, normalize, margin)
+            return composed(problem, positives, members, *said)
         index, offset = check_positives(positives, x, y)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
@@ -276,7 +284,7 @@ def clip_loss(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group, for biases, a margin and smoothing.
+        Over the ranks of a group in a grid or a ring, for biases, a margin and smoothing.
 
     Notes
     -----
@@ -300,14 +308,19 @@ def clip_loss(
     """
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    if ranks is not None and (because := _wants_all(label_smoothing, candidate_bias, margin)):
+        rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
+        given.update(margin=margin, reduction=reduction, normalize=normalize)
+        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        sides = (image_features, text_features)
+        return gathered_loss(ranks, clip_loss, sides, logit_scale, rows, given, because, matching=True)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
-            check_smoothing(label_smoothing, include_positive, ranks)
-        if candidate_bias is not None:
-            require_alone(ranks, candidate_bias)
+            check_smoothing(label_smoothing, include_positive)
         if margin is not None:
-            check_margin_of_loss(margin, label_smoothing, ranks)
+            check_margin_of_loss(margin, label_smoothing)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
         by_row = isinstance(logit_scale, (tuple, list))
@@ -336,6 +349,13 @@ def clip_loss(
     return softmax_loss(
         problem, gains, reduction, both=True, include_positive=include_positive, smoothing=label_smoothing
     )
+
+
+def _wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
+    """What of a loss is no sum over a rank's own rows; "" where nothing is."""
+    smooth = type(label_smoothing) is not float or label_smoothing != 0.0
+    said = {"label_smoothing": smooth, "candidate_bias": candidate_bias is not None, "margin": margin is not None}
+    return next((name for name, there in said.items() if there), members[0] if members else "")
 
 
 class InfoNCELoss(SoftmaxLoss):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
-from .shared import Call, Outputs, like
+from .shared import Call, Outputs, Primitive, like
 
 __all__ = [
     "add_positive_params",
@@ -19,6 +21,7 @@ __all__ = [
     "wanted_of",
     "whole_gradients",
     "whole_scores",
+    "with_gradients",
 ]
 
 
@@ -95,3 +98,23 @@ def add_positive_params(matrix: ScoreMatrix, made: Gradients, dz_pos: Tensor, do
     if made.dparams is not None:
         made.dparams[0] += (dz_pos * (dots - matrix.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
+
+
+def with_gradients(
+    primitive: Primitive,
+    problem: Problem,
+    extras: tuple[Tensor | None, ...],
+    settings: tuple[Any, ...],
+    needs: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """A primitive's one result, a number, and its gradients by the first tensors that want them, without autograd."""
+    rest = [False] * (len(problem.tensors()) + len(extras) - len(needs))
+    call = Call(problem, extras, settings, (*needs, *rest))
+    value, *kept = primitive.forward(call)
+    found: list[Tensor | None] = [None] * len(call.needs)
+    if primitive.comes_with_value(tuple(kept), call.needs):
+        for place, g in zip(primitive.made, kept):
+            found[place] = g
+    elif True in needs:
+        found[:] = primitive.backward(call, tuple(kept), (torch.ones_like(value),))
+    return value, tuple(found[: len(needs)])

@@ -27,7 +27,7 @@ from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
-from .tensors import is_named_only, readable, settled
+from .tensors import is_named_only, looped, readable, settled
 
 __all__ = [
     "ABSENT_DIMS",
@@ -105,21 +105,6 @@ class Primitive:
             return _apply_eager(self, call, tensors, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
-
-    def with_gradients(
-        self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...], needs: Sequence[bool]
-    ) -> tuple[Tensor, Outputs]:
-        """The one result, a number, and its gradients by the first tensors that want them, without autograd."""
-        rest = [False] * (len(problem.tensors()) + len(extras) - len(needs))
-        call = Call(problem, extras, settings, (*needs, *rest))
-        value, *kept = _without_autocast(self.forward, call)
-        found: list[Tensor | None] = [None] * len(call.needs)
-        if self.comes_with_value(tuple(kept), call.needs):
-            for place, g in zip(self.made, kept):
-                found[place] = g
-        elif True in needs:
-            found[:] = self.backward(call, tuple(kept), (torch.ones_like(value),))
-        return value, tuple(found[: len(needs)])
 
     def _read(self, outputs: Outputs) -> Outputs:
         """What callers read."""
@@ -335,7 +320,7 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_turn, info, in_dims, inputs)
+        return looped(_turn, info, in_dims, inputs)
 
 
 def _turn(primitive: Primitive, offset: int | None, statics: Any, *tensors: Any) -> Outputs:
@@ -378,7 +363,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(_Gradients.apply, info, in_dims, inputs)
+        return looped(_Gradients.apply, info, in_dims, inputs)
 
 
 class SecondGradients(torch.autograd.Function):
@@ -404,17 +389,7 @@ class SecondGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _loop(SecondGradients.apply, info, in_dims, inputs)
-
-
-def _loop(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:
-    """vmap as a loop over the batch: what is not a tensor of the batch is the same in every turn."""
-    turns = []
-    for i in range(info.batch_size):
-        one = [v.select(d, i) if isinstance(d, int) else v for v, d in zip(inputs, in_dims)]
-        turns.append(function(*one))
-    stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*turns)]
-    return tuple(stacked), tuple(None if v is None else 0 for v in stacked)
+        return looped(SecondGradients.apply, info, in_dims, inputs)
 
 
 # ---- torch.library ----

@@ -27,7 +27,6 @@ from ..engine.driver import (
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
-from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Side
 from ..panels.size import blocks, saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
@@ -88,14 +87,12 @@ _WHOLE = Strategy(Place.WHOLE)
 
 def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -> tuple[Backend, Strategy]:
     """Who computes it, and how."""
-    problem, (reduction, both, include, smoothing) = call.problem, call.settings
+    problem, (reduction, both, _, smoothing) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
     # the gradient of the columns' biases comes of a pass of its own
     summed = reduction != "none" and not call.needs[COL_BIAS]
-    if summed and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
-        if include and not smoothing:
-            return backend, _WHOLE
-        summed = include  # one call knows no other denominator, and no smoothing
+    if summed and not smoothing and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
+        return backend, _WHOLE
     found = find(
         backend,
         problem.size(),
@@ -184,16 +181,17 @@ def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
 
 def _in_one_call(call: Call, backend: Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
-    problem, (_, both, *_), (gain,) = call.problem, call.settings, call.extras
+    problem, (_, both, include, _), (gain,) = call.problem, call.settings, call.extras
     x, y, scores = whole_scores(problem)
-    value, *params = backend.softmax_matrix(scores, problem, None if gain is None else _gains(call), _share(call), both)
+    gain = None if gain is None else _gains(call)
+    value, *params = backend.softmax_matrix(scores, problem, gain, _share(call), both, include)
     return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
 
 
 def _bands_are_whole(call: Call, backend: Backend) -> bool:
     """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
-    problem, (_, both, include, smoothing) = call.problem, call.settings
-    one_way = include and not smoothing and not both and not problem.symmetric and problem.pairs is EVERY_PAIR
+    problem, (_, both, _, smoothing) = call.problem, call.settings
+    one_way = not smoothing and not both and not problem.symmetric
     return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
 
 
@@ -205,8 +203,10 @@ def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
     scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
     for i in blocks(len(x), rows):
         weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
-        band = replace(problem, x=x[i], y=y, offset=positives.offset, index=positives.index)
-        value, *params = backend.softmax_matrix(weights, band, None if gain is None else gain[i], _share(call), False)
+        own, pairs = (positives.offset, positives.index), problem.pairs.of_rows(i)
+        band = replace(problem, x=x[i], y=y, offset=own[0], index=own[1], pairs=pairs)
+        of_rows = None if gain is None else gain[i]
+        value, *params = backend.softmax_matrix(weights, band, of_rows, _share(call), False, call.settings[2])
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if dx is not None:
             torch.mm(weights, y, out=dx[i])

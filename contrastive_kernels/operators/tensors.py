@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["is_named_only", "readable", "settled"]
+__all__ = ["is_named_only", "looped", "readable", "settled"]
 
 
 def is_named_only(kind: type) -> bool:
@@ -27,3 +30,13 @@ def readable(saved: Tensor) -> Tensor:
     if not saved.is_contiguous():
         saved = saved.contiguous()
     return saved.clone() if saved.data_ptr() & 15 else saved
+
+
+def looped(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:
+    """vmap as a loop over the batch: what is not a tensor of the batch is the same in every turn."""
+    turns = []
+    for i in range(info.batch_size):
+        one = [v.select(d, i) if isinstance(d, int) else v for v, d in zip(inputs, in_dims)]
+        turns.append(function(*one))
+    stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*turns)]
+    return tuple(stacked), tuple(None if v is None else 0 for v in stacked)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..arguments.checks import shown
 from ..panels.terms import EXPONENTIAL, GUMBEL_MAX, MAXIMUM, RANK, SIGMOID, PairTerm
 
-__all__ = ["LOSSES", "SEARCH_SPECS", "LossSpec"]
+__all__ = ["ALL_RANKS", "LOSSES", "ONE_WAY", "SEARCH_SPECS", "LossSpec", "checked_members"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,29 @@ SEARCH_SPECS: dict[str, LossSpec] = {
         LossSpec("retrieval_metrics", RANK, 1, 1, 1, 1),
     )
 }
+
+#: What a loss may be given beside, by the argument's name.
+_MEMBERS = {
+    **dict.fromkeys(
+        ("info_nce", "clip_loss", "nt_xent"),
+        ("ids", "candidate_bias", "margin", "label_smoothing", "include_positive", "logit_scale"),
+    ),
+    "sigmoid": ("ids", "candidate_bias"),
+    "decomposable": ("ids", "candidate_bias", "margin", "logit_scale"),
+}
+#: Those that make rows and columns differ: each direction is a pass of its own, and no matrix symmetric.
+ONE_WAY = frozenset({"candidate_bias", "logit_scale"})
+#: Those that are there over the ranks of a group.
+ALL_RANKS = frozenset({"ids", "include_positive"})
+
+
+def checked_members(members: Sequence[str], loss: str) -> frozenset[str]:
+    """What this loss is given beside."""
+    found: Any = members
+    if isinstance(found, str) or not isinstance(found, (tuple, list, set, frozenset)):
+        raise TypeError(f"members: expected a sequence of names of arguments; got {shown(found)}")
+    known = _MEMBERS[loss]
+    for name in found:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"members: expected some of {', '.join(known)} for {loss}; got {shown(name)}")
+    return frozenset(found)

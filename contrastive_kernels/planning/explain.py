@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def why_not(name: str, x: Tensor, y: Tensor | None = None, loss: str = "clip_los
     return _registry.get(name).refusal(x.device, x.dtype, _spec(loss).term)
 
 
-def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None:
+def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss", *, members: Sequence[str] = ()) -> None:
     """Prints what :func:`plan` says of a loss on these features: its passes, the backend, and why not the others.
 
     Parameters
@@ -77,6 +78,8 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
         The features [N, D], [M, D]; ``y`` is ``x`` if left out.
     loss : str
         The name of a loss function, or of one that searches, such as ``"sample_negatives"``.
+    members : sequence of str
+        What a loss is given beside, as :func:`plan` takes it.
 
     Raises
     ------
@@ -96,8 +99,10 @@ def explain(x: Tensor, y: Tensor | None = None, loss: str = "clip_loss") -> None
     _check_features(x, y)
     spec, columns = _spec(loss), len(x if y is None else y)
     if loss in LOSSES:
-        print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss))
+        print(plan(len(x), columns, x.shape[1], x.dtype, x.device, loss, members=members))
         return
+    if members:
+        raise ValueError(f"members: expected none for {loss}, which searches; got {shown(members)}")
     print(
         f"{loss} of {len(x)} x {columns} scores, D = {x.shape[1]}, {x.dtype} on {x.device}: "
         "1 pass, 1 product without gradients"

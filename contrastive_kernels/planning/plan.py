@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..backends import Backend, registry
 from ..distributed.group import memory_of
 from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
 from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype, workspace_for
-from .costs import LOSSES, LossSpec
+from .costs import ALL_RANKS, LOSSES, ONE_WAY, LossSpec, checked_members
 from .ranks import MEMORY, SUSTAINED, RanksPlan, plan_ranks
 
 __all__ = ["Pass", "Plan", "plan"]
@@ -150,6 +151,7 @@ def plan(
     device: str | torch.device = "cpu",
     loss: str = "clip_loss",
     *,
+    members: Sequence[str] = (),
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     capability: int | None = None,
@@ -169,6 +171,10 @@ def plan(
         Where they would be. "cuda" may be asked for where there is none, with `capability`.
     loss : str
         The loss function's name.
+    members : sequence of str
+        Arguments that the loss is given beside: "ids", "candidate_bias", "margin", "label_smoothing",
+        "include_positive", or "logit_scale" for scales by row. With biases or scales, the directions of ``clip_loss``
+        are passes of their own, and ``nt_xent``'s matrix is not symmetric.
     backend : str, optional
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
@@ -210,10 +216,15 @@ def plan(
     device = check_device(device)
     rows, cols = _checked(n, m, d, dtype, loss, workspace_bytes)
     backend = check_backend(backend) or None
-    spec = LOSSES[loss]
+    spec, said = LOSSES[loss], checked_members(members, loss)
     symmetric = loss == "nt_xent"
     if symmetric:
         rows, cols = 2 * rows, 2 * cols
+    if "logit_scale" in said:
+        dtype = score_dtype(dtype)
+    one_way, twice = bool(said & ONE_WAY) and loss in ("clip_loss", "nt_xent"), loss == "clip_loss"
+    if one_way:
+        spec, symmetric = LOSSES["info_nce"], False
     if capability is not None:
         check_count(capability, "capability", least=10, what="a compute capability times 10, such as 90 for 9.0")
         if device.type != "cuda":
@@ -227,6 +238,8 @@ def plan(
     count = multiprocessors(device) if capability is None else _multiprocessors(capability)
     over_ranks = None
     check_distribution("average", strategy, False)
+    if world is not None and said - ALL_RANKS:
+        raise ValueError(f"members: expected none but ids and include_positive with a world; got {shown(members)}")
     if world is not None:
         over_ranks = _over_ranks(loss, rows, cols, d, dtype, device, capability, world, strategy, links)
         by = (world, world) if over_ranks.strategy == "ring" else over_ranks.shape
@@ -237,7 +250,9 @@ def plan(
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec)
+    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, "label_smoothing" not in said)
+    if one_way and twice:
+        passes = tuple(replace(_together([(each, 2)]), products=2 * each.products) for each in passes)
     found = Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
     return found if over_ranks is None else replace(found, over_ranks=over_ranks)
 
@@ -300,14 +315,14 @@ def _multiprocessors(capability: int) -> int:
     return MULTIPROCESSORS[max(known)]
 
 
-def _passes(backend: Backend, size: Size, spec: LossSpec) -> tuple[tuple[Pass, ...], int | None, Place]:
+def _passes(backend: Backend, size: Size, spec: LossSpec, one_call: bool) -> tuple[tuple[Pass, ...], int | None, Place]:
     """The passes, the rows of a band if they take turns on bands, and where the scores lie."""
-    if fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
+    if one_call and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return (_one_call(size, spec),), None, Place.WHOLE
     if spec.passes == 1:
         place = Place.TILE if backend.score_tile else Place.ON_CHIP
         return (_pass(backend, size, spec.products, weighs=True, scores=True),), None, place
-    how = choose(backend, size, whole=not spec.by_rows, summed=True, gradients=True)
+    how = choose(backend, size, whole=not spec.by_rows, summed=True, gradients=True, one_call=one_call)
     first, rest = spec.forward_products, spec.products - spec.forward_products
     if how.place is not Place.BAND:
         reduce = _pass(backend, size, first, weighs=False, scores=True)

@@ -206,9 +206,10 @@ void check_matrix(const Matrix& m) {
     check(m.offset >= 0 && m.rows + m.offset <= m.cols, "matrix: a positive lies in no column");
 }
 
-// Of rows (or columns) with their states: sum of gain * softplus(n - z_pos). Leaves the vectors of the weights of their
-// negatives, and adds to those of the positives. n = -inf, the log-sum of nothing, has loss and weights 0.
-double softmax_losses(const Work& w, SideVectors& v) {
+// Of rows (or columns) with their states: sum of gain * softplus(n - z_pos), or of gain * (n - z_pos) where the
+// denominator does not `include` the positive. Leaves the vectors of the weights of their negatives, and adds to those
+// of the positives. n = -inf, the log-sum of nothing, has loss and weights 0.
+double softmax_losses(const Work& w, SideVectors& v, bool include) {
   double value = 0.0;
   for (int64_t i = 0; i < v.n; ++i) {
     const double z_pos = w.z_pos[i];
@@ -216,8 +217,9 @@ double softmax_losses(const Work& w, SideVectors& v) {
     const double rest = std::log(static_cast<double>(v.sum[i]));
     const double margin = none ? -kInfinity : (v.shift[i] - z_pos) + rest;
     const Softplus loss(margin);
-    const double gain = gain_of(w.m.gain, w.m.share, i), weight = gain * loss.sigmoid;
-    value += gain * loss.value;
+    const double gain = gain_of(w.m.gain, w.m.share, i);
+    const double weight = include ? gain * loss.sigmoid : none ? 0.0 : gain;
+    value += gain * (include ? loss.value : none ? 0.0 : margin);
     w.dz_pos[i] -= weight;
     v.gain[i] = static_cast<float>(weight);
     v.normalizer_shift[i] = none ? w.z_pos[i] : v.shift[i];
@@ -308,7 +310,7 @@ void sum_exponentials(Work& w, const GivenSide& row, const GivenSide& col, bool 
 
 }  // namespace
 
-void softmax_matrix(const Matrix& m, bool both, bool symmetric) {
+void softmax_matrix(const Matrix& m, bool both, bool symmetric, bool include) {
   check_matrix(m);
   check(m.positives || m.offset != kNoDiagonal, "softmax_matrix: every row must have a positive");
   for (int64_t i = 0; m.positives && i < m.rows; ++i)
@@ -323,8 +325,8 @@ void softmax_matrix(const Matrix& m, bool both, bool symmetric) {
   use_state(statistics.row, w.row);
   if (both) use_state(statistics.col, w.col);
   visited ? w.visit(statistics, true, columns) : w.run(statistics);
-  m.out[0] = softmax_losses(w, w.row);
-  if (both) m.out[0] += softmax_losses(w, w.col);
+  m.out[0] = softmax_losses(w, w.row, include);
+  if (both) m.out[0] += softmax_losses(w, w.col, include);
   if (!m.weights) return;
   Panel p = w.panel(PairTerm::kExponential);
   use_weights(p.row, w.row);

@@ -60,8 +60,9 @@ struct GivenSide {
 };
 
 // sum_i gain_i softplus(n_i - z_i,p(i)), n_i the log-sum over negatives. `both`: and the same over the columns of a
-// square. `symmetric`: a set's scores with itself; the weights are those of both ends of a pair.
-void softmax_matrix(const Matrix& matrix, bool both, bool symmetric);
+// square. `symmetric`: a set's scores with itself; the weights are those of both ends of a pair. Without `include` the
+// denominator has no positive: sum_i gain_i (n_i - z_i,p(i)).
+void softmax_matrix(const Matrix& matrix, bool both, bool symmetric, bool include);
 
 // exponential: sum_i r_i sum_j exp(z_ij - a_i) over negatives, and the same over columns if they have normalizers;
 // `relative`: these are counted from the positive's logit, which then takes part in the gradients.

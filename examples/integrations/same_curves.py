@@ -96,6 +96,19 @@ def metric_learning_labels() -> Curve:
     return trained(model, lambda batch, label: loss(model(batch), label))
 
 
+def metric_learning_memory() -> Curve:
+    """The same beside a memory of earlier batches."""
+    losses, model = importlib.import_module("pytorch_metric_learning.losses"), encoder()
+    memory = losses.CrossBatchMemory(losses.NTXentLoss(temperature=0.2), 32, memory_size=512)
+    return trained(model, lambda batch, label: memory(model(batch), label))
+
+
+def metric_learning_sup_con() -> Curve:
+    """Labelled pictures, supervised contrastive."""
+    loss, model = importlib.import_module("pytorch_metric_learning.losses").SupConLoss(temperature=0.2), encoder()
+    return trained(model, lambda batch, label: loss(model(batch), label))
+
+
 def open_clip_pairs() -> Curve:
     """Pictures and their classes' vectors, by the loss of open_clip's factory."""
     arguments = {"distill": False, "model": "small", "siglip": False, "local_loss": False, "gather_with_grad": False}
@@ -128,6 +141,35 @@ def sentence_transformers_cached() -> Curve:
         return found
 
     return trained(model, step)
+
+
+def sentence_transformers_trainer() -> Curve:
+    """Sentences of numbered words, by SentenceTransformerTrainer; the model is made here and not downloaded."""
+    package = importlib.import_module("sentence_transformers")
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    datasets = importlib.import_module("datasets")
+    tokenizers = importlib.import_module("tokenizers")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, **{f"w{k}": k + 1 for k in range(64)}}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = modules.StaticEmbedding(tokenizer, embedding_dim=32)
+    model = package.SentenceTransformer(modules=[words, modules.Normalize()], device="cpu")
+    _, labels = pictures(ROWS * STEPS)
+    drawn = (4 * labels[:, None] + torch.randint(4, (2, len(labels), 5))).tolist()
+    columns = ([" ".join(f"w{k}" for k in words) for words in column] for column in drawn)
+    data = datasets.Dataset.from_dict(dict(zip(("query", "document"), columns, strict=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        how = package.SentenceTransformerTrainingArguments(
+            folder, per_device_train_batch_size=ROWS, max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True,
+            save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
+        )  # fmt: skip
+        loss = losses.MultipleNegativesRankingLoss(model)
+        trainer = package.SentenceTransformerTrainer(model, how, train_dataset=data, loss=loss)
+        trainer.remove_callback(importlib.import_module("transformers").PrinterCallback)
+        trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 def transformers_trainer() -> Curve:
@@ -168,8 +210,11 @@ PROGRAMS: dict[str, Callable[[], Curve]] = {
     "lightly_simclr": lightly_simclr,
     "lightly_moco": lightly_moco,
     "metric_learning_labels": metric_learning_labels,
+    "metric_learning_memory": metric_learning_memory,
+    "metric_learning_sup_con": metric_learning_sup_con,
     "open_clip_pairs": open_clip_pairs,
     "sentence_transformers_cached": sentence_transformers_cached,
+    "sentence_transformers_trainer": sentence_transformers_trainer,
     "transformers_trainer": transformers_trainer,
 }
 

@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "sigma": bad.positive_number,
     **dict.fromkeys(("weight_fn", "matryoshka.loss", "MatryoshkaLoss.loss"), bad.function),
     "dims": bad.lengths,
+    "members": lambda: {"one name": "ids", "a name of none": ("colour",), "a number": 3, "numbers": [1]},
     **dict.fromkeys(("matryoshka.weights", "MatryoshkaLoss.weights"), bad.factors),
     **dict.fromkeys(("exclude_self", "FeatureQueue.ids"), bad.flag),
     "enqueue.features": bad.features,

@@ -29,7 +29,7 @@ class Matrix:
 
     def __init__(
         self, rows, cols, *, offset=0, positives=None, diagonal=None, excluded=0, biased=False, symmetric=False,
-        params=(1.3, 0.0), level=0.0, spread=1.0, gains=True,
+        params=(1.3, 0.0), level=0.0, spread=1.0, gains=True, include=True, capped=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(1000 * rows + cols)
         self.scores = 3 * torch.randn(rows, cols, generator=g) + level
@@ -42,7 +42,12 @@ class Matrix:
         self.columns = torch.randint(-1, cols, (rows, excluded), generator=g) if excluded else None
         self.col_bias = torch.randn(cols, generator=g) if biased else None
         self.gain = torch.randn(rows, generator=g) if gains else None
-        self.share = 0.3
+        self.share, self.include = 0.3, include
+        # between two of a row's (column's) scores
+        self.ceilings = [
+            (self.scores * torch.tensor(params[0])).sort(dim).values.movedim(dim, 0)[-3:-1].mean(0) if capped else None
+            for dim in (1, 0)
+        ]
 
     def where(self):
         """The positives' columns [N], -1 for none."""
@@ -87,6 +92,7 @@ class Matrix:
 
     def arguments(self, scores, weights):
         said = {"columns": self.columns, "col_bias": self.col_bias}
+        said |= dict(zip(("row_ceiling", "col_ceiling"), self.ceilings))
         pairs = {name: address(vector) for name, vector in said.items() if vector is not None}
         if self.columns is not None:
             pairs["columns_count"] = self.columns.shape[1]
@@ -101,7 +107,7 @@ class Matrix:
         weights = scores if in_place else torch.full_like(scores, torch.nan)
         out = _C.softmax_matrix(
             *self.arguments(scores, weights if wanted else None), address(self.gain), self.share, both, self.symmetric,
-            threads,
+            self.include, threads,
         )  # fmt: skip
         out = torch.tensor(out, dtype=torch.float64)
         assert in_place or torch.equal(scores.nan_to_num(), self.scores.nan_to_num())
@@ -111,10 +117,19 @@ class Matrix:
         """Value, weights and gradients of the parameters, by autograd."""
         scores, params, z, z_pos = self.leaves()
         z = z.masked_fill(~self.negatives(), -torch.inf)
-        losses = torch.nn.functional.softplus(torch.logsumexp(z, 1) - z_pos, threshold=1e9)
-        if both:
-            losses = losses + torch.nn.functional.softplus(torch.logsumexp(z, 0) - z_pos, threshold=1e9)
-        return self.gradients((gains * losses).sum(), scores, params)
+        losses = [self.losses(z, z_pos, dim) for dim in ((1, 0) if both else (1,))]
+        value, *rest = self.gradients((gains * sum(losses)).sum(), scores, params)
+        if not self.include and (gains >= 0).all():  # as a size: losses have either sign
+            value = (gains * sum(each.detach().abs() for each in losses)).sum()
+        return value, *rest
+
+    def losses(self, z, z_pos, dim):
+        """Of rows (1) or columns (0)."""
+        ceiling = self.ceilings[1 - dim]
+        if ceiling is not None:
+            z = z.masked_fill(self.scores * torch.tensor(self.params[0]) > ceiling.unsqueeze(dim), -torch.inf)
+        margins = torch.logsumexp(z, dim) - z_pos
+        return torch.nn.functional.softplus(margins, threshold=1e9) if self.include else margins
 
     def size(self):
         """What an exponent's rounding goes by."""
@@ -146,6 +161,14 @@ MATRICES = {
     "symmetric-high": lambda: Matrix(
         40, 40, symmetric=True, diagonal=0, positives=half(40), level=1e4, params=(1.0, 0.0)
     ),
+    "dcl": lambda: Matrix(33, 33, excluded=2, include=False),
+    "dcl-index": lambda: Matrix(5, 9, positives=[3, 8, 0, 3, 1], include=False),
+    "dcl-far": lambda: Matrix(65, 65, spread=60.0, include=False),
+    "dcl-symmetric": lambda: Matrix(12, 12, symmetric=True, diagonal=0, positives=half(12), include=False),
+    "dcl-beyond-a-chunk": lambda: Matrix(3, 2100, offset=2090, include=False),
+    "ceilings": lambda: Matrix(65, 65, excluded=1, capped=True),
+    "ceilings-dcl": lambda: Matrix(40, 70, offset=30, biased=True, capped=True, include=False, spread=50.0),
+    "ceilings-symmetric": lambda: Matrix(40, 40, symmetric=True, diagonal=0, positives=half(40), capped=True),
     "threads": lambda: Matrix(257, 200, positives=[i % 200 for i in range(257)]),
 }
 
@@ -191,9 +214,10 @@ def test_softmax_of_rows_without_negatives_and_of_nearly_solved_ones(both):
     assert ((dparams - exact_params).abs() <= 1e-6 * 60 * exact.abs().sum()).all()
 
 
-def test_nothing_but_positives():
+@pytest.mark.parametrize("include", [True, False])
+def test_nothing_but_positives(include):
     for both in (False, True):
-        value, weights, dparams = Matrix(1, 1).softmax(both)
+        value, weights, dparams = Matrix(1, 1, include=include).softmax(both)
         assert value == 0 and (weights == 0).all() and (dparams == 0).all()
     m = Matrix(0, 5)
     assert [each.sum().item() for each in m.softmax(False)] == [0, 0, 0]

@@ -36,6 +36,14 @@ def test_a_quick_run(tmp_path, capsys):
         assert "over processes" in text and text.count("ours-ring") == 2 and "GEMM floor" not in text
 
 
+def test_several_sizes_take_the_strategy_that_ours_would(tmp_path):
+    path = tmp_path / "rows.json"
+    options = ("--n", "8,24", "--d", "16", "--rounds", "1")
+    assert main(["--distributed", *options, "--threads", "1", "--json", str(path)]) == 0
+    found = {(row["n"], report.provider_name(row)) for row in json.loads(path.read_text()) if row["processes"] == 2}
+    assert found == {(n, name) for n in (8, 24) for name in ("ours-auto", "gathered")}
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A group of this process."""

@@ -61,6 +61,8 @@ def share(inputs: Inputs, loss: str, rows: Tensor, cols: Tensor) -> Inputs:
         of.weight = inputs.weight[rows]
     if inputs.ids is not None:
         of.ids = (inputs.ids[0][rows], inputs.ids[1][cols])
+    if inputs.candidate_bias is not None:
+        of.candidate_bias = inputs.candidate_bias[cols]
     if inputs.log_normalizer is not None:
         of.log_normalizer = (inputs.log_normalizer[0][rows], inputs.log_normalizer[1][cols])
     if inputs.positive_logits is not None:
@@ -88,10 +90,15 @@ def _lose(case: Case) -> Outcome:
     group: Any = "world"
     if case.mesh is not None:
         group = dist.device_mesh.init_device_mesh("cpu", case.mesh)
+    biased = {}
+    if own.candidate_bias is not None:
+        bias = own.candidate_bias.to(own.scale.dtype).detach().clone()
+        biased = {"candidate_bias": bias.requires_grad_(case.needs is None)}
     value = own.call(
         ck, case.loss, *leaves.values(), reduction=case.reduction, group=group, gradients=case.gradients,
-        uneven=True, **case.options,
+        uneven=True, **biased, **case.options,
     )  # fmt: skip
+    leaves |= biased
     upstream = _upstream(case, inputs, rows)
     if names:
         torch.autograd.backward(value, upstream.to(value))
@@ -122,15 +129,18 @@ def together(case: Case, found: list[Outcome]) -> Outcome:
         assert all(torch.equal(one.value, value) for one in found), [one.value.item() for one in found]
     times = ranks if case.gradients == "average" and case.reduction != "none" else 1
     gradients: dict[str, Tensor | None] = {}
-    for name, like in (("x", inputs.x), ("y", inputs.y), ("scale", inputs.scale), ("bias", inputs.bias)):
+    likes = {"x": inputs.x, "y": inputs.y, "scale": inputs.scale, "bias": inputs.bias}
+    if inputs.candidate_bias is not None:
+        likes["candidate_bias"] = inputs.candidate_bias.to(inputs.scale.dtype)
+    for name, like in likes.items():
         mine = [one.gradients[name] for one in found]
         if any(g is None for g in mine):
             assert all(g is None for g in mine), name
             gradients[name] = None
-        elif name in ("x", "y"):
+        elif name in ("x", "y", "candidate_bias"):
             whole = torch.full(like.shape, torch.nan, dtype=torch.float64)
             for place, g in zip(places, mine):
-                whole[place[name == "y"]] = g.double() / times
+                whole[place[name != "x"]] = g.double() / times
             gradients[name] = whole.to(like.dtype)
         else:
             gradients[name] = (torch.stack([g.double() for g in mine]).sum(0) / times).to(like.dtype)

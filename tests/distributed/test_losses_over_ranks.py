@@ -52,6 +52,25 @@ def test_every_problem(dtype, strategy, tmp_path):
     check(cases, 3, tmp_path)
 
 
+ALL_ROWS = [p for p in PROBLEMS if p.label_smoothing or p.margin is not None or p.candidate_bias is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_problem_for_which_every_rank_computes_all_rows(dtype, tmp_path):
+    """Smoothing, biases with their gradients, margins."""
+    cases = [
+        Case(
+            problem.name, loss, dtype, reduction, "sum" if dtype == torch.float32 else "average",
+            options=options(problem, loss, dtype, "auto"),
+        )
+        for problem in ALL_ROWS
+        for loss in problem.losses
+        for reduction in (("mean", "none") if problem.name in ("smoothed", "candidate-bias", "margin") else ("mean",))
+        if loss in ("info_nce", "clip_loss", "nt_xent")
+    ]  # fmt: skip
+    check(cases, 3, tmp_path)
+
+
 LOSSES = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable", "decomposable_pair")
 
 
@@ -106,32 +125,18 @@ def test_two_runs_agree_bitwise(tmp_path):
                 assert gradient is None or torch.equal(gradient, second.gradients[name]), name
 
 
-def with_biases() -> list[str]:
+def refused() -> list[str]:
     x, bias, said = torch.eye(4), torch.zeros(4), []
-    for loss, more in (("info_nce", ()), ("clip_loss", ()), ("nt_xent", ()), ("sigmoid", (-1.0,)),
-                       ("decomposable", (bias,))):  # fmt: skip
+    for loss, more in (("sigmoid", (-1.0,)), ("decomposable", (bias,))):
         with pytest.raises(NotImplementedError, match="candidate_bias: expected None in a process group") as caught:
             getattr(ck, loss)(x, x, 5.0, *more, candidate_bias=bias, group="world")
         said.append(str(caught.value))
+    for strategy in ("grid", "ring"):
+        with pytest.raises(NotImplementedError, match="with label_smoothing, for which every rank computes") as caught:
+            ck.clip_loss(x, x, 5.0, label_smoothing=0.1, strategy=strategy, group="world")
+        said.append(str(caught.value))
     return said
 
 
-def with_labels() -> list[str]:
-    x, labels, said = torch.eye(4), torch.arange(4), []
-    for loss in ("info_nce", "clip_loss", "nt_xent"):
-        with pytest.raises(
-            NotImplementedError, match=r"label_smoothing: expected 0 in a process group; got 0\.1"
-        ) as caught:
-            getattr(ck, loss)(x, x, 5.0, label_smoothing=0.1, group="world")
-        said.append(str(caught.value))
-    for module in (ck.SupConLoss, ck.MultiPositiveNCELoss):
-        with pytest.raises(NotImplementedError, match="group: the losses by labels are not there") as caught:
-            module()(x, labels, 5.0)
-        said.append(str(caught.value))
-        module(group=None)(x, labels, 5.0)
-    return said
-
-
-@pytest.mark.parametrize("function", [with_biases, with_labels])
-def test_what_ranks_cannot_share_is_refused_on_every_rank(function, tmp_path):
-    assert all(len(found) == 5 for found in succeeded(run(2, function, tmp_path)))
+def test_what_ranks_cannot_share_is_refused_on_every_rank(tmp_path):
+    assert all(len(found) == 4 for found in succeeded(run(2, refused, tmp_path)))

@@ -135,3 +135,87 @@ def test_checkpoints_of_two_ranks_load_on_three(tmp_path):
     state = succeeded(run(2, on_ranks, tmp_path / "2", [4, 3], {}))[1]["state"]
     for one in succeeded(run(3, load, tmp_path / "3", state)):
         assert torch.equal(one, state["log_mean"])
+
+
+def changed(folder: str | None, sizes: list[int]) -> list[dict[str, Tensor]]:
+    """What a memory holds after it was loaded, scaled, grown and updated; in a folder, over the ranks."""
+    memory = ck.NormalizerMemory(SAMPLES, step=0.5, storage=folder)
+    rank = dist.get_rank() if sizes else 0
+    found: list[dict[str, Tensor]] = []
+
+    def visit(seed: int) -> None:
+        _, _, index = batch(seed, 7)
+        values = torch.randn(7, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if sizes else slice(None)
+        memory.update((index + memory.num_samples - SAMPLES)[own], values[own])
+        found.append({name: v.clone() for name, v in memory.state_dict().items()})
+
+    visit(0)
+    kept = found[-1]
+    memory.rescale(1.5)
+    visit(1)
+    memory.load_state_dict(kept)
+    visit(2)
+    memory.grow(SAMPLES + 5)
+    memory.grow(SAMPLES + 5)
+    visit(3)
+    assert memory.statistics().samples == SAMPLES + 5
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[4, 3], [3, 0, 4]], ids=str)
+def test_a_folder_is_loaded_scaled_and_grown_on_all_ranks(sizes, tmp_path):
+    """One of them writes, the others map what it has written."""
+    wanted = changed(None, [])
+    for found in succeeded(run(len(sizes), changed, tmp_path, str(tmp_path / "memory"), sizes)):
+        for one, other in zip(found, wanted, strict=True):
+            for name, value in other.items():
+                torch.testing.assert_close(one[name], value, rtol=1e-12, atol=1e-12)
+    with ck.NormalizerMemory.open(tmp_path / "memory") as memory:
+        assert memory.num_samples == SAMPLES + 5 and torch.equal(memory.visits, wanted[-1]["visits"])
+
+
+def wrongly_changed(folder: str) -> list[str]:
+    """What one rank does otherwise, and a writer that has no room."""
+    memory, rank, said = ck.NormalizerMemory(SAMPLES, storage=folder), dist.get_rank(), []
+    state = {name: v.clone() for name, v in memory.state_dict().items()}
+    short = {**state, "visits": state["visits"][: SAMPLES - rank]}
+    for mistake, error in (
+        (lambda: memory.rescale(1.0 + rank), ValueError),
+        (lambda: memory.rescale(1.0 - 2 * rank), ValueError),
+        (lambda: memory.grow(SAMPLES + 1 + rank), ValueError),
+        (lambda: memory.grow(SAMPLES - rank), ValueError),
+        (lambda: memory.load_state_dict(short), RuntimeError),
+        (lambda: memory.grow(2**62), (OSError, ValueError)),
+    ):
+        with pytest.raises(error) as caught:  # type: ignore[arg-type]
+            mistake()
+        said.append(str(caught.value))
+    memory.grow(SAMPLES + 1)
+    memory.update(torch.tensor([SAMPLES]), torch.zeros(1, 2, dtype=torch.float64))
+    return [*said[:5], str(memory.visits[SAMPLES].tolist())]
+
+
+def test_what_one_rank_cannot_change_stays_on_all(tmp_path):
+    one, other = succeeded(run(2, wrongly_changed, tmp_path, str(tmp_path / "memory")))
+    assert one == other and one[-1] == "[1, 1]"
+
+
+def opened(folder: str) -> tuple[int, bool]:
+    """By all ranks together, and by the first one alone, beside the others."""
+    with ck.NormalizerMemory.open(folder, group="world") as memory:
+        memory.update(torch.tensor([3]), torch.zeros(1, 2, dtype=torch.float64))
+        visits = int(memory.visits[3, 0])
+        dist.barrier()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with ck.NormalizerMemory.open(folder, group=None) as memory:
+            memory.update(torch.tensor([4]), torch.zeros(1, 2, dtype=torch.float64))
+    dist.barrier()
+    with ck.NormalizerMemory.open(folder, read_only=True) as memory:
+        return visits, bool(memory.visits[4, 0] == 1)
+
+
+def test_a_folder_is_opened_by_a_group(tmp_path):
+    ck.NormalizerMemory(SAMPLES, storage=tmp_path / "memory").close()
+    assert succeeded(run(2, opened, tmp_path, str(tmp_path / "memory"))) == [(1, True)] * 2

@@ -244,8 +244,10 @@ def test_errors():
             ck.sup_con(*arguments, scale, **options)
     with pytest.raises(ValueError, match="variant: expected"):
         ck.SupConLoss(variant=1)
-    with pytest.raises(TypeError, match="gradients"):
-        ck.SupConLoss(gradients="sum")
+    with pytest.raises(ValueError, match="gradients: expected"):
+        ck.SupConLoss(gradients="all")
+    with pytest.raises(TypeError, match="strategy"):
+        ck.SupConLoss(strategy="ring")
 
 
 def test_label_smoothing_is_that_of_cross_entropy(backend):

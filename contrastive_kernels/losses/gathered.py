@@ -1,0 +1,182 @@
+"""What of a loss over the ranks of a group is no sum over a rank's own rows: every rank computes that of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import (
+    check_features,
+    check_pair,
+    check_positives,
+    check_scale,
+    check_several_positives,
+    check_vector,
+    shown,
+)
+from ..arguments.pairs import check_ids, check_labels
+from ..arguments.reduction import row_weights
+from ..distributed.group import Ranks, told
+from ..distributed.whole import OfRank, whole_over_ranks
+
+__all__ = ["check_candidates", "gathered_labels", "gathered_loss", "require_gathering"]
+
+#: Options that print alike where they are alike.
+_PRINTED = (
+    "include_positive",
+    "label_smoothing",
+    "margin",
+    "reduction",
+    "normalize",
+    "debiased",
+    "hardness_beta",
+    "variant",
+)
+
+
+def require_gathering(ranks: Ranks, name: str) -> None:
+    """A strategy by which every rank has all rows."""
+    if ranks.strategy not in ("auto", "replicated"):
+        raise NotImplementedError(
+            f"strategy: expected 'auto' or 'replicated' with {name}, for which every rank computes all rows; got "
+            f"{shown(ranks.strategy)}"
+        )
+
+
+def gathered_loss(
+    ranks: Ranks,
+    function: Callable[..., Tensor],
+    features: tuple[Any, Any],
+    logit_scale: Any,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    because: str,
+    *,
+    views: bool = False,
+    matching: bool = False,
+) -> Tensor:
+    """A loss of this package of all ranks' rows.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        Who shares it.
+    function : callable
+        The loss.
+    features : tuple
+        This rank's rows and columns.
+    logit_scale : float or Tensor
+        The same on all ranks.
+    given : mapping
+        Its arguments that have a row for each row or column, by name; None where there is none.
+    options : mapping
+        The others.
+    because : str
+        What wants all rows.
+    views, matching : bool
+        The features are two views, or matching rows.
+    """
+    with told(ranks, features[0]):
+        require_gathering(ranks, because)
+        x, y = check_features(*features, ("x", "y"), False, matching=matching, padded=True)
+        scale = check_scale(x, logit_scale)
+        parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
+
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+        x, y = all_.pop("x"), all_.pop("y")
+        rows: dict[str, Any] = {name: all_[name] for name in all_ if "." not in name}
+        for name in ("ids", "candidate_bias"):  # of both sides
+            if f"{name}.0" in all_:
+                rows[name] = all_[f"{name}.0"] if views else (all_[f"{name}.0"], all_[f"{name}.1"])
+        return function(x, y, of_scale, **rows, **options)
+
+    return whole_over_ranks(
+        ranks, function.__name__, parts, scale, compute, _printed(options), repeats=2 if views else 1
+    )
+
+
+def _printed(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What options say that all ranks must say alike."""
+    said = [(name, options[name]) for name in _PRINTED if name in options]
+    given = [name for name in ("queue", "weight_fn") if options.get(name) is not None]
+    queue = options.get("queue")
+    return [*said, ("given", "+".join(given)), ("queue", None if queue is None else len(queue))]
+
+
+def _given(x: Tensor, y: Tensor, given: Mapping[str, Any], *, matching: bool) -> dict[str, OfRank]:
+    """The checked arguments of this rank's rows and columns."""
+    parts: dict[str, OfRank] = {}
+    row_ids, col_ids = check_ids(given.get("ids"), "ids", x, y)
+    if row_ids is not None and col_ids is not None:
+        parts.update({"ids.0": OfRank(row_ids), "ids.1": OfRank(col_ids, True)})
+    bias = given.get("candidate_bias")
+    if bias is not None and matching:
+        pair = (bias, bias) if isinstance(bias, Tensor) else check_pair(bias, "candidate_bias")
+        for i, each in enumerate(pair):
+            vector = check_vector(each, "candidate_bias", len(x), x, differentiable=True)
+            parts[f"candidate_bias.{i}"] = OfRank(vector)
+    elif bias is not None:
+        parts["candidate_bias"] = OfRank(check_vector(bias, "candidate_bias", len(y), x, differentiable=True), True)
+    weights = row_weights(given.get("weight"), len(x), x)
+    if weights is not None:
+        parts["weight"] = OfRank(weights)
+    logits, features = given.get("positive_logits"), given.get("positive_features")
+    if logits is not None:
+        parts["positive_logits"] = OfRank(check_vector(logits, "positive_logits", len(x), x, differentiable=True))
+    if features is not None:
+        _, features = check_features(x, features, ("x", "positive_features"), False, matching=True)
+        parts["positive_features"] = OfRank(features)
+    outside = logits is not None or features is not None
+    if not matching and (given.get("positives") is not None or not outside):
+        parts["positives"] = OfRank(_index(given.get("positives"), x, y, outside), names_cols=True)
+    return parts
+
+
+def _index(positives: Any, x: Tensor, y: Tensor, outside: bool) -> Tensor:
+    """The positives as columns among this rank's own [n], or [n, P]."""
+    if isinstance(positives, Tensor) and positives.dim() == 2:
+        return check_several_positives(positives, x, y)
+    index, offset = check_positives(positives, x, y, allow_missing=outside)
+    if index is None:
+        assert offset is not None
+        index = torch.arange(len(x), dtype=torch.int64, device=x.device) + offset
+    return index
+
+
+def check_candidates(y: Any, y_labels: Any) -> bool:
+    """Whether rows are their own candidates, of losses by labels."""
+    if (y is None) != (y_labels is None):
+        given, missing = ("y", "y_labels") if y_labels is None else ("y_labels", "y")
+        raise ValueError(f"{missing}: expected candidates with labels, or neither; got {given} alone")
+    return y is None
+
+
+def gathered_labels(
+    ranks: Ranks,
+    function: Callable[..., Tensor],
+    x: Any,
+    logit_scale: Any,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """A loss by labels of all ranks' rows, and of their candidates, if there are any."""
+    with told(ranks, x):
+        alone = check_candidates(given["y"], given["y_labels"])
+        x, y = check_features(x, x if alone else given["y"], ("x", "x" if alone else "y"), False)
+        scale = check_scale(x, logit_scale)
+        parts = {"x": OfRank(x), "labels": OfRank(check_labels(given["labels"], "labels", x))}
+        if not alone:
+            parts["y"] = OfRank(y, True)
+            parts["y_labels"] = OfRank(check_labels(given["y_labels"], "y_labels", y), True)
+        weights = row_weights(given["weight"], len(x), x)
+        if weights is not None:
+            parts["weight"] = OfRank(weights)
+
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+        x, labels = all_.pop("x"), all_.pop("labels")
+        return function(x, labels, of_scale, **all_, **options)
+
+    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, _printed(options))
