@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from . import integrations, reference, reference_structure
 from .backends.native import require_fresh as _require_fresh
-from .em import DatasetContrastiveLoss, DecomposableContrastiveLoss, NormalizerMemory, NormalizerStatistics
+from .em import (
+    DatasetContrastiveLoss,
+    DecomposableContrastiveLoss,
+    ISogCLRLoss,
+    NormalizerMemory,
+    NormalizerStatistics,
+    SogCLRLoss,
+)
 from .losses import (
     ClipLoss,
     DecomposableLoss,
@@ -51,6 +58,7 @@ __all__ = [
     "DecomposableContrastiveLoss",
     "DecomposableLoss",
     "FeatureQueue",
+    "ISogCLRLoss",
     "InfoNCELoss",
     "LatentStructureLoss",
     "MatryoshkaLoss",
@@ -63,6 +71,7 @@ __all__ = [
     "RetrievalMetrics",
     "SeparationHead",
     "SigmoidLoss",
+    "SogCLRLoss",
     "SupConLoss",
     "__version__",
     "autotune",

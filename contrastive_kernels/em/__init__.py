@@ -1,6 +1,14 @@
 """The decomposable loss over a data set: stochastic EM with remembered normalisers."""
 
+from .global_contrastive import ISogCLRLoss, SogCLRLoss
 from .loss import DatasetContrastiveLoss, DecomposableContrastiveLoss
 from .memory import NormalizerMemory, NormalizerStatistics
 
-__all__ = ["DatasetContrastiveLoss", "DecomposableContrastiveLoss", "NormalizerMemory", "NormalizerStatistics"]
+__all__ = [
+    "DatasetContrastiveLoss",
+    "DecomposableContrastiveLoss",
+    "ISogCLRLoss",
+    "NormalizerMemory",
+    "NormalizerStatistics",
+    "SogCLRLoss",
+]

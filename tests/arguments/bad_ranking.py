@@ -1,4 +1,4 @@
-"""What may be wrong with the arguments of multiple negatives ranking."""
+"""What may be wrong with the arguments of multiple negatives ranking and of global losses."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def guided() -> dict[str, Any]:
     return {"a tensor": v, "a number": 1, "without negatives": (v, v), "of other lengths": (v, v[1:], hard),
             "too few": (v[1:], v[1:], hard[1:]), "of other negatives": (v, v, hard[:, :1]), "of words": ("a", "b", "c"),
             "of integers": (v.long(), v.long(), hard.long()), "sparse": (v.to_sparse(), v, hard)}  # fmt: skip
+
+
+def bounds() -> dict[str, Any]:
+    return {"a number": 0.1, "three": (0.1, 0.2, 0.3), "words": ("0", "1"), "the other way round": (1.0, 0.001),
+            "zero": (0.0, 1.0), "infinite": (0.001, float("inf"))}  # fmt: skip

@@ -84,6 +84,15 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         ("multiple_negatives_ranking.directions", "MultipleNegativesRankingLoss.directions"), bad_ranking.ways
     ),
+    "gamma": bad.positive_part,
+    "gamma_schedule": bad.word,
+    "gamma_decay_epochs": bad.positive_count,
+    "epoch": bad.count,
+    "rho": bad.amount,
+    "temperature": bad.positive_number,
+    "temperature_bounds": bad_ranking.bounds,
+    "temperature_rate": bad.amount,
+    "temperature_momentum": bad.part,
     "direction": bad.direction,
     **dict.fromkeys(("storage", "folder"), bad.folder),
     "negatives": bad.notional,
@@ -174,6 +183,9 @@ VALUES: dict[str, Any] = {
     "inputs": (X, Y),
     **dict.fromkeys(("cached_step.loss", "cached_loss.loss"), lambda x, y: ck.clip_loss(x, y, 5.0)),
     "chunk_size": 2,
+    "epoch": 3,
+    "SogCLRLoss.set_extra_state.state": {"epoch": 1},
+    "ISogCLRLoss.set_extra_state.state": {"epoch": 1},
 }
 
 #: Arguments that a callable needs beside its required ones, for the others to play a part.
@@ -188,6 +200,7 @@ BESIDE: dict[str, dict[str, Any]] = {
         for name in ("multiple_negatives_ranking", "MultipleNegativesRankingLoss.forward")
     },
     "brownian_bridge": {"image_aug": X},
+    **{name: {"gamma_schedule": "cosine", "gamma_decay_epochs": 3} for name in ("SogCLRLoss", "ISogCLRLoss")},
     "FeatureQueue.enqueue": {"ids": INDEX},
     "retrieval_metrics": {"positives": INDEX.flip(0)},
     "LatentStructureLoss": {"separation": 1.0, "bridge": 1.0, "geometry": 1.0},
@@ -210,6 +223,8 @@ NO_RIGHT_CALL = {
 MAKE: dict[str, Callable[[], Any]] = {
     "DatasetContrastiveLoss": lambda: ck.DatasetContrastiveLoss(SAMPLES, directions=1),
     "FeatureQueue": lambda: ck.FeatureQueue(8, D, ids=True),
+    "SogCLRLoss": lambda: ck.SogCLRLoss(SAMPLES),
+    "ISogCLRLoss": lambda: ck.ISogCLRLoss(SAMPLES),
     "LatentStructureLoss": lambda: ck.LatentStructureLoss(None, 1.0, 1.0, 1.0),
     "NormalizerMemory": lambda: ck.NormalizerMemory(SAMPLES, 1),
     "SeparationHead": lambda: ck.SeparationHead(D, 2),

@@ -17,6 +17,8 @@ FEATURES = torch.eye(4, 3)
 LOCAL = {"SeparationHead", "FeatureQueue", "MatryoshkaLoss"}
 MAKE = {
     "DatasetContrastiveLoss": lambda **over: ck.DatasetContrastiveLoss(10, **over),
+    "ISogCLRLoss": lambda **over: ck.ISogCLRLoss(10, **over),
+    "SogCLRLoss": lambda **over: ck.SogCLRLoss(10, **over),
     "DecomposableContrastiveLoss": lambda **over: ck.DecomposableContrastiveLoss(10, **over),
 }
 VALUES = {

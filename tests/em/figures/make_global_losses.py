@@ -1,0 +1,104 @@
+"""The published global contrastive losses, 50 steps each of random features: makes global_losses.npz.
+
+    python make_global_losses.py libauc/losses/contrastive.py fast_clip/src/fast_clip/loss.py
+
+The files are those of libauc 2.0.1 (PyPI) and of github.com/Optimization-AI/fast_clip at efd89d5; nothing of them is
+here. float64, one process, CPU. Of FastCLIP, features gathered from other processes carry no gradient, as there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SAMPLES, BATCH, WIDTH, EPOCHS, TAU, GAMMA, DECAY = 40, 8, 4, 10, 0.1, 0.3, 6
+INDIVIDUAL = {"tau_min": 0.05, "tau_max": 0.3, "rho": 0.5, "eta": 0.01, "beta": 0.9}
+#: Steps whose gradients are kept.
+KEPT = (0, 7, 25, 49)
+
+
+def steps() -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """Step, epoch, the batch's samples [B], and both towers' features [B, D]."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(SAMPLES, WIDTH, generator=g, dtype=torch.float64)
+    step = 0
+    for epoch in range(EPOCHS):
+        order = torch.randperm(SAMPLES, generator=g)
+        for index in order.split(BATCH):
+            x, y = (
+                normalize(base[index] + torch.randn(BATCH, WIDTH, generator=g, dtype=torch.float64), dim=1)
+                for _ in range(2)
+            )
+            yield step, epoch, index, x.requires_grad_(), y.requires_grad_()
+            step += 1
+
+
+def _module(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def libauc(path: str, scheme: str, schedule: str) -> dict[str, Any]:
+    """Logarithms of u, temperatures, and gradients of some steps."""
+    options = {"gamma_schedule": schedule, "gamma_decay_epochs": DECAY, "temperature_scheme": scheme}
+    loss = _module(path).GCLoss_v2(N=SAMPLES, tau=TAU, gamma=GAMMA, **options, **INDIVIDUAL)
+    kept: dict[str, Any] = {}
+    for step, epoch, index, x, y in steps():
+        loss.adjust_gamma(epoch)
+        gradients = torch.autograd.grad(loss(x, y, index)[0], (x, y))
+        if step in KEPT:
+            kept |= {f"dx{step}": gradients[0], f"dy{step}": gradients[1]}
+    kept["log_u"] = torch.cat([loss.u1.log() + loss.b1, loss.u2.log() + loss.b2], 1)
+    if scheme == "individual_learnable":
+        kept["tau"] = torch.cat([loss.learnable_tau_img, loss.learnable_tau_txt], 1)
+    return kept
+
+
+def fast_clip(path: str, multiply_tau: bool) -> dict[str, Any]:
+    """The same of FastCLIP v1, or of v3."""
+    options = {"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY, "rho": 6.5, "eps": 0.0}
+    cpu = torch.device("cpu")
+    loss = _module(path).FastCLIPLoss(SAMPLES, gamma=GAMMA, multiply_tau=multiply_tau, device=cpu, **options)
+    kept: dict[str, Any] = {}
+    scale = torch.tensor(1 / TAU)
+    for step, epoch, index, x, y in steps():
+        loss.adjust_hyperparams(epoch)
+        remote = (x.detach(), y.detach())
+        image, text, sim_image, sim_text, u = loss.local((x, y), (index, index), remote, scale, 0)
+        loss.set_params(index, index, *u)
+        value = loss((x, y), remote, u, (image, text), u, (sim_text.T, sim_image.T), scale, 0)
+        gradients = torch.autograd.grad(value, (x, y))
+        if step in KEPT:
+            kept |= {f"dx{step}": gradients[0], f"dy{step}": gradients[1]}
+    kept["log_u"] = torch.cat([loss.u_im.log(), loss.u_tt.log()], 1)
+    return kept
+
+
+def main() -> None:
+    torch.set_default_dtype(torch.float64)
+    of_libauc, of_fast_clip = sys.argv[1:]
+    runs = {
+        "sogclr": libauc(of_libauc, "global_constant", "constant"),
+        "sogclr-cosine": libauc(of_libauc, "global_constant", "cosine"),
+        "isogclr": libauc(of_libauc, "individual_learnable", "constant"),
+        "isogclr-cosine": libauc(of_libauc, "individual_learnable", "cosine"),
+        "fastclip-v1": fast_clip(of_fast_clip, multiply_tau=False),
+        "fastclip-v3": fast_clip(of_fast_clip, multiply_tau=True),
+    }
+    flat = {f"{run}/{name}": value.detach().numpy() for run, kept in runs.items() for name, value in kept.items()}
+    np.savez_compressed(Path(__file__).with_name("global_losses.npz"), **flat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Global contrastive losses against the published algorithms' own values over 50 steps, and by their definition."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import contrastive_kernels as ck
+
+FIGURES = Path(__file__).parent / "figures"
+sys.path.insert(0, str(FIGURES))
+from make_global_losses import BATCH, DECAY, GAMMA, INDIVIDUAL, KEPT, SAMPLES, TAU, steps  # noqa: E402
+
+
+def figures(run: str) -> dict[str, Tensor]:
+    with np.load(FIGURES / "global_losses.npz") as kept:
+        return {n.partition("/")[2]: torch.from_numpy(kept[n]) for n in kept.files if n.startswith(f"{run}/")}
+
+
+def schedule(run: str) -> dict[str, Any]:
+    cosine = not run.endswith("clr")
+    return {"gamma": GAMMA} | ({"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY} if cosine else {})
+
+
+#: What the published gradients are multiples of: LibAUC's sums over negatives of scores, not of logits, are.
+FACTORS = {"sogclr": TAU * (BATCH - 1), "sogclr-cosine": TAU * (BATCH - 1), "fastclip-v1": 1.0, "fastclip-v3": 1.0}
+
+
+@pytest.mark.parametrize("run", FACTORS)
+def test_the_published_sogclr(run):
+    want = figures(run)
+    loss = ck.SogCLRLoss(SAMPLES, rho=6.5 if run == "fastclip-v3" else None, **schedule(run))
+    for step, epoch, index, x, y in steps():
+        loss.set_epoch(epoch)
+        gradients = torch.autograd.grad(loss(x, y, index, 1 / TAU), (x, y))
+        if step in KEPT:
+            for name, gradient in zip("xy", gradients):
+                torch.testing.assert_close(FACTORS[run] * gradient, want[f"d{name}{step}"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(loss.memory.log_mean, want["log_u"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("run", ["isogclr", "isogclr-cosine"])
+def test_the_published_isogclr(run):
+    want = figures(run)
+    loss = ck.ISogCLRLoss(
+        SAMPLES,
+        rho=INDIVIDUAL["rho"],
+        temperature=TAU,
+        temperature_bounds=(INDIVIDUAL["tau_min"], INDIVIDUAL["tau_max"]),
+        temperature_rate=INDIVIDUAL["eta"],
+        temperature_momentum=1 - INDIVIDUAL["beta"],
+        **schedule(run),
+    )
+    for step, epoch, index, x, y in steps():
+        loss.set_epoch(epoch)
+        gradients = torch.autograd.grad(loss(x, y, index), (x, y))
+        if step in KEPT:
+            for name, gradient in zip("xy", gradients):
+                # (temperatures are kept in float32)
+                wanted = want[f"d{name}{step}"]
+                torch.testing.assert_close((BATCH - 1) * gradient, wanted, rtol=2e-5, atol=2e-5 * wanted.abs().max())
+    torch.testing.assert_close(loss.memory.log_mean, want["log_u"], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(loss.temperatures.double(), want["tau"], rtol=1e-5, atol=1e-6)
+    assert (loss.temperatures.unique().numel() > 40) and want["tau"].std() > 0.01
+
+
+def batch(n: int = 6, d: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x, y = (normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
+    return x.requires_grad_(), y.requires_grad_()
+
+
+def test_the_definition_and_the_temperatures_gradient():
+    """tau (mean log u + rho), whose gradient in tau takes the derivative of g over u for that of log u."""
+    rho, stored = 2.0, 0.5
+    loss = ck.SogCLRLoss(6, gamma=0.25, rho=rho)
+    x, y = batch()
+    index = torch.arange(6)
+    loss.memory.update(index, torch.full((6, 2), stored, dtype=torch.float64))
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    scores = x.detach() @ y.detach().T
+    own = scores.diagonal()
+    off = ~torch.eye(6, dtype=torch.bool)
+    h = torch.stack([scores - own[:, None], scores.T - own[:, None]]) / tau
+    g = (h.exp() * off).sum(2) / 5
+    u = (0.75 * math.exp(stored) + 0.25 * g).detach()
+    value = loss(x, y, index, 1 / tau)
+    (found,) = torch.autograd.grad(value, tau)
+    (slope,) = torch.autograd.grad((g / u).mean(), tau)
+    torch.testing.assert_close(found, u.log().mean() + rho + tau.detach() * slope)
+    torch.testing.assert_close(value.detach(), tau.detach() * ((u.log() + g / u - 1).mean() + rho).detach())
+    torch.testing.assert_close(loss.memory.log_mean.T, u.log())
+
+
+@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
+def test_state(kind):
+    """A loss goes on from its state as if nothing had been; casts leave the state alone; eval does not move it."""
+    given: Any = () if kind == "ISogCLRLoss" else (7.0,)
+
+    def new() -> Any:
+        return getattr(ck, kind)(6, gamma=0.4, gamma_schedule="cosine", gamma_decay_epochs=5)
+
+    first, index = new(), torch.tensor([4, 0, 5, 1, 2, 3])
+    first.set_epoch(3)
+    first(*batch(), index, *given)
+    second = new().bfloat16()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.epoch == 3 and second.memory.log_mean.dtype == torch.float64
+    values = [loss(*batch(seed=1), index, *given) for loss in (first, second)]
+    assert torch.equal(*values)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values())
+               if isinstance(a, Tensor))  # fmt: skip
+    before = copy.deepcopy(first.state_dict())
+    first.eval()(*batch(seed=2), index, *given)
+    assert all(torch.equal(v, before[n]) for n, v in first.state_dict().items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
+def test_16_bits_and_autocast(kind):
+    given: Any = () if kind == "ISogCLRLoss" else (7.0,)
+    x, y = (v.detach().bfloat16() for v in batch(32, 16))
+    index = torch.arange(32)
+    want = getattr(ck, kind)(32, **({"temperature": 0.1} if not given else {}))(x.double(), y.double(), index, *given)
+    for autocast in (False, True):
+        loss = getattr(ck, kind)(32, **({"temperature": 0.1} if not given else {}))
+        a, b = ((v.float() if autocast else v).detach().requires_grad_() for v in (x, y))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(a, b, index, *given)
+        value.backward()
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-4)
+        assert a.grad.dtype == a.dtype and a.grad.isfinite().all() and a.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
+def test_no_negatives_and_low_temperatures(kind):
+    given: Any = () if kind == "ISogCLRLoss" else (1000.0,)
+    for n in (0, 1, 3):
+        x, y = batch(n)
+        loss = getattr(ck, kind)(3)
+        value = loss(x, y, torch.arange(n), *given)
+        value.backward()
+        assert value.isfinite() and x.grad.isfinite().all() and loss.memory.log_mean.isfinite().all()
+        assert int(loss.memory.visits.sum()) == (6 if n == 3 else 0)
