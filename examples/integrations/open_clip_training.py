@@ -3,7 +3,7 @@
     python examples/integrations/open_clip_training.py
     torchrun --nproc-per-node 2 examples/integrations/open_clip_training.py
 
-Same seeds, same data: the towers end alike to rounding. Each run has other flags: clip, siglip, coca, accumulation of
+Same seeds, same data: the towers end alike to rounding. Each run is one with other flags: clip, siglip, accumulation of
 two micro-batches; with torchrun local-loss with gather-with-grad, and neither. Wants ``open_clip_torch[training]``.
 Prints the largest difference of the trained parameters; 1 if one is above 1e-4.
 """
@@ -35,19 +35,10 @@ TOWERS = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-COCA = {
-    **TOWERS,
-    "vision_cfg": {**TOWERS["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},  # type: ignore[dict-item]
-    "text_cfg": {**TOWERS["text_cfg"], "embed_cls": True, "output_tokens": True},  # type: ignore[dict-item]
-    "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
-                       "attn_pooler_heads": 2},
-    "custom_text": True,
-}  # fmt: skip
 SIGLIP = {**TOWERS, "init_logit_bias": -10, "init_logit_scale": 2.3}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
 
 ALONE = {"clip": [], "siglip": ["--siglip"], "clip of two micro-batches": ["--accum-freq", "2"]}
-ALONE |= {"coca": ["--coca-contrastive-loss-weight", "1.0", "--coca-caption-loss-weight", "2.0"]}
 TOGETHER = {
     "clip": [],
     "clip, local-loss and gather-with-grad": ["--local-loss", "--gather-with-grad"],
@@ -89,7 +80,7 @@ def draw(folder: Path) -> Path:
 def trained(folder: Path, table: Path, name: str, flags: list[str], patched: bool) -> dict[str, Any]:
     """The parameters after a run of open_clip's program."""
     run = f"{name.replace(' ', '_')}_{'ours' if patched else 'theirs'}"
-    model = "coca-small" if name == "coca" else "small-bias" if "--siglip" in flags else "small-clip"
+    model = "small-bias" if "--siglip" in flags else "small-clip"
     told = ["--train-data", str(table), "--csv-separator", "\t", "--dataset-type", "csv", "--model", model]
     told += ["--batch-size", str(BATCH), "--epochs", str(EPOCHS), "--workers", "0", "--precision", "fp32"]
     told += ["--device", "cpu", "--dist-backend", "gloo", "--logs", str(folder), "--name", run, "--warmup", "2"]
@@ -115,7 +106,7 @@ def main() -> int:
         shared = f"{tempfile.gettempdir()}/open_clip_{os.environ.get('MASTER_PORT')}" if ranks > 1 else scratch
         folder = Path(shared) / str(rank)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, towers in (("small-clip", TOWERS), ("small-bias", SIGLIP), ("coca-small", COCA)):
+        for name, towers in (("small-clip", TOWERS), ("small-bias", SIGLIP)):
             (folder / f"{name}.json").write_text(json.dumps(towers))
         open_clip.add_model_config(folder)
         table = draw(folder)
