@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from .index import checked_index
 from .options import Engine
 
 __all__ = [
+    "Refused",
     "autocasts",
     "check_backend",
     "check_count",
@@ -371,6 +373,13 @@ def check_pair(value: Any, name: str) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
+@dataclass(frozen=True)
+class Refused:
+    """In the place of a scale: what is wrong with the temperature that it was to be made of."""
+
+    error: Exception
+
+
 def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | float:
     """A number that fits the dtype of the scores, or a tensor of one element on x's device, as it is."""
     if isinstance(value, Tensor):
@@ -386,6 +395,8 @@ def check_scale(x: Tensor, value: Any, name: str = "logit_scale") -> Tensor | fl
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return float(value)
+    if isinstance(value, Refused):
+        raise value.error
     if not is_number(value):
         raise TypeError(f"{name}: expected a float or a tensor of one element; got {type(value).__name__}")
     largest = torch.finfo(score_dtype(x.dtype)).max

@@ -19,6 +19,7 @@ from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, require_one_rank
 from ..arguments.reduction import gains_or_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Softmax
@@ -37,8 +38,9 @@ __all__ = ["ClipLoss", "clip_loss"]
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor | Sequence[Tensor],
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
     *,
+    temperature: float | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
     margin: Margin | None = None,
@@ -64,6 +66,8 @@ def clip_loss(
         Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
         every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
         The directions are two passes then, and 16-bit features are multiplied in float32.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [N], or one tensor of both: where an image's and a text's are
         equal, neither is a negative of the other. A pair's own image and text match whatever their ids.
@@ -114,6 +118,8 @@ def clip_loss(
     >>> round(loss.item(), 5), tuple(features.grad.shape)
     (0.02001, (4, 4))
     """
+    if temperature is not None:
+        logit_scale = scale_of(image_features, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin)):
@@ -184,12 +190,13 @@ class ClipLoss(SoftmaxLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor | Sequence[Tensor],
+        logit_scale: float | Tensor | Sequence[Tensor] | None = None,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         bias = None
@@ -201,6 +208,8 @@ class ClipLoss(SoftmaxLoss):
             self._tell(error, image_features)
             raise
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        if temperature is not None:
+            members["temperature"] = temperature
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
         if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
             loss = loss + 0.0 * bias.reshape(()).to(loss.dtype)

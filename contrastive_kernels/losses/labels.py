@@ -12,6 +12,7 @@ from ..arguments.checks import check_engine, check_features, check_reduction, ch
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_labels
 from ..arguments.reduction import row_gains, row_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of
 from ..engine.matrix import Problem
 from ..operators.label_loss import label_loss
@@ -31,8 +32,9 @@ _VARIANTS = ("outside", "inside")
 def sup_con(
     x: Tensor,
     labels: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     y: Tensor | None = None,
     y_labels: Tensor | None = None,
     variant: str = "outside",
@@ -56,6 +58,8 @@ def sup_con(
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. With ``y``, one of [N] is every row's
         own, as in :func:`info_nce`.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     y, y_labels : Tensor, optional
         Candidates [M, D] with labels [M]: rows of x are then compared with these alone, every one of equal label is a
         positive and nothing is left out. By default with all other rows of x.
@@ -101,6 +105,8 @@ def sup_con(
     >>> ck.sup_con(features, labels, 2.0, reduction="none")[2]
     tensor(0.)
     """
+    if temperature is not None:
+        logit_scale = scale_of(x, logit_scale, temperature)
     ranks = ranks_of(group, gradients, "auto", uneven)
     if ranks is not None:
         options = {"variant": variant, "reduction": reduction, "normalize": normalize, "backend": backend}
@@ -122,8 +128,9 @@ def sup_con(
 def multi_positive_nce(
     x: Tensor,
     labels: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     y: Tensor | None = None,
     y_labels: Tensor | None = None,
     weight: Tensor | None = None,
@@ -139,7 +146,7 @@ def multi_positive_nce(
 
     Parameters
     ----------
-    x, labels, logit_scale, y, y_labels
+    x, labels, logit_scale, temperature, y, y_labels
         As in :func:`sup_con`.
     weight : Tensor, optional
         Weights of the rows [N], not differentiated; each serves all pairs of its row.
@@ -178,6 +185,8 @@ def multi_positive_nce(
     >>> ck.multi_positive_nce(features, labels, 2.0)
     tensor(0.3408)
     """
+    if temperature is not None:
+        logit_scale = scale_of(x, logit_scale, temperature)
     ranks = ranks_of(group, gradients, "auto", uneven)
     if ranks is not None:
         options = {"reduction": reduction, "normalize": normalize, "backend": backend}
@@ -291,13 +300,16 @@ class MultiPositiveNCELoss(_LabelLoss):
         self,
         x: Tensor,
         labels: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         y: Tensor | None = None,
         y_labels: Tensor | None = None,
         weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
-        return multi_positive_nce(x, labels, logit_scale, y=y, y_labels=y_labels, weight=weight, **self.options)
+        return multi_positive_nce(
+            x, labels, logit_scale, temperature=temperature, y=y, y_labels=y_labels, weight=weight, **self.options
+        )
 
 
 class SupConLoss(_LabelLoss):
@@ -330,10 +342,13 @@ class SupConLoss(_LabelLoss):
         self,
         x: Tensor,
         labels: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         y: Tensor | None = None,
         y_labels: Tensor | None = None,
         weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
-        return sup_con(x, labels, logit_scale, y=y, y_labels=y_labels, weight=weight, **self.options)
+        return sup_con(
+            x, labels, logit_scale, temperature=temperature, y=y, y_labels=y_labels, weight=weight, **self.options
+        )

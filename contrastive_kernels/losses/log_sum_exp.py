@@ -9,6 +9,7 @@ from torch import Tensor
 from ..arguments.checks import check_engine, check_features, check_positives
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, without_padding
+from ..arguments.temperature import scale_of
 from ..engine.matrix import Problem
 from ..operators.logsumexp import logsumexp
 from ..panels.pairs import EVERY_PAIR
@@ -20,8 +21,9 @@ __all__ = ["log_sum_exp"]
 def log_sum_exp(
     x: Tensor,
     y: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     positives: int | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
@@ -40,6 +42,8 @@ def log_sum_exp(
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. One of [N] is every row's own, as in
         :func:`info_nce`.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     positives : int or Tensor, optional
         A candidate that each row leaves out: that at ``i + positives`` (an int), or at ``positives[i]`` (int64 [N]; -1:
         none). Without it every candidate counts.
@@ -80,6 +84,8 @@ def log_sum_exp(
     >>> (ck.log_sum_exp(x, y, 2.0, positives=0) - z_pos).mean()
     tensor(-1.3069)
     """
+    if temperature is not None:
+        logit_scale = scale_of(x, logit_scale, temperature)
     x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
     index, offset = (None, None) if positives is None else check_positives(positives, x, y, allow_missing=True)
     x, y, scale = check_scales(x, y, logit_scale, padded=candidate_bias is not None)

@@ -18,6 +18,7 @@ from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of_samples
 from ..arguments.reduction import gains_or_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Softmax
@@ -37,8 +38,9 @@ __all__ = ["NTXentLoss", "nt_xent"]
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
     margin: Margin | None = None,
@@ -64,6 +66,8 @@ def nt_xent(
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. One of [N] is every sample's own, of
         both its views; the matrix is not symmetric then, and 16-bit features are multiplied in float32.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     ids : Tensor, optional
         Ids (integers) of the samples [N]: the views of samples of one id are no negatives of one another.
     candidate_bias : Tensor, optional
@@ -113,6 +117,8 @@ def nt_xent(
     >>> round(ck.nt_xent(torch.eye(3), torch.eye(3), 2.0).item(), 3)
     0.433
     """
+    if temperature is not None:
+        logit_scale = scale_of(z1, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     wants_all = {"candidate_bias": candidate_bias, "margin": margin, "weight_fn": weight_fn}
@@ -200,11 +206,13 @@ class NTXentLoss(SoftmaxLoss):
         self,
         z1: Tensor,
         z2: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         weight: Tensor | None = None,
         ids: Tensor | None = None,
         candidate_bias: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Two views of the same samples [N, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        members["temperature"] = temperature
         return nt_xent(z1, z2, logit_scale, **members, **self.options)

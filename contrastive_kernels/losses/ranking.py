@@ -20,6 +20,7 @@ from ..arguments.checks import (
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import reduce_losses, row_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of
 from ..engine.matrix import Problem
 from ..operators.guided import guided_log_sums
@@ -42,8 +43,9 @@ _HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 def multiple_negatives_ranking(
     anchor: Tensor,
     positive: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     negatives: Tensor | None = None,
     directions: Sequence[str] = ("query_to_doc",),
     partition: str = "joint",
@@ -66,6 +68,8 @@ def multiple_negatives_ranking(
         Queries and their documents [N, D] of one dtype and device.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     negatives : Tensor, optional
         Hard negatives [N, K, D]: documents of row i that do not answer it, and negatives of all other rows as well.
     directions : sequence of str
@@ -132,6 +136,8 @@ def multiple_negatives_ranking(
     >>> ck.multiple_negatives_ranking(queries, documents, 5.0, negatives=hard)
     tensor(0.1035)
     """
+    if temperature is not None:
+        logit_scale = scale_of(anchor, logit_scale, temperature)
     if ranks_of(group, "average", "auto", False) is not None:
         raise NotImplementedError(
             "group: multiple_negatives_ranking is not there over the ranks of a process group; group=None computes the "
@@ -374,12 +380,20 @@ class MultipleNegativesRankingLoss(Loss):
         self,
         anchor: Tensor,
         positive: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         negatives: Tensor | None = None,
         guided: Sequence[Tensor] | None = None,
         weight: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Queries and documents [N, D], perhaps hard negatives [N, K, D], and a guide's features of each."""
         return multiple_negatives_ranking(
-            anchor, positive, logit_scale, negatives=negatives, guided=guided, weight=weight, **self.options
+            anchor,
+            positive,
+            logit_scale,
+            temperature=temperature,
+            negatives=negatives,
+            guided=guided,
+            weight=weight,
+            **self.options,
         )

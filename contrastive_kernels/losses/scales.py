@@ -67,7 +67,7 @@ def widened(features: Any, x: Tensor) -> Any:
 
 def pairs_with_scales(
     problem: Problem,
-    logit_scale: float | Tensor | Sequence[Tensor],
+    logit_scale: float | Tensor | Sequence[Tensor] | None,
     candidate_bias: Any,
     margin: Any,
     weight: Any,

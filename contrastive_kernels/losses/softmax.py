@@ -20,6 +20,7 @@ from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, without_padding
 from ..arguments.reduction import gains_or_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Softmax
@@ -39,8 +40,9 @@ __all__ = ["InfoNCELoss", "info_nce"]
 def info_nce(
     x: Tensor,
     y: Tensor,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     positives: int | Tensor | None = None,
     positive_logits: Tensor | None = None,
     positive_features: Tensor | None = None,
@@ -75,6 +77,8 @@ def info_nce(
         Multiplies the dot products: the inverse temperature, not its logarithm. A 0-d tensor may require a gradient
         and is never read by the host. One of [N] is every row's own, and may require a gradient, too; 16-bit features
         are then multiplied in float32.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     positives : int or Tensor, optional
         Where row i's positive lies in ``y``: at ``i + positives`` (an int; 0 by default), or at ``positives[i]``
         (int64 [N]). Several are int64 [N, P], -1 where there are fewer: the loss is the mean over them of the
@@ -172,6 +176,8 @@ def info_nce(
     >>> round(ck.info_nce(queries, documents, 10.0).item(), 6)
     0.000182
     """
+    if temperature is not None:
+        logit_scale = scale_of(x, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
@@ -263,7 +269,7 @@ class InfoNCELoss(SoftmaxLoss):
         self,
         x: Tensor,
         y: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         *,
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
@@ -272,8 +278,11 @@ class InfoNCELoss(SoftmaxLoss):
         positive_logits: Tensor | None = None,
         positive_features: Tensor | None = None,
         queue: FeatureQueue | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Anchors [N, D], candidates [M, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
-        members.update(positive_logits=positive_logits, positive_features=positive_features, queue=queue)
+        members.update(
+            temperature=temperature, positive_logits=positive_logits, positive_features=positive_features, queue=queue
+        )
         return info_nce(x, y, logit_scale, positives=positives, **members, **self.options)

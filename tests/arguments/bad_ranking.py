@@ -1,11 +1,11 @@
-"""What may be wrong with the arguments of multiple negatives ranking and of global losses."""
+"""What may be wrong with the arguments of multiple negatives ranking and of global losses, and with temperatures."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from bad_values import D, N, tensors_of_no_use
+from bad_values import D, N, positive_number, scale, tensors_of_no_use
 
 
 def ways() -> dict[str, Any]:
@@ -35,3 +35,8 @@ def guided() -> dict[str, Any]:
 def bounds() -> dict[str, Any]:
     return {"a number": 0.1, "three": (0.1, 0.2, 0.3), "words": ("0", "1"), "the other way round": (1.0, 0.001),
             "zero": (0.0, 1.0), "infinite": (0.001, float("inf"))}  # fmt: skip
+
+
+def temperature() -> dict[str, Any]:
+    """Of a call; a number, or a tensor of one element or of [N]."""
+    return positive_number() | {n: v for n, v in scale().items() if isinstance(v, torch.Tensor)} | {"tiny": 1e-320}

@@ -89,7 +89,8 @@ KINDS: dict[str, Kind] = {
     "gamma_decay_epochs": bad.positive_count,
     "epoch": bad.count,
     "rho": bad.amount,
-    "temperature": bad.positive_number,
+    "temperature": bad_ranking.temperature,
+    "ISogCLRLoss.temperature": bad.positive_number,
     "temperature_bounds": bad_ranking.bounds,
     "temperature_rate": bad.amount,
     "temperature_momentum": bad.part,
@@ -267,10 +268,12 @@ def look_up(table: dict[str, Any], name: str, argument: str) -> Any:
     )
 
 
-def prepared(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A callable, its object made anew, and the arguments of a call that is right."""
+def prepared(name: str, tried: str = "") -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A callable, its object made anew, and the arguments of a call that is right but for the one that is tried."""
     function, (owner, _, method) = CALLABLES[name], name.partition(".")
     given = dict(BESIDE.get(name, {}))
+    if {"logit_scale", "temperature"} <= set(arguments(function)) and tried != "temperature":
+        given["logit_scale"] = VALUES["logit_scale"]
     for argument, parameter in arguments(function).items():
         if parameter.default is parameter.empty and argument != "expectation":
             given.setdefault(argument, look_up(VALUES, name, argument))
@@ -303,7 +306,7 @@ def test_bad_values_are_refused(name, argument):
         values["nothing"] = None
     complaints = []
     for what, value in values.items():
-        function, given = prepared(name)
+        function, given = prepared(name, argument)
         complaint = complaint_about(argument, function, {**given, argument: value})
         if ((name, argument, what) in FINE) == (complaint is None):
             complaints.append(f"{argument} {what}: {complaint or 'an error, but FINE says that it is taken'}")

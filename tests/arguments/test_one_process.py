@@ -41,7 +41,10 @@ class Asked(Exception):
 def call(name, **over):
     module = MAKE.get(name, getattr(ck, name))(**over)
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    return module(*[VALUES.get(p.name, FEATURES) for p in required])
+    scale = (
+        {"logit_scale": VALUES["logit_scale"]} if "temperature" in inspect.signature(module.forward).parameters else {}
+    )
+    return module(*[VALUES.get(p.name, FEATURES) for p in required], **scale)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "NormalizerMemory"])

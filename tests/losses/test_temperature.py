@@ -1,0 +1,69 @@
+"""A temperature in the place of the scale: the same bits, its gradient, and errors that name it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+
+LABELS = torch.tensor([0, 0, 1, 2, 1, 2])
+#: Each with the arguments between x and the scale.
+LOSSES = {
+    "info_nce": lambda y: (y,),
+    "clip_loss": lambda y: (y,),
+    "nt_xent": lambda y: (y,),
+    "log_sum_exp": lambda y: (y,),
+    "multiple_negatives_ranking": lambda y: (y,),
+    "sup_con": lambda y: (LABELS,),
+    "multi_positive_nce": lambda y: (LABELS,),
+}
+OF_LABELS = ("SupConLoss", "MultiPositiveNCELoss", "sup_con", "multi_positive_nce")
+MODULES = ("InfoNCELoss", "ClipLoss", "NTXentLoss", "MultipleNegativesRankingLoss", *OF_LABELS[:2])
+
+
+def features(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return (torch.nn.functional.normalize(torch.randn(6, 8, generator=g), dim=1).to(dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *MODULES])
+def test_the_scale_is_its_inverse(name):
+    x, y = features()
+    function = getattr(ck, name)() if name[0].isupper() else getattr(ck, name)
+    more = (LABELS,) if name in OF_LABELS else (y,)
+    found = function(x, *more, temperature=0.07)
+    assert torch.equal(found, function(x, *more, 1 / 0.07)) and not torch.equal(found, function(x, *more, 1 / 0.08))
+    with pytest.raises(TypeError, match="temperature: expected None beside a logit_scale; got float"):
+        function(x, *more, 2.0, temperature=0.07)
+    with pytest.raises(TypeError, match="logit_scale: expected a float or a tensor of one element; got NoneType"):
+        function(x, *more)
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0; got 0"):
+        function(x, *more, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient(name, dtype):
+    """Through the inverse, which a 16-bit temperature has in float32."""
+    x, y = features(dtype)
+    more = LOSSES[name](y)
+    temperature = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+    scale = torch.tensor(4.0, requires_grad=True)
+    of_temperature = torch.autograd.grad(getattr(ck, name)(x, *more, temperature=temperature).sum(), temperature)[0]
+    of_scale = torch.autograd.grad(getattr(ck, name)(x, *more, scale).sum(), scale)[0]
+    torch.testing.assert_close(
+        of_temperature, (-16.0 * of_scale).to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=0
+    )
+
+
+def test_one_of_every_row():
+    x, y = features()
+    temperature = torch.linspace(0.1, 0.5, 6, requires_grad=True)
+    for name in ("info_nce", "clip_loss", "nt_xent", "log_sum_exp"):
+        found, want = (
+            getattr(ck, name)(x, y, **how) for how in ({"temperature": temperature}, {"logit_scale": 1 / temperature})
+        )
+        assert torch.equal(found, want)
+    with pytest.raises(ValueError, match=r"temperature: expected shape \[6\]; got \[5\]"):
+        ck.info_nce(x, y, temperature=temperature[:5])
