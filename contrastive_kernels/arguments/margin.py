@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def check_margin(margin: Any) -> None:
         number = margin[1]
     if not is_number(number):
         raise TypeError(f"margin: expected None, a number or ('relative', number); got {shown(margin)}")
-    if not math.isfinite(number):
+    if not -sys.float_info.max <= number <= sys.float_info.max:
         raise ValueError(f"margin: expected a finite number; got {shown(margin)}")
 
 

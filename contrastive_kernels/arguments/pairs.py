@@ -118,7 +118,7 @@ def check_smoothing(label_smoothing: Any, include_positive: bool) -> None:
         raise TypeError(f"label_smoothing: expected a number; got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1; got {shown(label_smoothing)}")
-    if not include_positive:
+    if label_smoothing and not include_positive:
         raise ValueError("label_smoothing: expected 0 with include_positive=False, whose target is no distribution")
 
 

@@ -134,7 +134,7 @@ class Ranks:
         """
         if not x.is_cpu and not self.uneven:
             return Sizes((rows,) * self.size, (cols,) * self.size, memory_of(x.device))
-        text = "; ".join(f"{name}={value}" for name, value in (("loss", call), *about))
+        text = "; ".join(f"{name}={value}" for name, value in (("loss", call), *about, ("uneven", self.uneven)))
         expected, memory, length = expected_of(self.group), memory_of(x.device), 0 if lines is None else lines.bytes
         own = (zlib.crc32(text.encode()), rows, cols, memory, 0, length)
         found, brought = self._headers(own, expected.room, x.device, lines)
@@ -190,7 +190,9 @@ class Ranks:
             kinds = (TypeError, NotImplementedError, RuntimeError)
             kind = next((each for each in kinds if f" raised {each.__name__}: " in said[0]), ValueError)
             raise kind(f"group: expected every rank to reach the loss; {'; '.join(said)}")
-        first = next(t for t in texts if t != texts[0])
+        first = next((t for t in texts if t != texts[0]), None)
+        if first is None:  # (they are cut off)
+            raise ValueError(f"group: expected the same loss of all ranks; got others than {shown(texts[0])}")
         raise ValueError(
             "group: expected the same loss of all ranks; got "
             f"{_difference(texts[0], first)} on rank 0 and {_difference(first, texts[0])} on rank {texts.index(first)}"

@@ -183,12 +183,12 @@ class SogCLRLoss(nn.Module):
         """
         x, y = self._checked(x, y)
         scale = scale_tensor(x, logit_scale)
+        self._require_samples(index, len(x))
         if len(x) < 2:
-            self.memory.read(index)
             return _nothing(x, y, scale)
         z_pos = (scale.detach() * _dots(x, y)).double()
         batch = Batch(x, y, scale.detach(), None, None, True)
-        log_u = self._visited(index, len(x), found_by_batch(batch, self.engine) - z_pos[:, None]).to(scale.dtype)
+        log_u = self._visited(index, found_by_batch(batch, self.engine) - z_pos[:, None]).to(scale.dtype)
         sides = log_u[:, 0], log_u[:, 1]
         options: dict[str, Any] = {"positive_constant": 0.0, "negative_scale": 1.0 / (len(x) - 1), **self.engine}
         value: Any = decomposable(x, y, scale, sides, **options)
@@ -209,13 +209,18 @@ class SogCLRLoss(nn.Module):
         return check_features(x, y, ("x", "y"), self.normalize, matching=True)
 
     @torch.compiler.disable
+    def _require_samples(self, index: Tensor, rows: int) -> None:
+        """Samples of the memory, one a row."""
+        stored, _ = self.memory.read(index)
+        if len(stored) != rows:
+            raise ValueError(f"index: expected one sample per row of x [{rows}]; got {len(stored)}")
+
+    @torch.compiler.disable
     @torch.no_grad()
-    def _visited(self, index: Tensor, rows: int, found: Tensor) -> Tensor:
+    def _visited(self, index: Tensor, found: Tensor) -> Tensor:
         """log u [N, 2] after this visit, from log g [N, 2]; in training mode the memory holds it then."""
         self.memory.gamma = self.current_gamma()
         stored, visits = self.memory.read(index)
-        if len(stored) != rows:
-            raise ValueError(f"index: expected one sample per row of x [{rows}]; got {len(stored)}")
         stored, visits = stored.to(found.device, found.dtype), visits.to(found.device)
         log_u = self.memory.average(stored, visits, found)
         if self.training:
@@ -333,11 +338,9 @@ class ISogCLRLoss(SogCLRLoss):
         """
         x, y = self._checked(x, y)
         dtype = scale_tensor(x, 1.0).dtype
-        self.memory.read(index)  # (which checks it)
+        self._require_samples(index, len(x))
         if len(x) < 2:
             return _nothing(x, y)
-        if len(index) != len(x):
-            raise ValueError(f"index: expected one sample per row of x [{len(x)}]; got {len(index)}")
         rows = index.to(self.temperatures.device)
         taus = self.temperatures[rows].to(x.device, dtype)
         count = len(x) - 1
@@ -346,7 +349,7 @@ class ISogCLRLoss(SogCLRLoss):
         for rows_of, cols_of, tau in sides:
             found.append(_log_means(rows_of, cols_of, 1.0 / tau, options))
         log_g = torch.stack(found, 1)
-        log_u = self._visited(index, len(x), log_g).to(dtype)
+        log_u = self._visited(index, log_g).to(dtype)
         total = torch.zeros((), dtype=dtype, device=x.device)
         for k, (rows_of, cols_of, tau) in enumerate(sides):
             weight = tau / len(x)
@@ -384,9 +387,9 @@ def _log_means(x: Tensor, y: Tensor, scale: Tensor, options: dict[str, Any]) -> 
 
 def _slopes(x: Tensor, y: Tensor, scale: Tensor, log_u: Tensor, options: dict[str, Any]) -> Tensor:
     """The negatives' mean of h_ij exp(h_ij) / u_i [N]: the scale's gradient."""
-    with torch.enable_grad():
-        leaf = scale.detach().requires_grad_()
-        value: Any = decomposable(x.detach(), y.detach(), leaf, log_u, reduction="sum", **options)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, y, leaf, log_u = (v.clone() if v.is_inference() else v.detach() for v in (x, y, scale, log_u))
+        value: Any = decomposable(x, y, leaf.requires_grad_(), log_u, reduction="sum", **options)
         (gradient,) = torch.autograd.grad(value, leaf)
     return gradient * scale
 

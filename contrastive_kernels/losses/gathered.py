@@ -9,20 +9,37 @@ import torch
 from torch import Tensor
 
 from ..arguments.checks import (
+    check_engine,
     check_features,
+    check_flag,
     check_pair,
     check_positives,
+    check_reduction,
     check_scale,
     check_several_positives,
     check_vector,
+    is_number,
     shown,
 )
-from ..arguments.pairs import check_ids, check_labels
+from ..arguments.margin import check_margin_of_loss
+from ..arguments.pairs import check_ids, check_labels, check_smoothing
 from ..arguments.reduction import row_weights
 from ..distributed.group import Ranks, told
 from ..distributed.whole import OfRank, whole_over_ranks
+from ..engine.matrix import Problem
+from ..engine.strategy import require_panel
+from .composed import check_corrections
+from .queue import FeatureQueue, check_queue
 
-__all__ = ["check_candidates", "gathered_labels", "gathered_loss", "require_gathering", "wants_all"]
+__all__ = [
+    "check_candidates",
+    "check_variant",
+    "gathered_labels",
+    "gathered_loss",
+    "is_smooth",
+    "require_gathering",
+    "wants_all",
+]
 
 #: Options that print alike where they are alike.
 _PRINTED = (
@@ -83,7 +100,10 @@ def gathered_loss(
         require_gathering(ranks, because)
         x, y = check_features(*features, ("x", "y"), False, matching=matching, padded=True)
         scale = check_scale(x, logit_scale)
+        if views:
+            _require_one_of_both_views(given)
         parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
+        printed = _checked(options, x, y, scale, with_ids="ids.0" in parts)
 
     def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
         x, y = all_.pop("x"), all_.pop("y")
@@ -93,17 +113,41 @@ def gathered_loss(
                 rows[name] = all_[f"{name}.0"] if views else (all_[f"{name}.0"], all_[f"{name}.1"])
         return function(x, y, of_scale, **rows, **options)
 
-    return whole_over_ranks(
-        ranks, function.__name__, parts, scale, compute, _printed(options), repeats=2 if views else 1
-    )
+    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed, repeats=2 if views else 1)
 
 
-def _printed(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What options say that all ranks must say alike."""
+def _checked(
+    options: Mapping[str, Any], x: Tensor, y: Tensor, scale: Any, *, with_ids: bool = False
+) -> list[tuple[str, Any]]:
+    """What options say that all ranks must say alike; all of them are right, for nobody is told once rows are on their
+    way."""
+    check_reduction(options["reduction"]), check_flag(options["normalize"], "normalize")
+    engine = check_engine(options["backend"], options["workspace_bytes"])
+    smoothing, include = options.get("label_smoothing", 0.0), options.get("include_positive", True)
+    check_flag(include, "include_positive")
+    check_smoothing(smoothing, include)
+    check_margin_of_loss(options.get("margin"), smoothing)
+    check_corrections(*(options.get(name) for name in ("weight_fn", "debiased", "hardness_beta")))
+    if "variant" in options:
+        check_variant(options["variant"])
+    queue = options.get("queue")
+    about = None if queue is None else _about(check_queue(queue, x, with_ids))
+    problem = Problem(x, y, scale, engine=engine)
+    require_panel(problem.backend(), problem.size())
     said = [(name, options[name]) for name in _PRINTED if name in options]
     given = [name for name in ("queue", "weight_fn") if options.get(name) is not None]
-    queue = options.get("queue")
-    return [*said, ("given", "+".join(given)), ("queue", None if queue is None else len(queue))]
+    return [*said, ("given", "+".join(given)), ("queue", about)]
+
+
+def _about(queue: FeatureQueue) -> str:
+    """What the queues of all ranks have in common, but for what is in them."""
+    return f"{len(queue)} of {queue.features.dtype}" + (" with ids" if queue.ids is not None else "")
+
+
+def _require_one_of_both_views(given: Mapping[str, Any]) -> None:
+    for name in ("ids", "candidate_bias"):
+        if given.get(name) is not None and not isinstance(given[name], Tensor):
+            raise TypeError(f"{name}: expected None or a tensor of the samples [N]; got {type(given[name]).__name__}")
 
 
 def _given(x: Tensor, y: Tensor, given: Mapping[str, Any], *, matching: bool) -> dict[str, OfRank]:
@@ -154,6 +198,12 @@ def check_candidates(y: Any, y_labels: Any) -> bool:
     return y is None
 
 
+def check_variant(variant: Any) -> None:
+    """Where the mean over a row's positives stands."""
+    if variant not in ("outside", "inside"):
+        raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
+
+
 def gathered_labels(
     ranks: Ranks,
     function: Callable[..., Tensor],
@@ -174,16 +224,25 @@ def gathered_labels(
         weights = row_weights(given["weight"], len(x), x)
         if weights is not None:
             parts["weight"] = OfRank(weights)
+        printed = _checked(options, x, y, scale)
 
     def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
         x, labels = all_.pop("x"), all_.pop("labels")
         return function(x, labels, of_scale, **all_, **options)
 
-    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, _printed(options))
+    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed)
+
+
+def is_smooth(label_smoothing: Any) -> bool:
+    """Whether it is anything but the number 0; what is no number is refused later."""
+    return not is_number(label_smoothing) or label_smoothing != 0
 
 
 def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
     """What of a loss is no sum over a rank's own rows; "" where nothing is."""
-    smooth = type(label_smoothing) is not float or label_smoothing != 0.0
-    said = {"label_smoothing": smooth, "candidate_bias": candidate_bias is not None, "margin": margin is not None}
+    said = {
+        "label_smoothing": is_smooth(label_smoothing),
+        "candidate_bias": candidate_bias is not None,
+        "margin": margin is not None,
+    }
     return next((name for name, there in said.items() if there), members[0] if members else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def check_guided_margin(margin: Any, used: bool = True) -> tuple[bool, float]:
     number = margin[1] if relative else margin
     if not is_number(number):
         raise TypeError(f'guided_margin: expected a number or ("relative", number); got {type(number).__name__}')
-    if not math.isfinite(number):
+    if not -sys.float_info.max <= number <= sys.float_info.max:
         raise ValueError(f"guided_margin: expected a finite number; got {shown(number)}")
     if number and not used:
         raise ValueError(f"guided_margin: expected 0 without guided; got {shown(margin)}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_reduction, check_scale, shown
+from ..arguments.checks import check_engine, check_features, check_reduction, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_labels
 from ..arguments.reduction import row_gains, row_weights
@@ -20,13 +20,11 @@ from ..operators.multi_positive import multi_positive_loss
 from ..panels.pairs import Pairs
 from ..panels.panel import present
 from ..panels.size import score_dtype
-from .gathered import check_candidates, gathered_labels
+from .gathered import check_candidates, check_variant, gathered_labels
 from .module import Loss
 from .scales import check_scales
 
 __all__ = ["MultiPositiveNCELoss", "SupConLoss", "multi_positive_nce", "sup_con"]
-
-_VARIANTS = ("outside", "inside")
 
 
 def sup_con(
@@ -113,8 +111,7 @@ def sup_con(
         options["workspace_bytes"] = workspace_bytes
         given = {"y": y, "labels": labels, "y_labels": y_labels, "weight": weight}
         return gathered_labels(ranks, sup_con, x, logit_scale, given, options)
-    if variant not in _VARIANTS:
-        raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
+    check_variant(variant)
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count = positives.counts
     weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
@@ -334,8 +331,7 @@ class SupConLoss(_LabelLoss):
 
     def __init__(self, *, variant: str = "outside", **options: Any) -> None:
         super().__init__(**options)
-        if variant not in _VARIANTS:
-            raise ValueError(f"variant: expected 'outside' or 'inside'; got {shown(variant)}")
+        check_variant(variant)
         self.options["variant"] = variant
 
     def forward(

@@ -28,7 +28,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
-from .gathered import gathered_loss
+from .gathered import gathered_loss, is_smooth
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -123,7 +123,7 @@ def nt_xent(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     wants_all = {"candidate_bias": candidate_bias, "margin": margin, "weight_fn": weight_fn}
     because = [name for name, value in wants_all.items() if value is not None]
-    if type(label_smoothing) is not float or label_smoothing != 0.0:
+    if is_smooth(label_smoothing):
         because.append("label_smoothing")
     if ranks is not None and because:
         rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}

@@ -42,14 +42,15 @@ def check_scales(
 def scaled(x: Tensor, y: Tensor, scales: Tensor, padded: bool = False) -> tuple[Tensor, Tensor]:
     """x [N, D] times its rows' scales [N], and y, in the dtype of the scores.
 
-    `padded`: rows that hold NaN may be padding, and get no gradient.
+    `padded`: rows that hold NaN or infinity may be padding, and get no gradient.
     """
     dtype = score_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     if not padded:
         return x * scales[:, None], y
-    unknown = x.isnan().any(1, keepdim=True)
-    return torch.where(unknown, x.detach(), x.masked_fill(unknown, 0.0) * scales[:, None]), y
+    unknown = ~x.isfinite().all(1, keepdim=True)
+    by_row = scales[:, None]
+    return torch.where(unknown, x.detach() * by_row.detach(), x.masked_fill(unknown, 0.0) * by_row), y
 
 
 def require_no_corrections(logit_scale: Any, **corrections: Any) -> None:

@@ -42,6 +42,15 @@ def of_memory(last: bool) -> Any:
     memory.update(torch.arange(N), torch.ones(N, 1, dtype=torch.float64))
 
 
+def of_all_rows(x: Tensor, y: Tensor, last: bool, **over: Any) -> Any:
+    """A loss of which every rank computes all rows; the last one says it otherwise."""
+    return ck.info_nce(x, y, 2.0, label_smoothing=0.1, group="world", **(over if last else {}))
+
+
+def queue(width: int, ids: bool = False) -> ck.FeatureQueue:
+    return ck.FeatureQueue(8, width, ids=ids)
+
+
 #: By name: what the last of two ranks does differently, and the words of the error.
 CASES: dict[str, tuple[Callable[[Tensor, Tensor, bool], Any], list[str]]] = {
     "weights": (
@@ -115,6 +124,44 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, bool], Any], list[str]]] = {
     ),
     "training": (lambda x, y, last: of_data_set(x, y, train=last).backward(), ["training=False", "training=True"]),
     "samples": (lambda x, y, last: of_data_set(x, y, num_samples=SAMPLES + last, negatives="batch"), ["(21, 1.0"]),
+    # of what every rank computes whole, nobody is told once rows are on their way
+    **{
+        f"whole, {name}": (
+            lambda x, y, last, name=name, value=value: of_all_rows(x, y, last, **{name: value}).backward(),
+            [f"rank 1 raised {kind}: {name}"],
+        )
+        for name, value, kind in (
+            ("backend", "cuda", "ValueError"),
+            ("workspace_bytes", 8, "ValueError"),
+            ("reduction", "none at all", "ValueError"),
+        )
+    },
+    "whole, labels": (
+        lambda x, y, last: ck.sup_con(
+            x, torch.arange(N), 2.0, workspace_bytes=8 if last else None, group="world"
+        ).backward(),
+        ["rank 1 raised ValueError: workspace_bytes"],
+    ),
+    "whole, queue's width": (
+        lambda x, y, last: ck.info_nce(x, y, 2.0, queue=queue(x.shape[1] + last), group="world").backward(),
+        ["rank 1 raised ValueError: queue"],
+    ),
+    "whole, queue's ids": (
+        lambda x, y, last: ck.info_nce(x, y, 2.0, queue=queue(x.shape[1], last), group="world").backward(),
+        ["with ids"],
+    ),
+    "uneven": (
+        lambda x, y, last: ck.clip_loss(x[: N - last], y[: N - last], 2.0, uneven=not last, group="world").backward(),
+        ["uneven=True on rank 0 and uneven=False on rank 1"],
+    ),
+    "uneven, whole": (
+        lambda x, y, last: ck.clip_loss(x, y, 2.0, margin=0.1, uneven=not last, group="world").backward(),
+        ["uneven=True on rank 0 and uneven=False on rank 1"],
+    ),
+    "beyond what is said": (
+        lambda x, y, last: ck.retrieval_metrics(x, y, k=(*range(1, 900 + last),), group="world"),
+        ["same loss of all ranks"],
+    ),
     "floor": (lambda x, y, last: of_memory(last), ["0.1)", "0.5)"]),
 }  # fmt: skip
 
@@ -127,9 +174,27 @@ def apart(names: list[str]) -> dict[str, str]:
         try:
             CASES[name][0](x, y, dist.get_rank() == 1)
             said[name] = "nothing"
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             said[name] = str(error)
+        ck.clip_loss(x, y, 2.0, group="world").backward()  # the next call meets the others' next
     return said
+
+
+def pairs_of_views() -> list[str]:
+    x, said = torch.eye(4), []
+    ids, bias = torch.arange(4), torch.zeros(4)
+    for what in ({"ids": (ids, ids.flip(0))}, {"candidate_bias": (bias, bias + 1)}, {"queue": 5}):
+        loss = ck.info_nce if "queue" in what else ck.nt_xent
+        more = {} if "queue" in what else {"margin": 0.1}
+        with pytest.raises(TypeError, match=next(iter(what))) as caught:
+            loss(x, x, 2.0, group="world", **more, **what)
+        said.append(str(caught.value))
+    assert ck.clip_loss(x, x, 2.0, label_smoothing=0, strategy="grid", group="world") > 0
+    return said
+
+
+def test_a_wrong_kind_is_named_over_ranks(tmp_path):
+    assert all(len(said) == 3 for said in succeeded(run(2, pairs_of_views, tmp_path)))
 
 
 @pytest.mark.parametrize("name", CASES)

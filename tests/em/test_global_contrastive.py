@@ -150,3 +150,15 @@ def test_no_negatives_and_low_temperatures(kind):
         value.backward()
         assert value.isfinite() and x.grad.isfinite().all() and loss.memory.log_mean.isfinite().all()
         assert int(loss.memory.visits.sum()) == (6 if n == 3 else 0)
+
+
+@pytest.mark.parametrize("kind", [ck.SogCLRLoss, ck.ISogCLRLoss])
+def test_every_row_has_a_sample_and_inference_mode_moves_all_or_nothing(kind):
+    x, scale = torch.nn.functional.normalize(torch.randn(5, 8), dim=1), (2.0,) if kind is ck.SogCLRLoss else ()
+    loss = kind(10)
+    for n in (0, 1, 5):
+        with pytest.raises(ValueError, match="index: expected one sample per row of x"):
+            loss(x[:n], x[:n], torch.arange(4), *scale)
+    with torch.inference_mode():
+        loss(x.clone(), x.clone(), torch.arange(5), *scale)
+    assert (loss.memory.visits[:5] == 1).all()

@@ -171,3 +171,13 @@ def test_what_does_not_fit():
         ck.sup_con(x, LABELS, scales)
     with pytest.raises(ValueError, match="logit_scale: expected a float or a tensor of one element"):
         ck.sigmoid(x, y, scales, 0.0)
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), -float("inf")])
+def test_padding_has_no_gradient_whatever_is_in_it(unknown):
+    x, y = (torch.randn(3, 4, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    x[2] = unknown
+    bias, scales = torch.tensor([0.0, 0.0, -torch.inf]), torch.ones(3, requires_grad=True)
+    for loss in (ck.info_nce, ck.clip_loss, ck.nt_xent):
+        (gradient,) = torch.autograd.grad(loss(x, y, scales, candidate_bias=bias), scales)
+        assert gradient.isfinite().all() and gradient[2] == 0
