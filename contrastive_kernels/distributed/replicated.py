@@ -25,7 +25,7 @@ from .transport import Transport, count_entries
 __all__ = ["Brought", "Replicated", "worth_replicating"]
 
 #: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for several messages.
-MULTIPLICATIONS = 2**25
+MULTIPLICATIONS = 2**26
 
 
 def worth_replicating(rows: int, cols: int, features: int) -> bool:
