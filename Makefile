@@ -37,7 +37,7 @@ test-integrations: $(VENV)/.with-test $(VENV)/.with-integrations $(VENV)/.extens
 # The long forms of what make test does in seconds. One process: several of them may run side by side.
 LONG := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -p no:cacheprovider -q -s
 
-thorough: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## make test with every loss of every problem everywhere
+thorough: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## make test with the cases that it leaves out
 	THOROUGH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.with-dev $(VENV)/.extension  ## random problems against the float64 definitions; FUZZ_SECONDS=3600

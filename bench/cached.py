@@ -1,4 +1,4 @@
-"""``python -m bench.cached``: a step in chunks (gradient caching) beside the plain step, in turns."""
+"""``python -m bench.cached``: a step in chunks (gradient caching) beside the plain step, in turns; time and memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import contrastive_kernels as ck
 
+from . import memory
 from .measure import Work, interleave, warm_up
 from .report import milliseconds
 from .results import commit, describe_machine
@@ -34,7 +35,7 @@ def main() -> None:
     views = tuple(torch.randn(args.rows, args.width) for _ in range(2))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return ck.clip_loss(x, y, 10.0, normalize=True)
+        return ck.clip_loss(x, y, 10.0, normalize=True, workspace_bytes=2**20)
 
     def plain() -> None:
         loss(model(views[0]), model(views[1])).backward()
@@ -47,9 +48,13 @@ def main() -> None:
         warm_up(work)
     interleave(works, args.rounds)
     ours, whole = (work.best for work in works)
-    Console().print(
+    peaks = ""
+    if memory.why_not("cpu") is None:
+        sizes = [memory.peak_of(lambda step=step: step() or 0)[0] / 2**20 for step in (cached, plain)]  # type: ignore[misc]
+        peaks = f"; {sizes[0]:.0f} MiB beside {sizes[1]:.0f} MiB"
+    Console(width=150).print(
         f"in chunks of {args.chunk}: {milliseconds(ours)} ms, {ours / whole:.2f} of the plain step's "
-        f"{milliseconds(whole)} ms; {describe_machine('cpu')}, commit {commit()}",
+        f"{milliseconds(whole)} ms{peaks}; {describe_machine('cpu')}, commit {commit()}",
         highlight=False,
     )
 

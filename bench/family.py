@@ -21,7 +21,7 @@ import contrastive_kernels as ck
 from .cases import SIGMOID_BIAS, SIGMOID_SCALE, SOFTMAX_SCALE
 from .measure import Work, interleave, warm_up
 from .report import milliseconds
-from .results import describe_machine
+from .results import commit, describe_machine
 from .structures import make_features
 
 __all__ = ["Member", "members", "run"]
@@ -152,7 +152,8 @@ def _step(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
 
 def run(console: Console, rounds: int, quick: bool) -> int:
     """The command."""
-    table = Table(title=f"float32, forward and backward; {describe_machine('cpu')}", title_justify="left")
+    title = f"float32, forward and backward; {describe_machine('cpu')}; commit {commit()}"
+    table = Table(title=title, title_justify="left")
     for name in ("", "without, ms", "with, ms", "ratio", "goal"):
         table.add_column(name, justify="left" if not name else "right")
     for (plain, n, m, d), group in itertools.groupby(members(quick), lambda each: (each.plain, each.n, each.m, each.d)):

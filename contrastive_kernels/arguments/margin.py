@@ -16,19 +16,19 @@ __all__ = ["Margin", "check_margin", "check_margin_of_loss", "require_no_margin"
 Margin = float | tuple[str, float]
 
 
-def check_margin(margin: Any) -> None:
+def check_margin(margin: Any, name: str = "margin") -> None:
     """None, a finite number, or a relative one."""
     if margin is None:
         return
     number = margin
     if isinstance(margin, (tuple, list)) and len(margin) == 2 and isinstance(margin[0], str):
         if margin[0] != "relative":
-            raise ValueError(f"margin: expected a number or ('relative', number); got {shown(margin)}")
+            raise ValueError(f"{name}: expected a number or ('relative', number); got {shown(margin)}")
         number = margin[1]
     if not is_number(number):
-        raise TypeError(f"margin: expected None, a number or ('relative', number); got {shown(margin)}")
+        raise TypeError(f"{name}: expected None, a number or ('relative', number); got {shown(margin)}")
     if not -sys.float_info.max <= number <= sys.float_info.max:
-        raise ValueError(f"margin: expected a finite number; got {shown(margin)}")
+        raise ValueError(f"{name}: expected a finite number; got {shown(margin)}")
 
 
 def require_no_margin(margin: Any, name: str) -> None:

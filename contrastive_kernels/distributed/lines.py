@@ -72,7 +72,7 @@ class Lines:
 
     def __init__(self, tensors: Sequence[tuple[Tensor, bool]], rows: int, cols: int) -> None:
         self._tensors = tensors
-        #: bytes of a row and of a column in all tensors
+        #: by numbers of rows and columns, where each tensor lies in a line, and the line's bytes
         self._places: dict[tuple[int, int], tuple[list[slice], int]] = {}
         self._own, self.bytes = self._layout(rows, cols)
 

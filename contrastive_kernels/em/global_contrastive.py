@@ -183,12 +183,12 @@ class SogCLRLoss(nn.Module):
         """
         x, y = self._checked(x, y)
         scale = scale_tensor(x, logit_scale)
-        self._require_samples(index, len(x))
+        stored = self._stored(index, len(x))
         if len(x) < 2:
             return _nothing(x, y, scale)
         z_pos = (scale.detach() * _dots(x, y)).double()
         batch = Batch(x, y, scale.detach(), None, None, True)
-        log_u = self._visited(index, found_by_batch(batch, self.engine) - z_pos[:, None]).to(scale.dtype)
+        log_u = self._visited(index, stored, found_by_batch(batch, self.engine) - z_pos[:, None]).to(scale.dtype)
         sides = log_u[:, 0], log_u[:, 1]
         options: dict[str, Any] = {"positive_constant": 0.0, "negative_scale": 1.0 / (len(x) - 1), **self.engine}
         value: Any = decomposable(x, y, scale, sides, **options)
@@ -209,18 +209,19 @@ class SogCLRLoss(nn.Module):
         return check_features(x, y, ("x", "y"), self.normalize, matching=True)
 
     @torch.compiler.disable
-    def _require_samples(self, index: Tensor, rows: int) -> None:
-        """Samples of the memory, one a row."""
-        stored, _ = self.memory.read(index)
+    def _stored(self, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """What the memory has of these samples, one a row, and how often they were visited."""
+        stored, visits = self.memory.read(index)
         if len(stored) != rows:
             raise ValueError(f"index: expected one sample per row of x [{rows}]; got {len(stored)}")
+        return stored, visits
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _visited(self, index: Tensor, found: Tensor) -> Tensor:
+    def _visited(self, index: Tensor, memory: tuple[Tensor, Tensor], found: Tensor) -> Tensor:
         """log u [N, 2] after this visit, from log g [N, 2]; in training mode the memory holds it then."""
         self.memory.gamma = self.current_gamma()
-        stored, visits = self.memory.read(index)
+        stored, visits = memory
         stored, visits = stored.to(found.device, found.dtype), visits.to(found.device)
         log_u = self.memory.average(stored, visits, found)
         if self.training:
@@ -338,7 +339,7 @@ class ISogCLRLoss(SogCLRLoss):
         """
         x, y = self._checked(x, y)
         dtype = scale_tensor(x, 1.0).dtype
-        self._require_samples(index, len(x))
+        stored = self._stored(index, len(x))
         if len(x) < 2:
             return _nothing(x, y)
         rows = index.to(self.temperatures.device)
@@ -349,7 +350,7 @@ class ISogCLRLoss(SogCLRLoss):
         for rows_of, cols_of, tau in sides:
             found.append(_log_means(rows_of, cols_of, 1.0 / tau, options))
         log_g = torch.stack(found, 1)
-        log_u = self._visited(index, log_g).to(dtype)
+        log_u = self._visited(index, stored, log_g).to(dtype)
         total = torch.zeros((), dtype=dtype, device=x.device)
         for k, (rows_of, cols_of, tau) in enumerate(sides):
             weight = tau / len(x)

@@ -36,7 +36,6 @@ __all__ = [
     "check_variant",
     "gathered_labels",
     "gathered_loss",
-    "is_smooth",
     "require_gathering",
     "wants_all",
 ]
@@ -233,15 +232,11 @@ def gathered_labels(
     return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed)
 
 
-def is_smooth(label_smoothing: Any) -> bool:
-    """Whether it is anything but the number 0; what is no number is refused later."""
-    return not is_number(label_smoothing) or label_smoothing != 0
-
-
 def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
     """What of a loss is no sum over a rank's own rows; "" where nothing is."""
+    smooth = not is_number(label_smoothing) or label_smoothing != 0  # (what is no number is refused later)
     said = {
-        "label_smoothing": is_smooth(label_smoothing),
+        "label_smoothing": smooth,
         "candidate_bias": candidate_bias is not None,
         "margin": margin is not None,
     }

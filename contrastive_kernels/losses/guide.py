@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_features, is_number, normalized, shown
+from ..arguments.checks import check_dense, check_features, normalized, shown
+from ..arguments.margin import check_margin
 from ..panels.size import score_dtype
 
 __all__ = ["Guide", "check_guided_margin", "hard_negatives"]
@@ -30,17 +30,14 @@ def hard_negatives(negatives: Any, x: Tensor, normalize: bool, name: str = "nega
 
 def check_guided_margin(margin: Any, used: bool = True) -> tuple[bool, float]:
     """Whether it is relative, and how much."""
+    if margin is None:
+        raise TypeError("guided_margin: expected a number or ('relative', number); got None")
+    check_margin(margin, "guided_margin")
     relative = isinstance(margin, (tuple, list))
-    if relative and (len(margin) != 2 or margin[0] != "relative"):
-        raise ValueError(f'guided_margin: expected a number or ("relative", number); got {shown(margin)}')
-    number = margin[1] if relative else margin
-    if not is_number(number):
-        raise TypeError(f'guided_margin: expected a number or ("relative", number); got {type(number).__name__}')
-    if not -sys.float_info.max <= number <= sys.float_info.max:
-        raise ValueError(f"guided_margin: expected a finite number; got {shown(number)}")
+    number = float(margin[1] if relative else margin)
     if number and not used:
         raise ValueError(f"guided_margin: expected 0 without guided; got {shown(margin)}")
-    return relative, float(number)
+    return relative, number
 
 
 @dataclass(frozen=True)

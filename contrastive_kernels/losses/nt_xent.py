@@ -28,7 +28,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
-from .gathered import gathered_loss, is_smooth
+from .gathered import gathered_loss, wants_all
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -121,17 +121,14 @@ def nt_xent(
         logit_scale = scale_of(z1, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
-    wants_all = {"candidate_bias": candidate_bias, "margin": margin, "weight_fn": weight_fn}
-    because = [name for name, value in wants_all.items() if value is not None]
-    if is_smooth(label_smoothing):
-        because.append("label_smoothing")
-    if ranks is not None and because:
+    weighted = () if weight_fn is None else ("weight_fn",)
+    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, *weighted)):
         rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
         given.update(margin=margin, weight_fn=weight_fn, reduction=reduction, normalize=normalize)
         given.update(backend=backend, workspace_bytes=workspace_bytes)
         sides = (z1, z2)
-        return gathered_loss(ranks, nt_xent, sides, logit_scale, rows, given, because[0], views=True, matching=True)
+        return gathered_loss(ranks, nt_xent, sides, logit_scale, rows, given, because, views=True, matching=True)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from make_global_losses import BATCH, DECAY, GAMMA, INDIVIDUAL, KEPT, SAMPLES, T
 
 
 def figures(run: str) -> dict[str, Tensor]:
-    with np.load(FIGURES / "global_losses.npz") as kept:
-        return {n.partition("/")[2]: torch.from_numpy(kept[n]) for n in kept.files if n.startswith(f"{run}/")}
+    kept = json.loads((FIGURES / "global_losses.json").read_text())[run]
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in kept.items()}
 
 
 def schedule(run: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_labels_take_vectors_and_sums_of_features():
     assert not over
 
 
-#: Each with its share of the rows.
+#: Each, and by what its rows are divided.
 MEMBERS = {
     "clip_loss with ids": 1,
     "clip_loss with smoothing": 1,

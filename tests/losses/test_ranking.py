@@ -115,6 +115,17 @@ def test_one_row_and_none(k):
             assert loss.isfinite() and gradient.isfinite().all()
 
 
+def test_nan_in_gives_nan_out():
+    """In the loss and the gradient of its row, with a guide as without."""
+    x = torch.eye(4)
+    x[3] = torch.nan
+    x.requires_grad_()
+    for more in ({}, {"guided": (torch.eye(4), torch.eye(4))}):
+        losses = ck.multiple_negatives_ranking(x, torch.eye(4), 2.0, reduction="none", **more)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        assert losses.isnan().tolist() == gradient.isnan().any(1).tolist() == [False, False, False, True]
+
+
 def test_a_nearly_solved_batch_keeps_its_digits():
     x = torch.eye(4, 8, dtype=torch.float64) * 6
     for more in ({"directions": WAYS[:1]}, {"directions": (WAYS[0], *WAYS[2:])}):

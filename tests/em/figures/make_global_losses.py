@@ -1,4 +1,4 @@
-"""The published global contrastive losses, 50 steps each of random features: makes global_losses.npz.
+"""The published global contrastive losses, 50 steps each of random features: makes global_losses.json.
 
     python make_global_losses.py libauc/losses/contrastive.py fast_clip/src/fast_clip/loss.py
 
@@ -9,12 +9,12 @@ here. float64, one process, CPU. Of FastCLIP, features gathered from other proce
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -96,8 +96,9 @@ def main() -> None:
         "fastclip-v1": fast_clip(of_fast_clip, multiply_tau=False),
         "fastclip-v3": fast_clip(of_fast_clip, multiply_tau=True),
     }
-    flat = {f"{run}/{name}": value.detach().numpy() for run, kept in runs.items() for name, value in kept.items()}
-    np.savez_compressed(Path(__file__).with_name("global_losses.npz"), **flat)
+    plain = {run: {name: value.detach().tolist() for name, value in kept.items()} for run, kept in runs.items()}
+    lines = ",\n".join(f" {json.dumps(run)}: {json.dumps(kept)}" for run, kept in plain.items())
+    Path(__file__).with_name("global_losses.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":
