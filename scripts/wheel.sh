@@ -24,7 +24,12 @@ if [ -n "$nvcc" ]; then
     major=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
     echo "wheel: with CUDA $major, for ${CK_ARCHS:-every supported architecture}"
     mkdir "$work/sdist" && tar -xzf dist/*.tar.gz -C "$work/sdist" --strip-components=1
-    CK_CUDA=1 python -m build --quiet --wheel --outdir "$work/built-cuda" "$work/sdist"
+    # without --quiet, which hides what the compilers say
+    CK_CUDA=1 NVCC_APPEND_FLAGS=-Xptxas=-v python -m build --wheel --outdir "$work/built-cuda" "$work/sdist" \
+        >"$work/built-cuda.log" 2>&1 || { cat "$work/built-cuda.log" >&2; exit 1; }
+    case ";${CK_ARCHS:-90};" in
+    *[\;\ ,]90[\;\ ,]*) python scripts/registers.py "$work/built-cuda.log" ;;
+    esac
     scripts/repair_wheel.sh "$work"/built-cuda/*.whl dist "cuda$major"
     variants="cpu cuda$major"
 fi

@@ -37,8 +37,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def native_objects() -> list[Path]:
+    """What the checkout's own extension was linked from, but CUDA's part; empty where it was not built here."""
+    built = Path("build", f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}", "csrc")
+    return sorted(path.relative_to(ROOT) for part in (".", "cpu") for path in (ROOT / built / part).glob("*.o"))
+
+
 def build(kind: str, flags: Sequence[str] = ()) -> Path:
-    """The extension with emulated CUDA, compiled and linked with further flags."""
+    """The extension with emulated CUDA, linked from objects that are there, or compiled and linked with these flags."""
     setup = load_setup()
     folder = Path("build", f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -51,11 +57,13 @@ def build(kind: str, flags: Sequence[str] = ()) -> Path:
         except setup.CompileError as error:
             pytest.skip(str(error))
         toolchain = toolchain._replace(cxx=[*toolchain.cxx, *flags])
-        units = [*setup.binding_units(), *setup.cpu_units(toolchain)]
+        ready = [] if flags else native_objects()
+        units = [] if ready else [*setup.binding_units(), *setup.cpu_units(toolchain)]
         units += [setup.Unit(path, "cxx", emulate) for path in kernels]
         units += [setup.Unit(Path("tests/cuda_emulator/emulator.cpp"), "cxx", [])]
         build_file = folder / "build.ninja"
-        (ROOT / build_file).write_text(setup.ninja_file(toolchain, None, units, folder, target))
+        text, _, objects = setup.ninja_file(toolchain, None, units, folder, target).rpartition(": link ")
+        (ROOT / build_file).write_text(f"{text}: link {' '.join(map(setup.escape, ready))} {objects}")
         setup.run_ninja(build_file)
     return ROOT / target
 

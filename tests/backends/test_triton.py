@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import offline
 import triton.testing
+from thorough import THOROUGH
 
 from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
@@ -55,12 +56,29 @@ def require(capability):
         pytest.skip(reason)
 
 
+def holds_most(case):
+    return case.statistics and case.weights and (case.two_sided or case.term == "sigmoid")
+
+
 def thinned(capability):
-    """Of an architecture's configurations, every one in bfloat16; of the other dtypes, those with the most to hold."""
+    """Of an architecture's configurations, every one in bfloat16; of the other dtypes, those with the most to hold.
+
+    Of architectures but Hopper they are few in the short form.
+    """
     for case in offline.cases(capability):
-        heaviest = case.statistics and case.weights and (case.two_sided or case.term == "sigmoid")
-        if case.dtype == "bf16" or (heaviest and (case.precision != "ieee" or capability == 90)):
+        if THOROUGH or capability == 90:
+            taken = case.dtype == "bf16" or holds_most(case)
+        else:
+            taken = case.dtype == "bf16" and holds_most(case)
+        if taken:
             yield case
+
+
+def in_16_bits():
+    """Those in bfloat16, persistent ones too."""
+    return [
+        c for c in (*itertools.chain(*map(thinned, ARCHITECTURES)), *offline.persistent_cases(90)) if c.dtype == "bf16"
+    ]
 
 
 @pytest.mark.parametrize("case", [*itertools.chain(*map(thinned, ARCHITECTURES))], ids=str)
@@ -103,15 +121,7 @@ def test_the_triton_of_torch_2_11():
     assert "triton 3.6" in result.stdout
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        c
-        for c in (*itertools.chain(*map(offline.cases, ARCHITECTURES)), *offline.persistent_cases(90))
-        if c.dtype == "bf16"
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", in_16_bits(), ids=str)
 def test_rest_compiled(case):
     require(case.capability)
     made = offline.compile_rest(case)
@@ -128,8 +138,8 @@ def test_odd_sizes_compile_too(case):
 
 LABELLED = [
     replace(case, labels=True)
-    for case in (*itertools.chain(*map(offline.cases, ARCHITECTURES)), *offline.persistent_cases(90))
-    if case.dtype == "bf16" and case.term == "exponential" and case.weights and not case.statistics
+    for case in in_16_bits()
+    if case.term == "exponential" and case.weights and not case.statistics and (THOROUGH or case.capability == 90)
 ]
 
 
