@@ -28,7 +28,7 @@ floor stays as it is. test_tensor_cores.py tries the rule on simulated products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import labelled
 import problems
@@ -50,7 +50,11 @@ LOGIT_UNITS = 4
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-@cache
+#: Truths that are kept: tests run through backends and paths of one problem.
+MOST = 32
+
+
+@lru_cache(MOST)
 def expected(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> tuple[Outcome, Outcome]:
     """(the truth, the absolute errors of float32 torch with its gradients rounded to `dtype`).
 
@@ -99,7 +103,7 @@ def _repeated(v: Tensor) -> Tensor:
     return counts[inverse] > 1
 
 
-@cache
+@lru_cache(MOST)
 def tensor_core_errors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str, product: Product) -> Outcome:
     """The absolute errors of the reference from scores that `product` makes, with its gradients rounded to `dtype`."""
     inputs = make_inputs(problem, dtype)
@@ -176,7 +180,7 @@ def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor 
     )
 
 
-@cache
+@lru_cache(MOST)
 def floors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str) -> dict[str, Tensor]:
     """The rule's floor for the value and for each gradient."""
     inputs = make_inputs(problem, dtype)

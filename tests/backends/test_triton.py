@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import offline
 import triton.testing
-from thorough import THOROUGH
+from thorough import THOROUGH, every
 
 from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
 from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
@@ -248,8 +248,10 @@ def test_launchers_arguments_compile(started):
     assert [kernel.metadata.num_warps for kernel in started[::3]] == [8, 4, 4]
 
 
-@pytest.mark.parametrize("index", [False, True], ids=["offset", "index"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype, index",
+    [*itertools.product((torch.bfloat16, torch.float16, torch.float32), (False, True))][:: every(5)],
+)
 def test_kernels_around_the_panels_compile(started, dtype, index):
     """With and without what may be missing; for a few rows and for many."""
     for n, m, d in ((200, 200, 64), (3000, 3000, 100)):

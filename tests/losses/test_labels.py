@@ -10,6 +10,7 @@ import torch
 from labelled import LABELLED
 from paths import PATHS, path_options, walked
 from problems import BY_NAME, CPU_BACKENDS, PROBLEMS, SOFTMAX, engine_options, make_inputs, run
+from thorough import one_of
 from tolerance import assert_outcome
 
 import contrastive_kernels as ck
@@ -98,13 +99,16 @@ def test_multi_positive_nce_by_hand(wide):
         torch.testing.assert_close(loss(weight=weight, reduction="sum"), (weight * want).sum())
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
-    "number, problem, loss",
-    [pytest.param(k, p, loss, id=f"{p.name}-{loss}") for k, (p, loss) in enumerate(PAIRS)],
+    "number, problem, loss, backend",
+    [
+        pytest.param(k, p, loss, backend, id=f"{p.name}-{loss}-{backend}")
+        for k, (p, loss) in enumerate(PAIRS)
+        for backend in one_of(k + k // len(LABELLED), CPU_BACKENDS)
+    ],
 )
 def test_value_and_gradients(number, problem, loss, backend):
-    """By the one rule, on every path; each problem meets all dtypes with one of the losses or another."""
+    """By the one rule, on every path; each problem meets all dtypes and backends with one of the losses or another."""
     dtype = DTYPES[(number + number // len(LABELLED)) % len(DTYPES)]
     if (dtype == torch.float16 and not problem.float16) or (dtype == torch.float64 and backend != "torch"):
         dtype = torch.bfloat16
