@@ -10,6 +10,9 @@ ifeq ($(wildcard setup.py),)
 $(error run make in the project's folder: make -C FOLDER TARGET)
 endif
 
+# Hundreds of short processes import torch: where bytecode is not kept, each compiles it anew for three to ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV ?= .venv
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 PY := '$(VENV)/bin/python'

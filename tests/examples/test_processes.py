@@ -156,8 +156,7 @@ def torchrun(count, state, *options, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += [str(Path(__file__).with_name("torchrun_clip.py")), "--batch", "95", "--steps", "8", "--dim", "32"]
     command += ["--device", "cpu", "--out", str(state / "out"), "--cache", str(state / "cache"), *options]
-    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(state.parent / "compiled")}  # once for all
-    fixed = {"OMP_NUM_THREADS": "1", "STATE": str(state), "COLUMNS": "200", **compiled}
+    fixed = {"OMP_NUM_THREADS": "1", "STATE": str(state), "COLUMNS": "200"}
     environ = {**os.environ, **fixed, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environ)
     return done.returncode, done.stdout, done.stderr
