@@ -422,8 +422,8 @@ def check_distribution(gradients: Any, strategy: Any, uneven: Any) -> None:
     """How several processes share a loss, beside which."""
     if not isinstance(gradients, str) or gradients not in ("average", "sum"):
         raise ValueError(f"gradients: expected 'average' or 'sum'; got {shown(gradients)}")
-    if not isinstance(strategy, str) or strategy not in ("auto", "replicated", "grid", "ring"):
-        raise ValueError(f"strategy: expected 'auto', 'replicated', 'grid' or 'ring'; got {shown(strategy)}")
+    if not isinstance(strategy, str) or strategy not in ("auto", "replicated", "strips", "grid", "ring"):
+        raise ValueError(f"strategy: expected 'auto', 'replicated', 'strips', 'grid' or 'ring'; got {shown(strategy)}")
     check_flag(uneven, "uneven")
 
 

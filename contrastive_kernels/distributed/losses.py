@@ -23,7 +23,7 @@ from ..engine.strategy import panel_shape
 from ..panels.size import saved_dtype, score_dtype
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
-from .replicated import Brought, Replicated, worth_replicating
+from .replicated import Brought, Replicated, Strips, for_few_messages
 from .ring import Ring
 from .route import Made, Own, Route
 from .rules import Rule, Softmax
@@ -71,13 +71,13 @@ class _OverRanks(torch.autograd.Function):
                 losses, kept = rule.losses(route, problem)
                 ctx.kept = (route, problem, kept, gain) if wants else None
                 return route.own(gain * losses)
-            if route.whole and (alone := _alone(work, problem, gain)) is not None:
+            if route.alone and (alone := _alone(work, problem, gain, route.places)) is not None:
                 loss, made = alone
                 ctx.made = route.own_of(made)
                 return loss
             if wants:
                 losses, made = rule.both(route, problem, gain, work.wanted)
-                ctx.made = _rounded(route.own_of(made), problem)
+                ctx.made = _rounded(made, problem)
             else:
                 losses, _ = rule.losses(route, problem)
             counted = losses.masked_fill(gain == 0, 0.0) * gain  # (a row that does not count may have overflowed)
@@ -95,7 +95,7 @@ class _OverRanks(torch.autograd.Function):
             route, problem, kept, gain = ctx.kept
             with _no_autocast(problem.x):
                 gain = gain * route.of_all(upstream)
-                made = route.own_of(work.rule.gradients(route, problem, kept, gain, work.wanted))
+                made = work.rule.gradients(route, problem, kept, gain, work.wanted)
         else:
             made = ctx.made
             factor = work.ranks.transport(f"the backward pass of {work.call}").sum(upstream.double())
@@ -113,9 +113,9 @@ class _OverRanks(torch.autograd.Function):
         return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
 
 
-def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
-    """Value and gradients of a whole batch by the operator of one process, if there is one."""
-    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4])
+def _alone(work: _Work, problem: Problem, gain: Tensor, own: tuple[slice, slice]) -> tuple[Tensor, Made] | None:
+    """Value of a whole batch by the operator of one process, if there is one, and gradients of some rows of it."""
+    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4], own)
     if found is None:
         return None
     loss, (dx, dy, dscale, dbias) = found
@@ -260,15 +260,15 @@ def _shared(
 ) -> tuple[Route, Rule, Problem]:
     """How the ranks' rows meet once all agree on the call, and the loss and the rows that this rank computes."""
     n, m = len(problem.x), len(problem.y)
-    brought = Brought(problem, rule) if _strategy(ranks, problem, (n,), (m,)) == "replicated" else None
+    brought = Brought(problem, rule) if _strategy(ranks, problem, (n,), (m,)) in _GATHERING else None
     sizes = ranks.agree(
         call, described, problem.x, n, m, None if brought is None else brought.lines,
-        lambda sizes: _strategy(ranks, problem, sizes.rows, sizes.cols) == "replicated",
+        lambda sizes: _strategy(ranks, problem, sizes.rows, sizes.cols) in _GATHERING,
     )  # fmt: skip
     strategy = _strategy(ranks, problem, sizes.rows, sizes.cols)
-    if strategy == "replicated":
+    if strategy in _GATHERING:
         assert brought is not None  # as fewer rows want to be
-        whole = Replicated(ranks, brought, sizes, call, keeps=keeps)
+        whole = _GATHERING[strategy](ranks, brought, sizes, call, keeps=keeps)
         return whole, whole.rule, whole.problem
     if strategy == "auto":  # the grid where its blocks fit their share of the memory, otherwise the ring
         strategy = "grid" if gathered_bytes(ranks, problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
@@ -278,11 +278,14 @@ def _shared(
 
 
 def _strategy(ranks: Ranks, problem: Problem, rows: Sequence[int], cols: Sequence[int]) -> str:
-    """The one that is asked for; "auto" replicates a small matrix of so many rows and columns on each rank."""
-    small = ranks.strategy == "auto" and ranks.mesh is None
-    if small and worth_replicating(sum(rows), sum(cols), problem.x.shape[1]):
-        return "replicated"
+    """The one that is asked for; "auto" gathers all of so many rows and columns where they are few."""
+    if ranks.strategy == "auto" and ranks.mesh is None:
+        return for_few_messages(ranks.size, sum(rows), sum(cols), problem.x.shape[1]) or "auto"
     return ranks.strategy
+
+
+#: Those whose ranks gather all rows.
+_GATHERING = {"replicated": Replicated, "strips": Strips}
 
 
 def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:

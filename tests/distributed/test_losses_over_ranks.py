@@ -98,7 +98,7 @@ def test_every_shape_of_grid(ranks, mesh, tmp_path):
     check(cases, ranks, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_gradients_that_are_wanted(strategy, tmp_path):
     """A frozen tower, a scale that is a parameter or not, nothing at all."""
     needs = [("x",), ("y",), ("scale",), ("x", "scale"), ("x", "y"), ()]
@@ -116,7 +116,7 @@ def test_two_runs_agree_bitwise(tmp_path):
         Case("panels", loss, dtype, options={"strategy": strategy})
         for loss in LOSSES
         for dtype in (torch.float32, torch.bfloat16)
-        for strategy in ("replicated", "grid", "ring")
+        for strategy in ("replicated", "strips", "grid", "ring")
     ]
     for one in succeeded(run(4, lose, tmp_path, [*cases, *cases])):
         for first, second in zip(one[: len(cases)], one[len(cases) :]):

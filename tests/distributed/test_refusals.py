@@ -233,7 +233,7 @@ def positives_as_each_likes(strategy: str) -> float:
     return ck.info_nce(x, y, 2.0, positives=positives, group="world", strategy=strategy).item()
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_ranks_say_where_positives_are_as_each_likes(strategy, tmp_path):
     one, other = succeeded(run(2, positives_as_each_likes, tmp_path, strategy))
     assert one == other
@@ -261,6 +261,6 @@ def overwritten(strategy: str) -> list[str]:
     return [str(caught.value)]
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_features_that_were_overwritten_are_refused(strategy, tmp_path):
     assert all("modified by an inplace" in text for (text,) in succeeded(run(2, overwritten, tmp_path, strategy)))

@@ -208,7 +208,7 @@ def counted(loss: str, strategy: str, n: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 @pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
 def test_the_plan_counts_what_a_rank_receives(loss, strategy, ranks, tmp_path):
     planned = ck.plan(N * ranks, None, D, loss=loss, world=ranks, strategy=strategy).over_ranks
