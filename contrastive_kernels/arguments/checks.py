@@ -428,14 +428,14 @@ def check_distribution(gradients: Any, strategy: Any, uneven: Any) -> None:
 
 
 def is_shared(group: Any, gradients: Any, strategy: Any, uneven: Any) -> bool:
-    """Whether other processes may have a part in a loss; checks what is said of them beside the group."""
-    check_distribution(gradients, strategy, uneven)
-    if group is None or group is False:
-        return False
-    if isinstance(group, str) and group == "auto":
+    """Whether other processes may have a part in a loss; where none has, checks what is said of them."""
+    shared = group is not None and group is not False
+    if shared and isinstance(group, str) and group == "auto":
         distributed = torch.distributed
-        return distributed.is_available() and distributed.is_initialized()
-    return True
+        shared = distributed.is_available() and distributed.is_initialized()
+    if not shared:
+        check_distribution(gradients, strategy, uneven)
+    return shared
 
 
 def require_one_process(name: str) -> None:

@@ -19,14 +19,14 @@ from ..arguments.reduction import row_gains
 from ..engine.driver import normalizer_of
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
-from ..engine.strategy import panel_shape
+from ..engine.strategy import remembered_shape
 from ..panels.size import saved_dtype, score_dtype
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
 from .replicated import Brought, Replicated, Strips, for_few_messages
 from .ring import Ring
 from .route import Made, Own, Route
-from .rules import Rule, Softmax
+from .rules import Alone, Rule, Softmax
 from .sums import once
 
 __all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
@@ -72,12 +72,11 @@ class _OverRanks(torch.autograd.Function):
                 ctx.kept = (route, problem, kept, gain) if wants else None
                 return route.own(gain * losses)
             if route.alone and (alone := _alone(work, problem, gain, route.places)) is not None:
-                loss, made = alone
-                ctx.made = route.own_of(made)
+                loss, ctx.gradients = alone
                 return loss
             if wants:
                 losses, made = rule.both(route, problem, gain, work.wanted)
-                ctx.made = _rounded(made, problem)
+                ctx.gradients = _rounded(made, problem)
             else:
                 losses, _ = rule.losses(route, problem)
             counted = losses.masked_fill(gain == 0, 0.0) * gain  # (a row that does not count may have overflowed)
@@ -95,42 +94,37 @@ class _OverRanks(torch.autograd.Function):
             route, problem, kept, gain = ctx.kept
             with _no_autocast(problem.x):
                 gain = gain * route.of_all(upstream)
-                made = work.rule.gradients(route, problem, kept, gain, work.wanted)
+                gradients = work.rule.gradients(route, problem, kept, gain, work.wanted).tensors
         else:
-            made = ctx.made
+            gradients = ctx.gradients
             factor = work.ranks.transport(f"the backward pass of {work.call}").sum(upstream.double())
             if work.ranks.gradients == "sum":
                 factor = factor / work.ranks.size
-        dscale, dbias = (None, None) if made.dparams is None else made.dparams
         found: list[Tensor | None] = []
-        for gradient, need, like in zip((made.dx, made.dy, dscale, dbias, *made.extras), work.needs, ctx.like):
+        for gradient, need, like in zip(gradients, work.needs, ctx.like):
             if not need or gradient is None:
                 found.append(None)
                 continue
-            if factor is not None:
-                gradient = gradient * factor.to(gradient.dtype)
-            found.append(gradient.to(like[1]).reshape(like[0]))
+            if factor is not None:  # (a number, which leaves dtypes of matrices as they are)
+                gradient = gradient * factor
+            found.append(gradient.to(like[1]).view(like[0]))
         return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
 
 
-def _alone(work: _Work, problem: Problem, gain: Tensor, own: tuple[slice, slice]) -> tuple[Tensor, Made] | None:
+def _alone(work: _Work, problem: Problem, gain: Tensor, own: tuple[slice, slice]) -> Alone | None:
     """Value of a whole batch by the operator of one process, if there is one, and gradients of some rows of it."""
     found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4], own)
     if found is None:
         return None
-    loss, (dx, dy, dscale, dbias) = found
-    if dscale is None and dbias is None:
-        return loss, Made(dx, dy, None)
-    zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
-    dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
-    return loss, Made(dx, dy, dparams)
+    loss, (dx, dy, *of_params) = found  # an equal share of these is a rank's
+    return loss, (dx, dy, *[None if g is None else g.double() / work.ranks.size for g in of_params])
 
 
-def _rounded(made: Made, problem: Problem) -> Made:
+def _rounded(made: Made, problem: Problem) -> tuple[Tensor | None, ...]:
     """The gradients as they wait for the factor from upstream."""
     dtype = saved_dtype(problem.x.dtype)
-    dx, dy = (None if g is None else g.to(dtype) for g in (made.dx, made.dy))
-    return Made(dx, dy, made.dparams, extras=made.extras)
+    dx, dy, *rest = made.tensors
+    return None if dx is None else dx.to(dtype), None if dy is None else dy.to(dtype), *rest
 
 
 def over_ranks(
@@ -220,7 +214,7 @@ def normalizers_over_ranks(
 def _require_engine(ranks: Ranks, problem: Problem) -> None:
     """A backend that can serve, and a workspace for its smallest panel: on every rank, or on none."""
     try:
-        panel_shape(problem.backend(), problem.size(), True)
+        remembered_shape(problem.backend(), problem.size(), True)
     except ValueError as error:
         ranks.fail(error, problem.x)
         raise

@@ -25,9 +25,11 @@ from .transport import Transport, count_entries
 
 __all__ = ["Brought", "Replicated", "Strips", "for_few_messages"]
 
-#: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for a message of states,
-#: and up to which it computes strips rather than wait for the many messages of a grid.
-WHOLE, STRIPS = 2**24, 2**28
+#: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for a message of states.
+WHOLE = 2**26
+#: The same by rank, up to which it computes strips rather than wait for the many messages of a grid. (A grid of two has
+#: few, and fewer products.)
+STRIPS = 2**26
 
 
 def for_few_messages(ranks: int, rows: int, cols: int, features: int) -> str | None:
@@ -35,7 +37,7 @@ def for_few_messages(ranks: int, rows: int, cols: int, features: int) -> str | N
     multiplications = rows * cols * features
     if multiplications <= WHOLE:
         return "replicated"
-    return "strips" if multiplications <= STRIPS else None
+    return "strips" if ranks > 2 and multiplications <= STRIPS * ranks else None
 
 
 class Brought:
@@ -89,7 +91,7 @@ class Replicated(Route):
     whole = alone = True
 
     def __init__(self, ranks: Ranks, brought: Brought, sizes: Sizes, call: str, *, keeps: bool) -> None:
-        super().__init__(replace(sizes, lines=None))  # (which are read now, and need not stay)
+        super().__init__(Sizes(sizes.rows, sizes.cols, sizes.memory))  # (lines are read now, and need not stay)
         problem, rule, rank = brought.problem, brought.rule, ranks.rank
         self._ranks, self._all = ranks.size, ranks.transport(call)
         cols = sizes.rows if rule.mirrored else sizes.cols
@@ -131,7 +133,9 @@ class Replicated(Route):
     def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
         """The gradients of this rank's rows and columns, of those of all."""
         made = self._block.gradients(params, row, col, wanted, fold=fold)
-        return replace(self.own_of(made), row=made.row, col=made.col)
+        dx, dy = (part_of(g, place) for g, place in zip((made.dx, made.dy), self.places))
+        # (of scale and bias an equal share)
+        return Made(dx, dy, None if made.dparams is None else made.dparams / self._ranks, made.row, made.col)
 
     def total(self, own: Tensor) -> Tensor:
         """The numbers themselves, which are of all rows."""
@@ -152,11 +156,6 @@ class Replicated(Route):
     def own_problem(self, problem: Problem) -> Problem:
         """This rank's rows and columns."""
         return self._own
-
-    def own_of(self, made: Made) -> Made:
-        """This rank's gradients of all; of scale and bias an equal share."""
-        dx, dy = (part_of(g, place) for g, place in zip((made.dx, made.dy), self.places))
-        return Made(dx, dy, None if made.dparams is None else made.dparams / self._ranks)
 
 
 class Strips(Replicated):
@@ -201,13 +200,9 @@ class Strips(Replicated):
             made.row, made.col = self._states_of_all(made.row, None if col.gain is None else made.col)
         return made
 
-    def own_of(self, made: Made) -> Made:
-        """They are this rank's already."""
-        return made
-
 
 def _of(side: Side, place: slice) -> Side:
-    """Some rows' or columns' vectors, dense."""
+    """Vectors of some rows or columns, dense."""
     if side.gain is None:
         return side
     normalizer = None if side.normalizer is None else side.normalizer[:, place].contiguous()

@@ -59,6 +59,11 @@ class Made:
     #: of further tensors that a loss is given
     extras: tuple[Tensor | None, ...] = ()
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Of x, y, scale, bias and the further ones."""
+        return (self.dx, self.dy, *((None, None) if self.dparams is None else self.dparams), *self.extras)
+
 
 class Block:
     """A block of the global matrix as a rank computes it: some rows against some columns.
@@ -168,10 +173,6 @@ class Route(ABC):
     def own_problem(self, problem: Problem) -> Problem:
         """Of the rows and columns that vectors have here, this rank's."""
         return problem
-
-    def own_of(self, made: Made) -> Made:
-        """This rank's gradients of all rows' and columns'."""
-        return made
 
 
 def merged(parts: Tensor, term: PairTerm) -> Tensor:

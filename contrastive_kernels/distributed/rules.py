@@ -23,7 +23,7 @@ from ..panels.size import blocks, score_dtype
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .route import Made, Route
 
-__all__ = ["LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
+__all__ = ["Alone", "LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
 
 #: A loss, and its gradients by x, y, scale and bias; None of those that are not wanted.
 Alone = tuple[Tensor, tuple[Tensor | None, ...]]

@@ -39,10 +39,12 @@ SAME_DRAWS = [p for p in SAME_DRAWS if not p.label_smoothing and p.margin is Non
 
 
 @pytest.mark.parametrize(
-    "dtype, strategy", [(torch.float32, "grid"), (torch.bfloat16, "replicated"), (torch.float64, "ring")], ids=str
+    "dtype, strategy",
+    [(torch.float32, "grid"), (torch.bfloat16, "replicated"), (torch.float32, "strips"), (torch.float64, "ring")],
+    ids=str,
 )
 def test_every_problem(dtype, strategy, tmp_path):
-    """On three ranks, of which one has no rows: a grid of three rows, a ring, and everything on every rank."""
+    """On three ranks, of which one has no rows: a grid of three rows, a ring, and all rows on every rank."""
     cases = [
         Case(problem.name, loss, dtype, gradients="sum", options=options(problem, loss, dtype, strategy))
         for problem in SAME_DRAWS

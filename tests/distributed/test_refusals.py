@@ -96,6 +96,18 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, bool], Any], list[str]]] = {
         lambda x, y, last: ck.info_nce(x, y, 2.0, backend="cuda" if last else None, group="world"),
         ["rank 1 raised ValueError: backend"],
     ),
+    "gradients": (
+        lambda x, y, last: ck.clip_loss(x, y, 2.0, gradients="avg" if last else "sum", group="world"),
+        ["rank 1 raised ValueError: gradients: expected"],
+    ),
+    "strategy": (
+        lambda x, y, last: ck.nt_xent(x, y, 2.0, strategy="rings" if last else "ring", group="world"),
+        ["rank 1 raised ValueError: strategy: expected"],
+    ),
+    "meta": (
+        lambda x, y, last: ck.clip_loss(x.to("meta") if last else x, y.to("meta") if last else y, 2.0, group="world"),
+        ["rank 1 raised "],
+    ),
     "workspace": (
         lambda x, y, last: ck.info_nce(x, y, 2.0, workspace_bytes=1 if last else None, group="world"),
         ["rank 1 raised ValueError: workspace_bytes"],
