@@ -1,6 +1,6 @@
 """Replicated: every rank has all rows, for batches whose messages cost more than they. One message brings everything.
 
-It computes the whole matrix, P times its share, and sends nothing more; or its own strips, whose states it sends.
+A rank computes the statistics of the whole matrix, and sends nothing more; or of its own strips, whose states it sends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..engine.matrix import Problem
 from ..operators.parts import part_of
 from ..panels.pairs import Pairs
 from ..panels.panel import Side
+from .grid import grid_rows
 from .group import Ranks, Sizes
 from .lines import Lines, among_all
 from .route import Block, Made, Own, Route
@@ -27,8 +28,8 @@ __all__ = ["Brought", "Replicated", "Strips", "for_few_messages"]
 
 #: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for a message of states.
 WHOLE = 2**26
-#: The same by rank, up to which it computes strips rather than wait for the many messages of a grid. (A grid of two has
-#: few, and fewer products.)
+#: The same by rank, up to which it computes strips rather than wait for a grid's many messages. (A grid of a single row
+#: or column has few, and fewer products than strips.)
 STRIPS = 2**26
 
 
@@ -37,7 +38,8 @@ def for_few_messages(ranks: int, rows: int, cols: int, features: int) -> str | N
     multiplications = rows * cols * features
     if multiplications <= WHOLE:
         return "replicated"
-    return "strips" if ranks > 2 and multiplications <= STRIPS * ranks else None
+    square = 1 < grid_rows(ranks, rows, cols) < ranks
+    return "strips" if square and multiplications <= STRIPS * ranks else None
 
 
 class Brought:
@@ -161,7 +163,7 @@ class Replicated(Route):
 class Strips(Replicated):
     """The concatenated batch on this rank, which computes its own rows against all columns, and all against its own.
 
-    A message more, of states, and 4 products of N M D / P for Replicated's 3 of N M D.
+    A message more, of states, and 4 products of N M D / P.
     """
 
     alone = False
