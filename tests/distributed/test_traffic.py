@@ -225,6 +225,15 @@ def test_the_plan_counts_what_a_rank_receives(strategy, ranks, tmp_path):
         assert found == [(each.elements, each.bytes) for each in planned]
 
 
+@pytest.mark.parametrize(
+    "ranks, rows, strategy",
+    [(2, 512, "replicated"), (2, 514, "grid"), (4, 1024, "strips"), (4, 1028, "grid"), (3, 513, "grid")],
+)
+def test_few_messages_for_few_rows(ranks, rows, strategy):
+    """All rows and all pairs, all rows and a rank's own pairs, or a grid, which of a prime number is one column."""
+    assert ck.plan(rows, None, 256, world=ranks).over_ranks.strategy == strategy
+
+
 def test_the_table_in_the_docs_is_the_plan():
     page = table.PAGE.read_text()
     assert table.page_with(page, table.table()) == page, "python tests/distributed/table.py writes it anew"
