@@ -422,20 +422,20 @@ def check_distribution(gradients: Any, strategy: Any, uneven: Any) -> None:
     """How several processes share a loss, beside which."""
     if not isinstance(gradients, str) or gradients not in ("average", "sum"):
         raise ValueError(f"gradients: expected 'average' or 'sum'; got {shown(gradients)}")
-    if not isinstance(strategy, str) or strategy not in ("auto", "replicated", "grid", "ring"):
-        raise ValueError(f"strategy: expected 'auto', 'replicated', 'grid' or 'ring'; got {shown(strategy)}")
+    if not isinstance(strategy, str) or strategy not in ("auto", "replicated", "strips", "grid", "ring"):
+        raise ValueError(f"strategy: expected 'auto', 'replicated', 'strips', 'grid' or 'ring'; got {shown(strategy)}")
     check_flag(uneven, "uneven")
 
 
 def is_shared(group: Any, gradients: Any, strategy: Any, uneven: Any) -> bool:
-    """Whether other processes may have a part in a loss; checks what is said of them beside the group."""
-    check_distribution(gradients, strategy, uneven)
-    if group is None or group is False:
-        return False
-    if isinstance(group, str) and group == "auto":
+    """Whether other processes may have a part in a loss; where none has, checks what is said of them."""
+    shared = group is not None and group is not False
+    if shared and isinstance(group, str) and group == "auto":
         distributed = torch.distributed
-        return distributed.is_available() and distributed.is_initialized()
-    return True
+        shared = distributed.is_available() and distributed.is_initialized()
+    if not shared:
+        check_distribution(gradients, strategy, uneven)
+    return shared
 
 
 def require_one_process(name: str) -> None:

@@ -7,14 +7,14 @@ import struct
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..arguments.checks import is_shared, shown
+from ..arguments.checks import check_distribution, is_shared, shown
 from .lines import Lines, expected_of
 from .transport import Transport
 
@@ -69,13 +69,18 @@ class Ranks:
         mesh: tuple[int, dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         self.group, self.gradients, self.strategy, self.uneven, self.mesh = group, gradients, strategy, uneven, mesh
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = group.rank(), group.size()
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether the group sends tensors of a device."""
+        kinds = [kind.type for kind in self.group._device_types]
+        return device.type in kinds or not kinds
 
     def device(self, wanted: torch.device | None = None) -> torch.device:
         """Where tensors are to be sent from: the wanted device if the group serves it."""
         wanted = torch.device("cpu") if wanted is None else wanted
         kinds = {kind.type for kind in self.group._device_types}
-        if wanted.type in kinds or not kinds:
+        if self.serves(wanted):
             return wanted
         return torch.device("cuda", torch.cuda.current_device()) if "cuda" in kinds else torch.device(kinds.pop())
 
@@ -132,6 +137,10 @@ class Ranks:
             On every rank, if one of them is about to compute something else, or has failed before. On CUDA without
             `uneven` nothing is exchanged, for the host would wait.
         """
+        if not x.is_cpu and not self.serves(x.device):
+            error = ValueError(f"group: expected features on a device that it serves; got some on {x.device}")
+            self.fail(error, x)
+            raise error
         if not x.is_cpu and not self.uneven:
             return Sizes((rows,) * self.size, (cols,) * self.size, memory_of(x.device))
         text = "; ".join(f"{name}={value}" for name, value in (("loss", call), *about, ("uneven", self.uneven)))
@@ -142,10 +151,11 @@ class Ranks:
         if failed or len({h[0] for h in found}) > 1:
             expected.forget()
             self._raise_together("" if failed else text, x.device, failed=failed)
-        sizes = Sizes(tuple([h[1] for h in found]), tuple([h[2] for h in found]), min([h[3] for h in found]))
-        longest = max([h[5] for h in found]) if wanted is not None and wanted(sizes) else 0
+        _, rows_of, cols_of, memories, _, lengths = zip(*found)
+        sizes = Sizes(rows_of, cols_of, min(memories))
+        longest = max(lengths) if wanted is not None and wanted(sizes) else 0
         if 0 < longest <= expected.room:
-            sizes = replace(sizes, lines=brought)
+            sizes = Sizes(rows_of, cols_of, min(memories), brought)
         expected.learn(call, longest)
         uneven = len(set(sizes.rows)) > 1 or len(set(sizes.cols)) > 1
         if uneven and not self.uneven:
@@ -163,7 +173,10 @@ class Ranks:
 
     def fail(self, error: Exception, features: Any) -> None:
         """Tells the others that this rank raises, and why: they raise the same."""
-        device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+        known = isinstance(features, Tensor) and self.serves(features.device)
+        if not known and torch.cuda.is_available():  # nobody knows where the others' features are
+            return
+        device = features.device if known else torch.device("cpu")
         if device.type != "cpu" and not self.uneven:
             return
         expected = expected_of(self.group)
@@ -175,12 +188,12 @@ class Ranks:
         self, own: tuple[int, ...], room: int, device: torch.device, lines: Lines | None = None
     ) -> tuple[list[list[int]], Tensor]:
         """(what, rows, cols, memory, failed, bytes of its line) of every rank; their lines [ranks, room]."""
-        sent = torch.zeros(_HEADER + room, dtype=torch.uint8, device=device)
-        sent[: 8 * len(own)] = torch.tensor(own, dtype=torch.int64, device=device).view(torch.uint8)
-        if lines is not None and lines.bytes <= room:
-            lines.write(sent[_HEADER:])
+        header = torch.tensor((*own, 0, 0), dtype=torch.int64, device=device).view(torch.uint8)
+        line = [] if lines is None or lines.bytes > room else lines.parts(room)
+        sent = torch.cat([header, *(line or [header.new_zeros(room)])])
         found = self.transport("the agreement of ranks").all_gather(sent[None, None], [1] * self.size)[:, 0]
-        return found[:, :_HEADER].view(torch.int64).tolist(), found[:, _HEADER:]
+        headers: list[list[int]] = found[:, :_HEADER].view(torch.int64)[:, : len(own)].tolist()
+        return headers, found[:, _HEADER:]
 
     def _raise_together(self, text: str, device: torch.device, *, failed: bool) -> None:
         """The same error on every rank."""
@@ -248,13 +261,20 @@ def ranks_of(group: Any, gradients: str, strategy: str, uneven: bool) -> Ranks |
         return None
     if isinstance(group, str):
         found = _default(group)
-    elif isinstance(group, dist.ProcessGroup):
-        found = group
     else:
-        return _of_mesh(group, gradients, strategy, uneven)
-    if found is None or dist.get_world_size(found) == 1:
+        found = group if isinstance(group, dist.ProcessGroup) else _group_of(group)
+    try:
+        check_distribution(gradients, strategy, uneven)
+    except (TypeError, ValueError) as error:
+        if found is not None and found.size() > 1:
+            Ranks(found, "average", "auto", False).fail(error, None)
+        raise
+    if found is None or found.size() == 1:
         return None
-    return Ranks(found, gradients, strategy, uneven)
+    grid = None
+    if not isinstance(group, (str, dist.ProcessGroup)) and group.ndim == 2:  # whose dimensions are the grid's
+        grid = (group.size(0), group.get_group(1), group.get_group(0))  # along a row the second coordinate changes
+    return Ranks(found, gradients, strategy, uneven, grid)
 
 
 def check_group(group: Any) -> Any:
@@ -309,18 +329,14 @@ def _default(name: str) -> dist.ProcessGroup | None:
     return None
 
 
-def _of_mesh(mesh: DeviceMesh, gradients: str, strategy: str, uneven: bool) -> Ranks | None:
-    """The ranks of a mesh of one dimension, or of two, which are the grid's rows and columns."""
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks of a mesh of one dimension, or of two, which are all of them."""
     if mesh.ndim == 1:
-        only = mesh.get_group(0)
-        return None if dist.get_world_size(only) == 1 else Ranks(only, gradients, strategy, uneven)
-    everyone = list(range(dist.get_world_size()))
-    if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != everyone or dist.group.WORLD is None:
+        return mesh.get_group(0)
+    everyone, world = list(range(dist.get_world_size())), dist.group.WORLD
+    if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != everyone or world is None:
         raise ValueError(
             "group: expected a mesh of one dimension, or one of two that holds all ranks in their order; got a mesh "
             f"of shape {list(mesh.mesh.shape)} with {len(everyone)} ranks"
         )
-    if len(everyone) == 1:
-        return None
-    grid = (mesh.size(0), mesh.get_group(1), mesh.get_group(0))  # along a row the second coordinate changes
-    return Ranks(dist.group.WORLD, gradients, strategy, uneven, grid)
+    return world

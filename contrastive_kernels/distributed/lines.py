@@ -87,16 +87,16 @@ class Lines:
             self._places[rows, cols] = places, max(-(-start // 8), 1) * 8  # (a view of nothing has odd offsets)
         return self._places[rows, cols]
 
-    def write(self, line: Tensor) -> None:
-        """Writes this rank's into a line of at least as many bytes."""
-        for (tensor, _), place in zip(self._tensors, self._own):
-            if place.stop > place.start:
-                line[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    def parts(self, length: int) -> list[Tensor]:
+        """This rank's line of at least as many bytes as it has, in parts."""
+        order = sorted(range(len(self._tensors)), key=lambda i: self._own[i].start)
+        parts = [self._tensors[i][0].reshape(-1).view(torch.uint8) for i in order]
+        rest = length - sum([len(part) for part in parts])
+        return [*parts, self._tensors[0][0].new_zeros(rest, dtype=torch.uint8)] if rest else parts
 
     def gather(self, transport: Transport, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
         """All ranks' lines [ranks, bytes] in a message of their own."""
-        sent = self._tensors[0][0].new_zeros(max(self._layout(*each)[1] for each in zip(rows, cols)), dtype=torch.uint8)
-        self.write(sent)
+        sent = torch.cat(self.parts(max(self._layout(*each)[1] for each in zip(rows, cols))))
         return transport.all_gather(sent[None, None], [1] * len(rows))[:, 0]
 
     def entries(self, rows: Sequence[int], cols: Sequence[int]) -> int:
@@ -106,6 +106,11 @@ class Lines:
     def read(self, lines: Tensor, rows: Sequence[int], cols: Sequence[int]) -> list[Tensor]:
         """Each tensor of all ranks, one below the other, of their lines [ranks, at least as many bytes]."""
         layouts = [self._layout(*each)[0] for each in zip(rows, cols)]
+        if min(rows) == max(rows) and min(cols) == max(cols):  # tensors lie one below the other
+            return [
+                lines[:, place].view(tensor.dtype).reshape(sum(cols if of_cols else rows), *tensor.shape[1:])
+                for place, (tensor, of_cols) in zip(layouts[0], self._tensors)
+            ]
         parts = list(lines)
         return [
             torch.cat([part[places[i]].view(tensor.dtype) for part, places in zip(parts, layouts)]).view(

@@ -19,14 +19,14 @@ from ..arguments.reduction import row_gains
 from ..engine.driver import normalizer_of
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
-from ..engine.strategy import panel_shape
+from ..engine.strategy import remembered_shape
 from ..panels.size import saved_dtype, score_dtype
 from .grid import Grid, grid_rows
 from .group import Ranks, Sizes
-from .replicated import Brought, Replicated, worth_replicating
+from .replicated import Brought, Replicated, Strips, for_few_messages
 from .ring import Ring
 from .route import Made, Own, Route
-from .rules import Rule, Softmax
+from .rules import Alone, Rule, Softmax
 from .sums import once
 
 __all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
@@ -71,13 +71,12 @@ class _OverRanks(torch.autograd.Function):
                 losses, kept = rule.losses(route, problem)
                 ctx.kept = (route, problem, kept, gain) if wants else None
                 return route.own(gain * losses)
-            if route.whole and (alone := _alone(work, problem, gain)) is not None:
-                loss, made = alone
-                ctx.made = route.own_of(made)
+            if route.alone and (alone := _alone(work, problem, gain, route.places)) is not None:
+                loss, ctx.gradients = alone
                 return loss
             if wants:
                 losses, made = rule.both(route, problem, gain, work.wanted)
-                ctx.made = _rounded(route.own_of(made), problem)
+                ctx.gradients = _rounded(made, problem)
             else:
                 losses, _ = rule.losses(route, problem)
             counted = losses.masked_fill(gain == 0, 0.0) * gain  # (a row that does not count may have overflowed)
@@ -95,42 +94,37 @@ class _OverRanks(torch.autograd.Function):
             route, problem, kept, gain = ctx.kept
             with _no_autocast(problem.x):
                 gain = gain * route.of_all(upstream)
-                made = route.own_of(work.rule.gradients(route, problem, kept, gain, work.wanted))
+                gradients = work.rule.gradients(route, problem, kept, gain, work.wanted).tensors
         else:
-            made = ctx.made
+            gradients = ctx.gradients
             factor = work.ranks.transport(f"the backward pass of {work.call}").sum(upstream.double())
             if work.ranks.gradients == "sum":
                 factor = factor / work.ranks.size
-        dscale, dbias = (None, None) if made.dparams is None else made.dparams
         found: list[Tensor | None] = []
-        for gradient, need, like in zip((made.dx, made.dy, dscale, dbias, *made.extras), work.needs, ctx.like):
+        for gradient, need, like in zip(gradients, work.needs, ctx.like):
             if not need or gradient is None:
                 found.append(None)
                 continue
-            if factor is not None:
-                gradient = gradient * factor.to(gradient.dtype)
-            found.append(gradient.to(like[1]).reshape(like[0]))
+            if factor is not None:  # (a number, which leaves dtypes of matrices as they are)
+                gradient = gradient * factor
+            found.append(gradient.to(like[1]).view(like[0]))
         return (None, None, None, None, *found, *[None] * (len(work.needs) - len(found)))
 
 
-def _alone(work: _Work, problem: Problem, gain: Tensor) -> tuple[Tensor, Made] | None:
-    """Value and gradients of a whole batch by the operator of one process, if there is one."""
-    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4])
+def _alone(work: _Work, problem: Problem, gain: Tensor, own: tuple[slice, slice]) -> Alone | None:
+    """Value of a whole batch by the operator of one process, if there is one, and gradients of some rows of it."""
+    found = work.rule.alone(problem, gain if work.weighted else None, work.reduction, work.needs[:4], own)
     if found is None:
         return None
-    loss, (dx, dy, dscale, dbias) = found
-    if dscale is None and dbias is None:
-        return loss, Made(dx, dy, None)
-    zero = torch.zeros((), dtype=torch.float64, device=problem.x.device)
-    dparams = torch.stack([zero if g is None else g.to(zero.dtype).reshape(()) for g in (dscale, dbias)])
-    return loss, Made(dx, dy, dparams)
+    loss, (dx, dy, *of_params) = found  # an equal share of these is a rank's
+    return loss, (dx, dy, *[None if g is None else g.double() / work.ranks.size for g in of_params])
 
 
-def _rounded(made: Made, problem: Problem) -> Made:
+def _rounded(made: Made, problem: Problem) -> tuple[Tensor | None, ...]:
     """The gradients as they wait for the factor from upstream."""
     dtype = saved_dtype(problem.x.dtype)
-    dx, dy = (None if g is None else g.to(dtype) for g in (made.dx, made.dy))
-    return Made(dx, dy, made.dparams, extras=made.extras)
+    dx, dy, *rest = made.tensors
+    return None if dx is None else dx.to(dtype), None if dy is None else dy.to(dtype), *rest
 
 
 def over_ranks(
@@ -220,7 +214,7 @@ def normalizers_over_ranks(
 def _require_engine(ranks: Ranks, problem: Problem) -> None:
     """A backend that can serve, and a workspace for its smallest panel: on every rank, or on none."""
     try:
-        panel_shape(problem.backend(), problem.size(), True)
+        remembered_shape(problem.backend(), problem.size(), True)
     except ValueError as error:
         ranks.fail(error, problem.x)
         raise
@@ -260,15 +254,15 @@ def _shared(
 ) -> tuple[Route, Rule, Problem]:
     """How the ranks' rows meet once all agree on the call, and the loss and the rows that this rank computes."""
     n, m = len(problem.x), len(problem.y)
-    brought = Brought(problem, rule) if _strategy(ranks, problem, (n,), (m,)) == "replicated" else None
+    brought = Brought(problem, rule) if _strategy(ranks, problem, (n,), (m,)) in _GATHERING else None
     sizes = ranks.agree(
         call, described, problem.x, n, m, None if brought is None else brought.lines,
-        lambda sizes: _strategy(ranks, problem, sizes.rows, sizes.cols) == "replicated",
+        lambda sizes: _strategy(ranks, problem, sizes.rows, sizes.cols) in _GATHERING,
     )  # fmt: skip
     strategy = _strategy(ranks, problem, sizes.rows, sizes.cols)
-    if strategy == "replicated":
+    if strategy in _GATHERING:
         assert brought is not None  # as fewer rows want to be
-        whole = Replicated(ranks, brought, sizes, call, keeps=keeps)
+        whole = _GATHERING[strategy](ranks, brought, sizes, call, keeps=keeps)
         return whole, whole.rule, whole.problem
     if strategy == "auto":  # the grid where its blocks fit their share of the memory, otherwise the ring
         strategy = "grid" if gathered_bytes(ranks, problem, sizes) <= sizes.memory // GATHERED_SHARE else "ring"
@@ -278,11 +272,14 @@ def _shared(
 
 
 def _strategy(ranks: Ranks, problem: Problem, rows: Sequence[int], cols: Sequence[int]) -> str:
-    """The one that is asked for; "auto" replicates a small matrix of so many rows and columns on each rank."""
-    small = ranks.strategy == "auto" and ranks.mesh is None
-    if small and worth_replicating(sum(rows), sum(cols), problem.x.shape[1]):
-        return "replicated"
+    """The one that is asked for; "auto" gathers all of so many rows and columns where they are few."""
+    if ranks.strategy == "auto" and ranks.mesh is None:
+        return for_few_messages(ranks.size, sum(rows), sum(cols), problem.x.shape[1]) or "auto"
     return ranks.strategy
+
+
+#: Those whose ranks gather all rows.
+_GATHERING = {"replicated": Replicated, "strips": Strips}
 
 
 def gathered_bytes(ranks: Ranks, problem: Problem, sizes: Sizes) -> int:

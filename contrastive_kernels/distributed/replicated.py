@@ -1,6 +1,6 @@
-"""Replicated: every rank has all rows and computes the whole matrix, for batches whose messages cost more than they.
+"""Replicated: every rank has all rows, for batches whose messages cost more than they. One message brings everything.
 
-One message brings everything; nothing is merged, summed or sent home. What a rank computes is P times its share.
+A rank computes the statistics of the whole matrix, and sends nothing more; or of its own strips, whose states it sends.
 """
 
 from __future__ import annotations
@@ -14,23 +14,32 @@ from torch import Tensor
 
 from ..engine.gradients import Wanted
 from ..engine.matrix import Problem
+from ..operators.parts import part_of
 from ..panels.pairs import Pairs
 from ..panels.panel import Side
+from .grid import grid_rows
 from .group import Ranks, Sizes
 from .lines import Lines, among_all
 from .route import Block, Made, Own, Route
 from .rules import Rule
 from .transport import Transport, count_entries
 
-__all__ = ["Brought", "Replicated", "worth_replicating"]
+__all__ = ["Brought", "Replicated", "Strips", "for_few_messages"]
 
-#: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for several messages.
-MULTIPLICATIONS = 2**26
+#: Multiplications of all scores, N M D, up to which a rank computes them all rather than wait for a message of states.
+WHOLE = 2**26
+#: The same by rank, up to which it computes strips rather than wait for a grid's many messages. (A grid of a single row
+#: or column has few, and fewer products than strips.)
+STRIPS = 2**26
 
 
-def worth_replicating(rows: int, cols: int, features: int) -> bool:
-    """Whether a global matrix is so small that messages are what it costs."""
-    return rows * cols * features <= MULTIPLICATIONS
+def for_few_messages(ranks: int, rows: int, cols: int, features: int) -> str | None:
+    """How ranks compute a global matrix so small that messages are what it costs; None for another one."""
+    multiplications = rows * cols * features
+    if multiplications <= WHOLE:
+        return "replicated"
+    square = 1 < grid_rows(ranks, rows, cols) < ranks
+    return "strips" if square and multiplications <= STRIPS * ranks else None
 
 
 class Brought:
@@ -81,18 +90,20 @@ class Replicated(Route):
         Scores that fit a quarter of the workspace are kept for the gradients.
     """
 
-    whole = True
+    whole = alone = True
 
     def __init__(self, ranks: Ranks, brought: Brought, sizes: Sizes, call: str, *, keeps: bool) -> None:
-        super().__init__(sizes)
+        super().__init__(Sizes(sizes.rows, sizes.cols, sizes.memory))  # (lines are read now, and need not stay)
         problem, rule, rank = brought.problem, brought.rule, ranks.rank
         self._ranks, self._all = ranks.size, ranks.transport(call)
         cols = sizes.rows if rule.mirrored else sizes.cols
         first_row, first_col = sum(sizes.rows[:rank]), sum(cols[:rank])
         self._rows = slice(first_row, first_row + len(problem.x))
         self._cols = slice(first_col, first_col + len(problem.y))
+        self.places = self._rows, self._cols
         found, aligned = brought.of_all(self._all, sizes, cols), brought.aligned
         x = found["x"]
+        self._own = problem
         #: of all ranks' rows
         self.problem = replace(
             problem,
@@ -105,21 +116,28 @@ class Replicated(Route):
         self.rule = rule.of([tensor for name, tensor in found.items() if name.startswith("rule ")])
         self._aligned, self._mirrored, self._keeps = aligned, rule.mirrored, keeps
 
-    @cached_property
-    def _block(self) -> Block:
-        """The whole matrix, for losses that no operator of one process computes."""
+    def _part(self, rows: slice, cols: slice) -> Block:
+        """Some rows of the whole matrix against some columns."""
         whole = Own(self.problem, self.rule.term, self._mirrored)
         out = (0, None) if self._aligned and not self._mirrored else (None, whole.excluded())
-        pairs = self.problem.pairs.leaving_out(*out)
-        return Block(whole, self.problem.x, self.problem.y, pairs, keeps=self._keeps)
+        pairs = self.problem.pairs.leaving_out(*out).block(rows, cols)
+        return Block(whole, self.problem.x[rows], self.problem.y[cols], pairs, keeps=self._keeps)
+
+    @cached_property
+    def _block(self) -> Block:
+        """All of it, for losses that no operator of one process computes."""
+        return self._part(slice(0, len(self.problem.x)), slice(0, len(self.problem.y)))
 
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
         """The states of all rows and columns."""
         return self._block.statistics(params, cols=cols)
 
     def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
-        """The gradients of all rows and columns."""
-        return self._block.gradients(params, row, col, wanted, fold=fold)
+        """The gradients of this rank's rows and columns, of those of all."""
+        made = self._block.gradients(params, row, col, wanted, fold=fold)
+        dx, dy = (part_of(g, place) for g, place in zip((made.dx, made.dy), self.places))
+        # (of scale and bias an equal share)
+        return Made(dx, dy, None if made.dparams is None else made.dparams / self._ranks, made.row, made.col)
 
     def total(self, own: Tensor) -> Tensor:
         """The numbers themselves, which are of all rows."""
@@ -137,13 +155,60 @@ class Replicated(Route):
         """Of this rank's rows, all ranks'."""
         return self._all.all_gather(vector, self.sizes.rows)
 
-    def own_of(self, made: Made) -> Made:
-        """This rank's gradients of all; of scale and bias an equal share."""
-        dx, dy = (
-            None if g is None else g[place].clone() for g, place in ((made.dx, self._rows), (made.dy, self._cols))
-        )
-        dparams = None if made.dparams is None else made.dparams / self._ranks
-        return Made(dx, dy, dparams, extras=tuple([None if g is None else self.own(g) for g in made.extras]))
+    def own_problem(self, problem: Problem) -> Problem:
+        """This rank's rows and columns."""
+        return self._own
+
+
+class Strips(Replicated):
+    """The concatenated batch on this rank, which computes its own rows against all columns, and all against its own.
+
+    A message more, of states, and 4 products of N M D / P.
+    """
+
+    alone = False
+
+    @cached_property
+    def _strips(self) -> tuple[Block, Block | None]:
+        """This rank's rows and, unless they are the same, its columns."""
+        by_rows = self._part(self._rows, slice(0, len(self.problem.y)))
+        return by_rows, None if self._mirrored else self._part(slice(0, len(self.problem.x)), self._cols)
+
+    def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
+        """The states of all rows and columns, which a message brings."""
+        by_rows, by_cols = self._strips
+        row, col = by_rows.statistics(params, cols=False)[0], None
+        if cols and by_cols is not None:
+            col = by_cols.statistics(params, cols=True)[1]
+        return self._states_of_all(row, col)
+
+    def _states_of_all(self, row: Tensor, col: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All ranks' states of their rows [k, N] and columns [k, M]."""
+        states = [(row.T, False)] if col is None else [(row.T, False), (col.T, True)]
+        sizes = (self.sizes.rows, self.sizes.rows if self._mirrored else self.sizes.cols)
+        lines = Lines(states, row.shape[1], row.shape[1] if col is None else col.shape[1])
+        found = [v.T.contiguous() for v in lines.read(lines.gather(self._all, *sizes), *sizes)]
+        return found[0], None if col is None else found[1]
+
+    def gradients(self, params: Tensor, row: Side, col: Side, wanted: Wanted, *, fold: bool) -> Made:
+        """The gradients of this rank's rows and columns."""
+        (by_rows, by_cols), made = self._strips, Made(None, None, None)
+        if wanted.x or wanted.params or fold:
+            made = by_rows.gradients(params, _of(row, self._rows), col, wanted._replace(y=False), fold=fold)
+        if by_cols is not None and (wanted.y or (fold and col.gain is not None)):
+            of_cols = by_cols.gradients(params, row, _of(col, self._cols), Wanted(False, wanted.y, False), fold=fold)
+            made = replace(made, dy=of_cols.dy, col=of_cols.col)
+        if fold and made.row is not None:
+            made.row, made.col = self._states_of_all(made.row, None if col.gain is None else made.col)
+        return made
+
+
+def _of(side: Side, place: slice) -> Side:
+    """Vectors of some rows or columns, dense."""
+    if side.gain is None:
+        return side
+    normalizer = None if side.normalizer is None else side.normalizer[:, place].contiguous()
+    return Side(None, normalizer, side.gain[place])
 
 
 def _index(problem: Problem) -> Tensor | None:

@@ -59,6 +59,11 @@ class Made:
     #: of further tensors that a loss is given
     extras: tuple[Tensor | None, ...] = ()
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Of x, y, scale, bias and the further ones."""
+        return (self.dx, self.dy, *((None, None) if self.dparams is None else self.dparams), *self.extras)
+
 
 class Block:
     """A block of the global matrix as a rank computes it: some rows against some columns.
@@ -133,6 +138,8 @@ class Route(ABC):
     def __init__(self, sizes: Sizes) -> None:
         #: what the ranks have agreed on
         self.sizes = sizes
+        #: of the rows and of the columns of all ranks, this rank's, where vectors are of all
+        self.places = slice(0), slice(0)
 
     @abstractmethod
     def statistics(self, params: Tensor, *, cols: bool) -> tuple[Tensor, Tensor | None]:
@@ -146,24 +153,26 @@ class Route(ABC):
     def total(self, own: Tensor) -> Tensor:
         """The sum over ranks of a few numbers, added in their order."""
 
-    #: whether a rank computes all rows and not its own alone
+    #: whether vectors are of all rows and columns, and not of this rank's alone; gradients are of its own always
     whole = False
+    #: whether a rank computes all pairs, as the operators of one process do
+    alone = False
 
     def own(self, vector: Tensor) -> Tensor:
-        """Of the rows that are computed here [..., n], this rank's."""
+        """Of vectors [..., n], this rank's rows."""
         return vector
 
     def own_cols(self, vector: Tensor) -> Tensor:
-        """Of the columns that are computed here [..., m], this rank's."""
+        """Of vectors [..., m], this rank's columns."""
         return vector
 
     def of_all(self, vector: Tensor) -> Tensor:
-        """Of this rank's rows, those that are computed here."""
+        """Of a vector of this rank's rows, those that vectors have here."""
         return vector
 
-    def own_of(self, made: Made) -> Made:
-        """This rank's gradients of those that are computed here."""
-        return made
+    def own_problem(self, problem: Problem) -> Problem:
+        """Of the rows and columns that vectors have here, this rank's."""
+        return problem
 
 
 def merged(parts: Tensor, term: PairTerm) -> Tensor:

@@ -23,7 +23,7 @@ from ..panels.size import blocks, score_dtype
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 from .route import Made, Route
 
-__all__ = ["LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
+__all__ = ["Alone", "LogSumExp", "Ratio", "Rule", "Sigmoid", "Softmax"]
 
 #: A loss, and its gradients by x, y, scale and bias; None of those that are not wanted.
 Alone = tuple[Tensor, tuple[Tensor | None, ...]]
@@ -77,8 +77,13 @@ class Rule(ABC):
         """The same loss of other rows and columns, of which that is told."""
         return self
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone | None:
-        """The mean or sum as one process computes it, in the fewest calls; None where there is no such operator."""
+    def alone(
+        self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool], own: tuple[slice, slice]
+    ) -> Alone | None:
+        """The mean or sum as one process computes it, in the fewest calls; None where there is no such operator.
+
+        `own`: the rows and columns whose gradients are wanted.
+        """
         return None
 
     def keep(self, other: Rule, route: Route) -> None:  # noqa: B027 (most losses find nothing beside)
@@ -126,12 +131,14 @@ class Softmax(Rule):
             losses = (losses + row_losses(kept.col, kept.z_pos, self.include)) / 2
         return losses, kept
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone | None:
+    def alone(
+        self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool], own: tuple[slice, slice]
+    ) -> Alone | None:
         """The mean or sum as one process computes it."""
         if self.mirrored or (self.both_ways and problem.offset != 0):
             return None
         settings = (reduction, self.both_ways, self.include, "")
-        return with_gradients(softmax_losses, problem, (gain,), settings, needs)
+        return with_gradients(softmax_losses, problem, (gain,), settings, needs, own)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
@@ -148,7 +155,7 @@ class Softmax(Rule):
         made = route.gradients(kept.params, row, col, wanted, fold=False)
         if self.mirrored and made.dparams is not None:
             made.dparams /= 2  # every pair has been seen from its row and from its column
-        _add_positives(made, problem, kept, dz_pos, wanted, mirrored=self.mirrored)
+        _add_positives(made, route, problem, kept, dz_pos, wanted, mirrored=self.mirrored)
         return made
 
 
@@ -187,9 +194,11 @@ class Sigmoid(Rule):
         row, _ = route.statistics(kept.params, cols=False)
         return self._of(row, problem, kept), kept
 
-    def alone(self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool]) -> Alone:
+    def alone(
+        self, problem: Problem, gain: Tensor | None, reduction: str, needs: Sequence[bool], own: tuple[slice, slice]
+    ) -> Alone:
         """The mean or sum as one process computes it."""
-        return with_gradients(sigmoid_losses, problem, (gain,), (reduction,), needs)
+        return with_gradients(sigmoid_losses, problem, (gain,), (reduction,), needs, own)
 
     def _of(self, row: Tensor, problem: Problem, kept: Kept) -> Tensor:
         """The losses, given the sums over the stream [1, n], in which positives by ids are."""
@@ -198,7 +207,7 @@ class Sigmoid(Rule):
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
         made = route.gradients(kept.params, Side(None, None, gain), Side(), wanted, fold=True)
-        _add_positives(made, problem, kept, -torch.sigmoid(-kept.z_pos) * gain, wanted)
+        _add_positives(made, route, problem, kept, -torch.sigmoid(-kept.z_pos) * gain, wanted)
         return made
 
     def both(self, route: Route, problem: Problem, gain: Tensor, wanted: Wanted) -> tuple[Tensor, Made]:
@@ -287,21 +296,22 @@ class Ratio(Rule):
         values = self._values((made.row, made.col), kept)
         sums = [gain * each.masked_fill(gain == 0, 0.0) for each in values]
         if self.relative:
-            _add_positives(made, problem, kept, -torch.stack(sums).sum(0), wanted)
+            _add_positives(made, route, problem, kept, -torch.stack(sums).sum(0), wanted)
         else:
-            made.extras = tuple([-each for each in sums])
+            made.extras = tuple([-route.own(each) for each in sums])
         return values, made
 
 
 def _add_positives(
-    made: Made, problem: Problem, kept: Kept, dz_pos: Tensor, wanted: Wanted, *, mirrored: bool = False
+    made: Made, route: Route, problem: Problem, kept: Kept, dz_pos: Tensor, wanted: Wanted, *, mirrored: bool = False
 ) -> None:
     """The positive pairs' part of a rank's gradients: both of a pair are on one rank."""
+    problem, dz_pos, dots = route.own_problem(problem), route.own(dz_pos), route.own(kept.dots)
     positives, n = problem.positives, len(dz_pos)
     if not positives.exist or not n:
         return
     if made.dparams is not None:
-        made.dparams[0] += (dz_pos * (kept.dots - kept.params[2])).sum(dtype=made.dparams.dtype)
+        made.dparams[0] += (dz_pos * (dots - kept.params[2])).sum(dtype=made.dparams.dtype)
         made.dparams[1] += dz_pos.sum(dtype=made.dparams.dtype)
     values = positives.coefficients(dz_pos * kept.params[0])
     sums = made.dx if mirrored else made.dy

@@ -68,6 +68,11 @@ def count_entries(matrices: int) -> None:
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+#: Bytes up to which a block goes straight to every rank of a CPU's group. Gloo's own gather passes blocks around a
+#: ring, a wait after the other: on 4 ranks 8 bytes take 1.5 times as long, 512 KiB 1.3 times, 2 MiB as long.
+AT_ONCE = 2**20
+
+
 class Arrival:
     """A tensor that is under way from another rank."""
 
@@ -87,7 +92,7 @@ class Transport:
 
     def __init__(self, group: dist.ProcessGroup, call: str) -> None:
         self.group, self.call = group, call
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = group.rank(), group.size()
 
     def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """The ranks' blocks one below the other [sum of sizes, ...], of this rank's [sizes[rank], ...]."""
@@ -101,7 +106,10 @@ class Transport:
         if not equal:
             sent[: len(own)] = own
         found = own.new_empty(self.size * longest, *width)
-        self._worded(_all_gather, _bytes(found), _bytes(sent), group=self.group)
+        if own.is_cpu and sent.nbytes <= AT_ONCE:
+            self._worded(dist.all_to_all_single, _bytes(found), _bytes(torch.cat([sent] * self.size)), group=self.group)
+        else:
+            self._worded(_all_gather, _bytes(found), _bytes(sent), group=self.group)
         _count(found, (self.size - 1) / self.size)
         if equal:
             return found

@@ -283,6 +283,8 @@ class Call:
     extras: tuple[Tensor | None, ...]
     settings: tuple[Any, ...]
     needs: tuple[bool, ...]
+    #: rows and columns whose gradients alone are wanted; a pass may make all
+    own: tuple[slice, slice] | None = None
 
     @property
     def tensors(self) -> tuple[Any, ...]:

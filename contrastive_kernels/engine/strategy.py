@@ -195,5 +195,6 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
 
 
-#: Overhead dominates small batches, so the answer is remembered. (Not for a fake's sizes, which may be symbols.)
+#: Overhead dominates small batches, so the answers are remembered. (Not for a fake's sizes, which may be symbols.)
 remembered = lru_cache(maxsize=256)(choose)
+remembered_shape = lru_cache(maxsize=256)(panel_shape)

@@ -12,7 +12,7 @@ from ..backends.products import ADDS_IN_FLOAT32
 from ..panels.panel import Panel
 from ..panels.size import blocks, score_dtype
 from .matrix import ScoreMatrix
-from .strategy import panel_shape
+from .strategy import remembered_shape
 
 __all__ = ["Workspace"]
 
@@ -50,7 +50,7 @@ class Workspace:
         self.weights_dtype = backend.weights_dtype(x.device, x.dtype)
         self.rounded = self.weights_dtype != self.dtype
         size = matrix.size()
-        self.rows, self.cols = _panel_shape(backend, size, weighs)
+        self.rows, self.cols = remembered_shape(backend, size, weighs)
         rows, cols = min(self.rows, size.rows), min(self.cols, size.cols)
         holds_scores = backend.score_tile and matrix.scores is None
         self.scores = self._room(rows * cols if holds_scores else 0, self.dtype)
@@ -155,10 +155,6 @@ class Workspace:
             sums.copy_(weights @ block)
         else:
             sums += weights @ block
-
-
-#: Overhead dominates small batches, so the answer is remembered.
-_panel_shape = lru_cache(maxsize=256)(panel_shape)
 
 
 @lru_cache(maxsize=64)

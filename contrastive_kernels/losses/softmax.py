@@ -136,9 +136,10 @@ def info_nce(
     gradients : {"average", "sum"}
         What ranks hold of the gradients. "average": times the number of ranks, for whoever averages parameters'
         gradients over ranks, as DistributedDataParallel and FSDP do. "sum": every rank its share.
-    strategy : {"auto", "replicated", "grid", "ring"}
+    strategy : {"auto", "replicated", "strips", "grid", "ring"}
         How ranks' rows meet: the grid waits less, the ring needs less memory; "auto" is the grid while gathered blocks
-        take at most an eighth of the memory. Of a small batch every rank computes all: it waits least.
+        take at most an eighth of the memory. Of a small batch every rank gathers all rows, which waits least, and
+        computes all pairs, or (strips) those of its own rows and columns.
     uneven : bool
         Ranks may have different numbers of rows. On CUDA the host then waits for their sizes.
 

@@ -18,6 +18,7 @@ __all__ = [
     "bounded_ceilings",
     "gradients_of",
     "params_of",
+    "part_of",
     "wanted_of",
     "whole_gradients",
     "whole_scores",
@@ -54,11 +55,17 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def whole_gradients(
     call: Call, weights: Tensor, x: Tensor, y: Tensor, dscale: float, dbias: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included."""
+    """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included.
+
+    Of a call's own rows and columns alone, if it has any.
+    """
     want_x, want_y, want_scale, want_bias = call.needs[:4]
+    of_rows, of_cols = weights, weights.t()
+    if call.own is not None:
+        of_rows, of_cols = of_rows[call.own[0]], of_cols[call.own[1]]
     return (
-        weights.mm(y) if want_x else None,
-        weights.t().mm(x) if want_y else None,
+        of_rows.mm(y) if want_x else None,
+        of_cols.mm(x) if want_y else None,
         weights.new_full((), dscale) if want_scale else None,
         weights.new_full((), dbias) if want_bias else None,
     )
@@ -106,10 +113,14 @@ def with_gradients(
     extras: tuple[Tensor | None, ...],
     settings: tuple[Any, ...],
     needs: Sequence[bool],
+    own: tuple[slice, slice],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """A primitive's one result, a number, and its gradients by the first tensors that want them, without autograd."""
+    """A primitive's one result, a number, and its gradients by the first tensors that want them, without autograd.
+
+    `own`: the rows of x, and of y, whose gradients alone are wanted.
+    """
     rest = [False] * (len(problem.tensors()) + len(extras) - len(needs))
-    call = Call(problem, extras, settings, (*needs, *rest))
+    call = Call(problem, extras, settings, (*needs, *rest), own)
     value, *kept = primitive.forward(call)
     found: list[Tensor | None] = [None] * len(call.needs)
     if primitive.comes_with_value(tuple(kept), call.needs):
@@ -117,4 +128,12 @@ def with_gradients(
             found[place] = g
     elif True in needs:
         found[:] = primitive.backward(call, tuple(kept), (torch.ones_like(value),))
+    found[:2] = [part_of(g, place) for g, place in zip(found, own)]
     return value, tuple(found[: len(needs)])
+
+
+def part_of(gradient: Tensor | None, place: slice) -> Tensor | None:
+    """These rows of a gradient, which need not keep the others alive; itself where it has no others."""
+    if gradient is None or gradient.shape[0] == place.stop - place.start:
+        return gradient
+    return gradient[place].clone()

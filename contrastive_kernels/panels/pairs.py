@@ -93,10 +93,10 @@ class Pairs(NamedTuple):
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
-        """The same of a whole matrix without these as well; one of both may be left out already."""
+        """The same without these as well, which count in the whole matrix; one of both may be left out already."""
         diagonal = self.diagonal if diagonal is None else diagonal
         columns = self.columns if columns is None else columns
-        return self._replace(diagonal=diagonal, columns=columns, first_row=0, first_column=0)
+        return self._replace(diagonal=diagonal, columns=columns)
 
     @property
     def capped(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..distributed.grid import grid_rows
 from ..distributed.losses import GATHERED_SHARE, bytes_per_gathered_row
-from ..distributed.replicated import worth_replicating
+from ..distributed.replicated import for_few_messages
 
 __all__ = ["RanksPlan", "plan_ranks"]
 
@@ -29,10 +29,11 @@ class RanksPlan:
     ----------
     ranks : int
         How many there are.
-    strategy : {"replicated", "grid", "ring"}
+    strategy : {"replicated", "strips", "grid", "ring"}
         How their rows meet.
     shape : tuple of int
-        Rows and columns of the grid; (ranks, 1) of a ring, (1, 1) where every rank computes the whole matrix.
+        Rows and columns of the grid; (ranks, 1) of a ring and of strips, (1, 1) where every rank computes the whole
+        matrix.
     elements : int
         Entries of features and of their gradients that a rank receives.
     bytes : int
@@ -124,7 +125,7 @@ def plan_ranks(
         Sizes; rows and columns are both views' for ``nt_xent``.
     operand_bytes, score_bytes : int
         Of an entry of the features, and of a score.
-    strategy : {"auto", "replicated", "grid", "ring"}
+    strategy : {"auto", "replicated", "strips", "grid", "ring"}
         As the losses take it.
     memory : int
         Bytes that a device has, which so many `processes` share.
@@ -138,20 +139,28 @@ def plan_ranks(
     c = ranks // r
     gathered = (rows // r + cols // c) * bytes_per_gathered_row(features, operand_bytes, score_bytes)
     if strategy == "auto":
-        strategy = "grid" if gathered * processes <= memory // GATHERED_SHARE else "ring"
-        if worth_replicating(rows, cols, features):
-            strategy = "replicated"
+        otherwise = "grid" if gathered * processes <= memory // GATHERED_SHARE else "ring"
+        strategy = for_few_messages(ranks, rows, cols, features) or otherwise
     n, m = rows // ranks, cols // ranks
     trips = 1 if kind.one_trip else 2
     per_row = bytes_per_gathered_row(features, operand_bytes, score_bytes)
+    # the statistics' product, the weights' one, and those of the gradients; strips have the first ones twice
+    products = (1 if kind.one_trip else 2) + (1 if kind.mirrored else 2)
     # the value (8) and the center (16) of every other rank
     shape, share, small = (ranks, 1), ranks, 8 + (16 if kind.centered else 0)
-    if strategy == "replicated":
-        shape, share, small, sums = (1, 1), 1, 0, 0
+    if strategy in ("replicated", "strips"):
+        small, sums = 0, 0
         inputs = (ranks - 1) * features * (n + (0 if kind.mirrored else m))
         line = inputs // (ranks - 1 or 1) * operand_bytes + n * (kind.told_bytes + kind.told * score_bytes)
         vectors = (ranks - 1) * (-(-line // 8) * 8) - inputs * operand_bytes
         held = (ranks - 1) * (n + m) * per_row
+        if strategy == "replicated":
+            shape, share = (1, 1), 1
+        else:
+            states = n * kind.row_state + m * kind.col_state
+            vectors += (ranks - 1) * (-(-states * score_bytes // 8) * 8)
+            held = (ranks - 1) * (n + m) * features * operand_bytes
+            products = (1 if kind.one_trip else 2) * (1 if kind.mirrored else 2) + (1 if kind.mirrored else 2)
     elif strategy == "grid":
         shape, others_rows, others_cols = (r, c), (c - 1) * n, (r - 1) * m
         inputs = features * (others_rows + others_cols)
@@ -166,8 +175,6 @@ def plan_ranks(
         held = m * features * (2 * operand_bytes + (0 if kind.mirrored else 2 * score_bytes))
     # sizes (64) and what comes from upstream (8)
     received = inputs * operand_bytes + sums * score_bytes + vectors + (ranks - 1) * (64 + 8 + small)
-    # the statistics' product, the weights' one, and those of the gradients
-    products = (1 if kind.one_trip else 2) + (1 if kind.mirrored else 2)
     flop = 2 * (rows * cols // share) * features * products
     return RanksPlan(
         ranks, strategy, shape, inputs + sums, received, held, flop,

@@ -41,11 +41,16 @@ SAME_DRAWS = [p for p in SAME_DRAWS if not p.label_smoothing and p.margin is Non
 
 @pytest.mark.parametrize(
     "turn, dtype, strategy",
-    [(0, torch.float32, "grid"), (1, torch.bfloat16, "replicated"), (2, torch.float64, "ring")],
+    [
+        (0, torch.float32, "grid"),
+        (1, torch.bfloat16, "replicated"),
+        (2, torch.float64, "ring"),
+        (3, torch.float32, "strips"),
+    ],
     ids=str,
 )
 def test_every_problem(turn, dtype, strategy, tmp_path):
-    """On three ranks, of which one has no rows: a grid of three rows, a ring, and everything on every rank."""
+    """On three ranks, of which one has no rows: a grid of three rows, a ring, and all rows on every rank."""
     cases = [
         Case(problem.name, loss, dtype, gradients="sum", options=options(problem, loss, dtype, strategy))
         for number, problem in enumerate(SAME_DRAWS)
@@ -101,7 +106,7 @@ def test_every_shape_of_grid(ranks, mesh, tmp_path):
     check(cases, ranks, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_gradients_that_are_wanted(strategy, tmp_path):
     """A frozen tower, a scale that is a parameter or not, nothing at all."""
     needs = [("x",), ("y",), ("scale",), ("x", "scale"), ("x", "y"), ()]
@@ -119,7 +124,7 @@ def test_two_runs_agree_bitwise(tmp_path):
         Case("panels", loss, dtype, options={"strategy": strategy})
         for loss in LOSSES
         for dtype in (torch.float32, torch.bfloat16)
-        for strategy in ("replicated", "grid", "ring")
+        for strategy in ("replicated", "strips", "grid", "ring")
     ]
     for one in succeeded(run(4, lose, tmp_path, [*cases, *cases])):
         for first, second in zip(one[: len(cases)], one[len(cases) :]):

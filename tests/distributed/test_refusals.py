@@ -96,6 +96,18 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, bool], Any], list[str]]] = {
         lambda x, y, last: ck.info_nce(x, y, 2.0, backend="cuda" if last else None, group="world"),
         ["rank 1 raised ValueError: backend"],
     ),
+    "gradients": (
+        lambda x, y, last: ck.clip_loss(x, y, 2.0, gradients="avg" if last else "sum", group="world"),
+        ["rank 1 raised ValueError: gradients: expected"],
+    ),
+    "strategy": (
+        lambda x, y, last: ck.nt_xent(x, y, 2.0, strategy="rings" if last else "ring", group="world"),
+        ["rank 1 raised ValueError: strategy: expected"],
+    ),
+    "meta": (
+        lambda x, y, last: ck.clip_loss(x.to("meta") if last else x, y.to("meta") if last else y, 2.0, group="world"),
+        ["rank 1 raised "],
+    ),
     "workspace": (
         lambda x, y, last: ck.info_nce(x, y, 2.0, workspace_bytes=1 if last else None, group="world"),
         ["rank 1 raised ValueError: workspace_bytes"],
@@ -233,7 +245,7 @@ def positives_as_each_likes(strategy: str) -> float:
     return ck.info_nce(x, y, 2.0, positives=positives, group="world", strategy=strategy).item()
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_ranks_say_where_positives_are_as_each_likes(strategy, tmp_path):
     one, other = succeeded(run(2, positives_as_each_likes, tmp_path, strategy))
     assert one == other
@@ -261,6 +273,6 @@ def overwritten(strategy: str) -> list[str]:
     return [str(caught.value)]
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
 def test_features_that_were_overwritten_are_refused(strategy, tmp_path):
     assert all("modified by an inplace" in text for (text,) in succeeded(run(2, overwritten, tmp_path, strategy)))

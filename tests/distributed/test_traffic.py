@@ -61,7 +61,8 @@ def padded(strategy: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "strategy, expected", [("grid", [7 * D + 1 * D, 7 * D + 7 * D]), ("replicated", [2 * 7 * D] * 2)]
+    "strategy, expected",
+    [("grid", [7 * D + 1 * D, 7 * D + 7 * D]), ("replicated", [2 * 7 * D] * 2), ("strips", [2 * 7 * D] * 2)],
 )
 def test_padding_counts(strategy, expected, tmp_path):
     assert succeeded(run(2, padded, tmp_path, strategy)) == expected
@@ -76,9 +77,10 @@ def messages(strategy: str) -> int:
     return traffic.calls
 
 
-def test_a_small_batch_takes_two_messages(tmp_path):
-    """Sizes with all rows, and what comes from upstream: "auto" knows when that is best."""
-    assert succeeded(run(2, messages, tmp_path, "auto")) == [2, 2]
+@pytest.mark.parametrize("strategy, expected", [("auto", 2), ("strips", 3)])
+def test_a_small_batch_takes_two_messages(strategy, expected, tmp_path):
+    """Sizes with all rows, and what comes from upstream: "auto" knows when that is best. Strips have states between."""
+    assert succeeded(run(2, messages, tmp_path, strategy)) == [expected] * 2
 
 
 # ---- memory ----
@@ -193,8 +195,16 @@ def test_a_group_that_is_a_part_of_the_world(tmp_path):
 # ---- the plan ----
 
 
+LOSSES = ("info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable")
+
+
+def all_counted(strategy: str, n: int) -> list[tuple[int, int]]:
+    """Elements and bytes that a step of each loss receives on this rank."""
+    return [counted(loss, strategy, n) for loss in LOSSES]
+
+
 def counted(loss: str, strategy: str, n: int) -> tuple[int, int]:
-    """Elements and bytes that a step receives on this rank."""
+    """Of one loss."""
     x, y = (torch.randn(n, D, requires_grad=True) for _ in range(2))
     scale = torch.tensor(3.0, requires_grad=True)
     more: tuple[Any, ...] = ()
@@ -208,12 +218,20 @@ def counted(loss: str, strategy: str, n: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
-@pytest.mark.parametrize("strategy", ["replicated", "grid", "ring"])
-@pytest.mark.parametrize("loss", ["info_nce", "clip_loss", "nt_xent", "sigmoid", "decomposable"])
-def test_the_plan_counts_what_a_rank_receives(loss, strategy, ranks, tmp_path):
-    planned = ck.plan(N * ranks, None, D, loss=loss, world=ranks, strategy=strategy).over_ranks
-    for elements, received in succeeded(run(ranks, counted, tmp_path, loss, strategy, N)):
-        assert (elements, received) == (planned.elements, planned.bytes)
+@pytest.mark.parametrize("strategy", ["replicated", "strips", "grid", "ring"])
+def test_the_plan_counts_what_a_rank_receives(strategy, ranks, tmp_path):
+    planned = [ck.plan(N * ranks, None, D, loss=loss, world=ranks, strategy=strategy).over_ranks for loss in LOSSES]
+    for found in succeeded(run(ranks, all_counted, tmp_path, strategy, N)):
+        assert found == [(each.elements, each.bytes) for each in planned]
+
+
+@pytest.mark.parametrize(
+    "ranks, rows, strategy",
+    [(2, 512, "replicated"), (2, 514, "grid"), (4, 1024, "strips"), (4, 1028, "grid"), (3, 513, "grid")],
+)
+def test_few_messages_for_few_rows(ranks, rows, strategy):
+    """All rows and all pairs, all rows and a rank's own pairs, or a grid, which of a prime number is one column."""
+    assert ck.plan(rows, None, 256, world=ranks).over_ranks.strategy == strategy
 
 
 def test_the_table_in_the_docs_is_the_plan():

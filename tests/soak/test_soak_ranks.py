@@ -28,7 +28,7 @@ def steps(count: int) -> list[tuple[int, int]]:
     index = torch.arange(8) + 8 * dist.get_rank()
     for step in range(count):
         x, y = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
-        for strategy in ("replicated", "grid", "ring"):
+        for strategy in ("replicated", "strips", "grid", "ring"):
             ck.clip_loss(x, y, 5.0, group="world", strategy=strategy).backward()
         ck.sigmoid(x, y, 5.0, -5.0, group="world").backward()
         loss(x, y, index, 5.0).backward()
