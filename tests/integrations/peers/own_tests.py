@@ -25,8 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 EXCEPTIONS = HERE / "own_tests_exceptions.txt"
-#: What pytest reads beside the tests.
-SETTINGS = ("conftest.py", "pytest.ini", "pyproject.toml", "setup.cfg", "tox.ini")
+#: What pytest reads beside the tests, and what transformers' tests import from.
+BESIDE = ("conftest.py", "pytest.ini", "pyproject.toml", "setup.cfg", "tox.ini", "utils")
 
 Found = dict[str, tuple[str, str, bool]]
 
@@ -109,7 +109,7 @@ def why_not(library: Library, clone: Path) -> str | None:
 def unpack(library: Library, clone: Path, to: Path) -> list[str]:
     """The tests as they are committed, apart from the library's sources; gives the names of those that exist."""
     there = set(git(clone, "ls-tree", "-r", "-t", "--name-only", "HEAD").decode().splitlines())
-    wanted = ["tests", *(name for name in SETTINGS if name in there)]
+    wanted = ["tests", *(name for name in BESIDE if name in there)]
     with tarfile.open(fileobj=io.BytesIO(git(clone, "archive", "HEAD", *wanted))) as packed:
         packed.extractall(to, filter="data")
     return [name for name in library.tests if name in there]
@@ -152,7 +152,11 @@ def compare(library: str, theirs: Found, ours: Found, listed: dict[str, str]) ->
         count = list(neither.values()).count(outcome)
         lines += [f"  {count} {what} with its own losses already"] if count else []
     lines += [f"  passes with these alone: {name}" for name in gained]
-    good = bool(here)
+    unread = [
+        f"{name}: {reason.splitlines()[-1]}" for name, (_, reason, _) in theirs.items() if reason and "::" not in name
+    ]
+    lines += [f"  cannot be collected: {each}" for each in unread]
+    good = bool(here) and not unread
     if not here:
         lines.append("  no test was computed here: nothing was compared")
     used = set()

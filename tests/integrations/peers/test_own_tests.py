@@ -9,31 +9,37 @@ import own_tests
 import pytest
 
 PASSED, FAILED = ("passed", "", True), ("failed", "E   off by 0.1", True)
-THEIRS = {"a[1]": PASSED, "a[2]": PASSED, "b": FAILED, "c": ("network", "offline mode", False)}
+THEIRS = {"t::a[1]": PASSED, "t::a[2]": PASSED, "t::b": FAILED, "t::c": ("network", "offline mode", False)}
 
 
 def test_all_that_passed_has_to_pass():
-    lines, good = own_tests.compare("lightly", THEIRS, {**THEIRS, "b": PASSED}, {})
+    lines, good = own_tests.compare("lightly", THEIRS, {**THEIRS, "t::b": PASSED}, {})
     assert good and lines[0].startswith("lightly: 2 of the 2 tests") and "2 of them computed here" in lines[0]
-    assert {"  1 want a network with its own losses already", "  passes with these alone: b"} <= set(lines)
+    assert {"  1 want a network with its own losses already", "  passes with these alone: t::b"} <= set(lines)
 
 
-@pytest.mark.parametrize("ours", [{**THEIRS, "a[2]": FAILED}, {"a[1]": PASSED}], ids=["failed", "missing"])
+@pytest.mark.parametrize("ours", [{**THEIRS, "t::a[2]": FAILED}, {"t::a[1]": PASSED}], ids=["failed", "missing"])
 def test_what_is_lost_has_to_be_listed(ours):
     lines, good = own_tests.compare("lightly", THEIRS, ours, {})
-    assert not good and any("a[2]: NOT LISTED" in line for line in lines)
-    lines, good = own_tests.compare("lightly", THEIRS, ours, {"a[[]2]": "its message differs"})
-    assert good and any(line.endswith("with these: a[2]: its message differs") for line in lines)
+    assert not good and any("t::a[2]: NOT LISTED" in line for line in lines)
+    lines, good = own_tests.compare("lightly", THEIRS, ours, {"t::a[[]2]": "its message differs"})
+    assert good and any(line.endswith("with these: t::a[2]: its message differs") for line in lines)
 
 
 def test_what_is_listed_has_to_be_lost():
-    lines, good = own_tests.compare("lightly", THEIRS, THEIRS, {"a*": "once"})
-    assert not good and "  listed as an exception, but all pass: a*" in lines
+    lines, good = own_tests.compare("lightly", THEIRS, THEIRS, {"t::a*": "once"})
+    assert not good and "  listed as an exception, but all pass: t::a*" in lines
 
 
 def test_a_comparison_of_nothing_is_no_comparison():
     untouched = {name: (outcome, reason, False) for name, (outcome, reason, _) in THEIRS.items()}
     assert not own_tests.compare("lightly", untouched, untouched, {})[1]
+
+
+def test_a_file_that_cannot_be_collected_is_named():
+    theirs = {**THEIRS, "test_b.py": ("failed", "import requests\nE   ModuleNotFoundError: No module", False)}
+    lines, good = own_tests.compare("lightly", theirs, theirs, {})
+    assert not good and "  cannot be collected: test_b.py: E   ModuleNotFoundError: No module" in lines
 
 
 def test_exceptions_name_libraries_and_reasons():
