@@ -25,8 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 EXCEPTIONS = HERE / "own_tests_exceptions.txt"
-#: What pytest reads beside the tests, and what transformers' tests import from.
-BESIDE = ("conftest.py", "pytest.ini", "pyproject.toml", "setup.cfg", "tox.ini", "utils")
+#: What pytest reads beside the tests, and the sources that transformers' tests look at.
+BESIDE = ("conftest.py", "pytest.ini", "pyproject.toml", "setup.cfg", "tox.ini", "src", "utils")
 
 Found = dict[str, tuple[str, str, bool]]
 
@@ -107,7 +107,7 @@ def why_not(library: Library, clone: Path) -> str | None:
 
 
 def unpack(library: Library, clone: Path, to: Path) -> list[str]:
-    """The tests as they are committed, apart from the library's sources; gives the names of those that exist."""
+    """The tests as they are committed, where running them leaves nothing behind; gives the names of those that exist."""
     there = set(git(clone, "ls-tree", "-r", "-t", "--name-only", "HEAD").decode().splitlines())
     wanted = ["tests", *(name for name in BESIDE if name in there)]
     with tarfile.open(fileobj=io.BytesIO(git(clone, "archive", "HEAD", *wanted))) as packed:
