@@ -107,7 +107,7 @@ def why_not(library: Library, clone: Path) -> str | None:
 
 
 def unpack(library: Library, clone: Path, to: Path) -> list[str]:
-    """The tests as they are committed, where running them leaves nothing behind; gives the names of those that exist."""
+    """The tests as they are committed, where running them leaves nothing behind; gives the names of those there are."""
     there = set(git(clone, "ls-tree", "-r", "-t", "--name-only", "HEAD").decode().splitlines())
     wanted = ["tests", *(name for name in BESIDE if name in there)]
     with tarfile.open(fileobj=io.BytesIO(git(clone, "archive", "HEAD", *wanted))) as packed:
