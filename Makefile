@@ -33,9 +33,11 @@ demo: $(VENV)/.with-examples $(VENV)/.extension  ## train on real image-text pai
 test: $(VENV)/.with-dev $(VENV)/.extension $(TRITON)/.tried  ## tests and doctests; PYTEST_ARGS="-k name" for some of them
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)
 
-# Not in make test: the libraries are large, and change by themselves.
-test-integrations: $(VENV)/.with-test $(VENV)/.with-integrations $(VENV)/.extension  ## losses of other libraries against these
+# Not in make test: the libraries are large, and change by themselves. Their own tests run too where PEERS has clones of them.
+WITH_PEERS := $(if $(PEERS),$(VENV)/.with-peers)
+test-integrations: $(VENV)/.with-test $(VENV)/.with-integrations $(WITH_PEERS) $(VENV)/.extension  ## losses of other libraries against these; PEERS=folder
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -q tests/integrations/peers
+	$(if $(PEERS),$(PY) tests/integrations/peers/own_tests.py '$(PEERS)' $(PEERS_ARGS))
 
 # The long forms of what make test does in seconds. One process: several of them may run side by side.
 LONG := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -p no:xdist -p no:cacheprovider -q -s

@@ -16,11 +16,11 @@ _said: set[tuple[str, str]] = set()
 
 
 def missing(module: str, package: str, error: ImportError) -> ImportError:
-    """The error where a library cannot be imported."""
-    extra = module.rpartition(".")[2]
-    return ImportError(
-        f"{module}: expected {package}, which pip install 'contrastive-kernels[{extra}]' brings; got {error}"
-    )
+    """The error where a library cannot be imported: it is not there, or something that it wants is not."""
+    brings = f"pip install 'contrastive-kernels[{module.rpartition('.')[2]}]' brings"
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return ImportError(f"{module}: expected the {package} that {brings}; importing the one there is: {error}")
+    return ImportError(f"{module}: expected {package}, which {brings}; got {error}")
 
 
 def leave(where: str, what: str) -> None:

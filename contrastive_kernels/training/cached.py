@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments.checks import check_count
 from .chunks import RandomState, chunks_of, kept_random_state, rows_of
+from .wrappers import no_syncs, parameters_searched_for, reducing
 
 __all__ = ["cached_loss", "cached_step"]
 
@@ -76,8 +77,10 @@ def cached_step(
     again. Autocast is that of the caller. Batch normalisation takes the statistics of a chunk, twice, and is warned of.
 
     On several ranks the loss sees to the others' features (``group=``), and gradients are reduced once, with the
-    backward pass of each input's first chunk. Those chunks are held together then. A parameter that only the loss uses,
-    such as a scale, is reduced with them if the wrapped module has it.
+    backward pass of each input's first chunk. Those chunks are held together then, except with
+    ``find_unused_parameters``: the last input's takes the others' gradients along. A parameter that only the loss uses,
+    such as a scale, is reduced with them if the wrapped module has it. Under ``fully_shard`` all ranks need the same
+    number of chunks.
 
     References
     ----------
@@ -205,7 +208,7 @@ class _Batch:
 
     def __init__(self, encoders: Any, inputs: Any, chunk_size: Any, no_sync: Any) -> None:
         self.parts = _parts(encoders, inputs, chunk_size)
-        self.contexts = _no_syncs([part.encoder for part in self.parts], no_sync)
+        self.contexts, self.no_sync = no_syncs([part.encoder for part in self.parts], no_sync), no_sync
         self.kept: Tensor | None = None
 
     def value(self, loss: Callable[..., Tensor]) -> Tensor:
@@ -254,11 +257,14 @@ class _Batch:
             self._replay([(part, g) for part, g in work if g is not None], rest)
 
     def _replay(self, work: list[tuple[_Part, Tensor]], rest: list[tuple[Tensor, Tensor]]) -> None:
-        """Encodes chunks again, the last one first; with wrappers the first ones of all inputs go together."""
+        """Encodes chunks again, the last one first; with wrappers the first ones of their inputs go together."""
         kept, self.kept = self.kept, None
-        first = 1 if self.contexts else 0
+        encoders = [part.encoder for part, _ in work]
+        held = reducing(encoders, self.no_sync) if self.contexts else [False] * len(work)
+        early = parameters_searched_for(encoders, self.no_sync) if self.contexts else set()
         with self._unsynced():
-            for part, gradient in reversed(work):
+            _go_back([(leaf, g) for leaf, g in rest if id(leaf) in early])
+            for (part, gradient), first in zip(reversed(work), reversed(held)):
                 pieces = gradient.split(part.sizes)
                 for k in reversed(range(first, len(part.chunks))):
                     if kept is not None and part is self.parts[-1]:
@@ -267,8 +273,8 @@ class _Batch:
                         out = self._again(part, k)
                     _go_back([(out, pieces[k])])
                     del out
-        if self.contexts:
-            _go_back([(self._again(part, 0), g.split(part.sizes)[0]) for part, g in work] + rest)
+        last = [(self._again(part, 0), g.split(part.sizes)[0]) for (part, g), first in zip(work, held) if first]
+        _go_back(last + [(leaf, g) for leaf, g in rest if id(leaf) not in early])
 
     @staticmethod
     def _again(part: _Part, k: int) -> Tensor:
@@ -358,15 +364,6 @@ def _for_each(value: Any, name: str, count: int, alone: bool) -> list[Any]:
         got = f"{len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"{name}: expected one, or one for each of {count} inputs; got {got}")
     return list(value)
-
-
-def _no_syncs(encoders: list[Any], no_sync: Any) -> list[Callable[[], AbstractContextManager[Any]]]:
-    """What keeps wrappers from reducing gradients, each once."""
-    if no_sync is not None and not callable(no_sync):
-        raise TypeError(f"no_sync: expected a function that gives a context; got {type(no_sync).__name__}")
-    wrappers = {id(each): each for each in encoders if callable(getattr(each, "no_sync", None))}
-    own = [wrapper.no_sync for wrapper in wrappers.values()]
-    return own if no_sync is None or no_sync in own else [*own, no_sync]
 
 
 def _warn_of_batch_norm(encoder: Any, name: str) -> None:

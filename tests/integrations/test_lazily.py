@@ -47,6 +47,15 @@ def test_a_missing_library_is_named_with_its_extra(name, monkeypatch):
         getattr(ck.integrations, name)
 
 
+def test_a_library_that_does_not_import_is_not_called_missing(monkeypatch):
+    """Another version, say, without a class that is wanted."""
+    monkeypatch.setitem(sys.modules, "open_clip", types.ModuleType("open_clip"))
+    monkeypatch.delitem(sys.modules, "contrastive_kernels.integrations.open_clip", raising=False)
+    monkeypatch.delitem(vars(ck.integrations), "open_clip", raising=False)
+    with pytest.raises(ImportError, match=r"expected the open_clip_torch that .*; importing the one there is: can"):
+        _ = ck.integrations.open_clip
+
+
 def test_what_is_left_is_said_once(monkeypatch):
     monkeypatch.setattr(common, "_said", set())
     with pytest.warns(UserWarning, match="library.Loss: a loss of two is computed by the library's own code"):

@@ -11,6 +11,8 @@ import torch
 from launch import run, succeeded
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import contrastive_kernels as ck
@@ -114,6 +116,56 @@ def test_a_wrapper_for_each_tower(tmp_path):
     wanted = single(10)
     for found in succeeded(run(2, by_two_wrappers, tmp_path, [5, 5])):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def by_ddp_that_searches(sizes: list[int], size: int) -> list[Tensor]:
+    """It looks for unused parameters, of which each forward pass of one tower has some."""
+    model = towers()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    encoders = (lambda v: wrapped(image=v), lambda v: wrapped(text=v))
+    loss = loss_of(model, uneven=True)
+    ck.cached_step(encoders, own(sizes), loss, chunk_size=size, no_sync=wrapped.no_sync)
+    return [p.grad for p in model.parameters()]
+
+
+def by_fsdp(sizes: list[int], size: int, each_chunk: bool) -> list[Tensor]:
+    """Layers and the rest in shards; gradients reduced with each chunk, or once."""
+    model, mesh = towers(), init_device_mesh("cpu", (dist.get_world_size(),))
+    model.log_scale = nn.Parameter(model.log_scale.detach()[None])  # it has no parameters without dimensions
+    fully_shard(model.image[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    @contextmanager
+    def no_sync() -> Any:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    encoders = (lambda v: model(image=v), lambda v: model(text=v))
+    over = {} if each_chunk else {"no_sync": no_sync}
+    ck.cached_step(encoders, own(sizes), loss_of(model, uneven=True), chunk_size=size, **over)
+    sharded = [p.grad for p in model.parameters()]
+    assert all(g._local_tensor.numel() < g.numel() for g in sharded if len(g) > 1)
+    return [g.full_tensor().reshape(p.shape) for g, p in zip(sharded, towers().parameters())]
+
+
+def by_other_wrappers(sizes: list[int], size: int) -> dict[str, list[Tensor]]:
+    """All in one group of processes."""
+    return {
+        "DDP that searches": by_ddp_that_searches(sizes, size),
+        "FSDP": by_fsdp(sizes, size, True),
+        "FSDP with no_sync": by_fsdp(sizes, size, False),
+    }
+
+
+def test_unused_parameters_and_shards(tmp_path):
+    """Uneven shards of as many chunks each."""
+    wanted = single(11)
+    for found in succeeded(run(2, by_other_wrappers, tmp_path, [6, 5], 2)):
+        for name, gradients in found.items():
+            torch.testing.assert_close(
+                gradients, wanted, rtol=1e-12, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def accumulated(sizes: list[int]) -> list[Tensor]:

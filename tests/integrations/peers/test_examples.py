@@ -43,4 +43,4 @@ def test_open_clips_own_program(ranks, tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall(r"largest difference", done.stdout)) == 3
+    assert len(re.findall(r"largest difference", done.stdout)) == {1: 4, 2: 3}[ranks]
