@@ -114,9 +114,14 @@ def sup_con(
     check_variant(variant)
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count = positives.counts
-    weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
-    gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
-    share = count.clamp(min=1).to(gain.dtype).reciprocal().masked_fill(count == 0, 0.0)
+    there = (count > 0).to(score_dtype(problem.x.dtype))
+    if weight is None:  # (overhead dominates small batches)
+        check_reduction(reduction)
+        gain = there / there.sum().clamp(min=1) if reduction == "mean" else there
+    else:
+        weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
+        gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
+    share = there / count.clamp(min=1)
     if variant == "outside":
         problem = replace(problem, index=positives.only(problem.symmetric))
     return label_loss(problem, gain, share, "none" if reduction == "none" else "sum", inside=variant == "inside")
