@@ -201,6 +201,8 @@ BESIDE: dict[str, dict[str, Any]] = {
         for name in ("multiple_negatives_ranking", "MultipleNegativesRankingLoss.forward")
     },
     "brownian_bridge": {"image_aug": X},
+    "sigmoid": {"logit_bias": VALUES["logit_bias"]},
+    **{name: {"log_normalizer": VECTOR} for name in ("decomposable", "DecomposableLoss.forward")},
     **{name: {"gamma_schedule": "cosine", "gamma_decay_epochs": 3} for name in ("SogCLRLoss", "ISogCLRLoss")},
     "FeatureQueue.enqueue": {"ids": INDEX},
     "retrieval_metrics": {"positives": INDEX.flip(0)},
@@ -272,8 +274,8 @@ def prepared(name: str, tried: str = "") -> tuple[Callable[..., Any], dict[str, 
     """A callable, its object made anew, and the arguments of a call that is right but for the one that is tried."""
     function, (owner, _, method) = CALLABLES[name], name.partition(".")
     given = dict(BESIDE.get(name, {}))
-    if {"logit_scale", "temperature"} <= set(arguments(function)) and tried != "temperature":
-        given["logit_scale"] = VALUES["logit_scale"]
+    if {"logit_scale", "temperature"} <= set(arguments(function)):
+        given["logit_scale"] = None if tried == "temperature" else VALUES["logit_scale"]
     for argument, parameter in arguments(function).items():
         if parameter.default is parameter.empty and argument != "expectation":
             given.setdefault(argument, look_up(VALUES, name, argument))
