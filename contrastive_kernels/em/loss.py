@@ -214,7 +214,7 @@ class DatasetContrastiveLoss(nn.Module):
         positive_logits : Tensor, optional
             For one direction: z_i,p(i) [N], differentiable, where y holds negatives alone.
         weight : Tensor, optional
-            Weights of the rows [N], not differentiated.
+            Weights of the rows [N], not differentiated; of either sign.
         generator : torch.Generator, optional
             Source of the draws of u.
 

@@ -30,7 +30,7 @@ from ..panels.pairs import Pairs
 from ..panels.size import score_dtype
 from .ceilings import with_ceilings
 from .queue import FeatureQueue, check_queue
-from .ratios import debiased_mean, joined, negatives_of, pair_dots, relative_log_sum, softplus
+from .ratios import debiased_mean, joined, negatives_of, pair_dots, relative_log_sum, softplus, without_infinity
 
 __all__ = ["Members", "WeightFunction", "check_corrections", "composed", "von_mises_fisher_weights", "weighted_views"]
 
@@ -129,6 +129,9 @@ def composed(
             if name not in _WITH_MARGIN:
                 require_no_margin(margin, name)
     weights = row_weights(weight, x.shape[0], x)
+    if members.positive_logits is not None:
+        given = members.positive_logits.detach()
+        members = replace(members, positive_logits=without_infinity(members.positive_logits))
     if several:
         problem = replace(problem, index=_distinct(positives, x, y))
     elif positives is not None or (members.positive_logits is None and members.positive_features is None):
@@ -152,7 +155,10 @@ def composed(
         rows.problem = with_ceilings(problem, upper_bounds(rows.z_pos().detach(), margin), None)
     if several and weights is not None:
         return rows.of_several(weights, reduction)
-    return reduce_losses(rows.losses(include_positive), weights, reduction)
+    losses = rows.losses(include_positive)
+    if members.positive_logits is not None:
+        losses = losses + torch.zeros_like(losses).masked_fill(given == -torch.inf, torch.inf)
+    return reduce_losses(losses, weights, reduction)
 
 
 class _Rows:

@@ -36,6 +36,7 @@ from ..operators.weighted_sum import exponential_sums
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
+from .ratios import without_infinity
 from .scales import check_scales
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -97,7 +98,7 @@ def decomposable(
         k = K / B, the notional number of negatives over the number in the batch.
     positive_logits : Tensor or pair of Tensor, optional
         z_i,p(i) [N], differentiable, for a block of columns that does not hold row i's positive. Every column is a
-        negative then, but for the ones that ``positives`` names.
+        negative then, but for the ones that ``positives`` names. -inf has no gradient.
     positives : int or Tensor, optional
         As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
         positive is not among the columns.
@@ -202,7 +203,7 @@ def decomposable(
         idle = gain == 0
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
-    logits = [logit for _, logit in sides if logit is not None] or None
+    logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
         rule = Ratio(rests, logits, constant - excess)
         about = (

@@ -151,7 +151,7 @@ def multi_positive_nce(
     x, labels, logit_scale, temperature, y, y_labels
         As in :func:`sup_con`.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated; each serves all pairs of its row.
+        Weights of the rows [N], not differentiated, of either sign; each serves all pairs of its row.
     reduction : {"mean", "sum", "none"}
         The mean runs over pairs of a row and one of its positives, and is 0 where there are none. "none" gives the sums
         over each row's pairs [N], "sum" their sum.
@@ -198,7 +198,8 @@ def multi_positive_nce(
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count, weights = positives.counts, _weights(weight, problem, reduction)
     if reduction == "mean":  # a row's share of all pairs, over its own
-        weights = weights * count
+        wide = torch.float32 if weights.device.type == "mps" else torch.float64
+        weights = weights.to(wide) * count
     gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
     if reduction == "mean":
         gain = gain / count.clamp(min=1)

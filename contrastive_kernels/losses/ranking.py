@@ -92,7 +92,7 @@ def multiple_negatives_ranking(
         Those above the dot product of anchor and positive less this are left out; ("relative", m): less m times its
         absolute value.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize, backend, workspace_bytes

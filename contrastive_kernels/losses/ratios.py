@@ -15,12 +15,30 @@ from ..engine.matrix import Problem
 from ..operators.logsumexp import log_sum_exps
 from ..panels.size import score_dtype
 
-__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "relative_of", "softplus"]
+__all__ = [
+    "LOWEST",
+    "debiased_mean",
+    "joined",
+    "negatives_of",
+    "pair_dots",
+    "relative_log_sum",
+    "relative_of",
+    "softplus",
+    "without_infinity",
+]
+
+#: A logit so low that its exponential is 0 beside any other, and some times it is no infinity.
+LOWEST = -1e20
 
 
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z) without a threshold; 0 for -inf."""
     return -logsigmoid(-z)
+
+
+def without_infinity(logits: Tensor) -> Tensor:
+    """Logits of positives [N], of which -inf is as low a number as sums take, without a gradient."""
+    return logits.masked_fill(logits.detach() == -torch.inf, LOWEST)
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
