@@ -72,12 +72,12 @@ def relative_of(rows: Tensor, normalizer: Tensor, z_pos: Tensor) -> Tensor:
     return value + (moving - moving.detach())
 
 
-def negatives_of(problem: Problem) -> Tensor:
-    """How many columns are negatives of each row [N] int64, padding left out."""
+def negatives_of(problem: Problem, *, padding: bool = False) -> Tensor:
+    """How many columns are negatives of each row [N] int64; `padding`: padding, too."""
     bias, row_ids, col_ids = problem.pairs.tensors[:3]
     n, m, device = problem.x.shape[0], problem.y.shape[0], problem.x.device
     kept = torch.ones(m, dtype=torch.int64, device=device)
-    if bias is not None:
+    if bias is not None and not padding:
         kept = kept.masked_fill(bias.detach() == -torch.inf, 0)
     count = kept.sum().expand(n)
     own = problem.index

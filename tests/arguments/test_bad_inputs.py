@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit", "gradients", "strategy"), bad.word),
     **dict.fromkeys(("normalize", "return_log_normalizer", "return_terms", "output_dict", "uneven"), bad.flag),
     "group": bad.group,
-    **dict.fromkeys(("include_positive", "read_only", "across"), bad.flag),
+    **dict.fromkeys(("include_positive", "read_only", "across", "return_metrics"), bad.flag),
     **dict.fromkeys(("workspace_bytes", "d", "features", "side", "num_samples"), bad.positive_count),
     **dict.fromkeys(("in_features", "out_features", "hidden_features"), bad.positive_count),
     **dict.fromkeys(("n", "m", "columns"), bad.count),
@@ -213,7 +213,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 #: Results, which users do not make, and another name of one that is tried.
-NOT_TRIED = {"NormalizerStatistics", "RetrievalMetrics", "DecomposableContrastiveLoss"}
+NOT_TRIED = {"LossMetrics", "NormalizerStatistics", "RetrievalMetrics", "DecomposableContrastiveLoss"}
 
 #: Of these no call is right here.
 NO_RIGHT_CALL = {
