@@ -191,3 +191,12 @@ def test_where_there_are_none():
         ck.ClipLoss(return_metrics=True)(x, y, SCALE, output_dict=True)
     one_scale = ck.info_nce(x, y, torch.full((N,), SCALE), return_metrics=True)[1]
     assert one_scale.top1 == ck.info_nce(x, y, SCALE, return_metrics=True)[1].top1
+
+
+def test_operators_are_what_a_compiler_may_take_them_for():
+    x, y = features(6, 6)
+    params, ids, exclude = torch.tensor([SCALE, 0.0, 0.0]), torch.arange(6) % 2, torch.arange(6)[:, None]
+    operators = torch.ops.contrastive_kernels
+    said = [torch.zeros(6), ids, ids, None, None]
+    torch.library.opcheck(operators.count_lower.default, (x, y, params, x[:, 0], exclude, said, False, "torch", 2**20))
+    torch.library.opcheck(operators.best_alike.default, (x, y, params, ids, ids, True, "torch", 2**20))

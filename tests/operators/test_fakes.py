@@ -182,8 +182,11 @@ def test_searches_and_checked_indices(dtype):
         OPERATORS.best_column.default(x, y, params, exclude, None, None, None, "torch", 2**22),
         OPERATORS.best_column.default(x, y, params, exclude, ids, None, seed, "torch", 2**22),
         *OPERATORS.count_ranks.default(x, y, exclude, low, high, "torch", 2**22),
+        OPERATORS.count_lower.default(x, y, params, low, exclude, [None, ids, None, None, None], False, "torch", 2**22),
         OPERATORS.checked_index.default(ids, m, True),
     )
+    best = OPERATORS.best_alike.default(x, y, params, ids, ids, False, "torch", 2**22)
+    assert best.shape == (n,) and best.dtype == params.dtype
     for columns in found:
         assert columns.shape == (n,) and columns.dtype == torch.int64 and columns.device == DEVICE
     assert not any(is_fixed(fakes, size) for size in sizes)
@@ -192,5 +195,5 @@ def test_searches_and_checked_indices(dtype):
 def test_these_are_all_operators():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "contrastive_kernels::" in name}
     differentiable = {primitive.name for primitive in PRIMITIVES}
-    searches = {"best_column", "best_columns", "count_ranks", "checked_index"}
+    searches = {"best_alike", "best_column", "best_columns", "count_lower", "count_ranks", "checked_index"}
     assert names == differentiable | {f"{name}_gradients" for name in differentiable} | searches
