@@ -201,15 +201,22 @@ void check(Case& c, const char* call, const Expected& e, double least = 0.0) {
   expect(c, call, "dbias", c.out[2], dbias, size);
 }
 
-// The same with lifts, a buffer for their gradients, and weights that are not scaled.
-void run_lifted(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random) {
+// The same with lifts, a buffer for their gradients, and weights that are not scaled; capped: with ceilings of the
+// rows, above which a pair does not count.
+void run_lifted(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random, bool capped) {
   Case c(v, rows, cols);
   fill(c, random);
-  Buffer<float> lift(rows), dlift(rows);
-  for (int64_t i = 0; i < rows; ++i) lift[i] = 0.25f * static_cast<float>(i % 5), c.z_pos[i] += lift[i];
+  Buffer<float> lift(rows), dlift(rows), ceiling(capped ? rows : 0);
+  for (int64_t i = 0; i < rows; ++i) {
+    lift[i] = 0.25f * static_cast<float>(i % 5), c.z_pos[i] += lift[i];
+    if (capped) ceiling[i] = 0.5f * static_cast<float>(i % 4) - 0.6f;
+    for (int64_t j = 0; capped && j < cols; ++j)
+      if (1.5f * c.scores[i * cols + j] > ceiling[i]) c.z[i * cols + j] = -kInfinity;
+  }
   const Expected expected = softmax(c);
   ck::Matrix m = make_matrix(c);
   m.lift = lift.get(), m.dlift = dlift.get(), m.unscaled = true;
+  m.pairs.row_ceiling = ceiling.get();
   ck::softmax_matrix(m, false, false, true);
   float* const weights = c.v.in_place ? c.scores.get() : c.weights.get();
   for (int64_t k = 0; k < rows * cols; ++k) weights[k] *= 1.5f;
@@ -279,7 +286,8 @@ bool run_case(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random
     ck::softmax_matrix(make_matrix(c), v.columns_too, v.symmetric, true);
     check(c, "softmax", expected);
   }
-  if (!v.columns_too && !v.symmetric) run_lifted(v, rows, cols, random);
+  if (!v.columns_too && !v.symmetric)
+    for (const bool capped : {false, true}) run_lifted(v, rows, cols, random, capped);
   if (!v.biased && !v.excluded) run_labels(v, rows, cols, random);
   if (v.symmetric) return true;
   for (const bool sigmoid : {false, true}) {
