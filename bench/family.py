@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def _several(m: int) -> Tensor:
 
 
 def members(quick: bool = False) -> list[Member]:
-    """Everything that is measured; `quick`: at small sizes, for tests."""
+    """Everything that is measured; `quick`: at small sizes, for tests, which no goal is promised of."""
     n, d = (64, 16) if quick else (8192, 256)
     scales, log_q = partial(_learnt, value=SOFTMAX_SCALE), (lambda m: torch.linspace(-1, 1, m, device="cpu"))
     said: dict[str, dict[str, dict[str, Any]]] = {
@@ -143,7 +143,7 @@ def members(quick: bool = False) -> list[Member]:
         made.append(Member("sup_con, 10 classes", size[0], width, of_labels, "info_nce", size[1], GOAL_OF_LABELS))
     for loss in ("sup_con", "multi_positive_nce"):
         made.append(Member(f"{loss} beside nt_xent", n // 2, d, _of(loss, labels=_ids), "nt_xent"))
-    return made
+    return [replace(member, goal=None) for member in made] if quick else made
 
 
 def _step(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
@@ -151,7 +151,8 @@ def _step(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
 
 
 def run(console: Console, rounds: int, quick: bool) -> int:
-    """The command."""
+    """The command; returns the exit status: 1 where a goal was not met."""
+    missed = False
     title = f"float32, forward and backward; {describe_machine('cpu')}; commit {commit()}"
     table = Table(title=title, title_justify="left")
     for name in ("", "without, ms", "with, ms", "ratio", "goal"):
@@ -167,7 +168,9 @@ def run(console: Console, rounds: int, quick: bool) -> int:
         without = works[0].best
         for member, work in zip(named, works[1:], strict=True):
             ratio, goal = work.best / without, member.goal
-            told = "" if goal is None else f"{goal:.1f}" + ("" if ratio <= goal else " not met")
+            late = goal is not None and ratio > goal
+            missed |= late
+            told = "" if goal is None else f"{goal:.1f}" + (" not met" if late else "")
             table.add_row(member.title, milliseconds(without), milliseconds(work.best), f"{ratio:.2f}", told)
     console.print(table)
-    return 0
+    return int(missed)

@@ -10,8 +10,11 @@ def gumbel_array(seed: int, row: int, first_column: int, out: int, n: int, /) ->
 def exp_array(x: int, out: int, n: int, /) -> None: ...
 
 # A matrix is scores, weights, rows, cols, {what is said of pairs: ...} or None, diagonal, positives, offset, scale,
-# bias. Then come gain, share, both, symmetric, threads.
+# bias. Then come gain, share, both, symmetric, include, unscaled, lift, dlift, threads.
 def softmax_matrix(*arguments: float | dict[str, int] | None) -> tuple[float, float, float]: ...
+
+# A matrix, gain, share, symmetric, threads.
+def label_matrix(*arguments: float | dict[str, int] | None) -> tuple[float, float, float]: ...
 
 # A term, a matrix, row_normalizer, row_gain, col_normalizer, col_gain, share, relative, row_state, col_state, dots,
 # threads.

@@ -157,15 +157,28 @@ class Arguments {
 };
 
 void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 16);
+  Arguments arguments(values, count, 19);
   ck::Matrix m;
   bool both, symmetric, include;
   arguments.read_matrix(m);
   arguments.read(m.gain), arguments.read(m.share), arguments.read(both), arguments.read(symmetric);
-  arguments.read(include), arguments.read(m.threads);
+  arguments.read(include), arguments.read(m.unscaled), arguments.read(m.lift), arguments.read(m.dlift);
+  arguments.read(m.threads);
   m.out = out;
   py::gil_scoped_release release;
   ck::softmax_matrix(m, both, symmetric, include);
+}
+
+void label_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
+  Arguments arguments(values, count, 14);
+  ck::Matrix m;
+  float* share;
+  bool symmetric;
+  arguments.read_matrix(m);
+  arguments.read(m.gain), arguments.read(share), arguments.read(symmetric), arguments.read(m.threads);
+  m.out = out;
+  py::gil_scoped_release release;
+  ck::label_matrix(m, share, symmetric);
 }
 
 void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
@@ -184,7 +197,7 @@ void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
   ck::weighted_matrix(m, term, row, col, relative, dots);
 }
 
-// One of the two as Python calls it, with its exceptions as pybind11 would tell them: value, d/dscale, d/dbias.
+// One of them as Python calls it, with its exceptions as pybind11 would tell them: value, d/dscale, d/dbias.
 template <void (*Function)(PyObject* const*, Py_ssize_t, double*)>
 PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
   double out[3];
@@ -233,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("search_panel", &run<Q, ck::search_panel>);
   add<softmax_matrix>(m, "softmax_matrix");
   add<weighted_matrix>(m, "weighted_matrix");
+  add<label_matrix>(m, "label_matrix");
   m.def("exp_array", &exp_array);
   m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);

@@ -23,9 +23,9 @@ def scale_of(x: Any, logit_scale: Any, temperature: Any) -> Any:
     logit_scale
         None: one of both is expected.
     temperature : float or Tensor
-        A number above 0, or a tensor of one element or of [N], which nobody looks into.
+        A number above 0, or a tensor of one element or of [N], which nobody looks into; None: the scale is as it is.
     """
-    if not isinstance(x, Tensor):
+    if temperature is None or not isinstance(x, Tensor):
         return logit_scale
     try:
         if logit_scale is not None:

@@ -130,13 +130,32 @@ class Backend:
         raise NotImplementedError
 
     def softmax_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool, include: bool
+        self,
+        scores: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        both: bool,
+        include: bool,
+        unscaled: bool = False,
+        lift: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
         The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
-        triangles'. Without gains, all are `share`.
+        triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives' logits in
+        the losses, of rows alone; its gradient [N], the second, is written.
+        """
+        raise NotImplementedError
+
+    def label_matrix(
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor
+    ) -> tuple[Tensor, float, float]:
+        """sum_i gain_i (log-sum_i - mean_p z_ip), p the columns of the row's id; and the rest as above.
+
+        share [N] is 1 over the number of a row's positives, 0 without. The index of a row with one is its column, which
+        is left out of the log-sum: gain_i softplus(n_i - z_ip).
         """
         raise NotImplementedError
 

@@ -55,11 +55,28 @@ class CpuBackend(Backend):
         _C.search_panel(**_fields(term, panel), **search_fields(panel))
 
     def softmax_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, both: bool, include: bool
+        self,
+        scores: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        both: bool,
+        include: bool,
+        unscaled: bool = False,
+        lift: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem), 0 if gain is None else gain.data_ptr(), share, both, problem.symmetric,
-            include, torch.get_num_threads(),
+            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, include, unscaled,
+            *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
+        )  # fmt: skip
+        return scores.new_full((), value), dscale, dbias
+
+    def label_matrix(
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor
+    ) -> tuple[Tensor, float, float]:
+        value, dscale, dbias = _C.label_matrix(
+            *_matrix_fields(scores, problem), _address(gain), _address(share), problem.symmetric,
+            torch.get_num_threads(),
         )  # fmt: skip
         return scores.new_full((), value), dscale, dbias
 

@@ -21,6 +21,7 @@ from ..arguments.checks import (
     shown,
 )
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.temperature import scale_of
 from ..distributed.group import check_group, ranks_of
 from ..losses.decomposable import decomposable
 from .memory import NormalizerMemory
@@ -164,7 +165,15 @@ class SogCLRLoss(nn.Module):
         names = ("gamma", "gamma_schedule", "gamma_decay_epochs", "rho", "normalize")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def forward(self, x: Tensor, y: Tensor, index: Tensor, logit_scale: float | Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        logit_scale: float | Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+    ) -> Tensor:
         """The loss of a batch; in training mode it moves the memory.
 
         Parameters
@@ -175,12 +184,15 @@ class SogCLRLoss(nn.Module):
             Which samples they are, int64 [N].
         logit_scale : float or Tensor
             The inverse temperature.
+        temperature : float or Tensor, optional
+            1 / logit_scale, in its place: above 0.
 
         Returns
         -------
         Tensor
             A scalar; float32 (float64 for float64 inputs).
         """
+        logit_scale = scale_of(x, logit_scale, temperature)
         x, y = self._checked(x, y)
         scale = scale_tensor(x, logit_scale)
         stored = self._stored(index, len(x))

@@ -25,6 +25,7 @@ from ..arguments.checks import (
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES, reduce_losses, row_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, check_group, ranks_of, told
 from ..distributed.losses import reduce_over_ranks
 from ..draws.gamma import draw_log_weights, expected_excess
@@ -181,8 +182,9 @@ class DatasetContrastiveLoss(nn.Module):
         x: Tensor,
         y: Tensor,
         index: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         direction: int | None = None,
         positives: int | Tensor | None = None,
         positive_logits: Tensor | None = None,
@@ -202,6 +204,8 @@ class DatasetContrastiveLoss(nn.Module):
         logit_scale : float or Tensor
             Multiplies the dot products: the inverse temperature, not its logarithm. Where it moves, what the memory
             holds is left as it is; :meth:`NormalizerMemory.rescale` is the correction.
+        temperature : float or Tensor, optional
+            1 / logit_scale, in its place: above 0.
         direction : int, optional
             None: all that the memory has, from one pass. A number: x alone queries, with the normalisers of that
             direction, as with momentum keys or a queue, which need no gradient.
@@ -210,7 +214,7 @@ class DatasetContrastiveLoss(nn.Module):
         positive_logits : Tensor, optional
             For one direction: z_i,p(i) [N], differentiable, where y holds negatives alone.
         weight : Tensor, optional
-            Weights of the rows [N], not differentiated.
+            Weights of the rows [N], not differentiated; of either sign.
         generator : torch.Generator, optional
             Source of the draws of u.
 
@@ -233,9 +237,8 @@ class DatasetContrastiveLoss(nn.Module):
             )
         with told(self._ranks(), x):
             expectation = self.e_step(index, direction=direction, generator=generator)
-        loss, found = self.m_step(
-            x, y, logit_scale, expectation, positives=positives, positive_logits=positive_logits, weight=weight
-        )
+        beside: dict[str, Any] = {"temperature": temperature, "positive_logits": positive_logits, "weight": weight}
+        loss, found = self.m_step(x, y, logit_scale, expectation, positives=positives, **beside)
         if self.training:
             columns = None if self.safeguard is None else max(self._columns(x, y) - (positive_logits is None), 0)
             self.update(expectation, found, columns=columns)
@@ -271,9 +274,10 @@ class DatasetContrastiveLoss(nn.Module):
         self,
         x: Tensor,
         y: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None,
         expectation: Expectation,
         *,
+        temperature: float | Tensor | None = None,
         positives: int | Tensor | None = None,
         positive_logits: Tensor | None = None,
         weight: Tensor | None = None,
@@ -282,6 +286,7 @@ class DatasetContrastiveLoss(nn.Module):
 
         A pure function, which may be computed again. Arguments as in :meth:`forward`.
         """
+        logit_scale = scale_of(x, logit_scale, temperature)
         ranks = self._ranks()
         with told(ranks, x):
             x, y = check_features(x, y, ("x", "y"), self.normalize)
@@ -349,13 +354,15 @@ class DatasetContrastiveLoss(nn.Module):
         x: Tensor,
         y: Tensor,
         index: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         direction: int | None = None,
         positives: int | Tensor | None = None,
         positive_logits: Tensor | None = None,
     ) -> None:
         """Visits the samples of a batch without a loss: one product. Arguments as in :meth:`forward`."""
+        logit_scale = scale_of(x, logit_scale, temperature)
         ranks = self._ranks()
         with told(ranks, x):
             x, y = check_features(x, y, ("x", "y"), self.normalize)

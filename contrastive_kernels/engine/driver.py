@@ -159,16 +159,23 @@ def band_passes(
         Whether the columns' states are wanted; they are complete where one band holds all rows.
     """
     sums = GradientSums(matrix, wanted, None if matrix.symmetric else rows)
-    dtype = score_dtype(matrix.x.dtype)
-    scores = torch.empty(min(rows, len(matrix.x)), len(matrix.y), dtype=dtype, device=matrix.x.device)
-    for i in blocks(len(matrix.x), rows):
+    dtype, n = score_dtype(matrix.x.dtype), len(matrix.x)
+    scores = torch.empty(min(rows, n), len(matrix.y), dtype=dtype, device=matrix.x.device)
+    coefficients: Tensor | None = None
+    rescale: Tensor | None = None
+    for i in blocks(n, rows):
         band = matrix.band(i, scores)
         row, col, positive = sides(i, *statistics_pass(band, cols=cols))
-        part = sums.band(i)
         # (weights in float16, whose factor would differ from band to band, have no scores in memory)
-        _weigh_panels(band, Workspace(band, weighs=True), row, col, part, positive)
-        _add_positives(band, part, positive)
+        workspace = Workspace(band, weighs=True, unscaled=wanted.candidates)
+        _weigh_panels(band, workspace, row, col, sums.band(i), positive)
+        rescale = workspace.rescale
+        if positive is not None:
+            coefficients = torch.empty(n, dtype=dtype, device=matrix.x.device) if coefficients is None else coefficients
+            coefficients[i] = positive
     del scores
+    sums.rescale(rescale)
+    _add_positives(matrix, sums, coefficients)
     return sums.finish()
 
 

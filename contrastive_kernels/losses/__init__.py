@@ -6,6 +6,7 @@ from .decomposable import DecomposableLoss, decomposable
 from .labels import MultiPositiveNCELoss, SupConLoss, multi_positive_nce, sup_con
 from .log_sum_exp import log_sum_exp
 from .matryoshka import MatryoshkaLoss, matryoshka
+from .metrics import LossMetrics
 from .nt_xent import NTXentLoss, nt_xent
 from .queue import FeatureQueue
 from .ranking import MultipleNegativesRankingLoss, multiple_negatives_ranking
@@ -17,6 +18,7 @@ __all__ = [
     "DecomposableLoss",
     "FeatureQueue",
     "InfoNCELoss",
+    "LossMetrics",
     "MatryoshkaLoss",
     "MultiPositiveNCELoss",
     "MultipleNegativesRankingLoss",

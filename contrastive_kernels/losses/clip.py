@@ -29,6 +29,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
+from .metrics import check_metrics, with_metrics
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
 
@@ -55,7 +56,8 @@ def clip_loss(
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | Any:
     """CLIP's symmetric loss: the mean of InfoNCE from images to texts and from texts to images.
 
     Parameters
@@ -85,10 +87,12 @@ def clip_loss(
         "none" gives every pair's mean of both directions. The mean of no pairs is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
+    return_metrics : bool
+        As in :func:`info_nce`, of both directions; not with ``candidate_bias`` and scales of [N].
 
     Returns
     -------
-    Tensor
+    Tensor, or (Tensor, LossMetrics)
         A scalar, or [N]; float32 (float64 for float64 inputs).
 
     Raises
@@ -122,6 +126,10 @@ def clip_loss(
         logit_scale = scale_of(image_features, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    if return_metrics is not False:
+        by_row = logit_scale if isinstance(logit_scale, (tuple, list)) or is_by_row(logit_scale) else None
+        members: dict[str, Any] = {"candidate_bias": candidate_bias, "logit_scale of shape [N]": by_row}
+        check_metrics(return_metrics, ranks, image_features, **members)
     if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin)):
         rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
@@ -160,9 +168,9 @@ def clip_loss(
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
         return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
-    return softmax_loss(
-        problem, gains, reduction, both=True, include_positive=include_positive, smoothing=label_smoothing
-    )
+    options = {"both": True, "include_positive": include_positive, "smoothing": label_smoothing}
+    loss = softmax_loss(problem, gains, reduction, **options)
+    return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss
 
 
 class ClipLoss(SoftmaxLoss):
@@ -172,7 +180,7 @@ class ClipLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -197,11 +205,12 @@ class ClipLoss(SoftmaxLoss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor | dict[str, Tensor] | Any:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         bias = None
         try:
-            check_flag(output_dict, "output_dict")
+            if check_flag(output_dict, "output_dict") and self.options["return_metrics"]:
+                raise ValueError("output_dict: expected False with return_metrics, for its values are losses; got True")
             if logit_bias is not None and isinstance(image_features, Tensor):
                 bias = check_scale(image_features, logit_bias, "logit_bias")
         except (TypeError, ValueError) as error:
@@ -211,6 +220,11 @@ class ClipLoss(SoftmaxLoss):
         if temperature is not None:
             members["temperature"] = temperature
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
+        metrics: Any = None
+        if self.options["return_metrics"]:
+            loss, metrics = loss
         if isinstance(bias, Tensor):  # a gradient of zero: data parallelism wants every parameter used
             loss = loss + 0.0 * bias.reshape(()).to(loss.dtype)
+        if metrics is not None:
+            return loss, metrics
         return {"contrastive_loss": loss} if output_dict else loss

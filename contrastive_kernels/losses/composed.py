@@ -23,14 +23,14 @@ from ..arguments.checks import (
 )
 from ..arguments.margin import Margin, require_no_margin, upper_bounds
 from ..arguments.pairs import with_biases, without_padding
-from ..arguments.reduction import reduce_losses, row_weights
+from ..arguments.reduction import reduce_losses, row_gains, row_weights
 from ..engine.matrix import Problem
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import Pairs
 from ..panels.size import score_dtype
 from .ceilings import with_ceilings
 from .queue import FeatureQueue, check_queue
-from .ratios import debiased_mean, joined, negatives_of, pair_dots, relative_log_sum, softplus
+from .ratios import debiased_mean, joined, negatives_of, pair_dots, relative_log_sum, softplus, without_infinity
 
 __all__ = ["Members", "WeightFunction", "check_corrections", "composed", "von_mises_fisher_weights", "weighted_views"]
 
@@ -129,6 +129,9 @@ def composed(
             if name not in _WITH_MARGIN:
                 require_no_margin(margin, name)
     weights = row_weights(weight, x.shape[0], x)
+    if members.positive_logits is not None:
+        given = members.positive_logits.detach()
+        members = replace(members, positive_logits=without_infinity(members.positive_logits))
     if several:
         problem = replace(problem, index=_distinct(positives, x, y))
     elif positives is not None or (members.positive_logits is None and members.positive_features is None):
@@ -150,9 +153,11 @@ def composed(
     rows = _Rows(problem, scale, members, partners, normalize)
     if margin is not None:
         rows.problem = with_ceilings(problem, upper_bounds(rows.z_pos().detach(), margin), None)
-    losses = rows.of_several() if several else rows.losses(include_positive)
-    if several:
-        losses = losses.masked_fill(~there, 0.0)
+    if several and weights is not None:
+        return rows.of_several(weights, reduction)
+    losses = rows.losses(include_positive)
+    if members.positive_logits is not None:
+        losses = losses + torch.zeros_like(losses).masked_fill(given == -torch.inf, torch.inf)
     return reduce_losses(losses, weights, reduction)
 
 
@@ -183,27 +188,35 @@ class _Rows:
             losses = ratio + (1 - self.weights()) * self.z_pos()
         return losses.masked_fill(ratio == -torch.inf, 0.0)
 
-    def of_several(self) -> Tensor:
-        """The mean over positives of log sum_j exp(z_ij) - z_ip [N]."""
+    def of_several(self, weights: Tensor, reduction: str) -> Tensor:
+        """The mean over positives of log sum_j exp(z_ij) - z_ip [N], or the mean or sum of rows with weights [N].
+
+        In the denominator a row's positives are its first one, lifted: of the rest, the sum of their exponentials.
+        """
         problem = self.problem
         index = problem.index
         assert index is not None
         there, first = index >= 0, index[:, 0].clamp(min=0)
         # a row without positives does not count; its first column stands for one
         problem = replace(problem, index=torch.cat([first[:, None], index[:, 1:]], 1))
-        total = softmax_loss(problem, None, "none")
-        if self.members.queue is not None:
-            total = joined(total, self.of_queue(problem, self.z_pos()))
-        if index.shape[1] == 1:
-            return total
-        others = index[:, 1:].clamp(min=0)
-        relative = self.scale * pair_dots(problem.x, problem.y, others, first)
-        if problem.pairs.adds:
-            relative = relative + self.added(others) - self.added(first)[:, None]
-        for k in range(others.shape[1]):
-            total = joined(total, relative[:, k].masked_fill(~there[:, k + 1], -torch.inf))
-        mean = relative.masked_fill(~there[:, 1:], 0.0).sum(1) / there.sum(1).clamp(min=1)
-        return total - mean
+        zero = torch.zeros(weights.shape[0], dtype=score_dtype(problem.x.dtype), device=weights.device)
+        lift, mean = None, zero
+        if index.shape[1] > 1:
+            others = index[:, 1:].clamp(min=0)
+            relative = self.scale * pair_dots(problem.x, problem.y, others, first)
+            if problem.pairs.adds:
+                relative = relative + self.added(others) - self.added(first)[:, None]
+            mean = relative.masked_fill(~there[:, 1:], 0.0).sum(1) / there.sum(1).clamp(min=1)
+            there = there[:, 1:]
+            lift = torch.logsumexp(torch.cat([zero[:, None], relative.masked_fill(~there, -torch.inf)], 1), 1)
+            mean = mean - lift
+        if self.members.queue is None:
+            gains = row_gains(weights, weights.shape[0], problem.x, reduction)
+            return softmax_loss(problem, gains, reduction, lift=lift) - reduce_losses(mean, weights, reduction)
+        total = softmax_loss(problem, None, "none", lift=lift)
+        of_queue = self.of_queue(problem, self.z_pos())
+        total = joined(total, of_queue if lift is None else of_queue - lift)
+        return reduce_losses(total - mean, weights, reduction)
 
     def added(self, columns: Tensor) -> Tensor:
         """What the logits of columns get added."""

@@ -26,6 +26,7 @@ from ..arguments.margin import Margin, check_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, require_alone, require_one_rank, without_padding
 from ..arguments.reduction import gains_or_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Ratio
@@ -35,6 +36,7 @@ from ..operators.weighted_sum import exponential_sums
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
+from .ratios import without_infinity
 from .scales import check_scales
 
 __all__ = ["DecomposableLoss", "decomposable"]
@@ -43,9 +45,10 @@ __all__ = ["DecomposableLoss", "decomposable"]
 def decomposable(
     x: Tensor,
     y: Tensor,
-    logit_scale: float | Tensor,
-    log_normalizer: Tensor | Sequence[Tensor],
+    logit_scale: float | Tensor | None = None,
+    log_normalizer: Tensor | Sequence[Tensor] | None = None,
     *,
+    temperature: float | Tensor | None = None,
     shape: float | None = None,
     positive_constant: float = 1.0,
     negative_scale: float = 1.0,
@@ -81,6 +84,8 @@ def decomposable(
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. One of [N], for one direction, is every
         row's own, as in :func:`info_nce`.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     log_normalizer : Tensor or pair of Tensor
         log Zbar_i [N], known before this batch was seen; a pair ([N], [M]) trains both directions from the one pass
         (N == M) and gives their mean. Not differentiated.
@@ -93,7 +98,7 @@ def decomposable(
         k = K / B, the notional number of negatives over the number in the batch.
     positive_logits : Tensor or pair of Tensor, optional
         z_i,p(i) [N], differentiable, for a block of columns that does not hold row i's positive. Every column is a
-        negative then, but for the ones that ``positives`` names.
+        negative then, but for the ones that ``positives`` names. -inf has no gradient.
     positives : int or Tensor, optional
         As in :func:`info_nce`, for one direction. With ``positive_logits``, indices [N] with -1 for a row whose
         positive is not among the columns.
@@ -148,6 +153,8 @@ def decomposable(
     >>> torch.allclose(ck.decomposable(x, y, 5.0, log_z), ck.info_nce(x, y, 5.0))
     True
     """
+    if temperature is not None:
+        logit_scale = scale_of(x, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
@@ -196,7 +203,7 @@ def decomposable(
         idle = gain == 0
         constant = constant.masked_fill(idle, 0.0)
         rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
-    logits = [logit for _, logit in sides if logit is not None] or None
+    logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
         rule = Ratio(rests, logits, constant - excess)
         about = (
@@ -355,14 +362,15 @@ class DecomposableLoss(Loss):
         self,
         x: Tensor,
         y: Tensor,
-        logit_scale: float | Tensor,
-        log_normalizer: Tensor | Sequence[Tensor],
+        logit_scale: float | Tensor | None = None,
+        log_normalizer: Tensor | Sequence[Tensor] | None = None,
         positive_logits: Tensor | Sequence[Tensor] | None = None,
         positives: int | Tensor | None = None,
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         """Anchors [N, D], candidates [M, D], log Zbar [N] or a pair ([N], [M])."""
         return decomposable(
@@ -370,6 +378,7 @@ class DecomposableLoss(Loss):
             y,
             logit_scale,
             log_normalizer,
+            temperature=temperature,
             positive_logits=positive_logits,
             positives=positives,
             ids=ids,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_engine, check_features, check_reduction, check_scale
+from ..arguments.checks import check_engine, check_features, check_flag, check_reduction, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_labels
 from ..arguments.reduction import row_gains, row_weights
@@ -21,6 +21,7 @@ from ..panels.pairs import Pairs
 from ..panels.panel import present
 from ..panels.size import score_dtype
 from .gathered import check_candidates, check_variant, gathered_labels
+from .metrics import check_metrics, with_label_metrics
 from .module import Loss
 from .scales import check_scales
 
@@ -44,7 +45,8 @@ def sup_con(
     group: Any | None = None,
     gradients: str = "average",
     uneven: bool = False,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | Any:
     """Supervised contrastive loss: a row's positives are all others of its label.
 
     Parameters
@@ -72,10 +74,12 @@ def sup_con(
         As in :func:`info_nce`.
     group, gradients, uneven
         As in :func:`info_nce`. Every rank computes the loss of all rows.
+    return_metrics : bool
+        As in :func:`info_nce`, of one process and of the mean outside of the logarithm; two products more.
 
     Returns
     -------
-    Tensor
+    Tensor, or (Tensor, LossMetrics)
         A scalar, or [N]; float32 (float64 for float64 inputs).
 
     Raises
@@ -106,6 +110,8 @@ def sup_con(
     if temperature is not None:
         logit_scale = scale_of(x, logit_scale, temperature)
     ranks = ranks_of(group, gradients, "auto", uneven)
+    if return_metrics is not False:
+        check_metrics(return_metrics, ranks, x, **({"variant='inside'": True} if variant == "inside" else {}))
     if ranks is not None:
         options = {"variant": variant, "reduction": reduction, "normalize": normalize, "backend": backend}
         options["workspace_bytes"] = workspace_bytes
@@ -114,12 +120,24 @@ def sup_con(
     check_variant(variant)
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count = positives.counts
-    weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
-    gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
-    share = count.clamp(min=1).to(gain.dtype).reciprocal().masked_fill(count == 0, 0.0)
+    there = (count > 0).to(score_dtype(problem.x.dtype))
+    if weight is None:  # (overhead dominates small batches)
+        check_reduction(reduction)
+        gain = there / there.sum().clamp(min=1) if reduction == "mean" else there
+    else:
+        weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
+        gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
+    share = there / count.clamp(min=1)
     if variant == "outside":
         problem = replace(problem, index=positives.only(problem.symmetric))
-    return label_loss(problem, gain, share, "none" if reduction == "none" else "sum", inside=variant == "inside")
+    loss = label_loss(problem, gain, share, "none" if reduction == "none" else "sum", inside=variant == "inside")
+    if not return_metrics:
+        return loss
+    weights = there if weight is None else _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
+    shares = present(row_gains(weights, count.shape[0], problem.x, "mean"))
+    total = weights.sum()
+    mean = loss if reduction == "mean" else loss.sum() / total.masked_fill(total == 0, 1.0)
+    return with_label_metrics(loss, problem, shares, mean, share)
 
 
 def multi_positive_nce(
@@ -146,7 +164,7 @@ def multi_positive_nce(
     x, labels, logit_scale, temperature, y, y_labels
         As in :func:`sup_con`.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated; each serves all pairs of its row.
+        Weights of the rows [N], not differentiated, of either sign; each serves all pairs of its row.
     reduction : {"mean", "sum", "none"}
         The mean runs over pairs of a row and one of its positives, and is 0 where there are none. "none" gives the sums
         over each row's pairs [N], "sum" their sum.
@@ -193,7 +211,8 @@ def multi_positive_nce(
     problem, positives = _problem(x, labels, logit_scale, y, y_labels, normalize, backend, workspace_bytes)
     count, weights = positives.counts, _weights(weight, problem, reduction)
     if reduction == "mean":  # a row's share of all pairs, over its own
-        weights = weights * count
+        wide = torch.float32 if weights.device.type == "mps" else torch.float64
+        weights = weights.to(wide) * count
     gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
     if reduction == "mean":
         gain = gain / count.clamp(min=1)
@@ -316,7 +335,7 @@ class SupConLoss(_LabelLoss):
     ----------
     variant : {"outside", "inside"}
         Where the mean over a row's positives stands.
-    reduction, normalize, backend, workspace_bytes
+    reduction, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.sup_con`.
     group, gradients, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -329,10 +348,10 @@ class SupConLoss(_LabelLoss):
     torch.Size([])
     """
 
-    def __init__(self, *, variant: str = "outside", **options: Any) -> None:
+    def __init__(self, *, variant: str = "outside", return_metrics: bool = False, **options: Any) -> None:
         super().__init__(**options)
         check_variant(variant)
-        self.options["variant"] = variant
+        self.options.update(variant=variant, return_metrics=check_flag(return_metrics, "return_metrics"))
 
     def forward(
         self,
@@ -343,7 +362,7 @@ class SupConLoss(_LabelLoss):
         y_labels: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Any:
         """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
         return sup_con(
             x, labels, logit_scale, temperature=temperature, y=y, y_labels=y_labels, weight=weight, **self.options

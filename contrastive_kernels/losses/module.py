@@ -94,9 +94,11 @@ class SoftmaxLoss(Loss):
         include_positive: bool = True,
         label_smoothing: float = 0.0,
         margin: Margin | None = None,
+        return_metrics: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.options["return_metrics"] = check_flag(return_metrics, "return_metrics")
         self.options["include_positive"] = check_flag(include_positive, "include_positive")
         if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive)

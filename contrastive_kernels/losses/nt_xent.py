@@ -29,6 +29,7 @@ from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss, wants_all
+from .metrics import check_metrics, with_metrics
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -56,7 +57,8 @@ def nt_xent(
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | Any:
     """NT-Xent, SimCLR's loss: two views of every sample against all 2N views, each left out of its own denominator.
 
     Parameters
@@ -85,10 +87,12 @@ def nt_xent(
         "none" gives [2N], the views of ``z1`` first. The mean of no views is 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
+    return_metrics : bool
+        As in :func:`info_nce`, of every view; not with ``candidate_bias``, ``weight_fn`` and scales of [N].
 
     Returns
     -------
-    Tensor
+    Tensor, or (Tensor, LossMetrics)
         A scalar, or [2N]; float32 (float64 for float64 inputs).
 
     Raises
@@ -121,6 +125,10 @@ def nt_xent(
         logit_scale = scale_of(z1, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
+    if return_metrics is not False:
+        members: dict[str, Any] = {"candidate_bias": candidate_bias, "weight_fn": weight_fn}
+        members["logit_scale of shape [N]"] = logit_scale if is_by_row(logit_scale) else None
+        check_metrics(return_metrics, ranks, z1, **members)
     weighted = () if weight_fn is None else ("weight_fn",)
     if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, *weighted)):
         rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
@@ -170,7 +178,11 @@ def nt_xent(
     if pairs.adds or by_row:
         options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
         return views_with_biases(problem, weight, reduction, **options)
-    return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
+    loss = softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
+    if not return_metrics:
+        return loss
+    said = (weight, reduction)
+    return with_metrics(loss, problem, *said, include_positive=include_positive, smoothing=label_smoothing, repeats=2)
 
 
 class NTXentLoss(SoftmaxLoss):
@@ -182,7 +194,7 @@ class NTXentLoss(SoftmaxLoss):
         "none" gives the views' losses [2N].
     weight_fn
         As in :func:`contrastive_kernels.nt_xent`.
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -208,7 +220,7 @@ class NTXentLoss(SoftmaxLoss):
         ids: Tensor | None = None,
         candidate_bias: Tensor | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Any:
         """Two views of the same samples [N, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         members["temperature"] = temperature

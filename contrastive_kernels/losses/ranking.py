@@ -92,7 +92,7 @@ def multiple_negatives_ranking(
         Those above the dot product of anchor and positive less this are left out; ("relative", m): less m times its
         absolute value.
     weight : Tensor, optional
-        Weights of the rows [N], not differentiated.
+        Weights of the rows [N], not differentiated; of either sign.
     reduction : {"mean", "sum", "none"}
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize, backend, workspace_bytes
@@ -310,7 +310,11 @@ class Ranking:
         scale = scale_tensor(x, self.problem.scale)
         problem = replace(self.problem, x=x, y=y, offset=0, pairs=pairs)
         if raised:
+            if x.dtype == torch.float16:  # whose gradient may be far from the factor's
+                x, y = x.float(), y.float()
             total = scale + self.hardness
+            # where nothing is left of the scale, the logits are 0 to all digits, and there is a factor still
+            total = total + torch.where(total == 0, torch.finfo(scale.dtype).eps ** 2 * scale, 0.0).detach()
             factor = (scale / total).detach()
             x, y = (_FactorOfGradient.apply(v, factor) for v in (x, y))
             problem = replace(problem, x=x, y=y, scale=total)

@@ -15,12 +15,30 @@ from ..engine.matrix import Problem
 from ..operators.logsumexp import log_sum_exps
 from ..panels.size import score_dtype
 
-__all__ = ["debiased_mean", "joined", "negatives_of", "pair_dots", "relative_log_sum", "relative_of", "softplus"]
+__all__ = [
+    "LOWEST",
+    "debiased_mean",
+    "joined",
+    "negatives_of",
+    "pair_dots",
+    "relative_log_sum",
+    "relative_of",
+    "softplus",
+    "without_infinity",
+]
+
+#: A logit so low that its exponential is 0 beside any other, and some times it is no infinity.
+LOWEST = -1e20
 
 
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z) without a threshold; 0 for -inf."""
     return -logsigmoid(-z)
+
+
+def without_infinity(logits: Tensor) -> Tensor:
+    """Logits of positives [N], of which -inf is as low a number as sums take, without a gradient."""
+    return logits.masked_fill(logits.detach() == -torch.inf, LOWEST)
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
@@ -54,12 +72,12 @@ def relative_of(rows: Tensor, normalizer: Tensor, z_pos: Tensor) -> Tensor:
     return value + (moving - moving.detach())
 
 
-def negatives_of(problem: Problem) -> Tensor:
-    """How many columns are negatives of each row [N] int64, padding left out."""
+def negatives_of(problem: Problem, *, padding: bool = False) -> Tensor:
+    """How many columns are negatives of each row [N] int64; `padding`: padding, too."""
     bias, row_ids, col_ids = problem.pairs.tensors[:3]
     n, m, device = problem.x.shape[0], problem.y.shape[0], problem.x.device
     kept = torch.ones(m, dtype=torch.int64, device=device)
-    if bias is not None:
+    if bias is not None and not padding:
         kept = kept.masked_fill(bias.detach() == -torch.inf, 0)
     count = kept.sum().expand(n)
     own = problem.index

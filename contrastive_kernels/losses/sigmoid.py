@@ -19,6 +19,7 @@ from ..arguments.checks import (
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import pairs_of, require_alone, without_padding
 from ..arguments.reduction import gains_or_weights
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
 from ..distributed.rules import Sigmoid
@@ -33,9 +34,10 @@ __all__ = ["SigmoidLoss", "sigmoid"]
 def sigmoid(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -56,6 +58,8 @@ def sigmoid(
         Matching rows [N, D] of one dtype and device; with ``ids`` any rows [N, D] and [M, D].
     logit_scale, logit_bias : float or Tensor
         z = logit_scale * <x, y> + logit_bias; both may be tensors of one element that require gradients.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     ids : Tensor or pair of Tensor, optional
         Ids (integers) of the images [N] and of the texts [M], one tensor for both where N == M: the matching pairs are
         those of equal ids, several of a row or none. Without ids, image i matches text i.
@@ -95,6 +99,8 @@ def sigmoid(
     >>> round(ck.sigmoid(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 5)
     0.69328
     """
+    if temperature is not None:
+        logit_scale = scale_of(image_features, logit_scale, temperature)
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     try:
@@ -149,16 +155,18 @@ class SigmoidLoss(Loss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | None = None,
+        temperature: float | Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Matching rows [N, D]; with ids any rows [N, D] and [M, D]."""
         check_flag(output_dict, "output_dict")
         bias = 0.0 if logit_bias is None else logit_bias
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        members["temperature"] = temperature
         loss = sigmoid(image_features, text_features, logit_scale, bias, **members, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -30,6 +30,7 @@ from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss, wants_all
+from .metrics import check_metrics, with_metrics
 from .module import SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, require_no_corrections, widened
@@ -64,7 +65,8 @@ def info_nce(
     gradients: str = "average",
     strategy: str = "auto",
     uneven: bool = False,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | Any:
     """InfoNCE in one direction: each row of ``x`` finds its positive among the rows of ``y``.
 
     Parameters
@@ -87,7 +89,8 @@ def info_nce(
     positive_logits, positive_features : Tensor, optional
         The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
-        [N], -1 for none). Differentiable; a logit of -inf gives an infinite loss, and no gradient of its own.
+        [N], -1 for none). Differentiable; a logit of -inf has an infinite loss, whatever else is said, and no
+        gradient.
     queue : FeatureQueue, optional
         Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional
@@ -142,10 +145,14 @@ def info_nce(
         computes all pairs, or (strips) those of its own rows and columns.
     uneven : bool
         Ranks may have different numbers of rows. On CUDA the host then waits for their sizes.
+    return_metrics : bool
+        Return (loss, :class:`LossMetrics`): in-batch accuracies, the mean positive logit and the mean logarithm of the
+        denominator. A product more in every direction. Not over ranks, nor with several positives, those that are no
+        candidates, a queue and corrections.
 
     Returns
     -------
-    Tensor
+    Tensor, or (Tensor, LossMetrics)
         A scalar, or [N]; float32 (float64 for float64 inputs).
 
     Raises
@@ -182,6 +189,9 @@ def info_nce(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     given = (positive_logits, positive_features, queue, weight_fn, debiased, hardness_beta)
+    if return_metrics is not False:
+        told = Members(*given).told(positives)
+        check_metrics(return_metrics, ranks, x, **dict.fromkeys(told[:1], True))
     if ranks is not None:
         members = Members(*given)
         if because := wants_all(label_smoothing, candidate_bias, margin, *members.told(positives)):
@@ -229,7 +239,9 @@ def info_nce(
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
         return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
-    return softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
+    options = {"include_positive": include_positive, "smoothing": label_smoothing}
+    loss = softmax_loss(problem, gains, reduction, **options)
+    return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss
 
 
 class InfoNCELoss(SoftmaxLoss):
@@ -241,7 +253,7 @@ class InfoNCELoss(SoftmaxLoss):
         As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes
+    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -280,7 +292,7 @@ class InfoNCELoss(SoftmaxLoss):
         positive_features: Tensor | None = None,
         queue: FeatureQueue | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Any:
         """Anchors [N, D], candidates [M, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         members.update(

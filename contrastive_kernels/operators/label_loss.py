@@ -32,8 +32,8 @@ from ..panels.pairs import ALIKE_ALONE, ALIKE_COUNT, EVERY_PAIR
 from ..panels.panel import Side, present
 from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
-from .label_matrix import in_one_go, inside, outside, value_and_gradients
-from .parts import add_positive_params, gradients_of, params_of
+from .label_matrix import in_one_go, inside, value_and_gradients
+from .parts import add_positive_params, gradients_of, params_of, whole_gradients, whole_scores
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
@@ -152,7 +152,8 @@ def _forward(call: Call) -> Outputs:
     """The loss; dx, dy, dscale, dbias where they come with it; the rows' normalisers and mean positive scores."""
     (backend, how), (reduction, is_inside), (gain, _) = _strategy(call), call.settings, _vectors(call)
     if how.place is Place.WHOLE:
-        return *value_and_gradients(call, inside if is_inside else outside), None, None, None
+        whole = value_and_gradients(call, inside) if is_inside else _in_one_call(call, backend)
+        return *whole, None, None, None
     strategy.require_panel(backend, call.problem.size())
     mean_dots = _mean_dots(call)
     if is_inside:
@@ -177,6 +178,15 @@ def _forward(call: Call) -> Outputs:
     losses = gain * of_rows.losses(normalizer)
     kept = (normalizer, None, mean_dots) if True in call.needs else (None, None, None)
     return losses if reduction == "none" else losses.sum(), None, None, None, None, *kept
+
+
+def _in_one_call(call: Call, backend: Backend) -> Outputs:
+    """A small matrix: the backend gives value and weights in one call."""
+    problem, (gain, share) = call.problem, _vectors(call)
+    x, y, scores = whole_scores(problem)
+    problem = replace(problem, pairs=problem.pairs._replace(equal_ids=ALIKE_COUNT))
+    value, *params = backend.label_matrix(scores, problem, gain, share)
+    return value, *whole_gradients(call, scores, x, y, *params)
 
 
 def _forward_inside(call: Call, backend: Backend, dots: Tensor) -> Outputs:

@@ -1,4 +1,4 @@
-"""The losses by labels of a small matrix, all of whose scores are made at once, with their gradients.
+"""Losses by labels of a small matrix that no backend has in one call: all scores at once, with their gradients.
 
 Overhead dominates there: a few operations of torch on all scores take less than two passes over panels.
 """
@@ -17,7 +17,7 @@ from ..panels.panel import present
 from .parts import whole_gradients, whole_scores
 from .shared import Call, Outputs
 
-__all__ = ["in_one_go", "inside", "of_pairs", "outside", "value_and_gradients"]
+__all__ = ["in_one_go", "inside", "of_pairs", "value_and_gradients"]
 
 
 class Scores(NamedTuple):
@@ -63,21 +63,6 @@ def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
         sums = [v.sum(dtype=torch.float64).item() for v in (w * (scores - center), w)]
     w *= problem.scale
     return value, *whole_gradients(call, w + w.T if problem.symmetric else w, x, y, *sums)
-
-
-def outside(given: Scores, gain: Tensor, share: Tensor) -> Found:
-    """a_i - mean_p z_ip. As everywhere, a row with one positive has it outside of its log-sum."""
-    z, alike, single = given.z, given.alike, share == 1
-    mean = torch.where(alike, z, 0.0).sum(1) * share  # of one logit, itself
-    if single.any():
-        z.masked_fill_(alike & single[:, None], -torch.inf)
-    shift, total, e = _exponentials(z)
-    margin = (shift - mean) + total.log()
-    losses = torch.where(single, -logsigmoid(-margin), margin).masked_fill(share == 0, 0.0)
-    softmax = torch.where(single, gain * torch.sigmoid(margin), gain)
-    target = torch.where(single, softmax, gain * share)
-    w = e.mul_(_quotient(softmax, total)[:, None])
-    return Found(losses, w.sub_(torch.where(alike, target[:, None], 0.0)))
 
 
 def inside(given: Scores, gain: Tensor, share: Tensor) -> Found:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..engine.class_sums import ClassSums, square_norms
 from ..engine.driver import gradient_pass, normalizer_of, softmax_side, statistics_pass
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import Problem, ScoreMatrix
@@ -73,27 +72,19 @@ def _forward(call: Call) -> Outputs:
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, problem.backend())
     normalizer = normalizer_of(statistics_pass(matrix, cols=False)[0])
     blocks, losses, softmax = _blocks(problem), torch.zeros_like(gain), torch.zeros_like(gain)
+    total = torch.zeros(2, dtype=gain.dtype, device=gain.device)  # of the positives' scores, and their number
     for block in blocks:
         rows = blocks.row_order[block.rows]
-        _, margins = _margins(blocks, block, matrix.params, normalizer)
+        scores, margins = _margins(blocks, block, matrix.params, normalizer)
         losses[rows] -= logsigmoid(-margins).sum(1)
         softmax[rows] += torch.sigmoid(margins).sum(1)
+        total[0] += scores.masked_fill_(~block.positives, 0.0).sum()
+        total[1] += block.positives.sum()
     losses = gain * losses
     value = losses if reduction == "none" else losses.sum()
-    kept = (normalizer, softmax, _center(problem)) if True in call.needs else (None, None, None)
+    center = total[:1] / total[1:].clamp(min=1)
+    kept = (normalizer, softmax, center) if True in call.needs else (None, None, None)
     return value, None, None, None, None, *kept
-
-
-def _center(problem: Problem) -> Tensor:
-    """The mean score of the positives, as a tensor of one element."""
-    x, row_ids, col_ids = problem.x, present(problem.pairs.row_ids), present(problem.pairs.col_ids)
-    sums = ClassSums(row_ids, col_ids, problem.workspace_bytes)
-    dots, counts = sums.dots(x, problem.y), sums.sums(torch.ones_like(problem.y[:, 0]))
-    total = dots.sum()
-    if problem.symmetric:
-        counts = counts - 1
-        total = total - square_norms(x).sum()
-    return (total / counts.sum().clamp(min=1)).to(score_dtype(x.dtype)).reshape(1)
 
 
 def _fake(call: Call) -> Outputs:

@@ -6,7 +6,6 @@ Where the scores need to be made only once, the gradients of a mean or a sum com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..engine.strategy import Place, Strategy
 from ..panels.panel import Side
-from ..panels.size import blocks, saved_dtype, score_dtype
+from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .parts import (
     add_positive_params,
@@ -36,14 +35,13 @@ from .parts import (
     gradients_of,
     params_of,
     wanted_of,
-    whole_gradients,
-    whole_scores,
 )
 from .prepared import prepared_for
 from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive
 from .smoothing import Smoothing, smoothing_of
+from .softmax_whole import LIFT, bands_are_whole, in_one_call, in_one_call_a_band
 
 __all__ = ["row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
 
@@ -56,6 +54,7 @@ def softmax_loss(
     both: bool = False,
     include_positive: bool = True,
     smoothing: float = 0.0,
+    lift: Tensor | None = None,
 ) -> Tensor:
     """The softmax loss of every row, or their mean or sum.
 
@@ -73,10 +72,13 @@ def softmax_loss(
         The denominator has the positive; without it the loss is n_i - z_i,p(i), and 0 for a row without negatives.
     smoothing : float
         The share of a row's target that lies on all its candidates alike; with the positive in the denominator.
+    lift : Tensor, optional
+        What the losses add to the positives' logits [N] in the dtype of the scores, differentiable: where the positive
+        stands for several. With it in the denominator, and without `both` and smoothing.
     """
     # (as text that keeps its bits: Dynamo takes no float within what it prints)
     share = float(smoothing).hex() if smoothing else ""
-    loss: Tensor = softmax_losses(problem, (gain,), (reduction, both, include_positive, share))[0]
+    loss: Tensor = softmax_losses(problem, (gain, lift), (reduction, both, include_positive, share))[0]
     return loss
 
 
@@ -89,8 +91,7 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
     """Who computes it, and how."""
     problem, (reduction, both, _, smoothing) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
-    # the gradient of the columns' biases comes of a pass of its own
-    summed = reduction != "none" and not call.needs[COL_BIAS]
+    summed = reduction != "none"
     if summed and not smoothing and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
         return backend, _WHOLE
     found = find(
@@ -106,7 +107,7 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
 
 def _gains(call: Call) -> Tensor:
     """What every row's loss is multiplied by [N], of one direction."""
-    (gain,), (_, both, *_), x = call.extras, call.settings, call.problem.x
+    gain, (_, both, *_), x = call.extras[0], call.settings, call.problem.x
     share = _share(call)
     if gain is None:
         return torch.full((len(x),), share, dtype=score_dtype(x.dtype), device=x.device)
@@ -115,48 +116,52 @@ def _gains(call: Call) -> Tensor:
 
 def _share(call: Call) -> float:
     """The same where rows have no weights of their own."""
-    (gain,), (reduction, both, *_) = call.extras, call.settings
+    gain, (reduction, both, *_) = call.extras[0], call.settings
     share = 1.0 / max(call.problem.x.shape[0], 1) if reduction == "mean" and gain is None else 1.0
     return share / 2 if both else share
 
 
 def _forward(call: Call) -> Outputs:
-    """The loss; dx, dy, dscale, dbias where they come with it, or normalisers of rows and columns, dots and scores."""
+    """The loss; gradients, in the order of `_MADE`, where they come with it; or the normalisers, dots and scores."""
     backend, how = _strategy(call)
     if how.place is Place.WHOLE:
-        return _in_one_call(call, backend)
+        gain = None if call.extras[0] is None else _gains(call)
+        return in_one_call(call, backend, gain, _share(call))
     problem, (reduction, both, include, smoothing) = call.problem, call.settings
-    if how.place is Place.BAND and _bands_are_whole(call, backend):
-        return _in_one_call_a_band(call, backend, how.rows)
+    if how.place is Place.BAND and bands_are_whole(call, backend):
+        return in_one_call_a_band(call, backend, how.rows, _share(call))
     saved, scores = saved_dtype(problem.x.dtype), None
     if how.place is Place.KEPT:
         scores = problem.x.new_empty(
             problem.x.shape[0], problem.y.shape[0], dtype=score_dtype(problem.x.dtype), device=problem.x.device
         )
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
-    plain = include and not smoothing and not problem.pairs.adds
+    lift = call.extras[1]
+    plain = include and not smoothing and not problem.pairs.adds and lift is None
     if matrix.dots is not None and scores is None and plain:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = _centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)
     smoothings = _smoothings(call, matrix, z_pos)
     if how.place is Place.BAND:
-        found = _Found(matrix, dots, z_pos, gain, include, smoothings)
-        made = band_passes(matrix, how.rows, found.sides, Wanted(*call.wants), cols=both)
+        found = _Found(matrix, dots, z_pos, gain, include, smoothings, lift)
+        made = band_passes(matrix, how.rows, found.sides, wanted_of(call), cols=both)
         found.add_positive_params(made)
         value = found.losses if reduction == "none" else (gain * found.losses).sum()
-        return value, made.dx, made.dy, *params_of(call, made.dparams), None, None, None, None
+        dlift = found.dz_pos if call.needs[LIFT] else None
+        params = params_of(call, made.dparams)
+        return value, made.dx, made.dy, *params, made.dcandidates, dlift, None, None, None, None
     row_state, col_state = statistics_pass(matrix, cols=both)
     row, col = normalizer_of(row_state), None if col_state is None else normalizer_of(col_state)
-    losses = row_losses(row, z_pos, include)
+    losses = row_losses(_lifted(row, lift), z_pos, include)
     if col is not None:
         losses = losses + row_losses(col, z_pos, include)
     for each in smoothings:
         losses = losses + each.losses
     losses = gain * losses
     if True not in call.needs:
-        return losses if reduction == "none" else losses.sum(), *(None,) * 8
-    return losses if reduction == "none" else losses.sum(), None, None, None, None, row, col, dots, scores
+        return losses if reduction == "none" else losses.sum(), *(None,) * 10
+    return losses if reduction == "none" else losses.sum(), *(None,) * 6, row, col, dots, scores
 
 
 def _smoothings(call: Call, matrix: ScoreMatrix, z_pos: Tensor) -> list[Smoothing]:
@@ -176,52 +181,15 @@ def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
         row, col, dots, matrix.params, call.extras[0], _share(call), reduction != "none"
     )
     kept = (row, col, dots) if True in call.needs else (None, None, None)
-    return value, None, None, None, None, *kept, None
-
-
-def _in_one_call(call: Call, backend: Backend) -> Outputs:
-    """A small matrix: the backend gives value and weights in one call."""
-    problem, (_, both, include, _), (gain,) = call.problem, call.settings, call.extras
-    x, y, scores = whole_scores(problem)
-    gain = None if gain is None else _gains(call)
-    value, *params = backend.softmax_matrix(scores, problem, gain, _share(call), both, include)
-    return value, *whole_gradients(call, scores, x, y, *params), None, None, None, None
-
-
-def _bands_are_whole(call: Call, backend: Backend) -> bool:
-    """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
-    problem, (_, both, _, smoothing) = call.problem, call.settings
-    one_way = not smoothing and not both and not problem.symmetric
-    return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
-
-
-def _in_one_call_a_band(call: Call, backend: Backend, rows: int) -> Outputs:
-    """Bands of some rows: the backend gives each one's value and weights in one call."""
-    problem, (gain,), (want_x, want_y, _) = call.problem, call.extras, call.wants
-    x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
-    dx, dy = torch.empty_like(x) if want_x else None, torch.empty_like(y) if want_y else None
-    scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
-    for i in blocks(len(x), rows):
-        weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
-        own, pairs = (positives.offset, positives.index), problem.pairs.of_rows(i)
-        band = replace(problem, x=x[i], y=y, offset=own[0], index=own[1], pairs=pairs)
-        of_rows = None if gain is None else gain[i]
-        value, *params = backend.softmax_matrix(weights, band, of_rows, _share(call), False, call.settings[2])
-        totals = [total + part for total, part in zip(totals, (value.item(), *params))]
-        if dx is not None:
-            torch.mm(weights, y, out=dx[i])
-        if dy is not None:
-            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else torch.addmm(dy, weights.T, x[i], out=dy)
-    found = torch.tensor(totals, dtype=torch.float64, device=x.device)
-    return found[0].to(x.dtype), dx, dy, *params_of(call, found[1:]), None, None, None, None
+    return value, *(None,) * 6, *kept, None
 
 
 def _prepared(call: Call) -> Prepared | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
     reduction, both, include, smoothing = call.settings
-    return (
-        None if reduction == "none" or smoothing or not include else prepared_for(call, "softmax", _share(call), both)
-    )
+    if reduction == "none" or smoothing or not include or call.extras[1] is not None:
+        return None
+    return prepared_for(call, "softmax", _share(call), both)
 
 
 def _centered_dots(matrix: ScoreMatrix) -> Tensor:
@@ -251,6 +219,14 @@ def row_softmax(normalizer: Tensor, z_pos: Tensor, include: bool) -> Tensor:
     return torch.ones_like(rest).masked_fill_(rest == -torch.inf, 0.0)
 
 
+def _lifted(normalizer: Tensor, lift: Tensor | None) -> Tensor:
+    """Log-sums as two numbers [2, n], as positives see them whose logits are lifted."""
+    if lift is None:
+        return normalizer
+    shift, rest = normalizer
+    return torch.stack([shift, rest - lift])
+
+
 class _Found:
     """What bands of rows leave behind: the rows' losses and the positives' dL/dz."""
 
@@ -262,7 +238,9 @@ class _Found:
         gain: Tensor,
         include: bool,
         smoothings: Sequence[Smoothing],
+        lift: Tensor | None,
     ) -> None:
+        self.lift = lift
         self.matrix, self.dots, self.z_pos, self.gain, self.include = matrix, dots, z_pos, gain, include
         self.row_smoothing, self.col_smoothing = (*smoothings, None, None)[:2]
         self.losses, self.dz_pos = torch.zeros_like(z_pos), torch.zeros_like(z_pos)
@@ -277,8 +255,9 @@ class _Found:
 
     def _side(self, i: slice, state: Tensor, smoothing: Smoothing | None) -> Side:
         normalizer = normalizer_of(state)
-        self.losses[i] += row_losses(normalizer, self.z_pos[i], self.include)
-        softmax = self.gain[i] * row_softmax(normalizer, self.z_pos[i], self.include)
+        lifted = _lifted(normalizer, None if self.lift is None else self.lift[i])
+        self.losses[i] += row_losses(lifted, self.z_pos[i], self.include)
+        softmax = self.gain[i] * row_softmax(lifted, self.z_pos[i], self.include)
         self.dz_pos[i] -= softmax
         if smoothing is None:
             return softmax_side(normalizer, softmax)
@@ -307,13 +286,15 @@ def _fake(call: Call) -> Outputs:
             x.new_empty(x.shape, dtype=saved) if want_x else None,
             y.new_empty(y.shape, dtype=saved) if want_y else None,
             *(x.new_empty((), dtype=of_params) if need else None for need in call.needs[2:4]),
+            y.new_empty(y.shape[0], dtype=dtype) if call.needs[COL_BIAS] else None,
+            x.new_empty(x.shape[0], dtype=dtype) if call.needs[LIFT] else None,
             None, None, None, None,
         )  # fmt: skip
     if True not in call.needs:
-        return value, *(None,) * 8
+        return value, *(None,) * 10
     kept = how.place is Place.KEPT
     return (
-        value, None, None, None, None,
+        value, *(None,) * 6,
         x.new_empty((2, x.shape[0]), dtype=dtype),
         x.new_empty((2, y.shape[0]), dtype=dtype) if both else None,
         x.new_empty(x.shape[0], dtype=dtype),
@@ -331,6 +312,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     if (
         include
         and not smoothing
+        and call.extras[1] is None
         and backend.vectors
         and len(dots)
         and call.problem.y.shape[0]
@@ -340,7 +322,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     matrix = ScoreMatrix.of(bounded_ceilings(call.problem, row, col), EXPONENTIAL, backend, scores=scores)
     matrix.params[2] = dots.sum() / max(len(dots), 1)
     z_pos, gain = positive_logits(matrix, dots), _gains(call) * upstream[0]
-    row_gain = gain * row_softmax(row, z_pos, include)
+    row_gain = gain * row_softmax(_lifted(row, call.extras[1]), z_pos, include)
     col_gain = None if col is None else gain * row_softmax(col, z_pos, include)
     dz_pos = -row_gain if col_gain is None else -row_gain - col_gain
     smoothings = _smoothings(call, matrix, z_pos)
@@ -351,7 +333,8 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
     col_side = row_side if matrix.symmetric else Side() if col is None else softmax_side(col, col_gain, targets[1])
     made = gradient_pass(matrix, row_side, col_side, wanted_of(call), dz_pos * matrix.params[0])
     add_positive_params(matrix, made, dz_pos, dots)
-    return gradients_of(call, made)
+    found = gradients_of(call, made)
+    return (*found[:LIFT], dz_pos) if call.needs[LIFT] else found
 
 
 def _gradients_by_kernels(
@@ -371,7 +354,8 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     """The losses of some rows (turned: columns), or their sum, in operations of torch."""
     z, z_pos = dense_logits(call.problem, rows, turned)
     reduction, _, include, smoothing = call.settings
-    losses = row_losses(torch.stack(dense_normalizer(z)), z_pos, include)
+    lift = None if call.extras[1] is None else call.extras[1][rows]
+    losses = row_losses(_lifted(torch.stack(dense_normalizer(z)), lift), z_pos, include)
     if smoothing:
         negatives = z != -torch.inf
         sums = z.masked_fill(~negatives, 0.0).sum(1) + z_pos
@@ -383,17 +367,20 @@ def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
     return (losses if reduction == "none" else losses.sum(),)
 
 
+#: x, y, scale, bias, the columns' biases, and the lifts of the positives' logits.
+_MADE = (0, 1, 2, 3, COL_BIAS, LIFT)
+
 softmax_losses = register(
     Primitive(
         "softmax_loss",
         results=1,
-        outputs=9,
+        outputs=11,
         forward=_forward,
         fake=_fake,
         gradients=_gradients,
         dense=_dense,
         two_sided=lambda call: call.settings[1],
         prepared=_prepared,
-        made=(0, 1, 2, 3),
+        made=_MADE,
     )
 )

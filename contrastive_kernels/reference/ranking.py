@@ -72,43 +72,62 @@ def multiple_negatives_ranking(
     Tensor
         A scalar, or [N].
     """
-    n = len(anchor)
-    own, whose, documents = _documents(positive, negatives)
-    rows = torch.arange(n, dtype=torch.int64, device=anchor.device)[:, None]
-    alike = whose == rows
-    dots = {
+    documents = _documents(positive, negatives)
+    of_guide = None if guided is None else dots_of(guided[0], guided[1], _documents(guided[1], *guided[2:]))
+    dots = dots_of(anchor, positive, documents)
+    options = (directions, partition, hardness_mode, hardness_strength, guided_margin)
+    return ranking_of_dots(dots, logit_scale, of_guide, *options, weight, reduction)
+
+
+def dots_of(anchor: Tensor, positive: Tensor, documents: Tensor) -> dict[str, Tensor]:
+    """The dot products of every direction: [N, N], and [N, (1 + K) N] of the documents, the rows' positives first."""
+    return {
         "query_to_doc": anchor @ documents.T,
         "doc_to_query": positive @ anchor.T,
         "query_to_query": anchor @ anchor.T,
         "doc_to_doc": positive @ documents.T,
     }
-    diagonal = own[:, :n]
+
+
+def ranking_of_dots(
+    dots: dict[str, Tensor],
+    logit_scale: Scale,
+    of_guide: dict[str, Tensor] | None,
+    directions: Sequence[str],
+    partition: str,
+    hardness_mode: str | None,
+    hardness_strength: float,
+    guided_margin: float | tuple[str, float],
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The same of the dot products of every direction, and of a guide's."""
+    first = dots["query_to_doc"]
+    n, m = first.shape
+    rows = torch.arange(n, dtype=torch.int64, device=first.device)
+    columns = torch.arange(m, dtype=torch.int64, device=first.device)
+    own = columns == rows[:, None]
+    whose = torch.cat([rows, rows.repeat_interleave(m // n - 1)]) if n else rows
+    alike, diagonal = whose == rows[:, None], own[:, :n]
     left_out = {
         "query_to_doc": torch.zeros_like(own),
         "doc_to_query": torch.zeros_like(diagonal),
         "query_to_query": diagonal,
         "doc_to_doc": alike,
     }
-    if guided is not None:
-        g_anchor, g_positive = guided[:2]
-        g_documents = _documents(g_positive, guided[2] if len(guided) > 2 else None)[2]
-        score = (g_anchor * g_positive).sum(1)
+    if of_guide is not None:
+        score = of_guide["query_to_doc"].diagonal()
         threshold = score - (score.abs() * guided_margin[1] if isinstance(guided_margin, tuple) else guided_margin)
-        of_guide = {
-            "query_to_doc": (g_anchor @ g_documents.T, own),
-            "doc_to_query": (g_positive @ g_anchor.T, diagonal),
-            "query_to_query": (g_anchor @ g_anchor.T, diagonal),
-            "doc_to_doc": (g_positive @ g_documents.T, alike),
-        }
-        for name, (scores, kept) in of_guide.items():
-            left_out[name] = left_out[name] | ((scores > threshold[:, None]) & ~kept)
+        kept = {"query_to_doc": own, "doc_to_query": diagonal, "query_to_query": diagonal, "doc_to_doc": alike}
+        for name, scores in of_guide.items():
+            left_out[name] = left_out[name] | ((scores > threshold[:, None]) & ~kept[name])
     logits = {name: logit_scale * each for name, each in dots.items()}
     if hardness_mode is not None:
         hard = alike & ~own
         raised = {"in_batch_negatives": ~alike, "hard_negatives": hard, "all_negatives": ~own}[hardness_mode]
-        added = hardness_strength * dots["query_to_doc"].detach()
+        added = hardness_strength * first.detach()
         logits["query_to_doc"] = logits["query_to_doc"] + added.masked_fill(~raised, 0.0)
-    z_pos = logit_scale * (anchor * positive).sum(1)
+    z_pos = logit_scale * first.diagonal()
     asked = [logits[name].masked_fill(left_out[name], -torch.inf) for name in directions]
     if partition == "joint":
         losses = _logsumexp(torch.cat(asked, 1)) - z_pos
@@ -118,13 +137,6 @@ def multiple_negatives_ranking(
     return _reduce(losses, weight, reduction)
 
 
-def _documents(positive: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which document is a row's positive [N, M], whose each one is [M], and all of them [M, D]."""
-    n = len(positive)
-    rows = torch.arange(n, dtype=torch.int64, device=positive.device)
-    documents, whose = positive, rows
-    if negatives is not None:
-        documents = torch.cat([positive, negatives.reshape(-1, negatives.shape[2])])
-        whose = torch.cat([rows, rows.repeat_interleave(negatives.shape[1])])
-    columns = torch.arange(len(documents), dtype=torch.int64, device=positive.device)
-    return columns == rows[:, None], whose, documents
+def _documents(positive: Tensor, negatives: Tensor | None = None) -> Tensor:
+    """The positives, and the negatives of all rows [(1 + K) N, D]."""
+    return positive if negatives is None else torch.cat([positive, negatives.reshape(-1, negatives.shape[2])])

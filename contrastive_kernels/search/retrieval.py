@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,8 @@ from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
 from ..backends import registry
 from ..distributed.group import ranks_of, told
 from ..distributed.search import Corpus
+from ..engine.rounding import lengths as row_lengths
+from ..engine.rounding import score_rounding
 from ..engine.search import panel_side
 from ..operators.search import count_ranks
 from ..panels.size import score_dtype, workspace_for
@@ -29,14 +30,6 @@ from ..panels.terms import RANK
 from .positives import check_relevance, figures_of, in_order, positive_columns, without_self
 
 __all__ = ["RetrievalMetrics", "retrieval_metrics"]
-
-
-#: Two scores are equal if they differ by less than so many roundings of a sum of D products, each taken as eps sqrt(D).
-_ROUNDINGS = 4
-
-
-#: Rows whose norms are taken at a time.
-_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -219,12 +212,11 @@ def _ranks(
     `apart` [N, .] are left out, `own` [N, P] the positives' scores. And the queries with a document too close to a
     positive to tell [N].
     """
-    lengths = _lengths(y)
+    lengths = row_lengths(y)
     # a document of NaN or infinity is its own trouble, not every query's
     longest = lengths.masked_fill(~lengths.isfinite(), 0.0).amax() if len(y) else lengths.new_ones(())
-    size = _lengths(x) * (longest if corpus is None else corpus.largest(longest))
-    rounding = _ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(x.shape[1]) + _operand_rounding(x, dtype)
-    slack = rounding * size.to(dtype)
+    size = row_lengths(x) * (longest if corpus is None else corpus.largest(longest))
+    slack = score_rounding(x, dtype) * size.to(dtype)
     scores, left_out = own.T.to(dtype), torch.cat([index, apart], 1)
     bounds = (scores - slack).contiguous(), (scores + slack).contiguous()
     if corpus is None:
@@ -234,23 +226,6 @@ def _ranks(
     others = (y.shape[0] if corpus is None else corpus.size) - (left_out >= 0).sum(1)
     before = others - below
     return before.T.contiguous(), ((before > above) & (index >= 0).T).any(0)
-
-
-def _lengths(v: Tensor) -> Tensor:
-    """Euclidean norms of the rows [n] in float32, a block of rows at a time: no copy of a 16-bit corpus."""
-    return torch.cat([block.to(torch.float32).norm(dim=1) for block in v.split(_ROWS)])
-
-
-def _operand_rounding(x: Tensor, dtype: torch.dtype) -> float:
-    """By how much a product of unit vectors is off because torch may round float32 operands to TF32 or bfloat16."""
-    if dtype == torch.float64 or x.dtype != torch.float32:  # 16-bit operands have no more digits than those
-        return 0.0
-    owner: Any = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
-    matmul = getattr(owner, "matmul", None)
-    precision = getattr(matmul, "fp32_precision", None)
-    if precision is None and getattr(matmul, "allow_tf32", False):  # before torch 2.9
-        precision = "tf32"
-    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(str(precision), 0.0)
 
 
 def _cut_offs(k: Any) -> tuple[int, ...]:

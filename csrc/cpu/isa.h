@@ -56,6 +56,7 @@ struct IsaTable {
   void (*gumbel_run)(int64_t seed, int64_t row, int64_t first_column, float* out, int64_t n);
   void (*gather_run)(const Matrix& m, const int64_t* positives, float* dots, float* z_pos);
   void (*visit_matrix)(const Panel&, bool first, bool columns, const Buffers&);
+  void (*alike_run)(const Matrix& m, double* sums);
 };
 
 // The one that the machine runs with.

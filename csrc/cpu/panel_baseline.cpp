@@ -25,7 +25,7 @@ namespace baseline {
 
 }  // namespace baseline
 
-const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,     baseline::run_search,
-                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix};
+const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,      baseline::run_search,
+                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix, baseline::alike_run};
 
 }  // namespace ck

@@ -78,13 +78,13 @@ static ParamSums weigh_stripe(const Panel& p, const Chunk& c, int64_t stripe, Sc
     params.dscale += dot(s.col_gain, buffers.col_moment + first, c.cols);
     params.dbias += dot(s.col_gain, buffers.col_sum + first, c.cols);
   }
-  const float scale = p.params[0];
+  const float factor = p.factor ? *p.factor : p.params[0];
   const float* __restrict col_gain = s.col_gain;
   for (int64_t i = 0; i < c.rows; ++i) {
     float* __restrict out = static_cast<float*>(p.weights) + (c.row0 + i) * p.weights_stride;
     const float row_gain = s.row_gain[i];
 #pragma omp simd
-    for (int64_t j = 0; j < c.cols; ++j) out[j] *= (COL ? row_gain + col_gain[j] : row_gain) * scale;
+    for (int64_t j = 0; j < c.cols; ++j) out[j] *= (COL ? row_gain + col_gain[j] : row_gain) * factor;
   }
   return params;
 }
@@ -103,4 +103,17 @@ static void visit(const Panel& p, bool first, const Buffers& buffers) {
 static void visit_matrix(const Panel& p, bool first, bool columns, const Buffers& buffers) {
   columns ? visit<Exponential<false, true, true>>(p, first, buffers)
           : visit<Exponential<false, true, false>>(p, first, buffers);
+}
+
+// The sums of the scores of every row's id [rows], but for those of its own column.
+static void alike_run(const Matrix& m, double* sums) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const int64_t id = m.pairs.row_ids[i], own = m.pairs.diagonal == kNoDiagonal ? -1 : i + m.pairs.diagonal;
+    const int64_t* __restrict ids = m.pairs.col_ids;
+    const float* __restrict score = m.scores + i * m.cols;
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < m.cols; ++j) sum += ids[j] == id && j != own ? static_cast<double>(score[j]) : 0.0;
+    sums[i] = sum;
+  }
 }

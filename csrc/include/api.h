@@ -41,6 +41,7 @@ struct SearchPanel {
 struct Matrix {
   const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
   float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
+  bool unscaled = false;          // ... or dL/dz itself
   int64_t rows = 0, cols = 0;
   Pairs pairs;                         // of the whole matrix; the positives are left out beside
   const int64_t* positives = nullptr;  // [rows] the positives' columns, -1 for none; null:
@@ -49,6 +50,9 @@ struct Matrix {
   const float* gain = nullptr;  // [rows] the rows' weights, or null
   double share = 1.0;           // ... and all of them have this one
   double* out = nullptr;        // [3] becomes value, d value / d scale, d value / d bias
+  // softmax_matrix alone: [rows] is added to the positives' logits in the losses, and becomes d value / d lift; or null
+  const float* lift = nullptr;
+  float* dlift = nullptr;
   int threads = 1;
 };
 
@@ -63,6 +67,12 @@ struct GivenSide {
 // square. `symmetric`: a set's scores with itself; the weights are those of both ends of a pair. Without `include` the
 // denominator has no positive: sum_i gain_i (n_i - z_i,p(i)).
 void softmax_matrix(const Matrix& matrix, bool both, bool symmetric, bool include);
+
+// sum_i gain_i (a_i - mean_p z_ip), the supervised contrastive loss: p are the columns of the row's id, whose pairs
+// have kAlikeCount, and a_i the log-sum over all that count. share [rows] is 1 over the number of a row's positives, 0
+// without; where there is one, it is the row's of `positives`, and left out of the log-sum: gain_i softplus(n_i -
+// z_ip).
+void label_matrix(const Matrix& matrix, const float* share, bool symmetric);
 
 // exponential: sum_i r_i sum_j exp(z_ij - a_i) over negatives, and the same over columns if they have normalizers;
 // `relative`: these are counted from the positive's logit, which then takes part in the gradients.

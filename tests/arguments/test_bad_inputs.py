@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("reduction", "backend", "loss", "name", "first_visit", "gradients", "strategy"), bad.word),
     **dict.fromkeys(("normalize", "return_log_normalizer", "return_terms", "output_dict", "uneven"), bad.flag),
     "group": bad.group,
-    **dict.fromkeys(("include_positive", "read_only", "across"), bad.flag),
+    **dict.fromkeys(("include_positive", "read_only", "across", "return_metrics"), bad.flag),
     **dict.fromkeys(("workspace_bytes", "d", "features", "side", "num_samples"), bad.positive_count),
     **dict.fromkeys(("in_features", "out_features", "hidden_features"), bad.positive_count),
     **dict.fromkeys(("n", "m", "columns"), bad.count),
@@ -201,6 +201,8 @@ BESIDE: dict[str, dict[str, Any]] = {
         for name in ("multiple_negatives_ranking", "MultipleNegativesRankingLoss.forward")
     },
     "brownian_bridge": {"image_aug": X},
+    "sigmoid": {"logit_bias": VALUES["logit_bias"]},
+    **{name: {"log_normalizer": VECTOR} for name in ("decomposable", "DecomposableLoss.forward")},
     **{name: {"gamma_schedule": "cosine", "gamma_decay_epochs": 3} for name in ("SogCLRLoss", "ISogCLRLoss")},
     "FeatureQueue.enqueue": {"ids": INDEX},
     "retrieval_metrics": {"positives": INDEX.flip(0)},
@@ -211,7 +213,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 #: Results, which users do not make, and another name of one that is tried.
-NOT_TRIED = {"NormalizerStatistics", "RetrievalMetrics", "DecomposableContrastiveLoss"}
+NOT_TRIED = {"LossMetrics", "NormalizerStatistics", "RetrievalMetrics", "DecomposableContrastiveLoss"}
 
 #: Of these no call is right here.
 NO_RIGHT_CALL = {
@@ -272,8 +274,8 @@ def prepared(name: str, tried: str = "") -> tuple[Callable[..., Any], dict[str, 
     """A callable, its object made anew, and the arguments of a call that is right but for the one that is tried."""
     function, (owner, _, method) = CALLABLES[name], name.partition(".")
     given = dict(BESIDE.get(name, {}))
-    if {"logit_scale", "temperature"} <= set(arguments(function)) and tried != "temperature":
-        given["logit_scale"] = VALUES["logit_scale"]
+    if {"logit_scale", "temperature"} <= set(arguments(function)):
+        given["logit_scale"] = None if tried == "temperature" else VALUES["logit_scale"]
     for argument, parameter in arguments(function).items():
         if parameter.default is parameter.empty and argument != "expectation":
             given.setdefault(argument, look_up(VALUES, name, argument))

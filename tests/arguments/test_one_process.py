@@ -41,10 +41,9 @@ class Asked(Exception):
 def call(name, **over):
     module = MAKE.get(name, getattr(ck, name))(**over)
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    scale = (
-        {"logit_scale": VALUES["logit_scale"]} if "temperature" in inspect.signature(module.forward).parameters else {}
-    )
-    return module(*[VALUES.get(p.name, FEATURES) for p in required], **scale)
+    parameters = inspect.signature(module.forward).parameters
+    wanted = ["logit_scale"] * ("temperature" in parameters) + ["log_normalizer"] * ("log_normalizer" in parameters)
+    return module(*[VALUES.get(p.name, FEATURES) for p in required], **{name: VALUES[name] for name in wanted})
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "NormalizerMemory"])

@@ -20,6 +20,7 @@ def dataset_loss(x: Tensor, y: Tensor, *, weight: Tensor, reduction: str) -> Ten
     return loss(x, y, torch.arange(N), 3.0, weight=weight)
 
 
+LABELS = torch.tensor([0, 1, 0, 2, 1, 2])
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "info_nce": lambda x, y, **options: ck.info_nce(x, y, 3.0, **options),
     "clip_loss": lambda x, y, **options: ck.clip_loss(x, y, 3.0, **options),
@@ -28,7 +29,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "decomposable": lambda x, y, **options: ck.decomposable(x, y, 3.0, torch.ones(N), **options),
     "pair": lambda x, y, **options: ck.decomposable(x, y, 3.0, (torch.ones(N), torch.ones(N)), **options),
     "dataset": dataset_loss,
+    "ranking": lambda x, y, **options: ck.multiple_negatives_ranking(x, y, 3.0, directions=WAYS, **options),
+    "labels": lambda x, y, **options: ck.sup_con(x, LABELS, 3.0, y=y, y_labels=LABELS, **options),
+    "pairs": lambda x, y, **options: ck.multi_positive_nce(x, LABELS, 3.0, y=y, y_labels=LABELS, **options),
 }
+WAYS = ("query_to_doc", "query_to_query")
 #: As one call, and as panels.
 BACKENDS = [{"backend": "cpu"}, {"backend": "cpu", "workspace_bytes": 40_000}, {"backend": "torch"}]
 
@@ -93,12 +98,14 @@ def test_a_row_that_does_not_count_may_overflow(loss):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "dataset"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_weights_of_either_sign(loss, reduction):
     """The loss is linear in them: that of the positive ones less that of the others."""
     weight = torch.tensor([1.0, -2.0, 3.0, 0.5, -0.25, 0.0])
     views = 2 if loss == "nt_xent" else 1
     total = views * weight.sum() if reduction == "mean" else 1.0
+    if loss == "pairs" and reduction == "mean":  # two of every row
+        total = 2 * total
     for options in ways(loss):
         found, dx = outcome(loss, weight, reduction, **options)
         kind = "none" if reduction == "none" else "sum"

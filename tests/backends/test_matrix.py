@@ -29,7 +29,7 @@ class Matrix:
 
     def __init__(
         self, rows, cols, *, offset=0, positives=None, diagonal=None, excluded=0, biased=False, symmetric=False,
-        params=(1.3, 0.0), level=0.0, spread=1.0, gains=True, include=True, capped=False,
+        params=(1.3, 0.0), level=0.0, spread=1.0, gains=True, include=True, capped=False, lifted=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(1000 * rows + cols)
         self.scores = 3 * torch.randn(rows, cols, generator=g) + level
@@ -43,6 +43,7 @@ class Matrix:
         self.col_bias = torch.randn(cols, generator=g) if biased else None
         self.gain = torch.randn(rows, generator=g) if gains else None
         self.share, self.include = 0.3, include
+        self.lift = torch.randn(rows, generator=g) if lifted else None
         # between two of a row's (column's) scores
         self.ceilings = [
             (self.scores * torch.tensor(params[0])).sort(dim).values.movedim(dim, 0)[-3:-1].mean(0) if capped else None
@@ -86,8 +87,8 @@ class Matrix:
         z_pos = torch.where(where >= 0, z.gather(1, where.clamp(min=0)[:, None])[:, 0], 0.0)
         return scores, params, z, z_pos
 
-    def gradients(self, value, scores, params):
-        weights, dparams = torch.autograd.grad(value, (scores, params))
+    def gradients(self, value, scores, params, **options):
+        weights, dparams = torch.autograd.grad(value, (scores, params), **options)
         return value.detach(), weights + weights.T if self.symmetric else weights, dparams
 
     def arguments(self, scores, weights):
@@ -101,23 +102,27 @@ class Matrix:
             self.offset, *self.params,
         )  # fmt: skip
 
-    def softmax(self, both, in_place=False, wanted=True, threads=1):
-        """Value, weights and gradients of the parameters, by one call."""
-        scores = self.scores.clone()
+    def softmax(self, both, in_place=False, wanted=True, threads=1, unscaled=False):
+        """Value, weights and gradients of the parameters, by one call; of lifts, too, where there are some."""
+        scores, dlift = self.scores.clone(), None if self.lift is None else torch.full_like(self.lift, torch.nan)
         weights = scores if in_place else torch.full_like(scores, torch.nan)
         out = _C.softmax_matrix(
             *self.arguments(scores, weights if wanted else None), address(self.gain), self.share, both, self.symmetric,
-            self.include, threads,
+            self.include, unscaled, address(self.lift), address(dlift), threads,
         )  # fmt: skip
         out = torch.tensor(out, dtype=torch.float64)
         assert in_place or torch.equal(scores.nan_to_num(), self.scores.nan_to_num())
-        return out[0], weights, out[1:]
+        return out[0], weights, out[1:], *([] if dlift is None else [dlift])
 
     def softmax_in_float64(self, both, gains):
         """Value, weights and gradients of the parameters, by autograd."""
         scores, params, z, z_pos = self.leaves()
         z = z.masked_fill(~self.negatives(), -torch.inf)
         losses = [self.losses(z, z_pos, dim) for dim in ((1, 0) if both else (1,))]
+        if self.lift is not None:
+            lift = self.lift.double().requires_grad_()
+            value = (gains * self.losses(z, z_pos + lift, 1)).sum()
+            return *self.gradients(value, scores, params, retain_graph=True), torch.autograd.grad(value, lift)[0]
         value, *rest = self.gradients((gains * sum(losses)).sum(), scores, params)
         if not self.include and (gains >= 0).all():  # as a size: losses have either sign
             value = (gains * sum(each.detach().abs() for each in losses)).sum()
@@ -170,6 +175,9 @@ MATRICES = {
     "ceilings-dcl": lambda: Matrix(40, 70, offset=30, biased=True, capped=True, include=False, spread=50.0),
     "ceilings-symmetric": lambda: Matrix(40, 40, symmetric=True, diagonal=0, positives=half(40), capped=True),
     "threads": lambda: Matrix(257, 200, positives=[i % 200 for i in range(257)]),
+    "lifted": lambda: Matrix(40, 70, offset=30, lifted=True),
+    "lifted-columns": lambda: Matrix(5, 9, positives=[3, 8, 0, 3, 1], excluded=3, lifted=True, biased=True),
+    "lifted-dcl": lambda: Matrix(5, 9, offset=2, lifted=True, include=False, gains=False),
 }
 
 
@@ -195,8 +203,21 @@ def test_softmax(name):
         assert_equal(got, want, size, m)
         for other in (m.softmax(both, in_place=True), m.softmax(both, threads=3)):
             assert all(torch.equal(a, b) for a, b in zip(got, other))
-        value, _, dparams = m.softmax(both, wanted=False)
+        value, _, dparams, *_ = m.softmax(both, wanted=False)
         assert value == got[0] and (dparams == 0).all()
+        if m.lift is not None:
+            assert ((got[3] - want[3]).abs() <= 8 * EPS * (2 + m.size()) * m.gains().abs()).all()
+
+
+@pytest.mark.parametrize("name", ["8", "index-and-columns", "beyond-a-chunk", "ceilings", "symmetric"])
+def test_weights_that_are_not_scaled(name):
+    """dL/dz itself, which is there at a scale of 0, too."""
+    m = MATRICES[name]()
+    scaled, plain = m.softmax(False), m.softmax(False, unscaled=True)
+    torch.testing.assert_close(plain[1] * torch.tensor(m.params[0]), scaled[1], rtol=4 * EPS, atol=0)
+    assert scaled[0] == plain[0] and torch.equal(scaled[2], plain[2])
+    m.params = (0.0, 0.0)
+    assert (m.softmax(False)[1] == 0).all() and (m.softmax(False, unscaled=True)[1] != 0).any()
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -241,6 +262,7 @@ def test_softmax_refuses_what_it_cannot_do():
         (Matrix(4, 4, positives=[0, 1, -1, 3]), False, "every row"),
         (Matrix(4, 4, offset=1), False, "in no column"),
         (Matrix(4, 4, offset=None), False, "every row"),
+        (Matrix(4, 4, lifted=True), True, "rows alone have lifts"),
     ):
         with pytest.raises(ValueError, match=what):
             m.softmax(both)

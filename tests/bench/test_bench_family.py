@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,7 +16,20 @@ def test_everything_is_measured(capsys):
     printed = capsys.readouterr().out
     for member in family.members(quick=True):
         assert member.title in printed
-    assert printed.count("1.3") >= 1
+
+
+def test_a_goal_that_is_not_met_is_told(monkeypatch, capsys):
+    """In the table and by the exit status."""
+    member = family.members(quick=True)[0]
+    for goal, status in ((0.0, 1), (1e9, 0)):
+        monkeypatch.setattr(family, "members", lambda quick, goal=goal: [dataclasses.replace(member, goal=goal)])
+        assert main(["--family", "--quick"]) == status
+        assert ("not met" in capsys.readouterr().out) == bool(status)
+
+
+def test_goals_are_those_of_large_sizes():
+    goals = {member.goal for member in family.members()}
+    assert goals == {family.GOAL, family.GOAL_OF_LABELS}
 
 
 def test_members_are_what_they_say():

@@ -79,26 +79,41 @@ def batch(n: int = 6, d: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), y.requires_grad_()
 
 
-def test_the_definition_and_the_temperatures_gradient():
-    """tau (mean log u + rho), whose gradient in tau takes the derivative of g over u for that of log u."""
-    rho, stored = 2.0, 0.5
+@pytest.mark.parametrize("rho", [None, 2.0])
+def test_the_definition_and_the_scales_gradient(rho):
+    """With rho, tau (mean log u + rho), whose gradient in tau takes the derivative of g over u for that of log u.
+
+    Without (FastCLIP v1), the mean of log u + g / u - 1. Over steps that the memory remembers, by autograd in float64.
+    """
     loss = ck.SogCLRLoss(6, gamma=0.25, rho=rho)
+    index, off = torch.arange(6), ~torch.eye(6, dtype=torch.bool)
+    u = torch.full((2, 6), math.exp(0.5), dtype=torch.float64)
+    loss.memory.update(index, u.log().T)
+    for step in range(3):
+        x, y = batch(seed=step)
+        tau = torch.tensor(0.3 - 0.05 * step, dtype=torch.float64, requires_grad=True)
+        scores = x @ y.T
+        own = scores.diagonal()
+        h = torch.stack([scores - own[:, None], scores.T - own[:, None]]) / tau
+        g = (h.exp() * off).sum(2) / 5
+        u = (0.75 * u + 0.25 * g).detach()
+        leaves = (x, y, tau)
+        found = torch.autograd.grad(loss(x, y, index, 1 / tau), leaves)
+        ratio = (u.log() + g / u - 1).mean()
+        if rho is not None:  # (of which the value has tau for a factor, not the gradient of tau)
+            ratio = tau.detach() * ratio + tau * (u.log().mean() + rho) - (tau * u.log().mean()).detach()
+        wanted = torch.autograd.grad(ratio, leaves)
+        for ours, want in zip(found, wanted):
+            torch.testing.assert_close(ours, want)
+            assert want.abs().max() > 1e-3
+        torch.testing.assert_close(loss.memory.log_mean.T, u.log())
+    first = ck.SogCLRLoss(6, gamma=0.25, rho=rho)
+    first.memory.update(index, torch.full((6, 2), 0.5, dtype=torch.float64))
     x, y = batch()
-    index = torch.arange(6)
-    loss.memory.update(index, torch.full((6, 2), stored, dtype=torch.float64))
-    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    scores = x.detach() @ y.detach().T
-    own = scores.diagonal()
-    off = ~torch.eye(6, dtype=torch.bool)
-    h = torch.stack([scores - own[:, None], scores.T - own[:, None]]) / tau
-    g = (h.exp() * off).sum(2) / 5
-    u = (0.75 * math.exp(stored) + 0.25 * g).detach()
-    value = loss(x, y, index, 1 / tau)
-    (found,) = torch.autograd.grad(value, tau)
-    (slope,) = torch.autograd.grad((g / u).mean(), tau)
-    torch.testing.assert_close(found, u.log().mean() + rho + tau.detach() * slope)
-    torch.testing.assert_close(value.detach(), tau.detach() * ((u.log() + g / u - 1).mean() + rho).detach())
-    torch.testing.assert_close(loss.memory.log_mean.T, u.log())
+    g = torch.stack([v - v.diagonal()[:, None] for v in (x @ y.T, y @ x.T)]).mul(4.0).exp().mul(off).sum(2) / 5
+    u = 0.75 * math.exp(0.5) + 0.25 * g
+    want = (u.log() + g / u - 1).mean()
+    torch.testing.assert_close(first(x, y, index, 4.0), want if rho is None else 0.25 * (want + rho))
 
 
 @pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])

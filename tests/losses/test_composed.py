@@ -104,6 +104,31 @@ def test_several_by_hand():
     assert torch.equal(ck.info_nce(x, y, 1.5, positives=one[:, None]), ck.info_nce(x, y, 1.5, positives=one))
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"margin": 0.5}, {"hardness_beta": 1.0}, {"debiased": 0.1}, {"queue": True}], ids=str
+)
+def test_a_positive_of_no_logit_at_all(said):
+    """An infinite loss whose gradients are finite, and none of it in a row that does not count."""
+    x, y = (normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (5, 7))
+    logits = torch.tensor([0.3, -0.2, -torch.inf, 1.0, 0.5], requires_grad=True)
+    if "queue" in said:
+        said = {"queue": ck.FeatureQueue(4, 8)}
+        said["queue"].enqueue(normalize(torch.randn(4, 8), dim=1))
+    losses = ck.info_nce(x, y, 3.0, positive_logits=logits, reduction="none", **said)
+    others = ck.info_nce(x, y, 3.0, positive_logits=logits.detach().nan_to_num(neginf=0.0), reduction="none", **said)
+    assert losses.isinf().tolist() == [False, False, True, False, False]
+    assert torch.equal(losses[[0, 1, 3, 4]], others[[0, 1, 3, 4]])
+    gradients = torch.autograd.grad(losses.sum(), (x, y, logits))
+    assert all(g.isfinite().all() for g in gradients) and gradients[2][2] == 0 and gradients[2][0] != 0
+    weight = torch.tensor([1.0, 1, 0, 1, 1])
+    for loss in (
+        ck.info_nce(x, y, 3.0, positive_logits=logits, weight=weight, **said),
+        ck.decomposable(x, y, 3.0, torch.zeros(5), positive_logits=logits, weight=weight),
+    ):
+        assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, y, logits)))
+    assert ck.decomposable(x, y, 3.0, torch.zeros(5), positive_logits=logits).item() == math.inf
+
+
 def test_momentum_contrast():
     """As MoCo has it: the keys' own logits before those of the queue, of class 0."""
     q, k, old = (normalize(torch.randn(n, 8, dtype=torch.float64), dim=1) for n in (5, 5, 20))

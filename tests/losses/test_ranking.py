@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tolerance import LOGIT_UNITS, UNITS, assert_accurate
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.reference.ranking import _documents, dots_of, ranking_of_dots
 
 WAYS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
 JOINT = [(WAYS[0], *more) for size in range(4) for more in itertools.combinations(WAYS[1:], size)]
@@ -23,6 +25,8 @@ HARD = [{"directions": ways, "hardness_mode": m, "hardness_strength": 5.0} for w
 MARGINS = (0.0, 0.1, ("relative", -0.3))
 GUIDED = [{**case, "guided": True, "guided_margin": m} for m, case in itertools.product(MARGINS, CASES)]
 N, D, SCALE = 37, 16, 7.0
+#: Of a hardness that is its opposite.
+SCALE_BELOW = -3.0
 
 
 def made(k: int, guided: bool, seed: int = 3) -> tuple[list[Tensor], list[Tensor]]:
@@ -39,14 +43,16 @@ def made(k: int, guided: bool, seed: int = 3) -> tuple[list[Tensor], list[Tensor
     return triple(D), triple(8) if guided else []
 
 
-def found(module: Any, k: int, dtype: torch.dtype, case: dict[str, Any], **more: Any) -> list[Tensor]:
-    """Rows' losses, and the gradients of a random combination of them."""
+def found(
+    module: Any, k: int, dtype: torch.dtype, case: dict[str, Any], wide: Any = None, scale: Any = SCALE, **more: Any
+) -> list[Tensor]:
+    """Rows' losses, and the gradients of a random combination of them; of the reference, in a dtype of its own."""
     options = {name: v for name, v in case.items() if name != "guided"}
     leaves, guide = made(k, "guided" in case)
     leaves = [v.to(dtype) for v in leaves]  # rounded once
-    wide = torch.float64 if module is reference else dtype
+    wide = (wide or torch.float64) if module is reference else dtype
     leaves = [v.to(wide).requires_grad_() for v in leaves]
-    scale = torch.tensor(SCALE, dtype=torch.float32 if wide in (torch.bfloat16, torch.float16) else wide)
+    scale = torch.tensor(scale, dtype=torch.float32 if wide in (torch.bfloat16, torch.float16) else wide)
     scale.requires_grad_()
     if guide:  # in one dtype for all: thresholds are its own
         options["guided"] = guide
@@ -69,18 +75,58 @@ def test_float64(case, k):
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("case", [*CASES, *HARD, *GUIDED[::3]], ids=str)
 def test_in_fewer_digits(case, k, dtype):
+    """By the one rule."""
     truth = found(reference, k, dtype, case)
+    dense = found(reference, k, dtype, case, wide=torch.float32)
     ours = found(ck, k, dtype, case, workspace_bytes=200_000)
+    names = ["value", "anchor", "positive", *["negatives"] * bool(k), "scale"]
+    for name, mine, want, plain, floor in zip(names, ours, truth, dense, floors(case, k, dtype), strict=True):
+        wanted = dtype if name in ("anchor", "positive", "negatives") else torch.float32
+        assert mine.dtype == wanted
+        assert_accurate(name, mine, want, (plain.to(wanted).double() - want).abs(), floor)
+
+
+def floors(case: dict[str, Any], k: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of the value and of the gradients: roundings of the largest contribution, and of the logits of unit vectors."""
+    leaves, guide = made(k, "guided" in case)
+    leaves = [v.to(dtype).double() for v in leaves]
     eps, score_eps = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    # a row's weights sum to at most 2, of logits that carry 4 roundings each; 8 of a result
-    logit = 4 * score_eps * (SCALE + case.get("hardness_strength", 0.0))
-    assert ours[0].dtype == torch.float32
-    assert ((ours[0] - truth[0]).abs() <= 2 * logit + 8 * score_eps * truth[0].abs()).all()
-    for mine, want in zip(ours[1:-1], truth[1:-1]):
-        assert mine.dtype == dtype
-        error, floor = (mine.double() - want).abs(), SCALE * 2 * 2 * (8 * eps + logit) * 2
-        assert error.max() <= floor, (error.max(), floor)
-        assert error.max() <= 0.03 * want.abs().max()
+    logit = LOGIT_UNITS * score_eps * (SCALE + case.get("hardness_strength", 0.0))
+    dots = {name: v.requires_grad_() for name, v in dots_of(*leaves[:2], _documents(*leaves[1:])).items()}
+    of_guide = dots_of(*guide[:2], _documents(*guide[1:])) if guide else None
+    usual = {"partition": "joint", "hardness_mode": None, "hardness_strength": 0.0, "guided_margin": 0.0}
+    options = {name: case.get(name, value) for name, value in {"directions": None, **usual}.items()}
+    value = ranking_of_dots(dots, SCALE, of_guide, **options, weight=None, reduction="none")
+
+    def weights(upstream: Tensor) -> dict[str, Tensor]:
+        """|dL/d dot| of every direction; 0 of one that takes no part."""
+        gradients = torch.autograd.grad(value, [*dots.values()], upstream, retain_graph=True, allow_unused=True)
+        return {n: torch.zeros_like(v) if g is None else g.abs() for (n, v), g in zip(dots.items(), gradients)}
+
+    once, w = weights(torch.ones_like(value)), weights(torch.linspace(-1, 2, N, dtype=torch.float64))
+    to_doc, to_query, queries, docs = w.values()
+    by_document = to_doc.sum(0) + docs.sum(0)
+    by = [to_doc.sum(1) + queries.sum(1) + queries.sum(0) + to_query.sum(0),
+          by_document[:N] + to_query.sum(1) + docs.sum(1), by_document[N:]]  # fmt: skip
+    largest = max(v.abs().max() for v in leaves)
+    of_features = [largest * (UNITS * eps + logit) * each for each in by]
+    shapes = [(N, 1), (N, 1), (N, k, 1)][: 2 + bool(k)]
+    # a row's roundings are those of its own logits, in every direction
+    of_value = sum(each.sum(1) for each in once.values()) / SCALE * logit + UNITS * score_eps * value.detach().abs()
+    of_scale = sum((w[name] * dots[name].detach().abs()).sum() for name in w) / SCALE * (UNITS * score_eps + logit)
+    return [of_value, *[v.view(shape) for v, shape in zip(of_features, shapes)], of_scale]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hardness_that_takes_the_scale_away(mode, dtype):
+    """Where the raised logits are 0 for all, their gradient is that of the scale still."""
+    case = {"directions": WAYS, "hardness_mode": mode, "hardness_strength": -SCALE_BELOW}
+    truth, ours = (found(m, 2, dtype, case, scale=SCALE_BELOW) for m in (reference, ck))
+    units = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3}[dtype]
+    for mine, want in zip(ours, truth):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine.double(), want, rtol=units, atol=units * want.abs().max().item())
 
 
 def test_by_hand():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,3 +69,62 @@ def test_one_of_every_row():
         assert torch.equal(found, want)
     with pytest.raises(ValueError, match=r"temperature: expected shape \[6\]; got \[5\]"):
         ck.info_nce(x, y, temperature=temperature[:5])
+
+
+#: Those whose scale is followed by other arguments.
+FOLLOWED: dict[str, dict[str, Any]] = {
+    "sigmoid": {"logit_bias": -2.0},
+    "SigmoidLoss": {"logit_bias": -2.0},
+    "decomposable": {"log_normalizer": torch.zeros(6)},
+    "DecomposableLoss": {"log_normalizer": torch.zeros(6)},
+    "DatasetContrastiveLoss": {"index": torch.arange(6)},
+    "SogCLRLoss": {"index": torch.arange(6)},
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_of_losses_with_more_arguments(name):
+    """The same bits and its gradient; a wrong one is told, and moves no memory."""
+    x, y = features()
+    temperature = torch.tensor(0.25, requires_grad=True)
+
+    def made():
+        if not name[0].isupper():
+            return getattr(ck, name)
+        return getattr(ck, name)(*[6] * ("index" in FOLLOWED[name]))
+
+    found, want = (
+        made()(x, y, **FOLLOWED[name], **how) for how in ({"temperature": temperature}, {"logit_scale": 4.0})
+    )
+    assert torch.equal(found, want) and torch.autograd.grad(found, temperature)[0] != 0
+    loss = made()
+    with pytest.raises(TypeError, match="temperature: expected None beside a logit_scale; got float"):
+        loss(x, y, logit_scale=2.0, temperature=0.07, **FOLLOWED[name])
+    with pytest.raises(TypeError, match="logit_scale: expected a float or a tensor of one element; got NoneType"):
+        loss(x, y, **FOLLOWED[name])
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0; got -1"):
+        loss(x, y, temperature=-1, **FOLLOWED[name])
+    if "index" in FOLLOWED[name]:
+        assert (loss.memory.visits == 0).all()
+
+
+def test_what_follows_is_wanted():
+    x, y = features()
+    with pytest.raises(TypeError, match="logit_bias: expected a float or a tensor of one element; got NoneType"):
+        ck.sigmoid(x, y, 2.0)
+    with pytest.raises(TypeError, match="log_normalizer: expected a pair"):
+        ck.decomposable(x, y, 2.0)
+
+
+def test_steps_of_a_data_set():
+    """The M-step and a warm-up, whose memories are those of the scale's."""
+    x, y = features()
+    memories = []
+    for how in ({"logit_scale": 4.0}, {"temperature": 0.25}):
+        loss = ck.DatasetContrastiveLoss(6)
+        loss.warm_up(x, y, torch.arange(6), **how)
+        value, found = loss.m_step(
+            x, y, how.get("logit_scale"), loss.e_step(torch.arange(6)), **({} if "logit_scale" in how else how)
+        )
+        memories.append((loss.memory.log_mean.clone(), value, found))
+    assert all(torch.equal(a, b) for a, b in zip(*memories))

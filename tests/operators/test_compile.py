@@ -271,11 +271,14 @@ def test_opcheck_of_softmax_loss(engine, layout, dtype):
         ({"offset": 0, "m": 7}, None, True, "mean", (False,) * 4),
     ):  # fmt: skip
         problem = problem_of(layout, dtype, **members, engine=engine)
-        check(softmax_losses, problem, (gain,), (reduction, both, reduction != "sum", ""), needs)
+        check(softmax_losses, problem, (gain, None), (reduction, both, reduction != "sum", ""), needs)
         if reduction != "sum":
-            check(softmax_losses, problem, (gain,), (reduction, both, True, (0.1).hex()), needs)
+            check(softmax_losses, problem, (gain, None), (reduction, both, True, (0.1).hex()), needs)
     views = problem_of(layout, dtype, 12, symmetric=True, index=torch.arange(12).roll(6), engine=engine)
-    check(softmax_losses, views, (vectors(12),), ("sum", False, True, ""))
+    check(softmax_losses, views, (vectors(12), None), ("sum", False, True, ""))
+    several = problem_of(layout, dtype, index=torch.stack([INDEX, SOME.flip(0)], 1), pairs=biased(), engine=engine)
+    for reduction in ("mean", "none"):
+        check(softmax_losses, several, (None, vectors(7, 1).requires_grad_()), (reduction, False, True, ""))
 
 
 @OPERANDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,20 +95,22 @@ def calls(
     a, b, c, z = (fakes.tensor(n) for _ in range(4))
     square = Problem(x, same, scale, bias, offset=0, engine=engine)
     indexed = Problem(x, other, scale, bias, index=index, engine=engine)
+    biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
+    several = replace(biased, offset=None, index=fakes.tensor(n, 3, dtype=torch.int64))
     views = Problem(x, x, scale, bias, index=index, symmetric=True, engine=engine)
     for reduction, gain in (("mean", None), ("sum", c), ("none", c)):
         yield (
             softmax_losses,
             square,
-            (gain,),
+            (gain, None),
             (reduction, True, reduction != "sum", (0.1).hex() if reduction == "mean" else ""),
         )
-        yield softmax_losses, indexed, (gain,), (reduction, False, True, "")
-        yield softmax_losses, views, (gain,), (reduction, False, True, "")
+        yield softmax_losses, indexed, (gain, None), (reduction, False, True, "")
+        yield softmax_losses, views, (gain, None), (reduction, False, True, "")
+        yield softmax_losses, several, (gain, a), (reduction, False, True, "")
         yield sigmoid_losses, square, (gain,), (reduction,)
         yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
-    biased = Problem(x, other, scale, bias, offset=0, pairs=Pairs(col_bias=fakes.tensor(m)), engine=engine)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
     guide = fakes.tensor(n, 8), fakes.tensor(m, 8), a
@@ -117,7 +120,7 @@ def calls(
         yield (
             softmax_losses,
             Problem(x, other, scale, bias, index=index, pairs=ids, engine=engine),
-            (c,),
+            (c, None),
             (reduction, False, True, (0.1).hex()),
         )
         yield sigmoid_losses, Problem(x, other, scale, bias, pairs=ids, engine=engine), (None,), (reduction,)
@@ -179,8 +182,11 @@ def test_searches_and_checked_indices(dtype):
         OPERATORS.best_column.default(x, y, params, exclude, None, None, None, "torch", 2**22),
         OPERATORS.best_column.default(x, y, params, exclude, ids, None, seed, "torch", 2**22),
         *OPERATORS.count_ranks.default(x, y, exclude, low, high, "torch", 2**22),
+        OPERATORS.count_lower.default(x, y, params, low, exclude, [None, ids, None, None, None], False, "torch", 2**22),
         OPERATORS.checked_index.default(ids, m, True),
     )
+    best = OPERATORS.best_alike.default(x, y, params, ids, ids, False, "torch", 2**22)
+    assert best.shape == (n,) and best.dtype == params.dtype
     for columns in found:
         assert columns.shape == (n,) and columns.dtype == torch.int64 and columns.device == DEVICE
     assert not any(is_fixed(fakes, size) for size in sizes)
@@ -189,5 +195,5 @@ def test_searches_and_checked_indices(dtype):
 def test_these_are_all_operators():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "contrastive_kernels::" in name}
     differentiable = {primitive.name for primitive in PRIMITIVES}
-    searches = {"best_column", "best_columns", "count_ranks", "checked_index"}
+    searches = {"best_alike", "best_column", "best_columns", "count_lower", "count_ranks", "checked_index"}
     assert names == differentiable | {f"{name}_gradients" for name in differentiable} | searches

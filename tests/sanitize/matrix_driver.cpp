@@ -185,7 +185,7 @@ void expect(const Case& c, const char* call, const char* what, double got, doubl
   std::exit(1);
 }
 
-void check(Case& c, const char* call, const Expected& e) {
+void check(Case& c, const char* call, const Expected& e, double least = 0.0) {
   double dscale = 0.0, dbias = 0.0, size = 1.0;
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t j = 0; j < c.cols; ++j) {
@@ -193,12 +193,85 @@ void check(Case& c, const char* call, const Expected& e) {
       const double one = e.by_row[at] + e.by_col[at], mirrored = c.v.symmetric ? e.by_row[j * c.cols + i] : 0.0;
       const double parts = std::fabs(e.by_row[at]) + std::fabs(e.by_col[at]) + std::fabs(mirrored);
       const double got = c.v.in_place ? c.scores[at] : c.weights[at];
-      expect(c, call, "weight", got, 1.5 * (one + mirrored), 1.5 * parts * (j == c.where[i] ? 10.0 : 1.0));
+      expect(c, call, "weight", got, 1.5 * (one + mirrored), least + 1.5 * parts * (j == c.where[i] ? 10.0 : 1.0));
       dscale += one * c.score[at], dbias += one, size += 4.0 * parts;
     }
   expect(c, call, "value", c.out[0], e.value, size + std::fabs(e.value));
   expect(c, call, "dscale", c.out[1], dscale, size);
   expect(c, call, "dbias", c.out[2], dbias, size);
+}
+
+// The same with lifts, a buffer for their gradients, and weights that are not scaled; capped: with ceilings of the
+// rows, above which a pair does not count.
+void run_lifted(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random, bool capped) {
+  Case c(v, rows, cols);
+  fill(c, random);
+  Buffer<float> lift(rows), dlift(rows), ceiling(capped ? rows : 0);
+  for (int64_t i = 0; i < rows; ++i) {
+    lift[i] = 0.25f * static_cast<float>(i % 5), c.z_pos[i] += lift[i];
+    if (capped) ceiling[i] = 0.5f * static_cast<float>(i % 4) - 0.6f;
+    for (int64_t j = 0; capped && j < cols; ++j)
+      if (1.5f * c.scores[i * cols + j] > ceiling[i]) c.z[i * cols + j] = -kInfinity;
+  }
+  const Expected expected = softmax(c);
+  ck::Matrix m = make_matrix(c);
+  m.lift = lift.get(), m.dlift = dlift.get(), m.unscaled = true;
+  m.pairs.row_ceiling = ceiling.get();
+  ck::softmax_matrix(m, false, false, true);
+  float* const weights = c.v.in_place ? c.scores.get() : c.weights.get();
+  for (int64_t k = 0; k < rows * cols; ++k) weights[k] *= 1.5f;
+  check(c, "lifted softmax", expected);
+  for (int64_t i = 0; i < rows; ++i) {
+    const double want = expected.by_row[i * cols + c.where[i]];
+    expect(c, "lifted softmax", "dlift", dlift[i], want, 1.0);
+  }
+}
+
+// The loss by labels, of three classes; a row alone in its class has no positive.
+Expected labels_of(const Case& c, const Buffer<int64_t>& row_ids, const Buffer<int64_t>& col_ids, Buffer<float>& share,
+                   Buffer<int64_t>& single) {
+  Expected e(c);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    std::vector<double> z(c.cols);
+    double mean = 0.0;
+    int64_t count = 0;
+    single[i] = -1;
+    const double gain = c.v.gains ? c.gain.data[i] : 0.25;
+    for (int64_t j = 0; j < c.cols; ++j) {
+      const bool own = c.v.symmetric && j == i;
+      z[j] = own ? -kInfinity : 1.5 * c.score[i * c.cols + j] + 0.5;
+      if (!own && row_ids.data[i] == col_ids.data[j]) mean += z[j], ++count, single[i] = j;
+    }
+    if (count != 1) single[i] = -1;
+    share[i] = count ? 1.0f / static_cast<float>(count) : 0.0f;
+    if (!count) continue;
+    const double a = log_sum_exp(z.data(), c.cols, 1);
+    e.value += gain * (a - mean / static_cast<double>(count));
+    for (int64_t j = 0; j < c.cols; ++j) {
+      const bool alike = z[j] > -kInfinity && row_ids.data[i] == col_ids.data[j];
+      const double target = alike ? 1.0 / static_cast<double>(count) : 0.0;
+      e.by_row[i * c.cols + j] = gain * (std::exp(z[j] - a) - target);
+    }
+  }
+  return e;
+}
+
+void run_labels(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random) {
+  Case c(v, rows, cols);
+  fill(c, random);
+  Buffer<int64_t> row_ids(rows), col_ids(cols), single(rows);
+  Buffer<float> share(rows);
+  for (int64_t i = 0; i < rows; ++i) row_ids[i] = i == rows - 1 ? -7 : i % 3;
+  for (int64_t j = 0; j < cols; ++j) col_ids[j] = v.symmetric ? row_ids[j] : j % 3;
+  const Expected expected = labels_of(c, row_ids, col_ids, share, single);
+  for (int64_t i = 0; i < rows; ++i)  // no positives: no weights
+    if (v.gains && share[i] == 0.0f) c.gain[i] = 0.0f;
+  if (!v.gains) return;
+  ck::Matrix m = make_matrix(c);
+  m.pairs.row_ids = row_ids.get(), m.pairs.col_ids = col_ids.get(), m.pairs.equal_ids = ck::kAlikeCount;
+  m.positives = single.get();
+  ck::label_matrix(m, share.get(), v.symmetric);
+  check(c, "labels", expected, 0.1);  // differences of a softmax and a share
 }
 
 bool run_case(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random) {
@@ -213,6 +286,9 @@ bool run_case(const Variant& v, int64_t rows, int64_t cols, std::mt19937& random
     ck::softmax_matrix(make_matrix(c), v.columns_too, v.symmetric, true);
     check(c, "softmax", expected);
   }
+  if (!v.columns_too && !v.symmetric)
+    for (const bool capped : {false, true}) run_lifted(v, rows, cols, random, capped);
+  if (!v.biased && !v.excluded) run_labels(v, rows, cols, random);
   if (v.symmetric) return true;
   for (const bool sigmoid : {false, true}) {
     if (sigmoid && (v.columns_too || v.relative)) continue;

@@ -1,0 +1,180 @@
+"""What people log of a batch beside its loss: how often the positive is found, its logit, and the denominator's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments.checks import check_flag, scale_tensor
+from ..arguments.margin import scores_of
+from ..arguments.reduction import row_gains, row_weights
+from ..distributed.group import Ranks, tell
+from ..engine.class_sums import ClassSums, square_norms
+from ..engine.matrix import Problem
+from ..operators.search import best_alike, count_lower
+from ..operators.softmax_loss import softmax_loss
+from ..panels.panel import present
+from ..panels.size import score_dtype
+from .ratios import negatives_of
+
+__all__ = ["LossMetrics", "check_metrics", "with_label_metrics", "with_metrics"]
+
+
+class LossMetrics(NamedTuple):
+    """What a loss finds on its way, with ``return_metrics=True``: numbers on the device, without gradients.
+
+    All are means over the rows, weighted as the loss's own mean weighs them; of both directions, but for accuracies.
+
+    Parameters
+    ----------
+    top1, top5 : Tensor
+        The share of rows (of ``clip_loss``: images) whose positive is the first, or among the first five, of the
+        candidates in the order of logits; of ``sup_con``, with fewer than 1 (5) of other labels before the first of
+        theirs.
+    top1_back, top5_back : Tensor, optional
+        The same of the texts, which find their images; None for a loss of one direction.
+    positive_logit : Tensor
+        The positives' logits, with what ``candidate_bias`` adds; by ``logit_scale``, their cosines. Of several
+        positives, their mean.
+    log_sum_exp : Tensor
+        The logarithm of the denominator.
+
+    Notes
+    -----
+    Candidates are the positive and what counts as its negatives: not those of equal ids nor padding, but also those
+    that a margin leaves out of the denominator. **Ties count against the positive**, as far as rounding can tell, and
+    so does NaN: features that have collapsed find nothing.
+    """
+
+    top1: Tensor
+    top5: Tensor
+    top1_back: Tensor | None
+    top5_back: Tensor | None
+    positive_logit: Tensor
+    log_sum_exp: Tensor
+
+
+def check_metrics(asked: Any, ranks: Ranks | None, features: Any, **members: Any) -> None:
+    """A flag; no metrics over ranks, nor of losses whose denominators are not those of rows among candidates."""
+    try:
+        if not check_flag(asked, "return_metrics"):
+            return
+        if ranks is not None:
+            raise NotImplementedError(
+                "return_metrics: expected False over the ranks of a process group; group=None gives the loss and the "
+                "metrics of this process's rows"
+            )
+        for name, value in members.items():
+            if value is not None:
+                raise ValueError(f"return_metrics: expected False with {name}, which has none; got True")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        tell(ranks, error, features)
+        raise
+
+
+def with_metrics(
+    loss: Tensor,
+    problem: Problem,
+    weight: Any,
+    reduction: str,
+    *,
+    both: bool = False,
+    include_positive: bool = True,
+    smoothing: float = 0.0,
+    repeats: int = 1,
+) -> tuple[Tensor, LossMetrics]:
+    """A softmax loss with its metrics; weights of the samples, each of so many rows."""
+    with torch.no_grad():
+        return loss, _metrics(loss.detach(), problem, weight, reduction, both, include_positive, smoothing, repeats)
+
+
+def _metrics(
+    loss: Tensor,
+    problem: Problem,
+    weight: Any,
+    reduction: str,
+    both: bool,
+    include_positive: bool,
+    smoothing: float,
+    repeats: int,
+) -> LossMetrics:
+    """One more product for the accuracies of a direction."""
+    x = problem.x
+    n, dtype = x.shape[0], score_dtype(x.dtype)
+    shares = row_gains(weight, n // repeats, x, "mean", repeats)
+    if shares is None:
+        shares = torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=x.device)
+    columns = _columns(problem)
+    dots = scores_of(x, problem.y, columns[:, None], dtype, problem.workspace_bytes)[:, 0]
+    z_pos = problem.pairs.add_to_positives(dots * scale_tensor(x, problem.scale), columns)
+    left_out = columns[:, None].contiguous()
+    top1, top5 = _accuracies(problem, left_out, z_pos, shares)
+    back: tuple[Tensor | None, Tensor | None] = (None, None)
+    if both:
+        turned = replace(problem, x=problem.y, y=x, pairs=problem.pairs.turned())
+        back = _accuracies(turned, left_out, z_pos, shares)
+    positive = (shares * z_pos.masked_fill(shares == 0, 0.0)).sum()
+    if smoothing:  # whose loss has more in it than the denominator
+        loss = softmax_loss(problem, shares, "sum", both=both, include_positive=include_positive)
+    elif reduction != "mean":
+        loss = loss.sum() / _total(weight, n, x, repeats)
+    return LossMetrics(top1, top5, *back, positive, loss + positive)
+
+
+def with_label_metrics(
+    loss: Tensor, problem: Problem, shares: Tensor, mean: Tensor, of_positives: Tensor
+) -> tuple[Tensor, LossMetrics]:
+    """A supervised contrastive loss with its metrics.
+
+    shares [N] are those of rows in a mean, `mean` is that of their losses, and of_positives [N] 1 over their number.
+    """
+    with torch.no_grad():
+        x, y, pairs, scale = problem.x, problem.y, problem.pairs, scale_tensor(problem.x, problem.scale)
+        row_ids, col_ids = present(pairs.row_ids), present(pairs.col_ids)
+        dots = ClassSums(row_ids, col_ids, problem.workspace_bytes).dots(x, y)
+        if problem.symmetric:
+            dots = dots - square_norms(x)
+        positive = (shares * (dots * of_positives).to(scale.dtype) * scale).sum()
+        params, engine = torch.stack([scale, *scale.new_zeros(2)]), problem.engine
+        best = best_alike(
+            x, y, params, row_ids, col_ids, problem.symmetric, engine.backend, problem.workspace_bytes
+        )  # fmt: skip
+        nobody = torch.empty((x.shape[0], 0), dtype=torch.int64, device=x.device)
+        top1, top5 = _accuracies(replace(problem, index=None), nobody, best, shares)
+        return loss, LossMetrics(top1, top5, None, None, positive, mean.detach() + positive)
+
+
+def _total(weight: Any, rows: int, x: Tensor, repeats: int) -> Tensor | int:
+    """What a mean divides the sum by."""
+    weights = row_weights(weight, rows // repeats, x)
+    if weights is None:
+        return max(rows, 1)
+    total = repeats * weights.sum()
+    return total.masked_fill(total == 0, 1.0)
+
+
+def _columns(problem: Problem) -> Tensor:
+    """Where the positives lie [N]."""
+    if problem.index is not None:
+        return problem.index
+    n = problem.x.shape[0]
+    return torch.arange(n, dtype=torch.int64, device=problem.x.device) + (problem.offset or 0)
+
+
+def _accuracies(problem: Problem, left_out: Tensor, z_pos: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares of rows whose positives are the first, and among the first five."""
+    x, y = problem.x, problem.y
+    if not x.shape[0]:
+        nothing = z_pos.sum()
+        return nothing, nothing.clone()
+    params = torch.stack([scale_tensor(x, problem.scale), *z_pos.new_zeros(2)])
+    said = [*problem.pairs.tensors[:3], None, None]  # (without ceilings)
+    lower = count_lower(
+        x, y, params, z_pos, left_out, said, problem.symmetric, problem.engine.backend, problem.workspace_bytes
+    )
+    before = negatives_of(problem, padding=True) - lower  # padding lies below, too
+    first, five = ((shares * (before < k)).sum() for k in (1, 5))
+    return first, five

@@ -1,0 +1,83 @@
+"""The softmax losses of a matrix, or of a band of rows, whose scores and weights one call of the backend sees whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..engine.matrix import COL_BIAS, PROBLEM_TENSORS, Positives, Problem
+from ..panels.size import blocks
+from .parts import params_of, whole_gradients, whole_scores
+from .shared import Call, Outputs
+
+__all__ = ["LIFT", "bands_are_whole", "in_one_call", "in_one_call_a_band"]
+
+#: The place of the lifts among a call's tensors, the last of all.
+LIFT = PROBLEM_TENSORS + 1
+
+
+def in_one_call(call: Call, backend: Backend, gain: Tensor | None, share: float) -> Outputs:
+    """A small matrix: the backend gives value and weights in one call; with these gains [N], or the share of all."""
+    problem, (_, both, include, _), lift = call.problem, call.settings, call.extras[1]
+    x, y, scores = whole_scores(problem)
+    if problem.index is not None and problem.index.dim() == 2:
+        problem = _with_one_positive(problem, problem.positives)
+    biases = call.needs[COL_BIAS]
+    dlift = None if lift is None else torch.empty_like(lift)
+    lifts = None if lift is None or dlift is None else (lift, dlift)
+    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts)
+    of_biases = scores.sum(0) if biases else None
+    if biases:  # whose gradients are of weights that are not scaled
+        scores *= problem.scale
+    made = whole_gradients(call, scores, x, y, *params)
+    return value, *made, of_biases, dlift if call.needs[LIFT] else None, None, None, None, None
+
+
+def _with_one_positive(problem: Problem, positives: Positives) -> Problem:
+    """The problem with these positives, of several of whom the first counts and the others are left out beside it."""
+    if positives.left_out is None:
+        return replace(problem, index=positives.index)
+    return replace(problem, index=positives.index, pairs=problem.pairs._replace(columns=positives.left_out))
+
+
+def bands_are_whole(call: Call, backend: Backend) -> bool:
+    """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
+    problem, (_, both, _, smoothing) = call.problem, call.settings
+    one_way = not smoothing and not both and not problem.symmetric
+    return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
+
+
+def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) -> Outputs:
+    """Bands of some rows: the backend gives each one's value and weights in one call."""
+    problem, (gain, lift), (want_x, want_y, _) = call.problem, call.extras, call.wants
+    x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
+    dx, dy = torch.empty_like(x) if want_x else None, torch.empty_like(y) if want_y else None
+    scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
+    dlift = None if lift is None else torch.empty_like(lift)
+    of_biases = torch.zeros(len(y), dtype=x.dtype, device=x.device) if call.needs[COL_BIAS] else None
+    for i in blocks(len(x), rows):
+        weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
+        band = _with_one_positive(
+            replace(problem, x=x[i], y=y, offset=positives.offset, pairs=problem.pairs.of_rows(i)), positives
+        )
+        of_rows, lifts = None if gain is None else gain[i], None
+        if lift is not None and dlift is not None:
+            lifts = lift[i], dlift[i]
+        unscaled = of_biases is not None
+        value, *params = backend.softmax_matrix(weights, band, of_rows, share, False, call.settings[2], unscaled, lifts)
+        totals = [total + part for total, part in zip(totals, (value.item(), *params))]
+        if of_biases is not None:
+            of_biases += weights.sum(0)
+        if dx is not None:
+            torch.mm(weights, y, out=dx[i])
+        if dy is not None:
+            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else torch.addmm(dy, weights.T, x[i], out=dy)
+    for gradient in (dx, dy):
+        if of_biases is not None and gradient is not None:  # of weights that were not scaled
+            gradient *= problem.scale
+    found = torch.tensor(totals, dtype=torch.float64, device=x.device)
+    made = (dx, dy, *params_of(call, found[1:]), of_biases, dlift if call.needs[LIFT] else None)
+    return found[0].to(x.dtype), *made, None, None, None, None
