@@ -38,7 +38,7 @@ def for_few_messages(ranks: int, rows: int, cols: int, features: int) -> str | N
     multiplications = rows * cols * features
     if multiplications <= WHOLE:
         return "replicated"
-    square = 1 < grid_rows(ranks, rows, cols) < ranks
+    square = 1 < grid_rows(ranks, 1, 1) < ranks  # (of a rank's own rows as of all)
     return "strips" if square and multiplications <= STRIPS * ranks else None
 
 

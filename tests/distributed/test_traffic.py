@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 import contrastive_kernels as ck
 from contrastive_kernels.distributed import count_traffic
+from contrastive_kernels.distributed.replicated import for_few_messages
 
 N, D = 12, 16
 
@@ -232,6 +233,15 @@ def test_the_plan_counts_what_a_rank_receives(strategy, ranks, tmp_path):
 def test_few_messages_for_few_rows(ranks, rows, strategy):
     """All rows and all pairs, all rows and a rank's own pairs, or a grid, which of a prime number is one column."""
     assert ck.plan(rows, None, 256, world=ranks).over_ranks.strategy == strategy
+
+
+@pytest.mark.parametrize("ranks", range(2, 9))
+def test_what_all_ranks_gather_each_brings(ranks):
+    """A rank decides by its own share whether its rows go with the first message."""
+    for rows, cols in ((512, 512), (1024, 1024), (64, 8192), (16_384, 32)):
+        if for_few_messages(ranks, rows, cols, 256) is not None:
+            for n, m in ((0, 0), (rows, 3 * cols // 10), (3 * rows // 10, cols), (rows, 1), (1, cols)):
+                assert for_few_messages(ranks, n, m, 256) is not None
 
 
 def test_the_table_in_the_docs_is_the_plan():
