@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,12 @@ __all__ = ["CLIPModel", "SiglipModel", "install", "patched"]
 
 class _WithoutLogits:
     """What both models share: features of matching texts and pictures, and the loss of them."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not as transformers' own models are not, whose weights it initialises and converts by rules of its own."""
+        custom: bool = super().is_custom_code() and cls.__module__ != __name__  # type: ignore[misc]
+        return custom
 
     @can_return_tuple
     def forward(
@@ -50,6 +57,10 @@ class _WithoutLogits:
             loss=loss, text_embeds=text_embeds, image_embeds=image_embeds, text_model_output=text,
             vision_model_output=vision,
         )  # fmt: skip
+
+
+# what tools read: the same arguments, with the annotations that transformers' own have
+_WithoutLogits.forward.__signature__ = signature(_clip.CLIPModel.forward)
 
 
 class CLIPModel(_WithoutLogits, _clip.CLIPModel):

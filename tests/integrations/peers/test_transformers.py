@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -28,6 +29,23 @@ def made(name: str, mine: bool, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     kind = getattr(ours, name) if mine else theirs
     return kind(config(text_config=TEXT, vision_config=VISION, projection_dim=12)).to(dtype)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_starts_as_transformers_own(name):
+    """Where a checkpoint lacks weights, too; and tools see the same arguments."""
+    theirs, mine = KINDS[name][0], getattr(ours, name)
+    config = KINDS[name][1](text_config=TEXT, vision_config=VISION, projection_dim=12)
+    states = []
+    for kind in (theirs, mine):
+        torch.manual_seed(0)
+        states.append(kind.from_pretrained(None, config=config, state_dict={}).state_dict())
+    assert states[0].keys() == states[1].keys()
+    # transformers leaves CLIP's scale to what was in memory there
+    known = [key for key in states[0] if (name, key) != ("CLIPModel", "logit_scale")]
+    assert all(torch.equal(states[1][key], states[0][key]) for key in known)
+    assert inspect.signature(mine.forward).parameters == inspect.signature(theirs.forward).parameters
+    assert type("Own", (mine,), {}).is_custom_code(), "a user's subclass is"
 
 
 def inputs(n: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
