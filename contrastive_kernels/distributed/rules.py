@@ -131,7 +131,7 @@ class Softmax(Rule):
         if self.mirrored or (self.both_ways and problem.offset != 0):
             return None
         settings = (reduction, self.both_ways, self.include, "")
-        return with_gradients(softmax_losses, problem, (gain,), settings, needs)
+        return with_gradients(softmax_losses, problem, (gain, None), settings, needs)
 
     def gradients(self, route: Route, problem: Problem, kept: Kept, gain: Tensor, wanted: Wanted) -> Made:
         """The gradients of sum_i gain_i loss_i."""
