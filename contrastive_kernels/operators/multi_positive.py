@@ -126,8 +126,9 @@ def _add_positives(
     """The weights -gain_i sigmoid(n_i - z_ip) of the positives, times both features."""
     scale = matrix.params[0]
     of_rows = None if made.dx is None else torch.zeros_like(blocks.x)
-    into_y = made.dx if blocks.symmetric else made.dy
-    of_cols = None if into_y is None else torch.zeros_like(blocks.y)
+    of_cols = None if made.dy is None else torch.zeros_like(blocks.y)
+    if blocks.symmetric:  # rows and columns are sorted alike
+        of_cols = of_rows
     for block in blocks:
         scores, margins = _margins(blocks, block, matrix.params, normalizer)
         w = torch.sigmoid(margins).mul_(-gain[blocks.row_order[block.rows], None])
@@ -141,8 +142,8 @@ def _add_positives(
             of_cols[block.cols].addmm_(w.T, blocks.x[block.rows])
     if made.dx is not None and of_rows is not None:
         made.dx[blocks.row_order] += of_rows
-    if into_y is not None and of_cols is not None:
-        into_y[blocks.col_order] += of_cols
+    if made.dy is not None and of_cols is not None:
+        made.dy[blocks.col_order] += of_cols
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:

@@ -163,7 +163,7 @@ def sentence_transformers_trainer() -> Curve:
     with tempfile.TemporaryDirectory() as folder:
         how = package.SentenceTransformerTrainingArguments(
             folder, per_device_train_batch_size=ROWS, max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True,
-            save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
+            save_strategy="no", learning_rate=3e-2, disable_tqdm=True,
         )  # fmt: skip
         loss = losses.MultipleNegativesRankingLoss(model)
         trainer = package.SentenceTransformerTrainer(model, how, train_dataset=data, loss=loss)

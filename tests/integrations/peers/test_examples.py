@@ -22,7 +22,7 @@ def test_curves_are_the_same(name, capsys):
     off = same_curves.compare(name)
     assert off is not None and off <= same_curves.ALLOWED
     start, end = re.findall(r"[\d.]+ to [\d.]+", capsys.readouterr().out)[-1].split(" to ")
-    assert name == "lightly_moco" or float(end) < 0.8 * float(start), "it learns"
+    assert name == "lightly_moco" or float(end) < 0.7 * float(start), "it learns"
 
 
 def test_unknown_programs_are_named(capsys):
