@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..panels.pairs import EVERY_PAIR
-from ..panels.panel import Panel, Route, SearchPanel, Side
+from ..panels.panel import Panel, Route, SearchPanel, Side, number
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from .base import Backend, WholeMatrix
@@ -69,7 +69,7 @@ class CpuBackend(Backend):
             *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, include, unscaled,
             *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
         )  # fmt: skip
-        return scores.new_full((), value), dscale, dbias
+        return number(scores, value), dscale, dbias
 
     def label_matrix(
         self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor
@@ -78,7 +78,7 @@ class CpuBackend(Backend):
             *_matrix_fields(scores, problem), _address(gain), _address(share), problem.symmetric,
             torch.get_num_threads(),
         )  # fmt: skip
-        return scores.new_full((), value), dscale, dbias
+        return number(scores, value), dscale, dbias
 
     def sigmoid_matrix(
         self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float
@@ -87,7 +87,7 @@ class CpuBackend(Backend):
             SIGMOID.code, *_matrix_fields(scores, problem), 0, _address(gain), 0, 0, share, False, 0, 0, 0,
             torch.get_num_threads(),
         )  # fmt: skip
-        return scores.new_full((), value), dscale, dbias
+        return number(scores, value), dscale, dbias
 
     def weighted_matrix(
         self, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
@@ -100,7 +100,7 @@ class CpuBackend(Backend):
             _address(col.normalizer), _address(col.gain), share, relative, found[0].data_ptr(),
             found[1].data_ptr() if len(found) == 2 else 0, dots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return scores.new_full((), value), dscale, dbias, found, dots
+        return number(scores, value), dscale, dbias, found, dots
 
 
 def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:

@@ -107,10 +107,11 @@ class Lines:
         """Each tensor of all ranks, one below the other, of their lines [ranks, at least as many bytes]."""
         layouts = [self._layout(*each)[0] for each in zip(rows, cols)]
         if min(rows) == max(rows) and min(cols) == max(cols):  # tensors lie one below the other
-            return [
+            found = [
                 lines[:, place].view(tensor.dtype).reshape(sum(cols if of_cols else rows), *tensor.shape[1:])
                 for place, (tensor, of_cols) in zip(layouts[0], self._tensors)
             ]
+            return [tensor.contiguous() for tensor in found]  # (of one entry a rank they are views with gaps)
         parts = list(lines)
         return [
             torch.cat([part[places[i]].view(tensor.dtype) for part, places in zip(parts, layouts)]).view(

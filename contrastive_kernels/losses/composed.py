@@ -129,8 +129,9 @@ def composed(
             if name not in _WITH_MARGIN:
                 require_no_margin(margin, name)
     weights = row_weights(weight, x.shape[0], x)
+    infinite = None
     if members.positive_logits is not None:
-        given = members.positive_logits.detach()
+        infinite = members.positive_logits.detach() == -torch.inf
         members = replace(members, positive_logits=without_infinity(members.positive_logits))
     if several:
         problem = replace(problem, index=_distinct(positives, x, y))
@@ -150,25 +151,30 @@ def composed(
         there = problem.index[:, 0] >= 0  # type: ignore[index]
         ones = torch.ones(x.shape[0], dtype=score_dtype(x.dtype), device=x.device)
         weights = (ones if weights is None else weights).masked_fill(~there, 0.0)
-    rows = _Rows(problem, scale, members, partners, normalize)
+    rows = _Rows(problem, scale, members, partners, normalize, infinite)
     if margin is not None:
         rows.problem = with_ceilings(problem, upper_bounds(rows.z_pos().detach(), margin), None)
     if several and weights is not None:
         return rows.of_several(weights, reduction)
-    losses = rows.losses(include_positive)
-    if members.positive_logits is not None:
-        losses = losses + torch.zeros_like(losses).masked_fill(given == -torch.inf, torch.inf)
-    return reduce_losses(losses, weights, reduction)
+    return reduce_losses(rows.losses(include_positive), weights, reduction)
 
 
 class _Rows:
     """The losses of rows, and what they are made of."""
 
     def __init__(
-        self, problem: Problem, scale: Tensor, members: Members, partners: Tensor | None, normalize: bool
+        self,
+        problem: Problem,
+        scale: Tensor,
+        members: Members,
+        partners: Tensor | None,
+        normalize: bool,
+        infinite: Tensor | None,
     ) -> None:
         self.problem, self.scale, self.members, self.partners = problem, scale, members, partners
         self.normalize = normalize
+        #: the rows whose positive's logit is -inf [N]
+        self.infinite = infinite
 
     def losses(self, include_positive: bool) -> Tensor:
         """[N]."""
@@ -182,11 +188,17 @@ class _Rows:
             return self.corrected(include_positive)
         ratio = self.log_ratio(1.0)
         if include_positive:
-            return softplus(ratio)
+            return self.with_infinity(softplus(ratio))
         losses = ratio
         if members.weight_fn is not None:
             losses = ratio + (1 - self.weights()) * self.z_pos()
-        return losses.masked_fill(ratio == -torch.inf, 0.0)
+        return self.with_infinity(losses).masked_fill(ratio == -torch.inf, 0.0)
+
+    def with_infinity(self, losses: Tensor) -> Tensor:
+        """Losses [N], infinite where the positive has no logit; a row without negatives has none of that."""
+        if self.infinite is None:
+            return losses
+        return losses + torch.zeros_like(losses).masked_fill(self.infinite, torch.inf)
 
     def of_several(self, weights: Tensor, reduction: str) -> Tensor:
         """The mean over positives of log sum_j exp(z_ij) - z_ip [N], or the mean or sum of rows with weights [N].
@@ -298,7 +310,8 @@ class _Rows:
         if members.debiased is not None:
             log_mean = debiased_mean(log_mean, members.debiased, -self.scale - self.z_pos())
         losses = log_count + log_mean
-        return (softplus(losses) if include_positive else losses).masked_fill(nothing, 0.0)
+        losses = softplus(losses) if include_positive else losses
+        return self.with_infinity(losses).masked_fill(nothing, 0.0)
 
 
 def _distinct(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:

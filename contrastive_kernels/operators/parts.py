@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
+from ..panels.panel import number
 from .shared import Call, Outputs, Primitive, like
 
 __all__ = [
@@ -66,8 +67,8 @@ def whole_gradients(
     return (
         of_rows.mm(y) if want_x else None,
         of_cols.mm(x) if want_y else None,
-        weights.new_full((), dscale) if want_scale else None,
-        weights.new_full((), dbias) if want_bias else None,
+        number(weights, dscale) if want_scale else None,
+        number(weights, dbias) if want_bias else None,
     )
 
 

@@ -149,3 +149,20 @@ def test_what_is_expected():
     assert expected.room == 0
     expected.forget()
     assert expected.room == 0 and not expected.rooms
+
+
+def of_one_row() -> list[Tensor]:
+    """One row a rank, with ids, which the C++ pass reads as dense vectors."""
+    x, y = (torch.randn(2, D, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    own, ids = slice(dist.get_rank(), dist.get_rank() + 1), torch.tensor([5, 7])
+    found = []
+    for loss, more in (("clip_loss", ()), ("sigmoid", (-1.0,)), ("info_nce", ())):
+        for strategy in ("replicated", "strips"):
+            value = getattr(ck, loss)(x[own], y[own], 2.0, *more, ids=ids[own], group="world", strategy=strategy)
+            found.append(value - getattr(ck, loss)(x, y, 2.0, *more, ids=ids))
+    return found
+
+
+def test_one_row_a_rank(tmp_path):
+    for rank in zip(*succeeded(run(2, of_one_row, tmp_path))):
+        assert abs(sum(rank)) < 1e-5

@@ -129,6 +129,21 @@ def test_a_positive_of_no_logit_at_all(said):
     assert ck.decomposable(x, y, 3.0, torch.zeros(5), positive_logits=logits).item() == math.inf
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"debiased": 0.1}, {"hardness_beta": 0.3}, {"margin": -0.5}],
+    ids=str,
+)
+def test_a_row_without_negatives_whose_positive_has_no_logit(said):
+    """0, as for every row without negatives."""
+    x, logits = torch.eye(3), torch.tensor([0.0, 1.0, -torch.inf])
+    given = {"positive_logits": logits, "ids": (torch.arange(3), torch.full((3,), 2)), "reduction": "none"}
+    given |= {"include_positive": False} if "debiased" not in said and "hardness_beta" not in said else {}
+    losses = ck.info_nce(x, x, 2.0, **given, **said)
+    torch.testing.assert_close(losses, definitions.info_nce(x, x, 2.0, **given, **said))
+    assert losses[2] == 0
+
+
 def test_momentum_contrast():
     """As MoCo has it: the keys' own logits before those of the queue, of class 0."""
     q, k, old = (normalize(torch.randn(n, 8, dtype=torch.float64), dim=1) for n in (5, 5, 20))

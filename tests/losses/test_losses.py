@@ -314,3 +314,16 @@ def test_indices_and_weights_may_be_of_other_dtypes(backend):
     for weight in (mask, mask.double(), mask.bfloat16()):
         ours = ck.info_nce(inputs.x, inputs.y, 5.0, positives=inputs.positives.int(), weight=weight, backend=backend)
         assert torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_past_the_end_of_float32_is_infinite(backend):
+    """Of finite rows, in one call too."""
+    x, labels = torch.tensor([[1e19], [-1e19]]), torch.tensor([0, 0])
+    assert ck.info_nce(x, -x, 1.0, reduction="none", backend=backend).isfinite().all()
+    for loss in (
+        ck.info_nce(x, -x, 1.0, reduction="sum", backend=backend),
+        ck.sigmoid(x, -x, 1.0, 0.0, reduction="sum", backend=backend),
+        ck.sup_con(x.sign(), labels, 3.0, weight=torch.full((2,), 3e38), reduction="sum", y=x.sign(), y_labels=labels),
+    ):
+        assert loss == torch.inf
