@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..panels.pairs import EVERY_PAIR
-from ..panels.panel import Panel, Route, SearchPanel, Side, number
-from ..panels.size import Size
+from ..panels.panel import Panel, Route, SearchPanel, Side
+from ..panels.size import Size, number
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from .base import Backend, WholeMatrix
 from .native import MISSING, common_fields, pair_fields, score_fields, search_fields, weight_fields

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
-from ..panels.panel import number
+from ..panels.size import number
 from .shared import Call, Outputs, Primitive, like
 
 __all__ = [

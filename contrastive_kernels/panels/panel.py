@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .pairs import Pairs
 
-__all__ = ["Panel", "Route", "SearchPanel", "Side", "in_pieces", "number", "present"]
+__all__ = ["Panel", "Route", "SearchPanel", "Side", "in_pieces", "present"]
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,6 @@ class SearchPanel(Panel):
     #: [R], [R] int64 += number of scores below `low`, above `high`
     below: Tensor | None = None
     above: Tensor | None = None
-
-
-def number(like: Tensor, value: float) -> Tensor:
-    """A number in the dtype and on the device of a tensor; infinite past the dtype's end, which torch refuses."""
-    try:
-        return like.new_full((), value)
-    except RuntimeError:
-        return like.new_full((), math.copysign(math.inf, value))
 
 
 def present(vector: Tensor | None) -> Tensor:

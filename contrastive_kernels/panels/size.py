@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ from itertools import islice
 from typing import cast
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "BAND",
@@ -21,6 +23,7 @@ __all__ = [
     "blocks_of",
     "largest_side",
     "nearly_equal",
+    "number",
     "saved_dtype",
     "score_dtype",
     "square_side",
@@ -128,6 +131,14 @@ _FLOP_PER_LAUNCH = 3.5e9
 
 #: Kernels that one panel starts.
 _LAUNCHES = 4
+
+
+def number(like: Tensor, value: float) -> Tensor:
+    """A number in the dtype and on the device of a tensor; infinite past the dtype's end, which torch refuses."""
+    try:
+        return like.new_full((), value)
+    except RuntimeError:
+        return like.new_full((), math.copysign(math.inf, value))
 
 
 def blocks_of(n: int, size: int) -> int:
