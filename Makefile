@@ -10,7 +10,7 @@ ifeq ($(wildcard setup.py),)
 $(error run make in the project's folder: make -C FOLDER TARGET)
 endif
 
-# Hundreds of short processes import torch: where bytecode is not kept, each compiles it anew for three to ten seconds.
+# Hundreds of short processes import torch: where bytecode is not kept, each compiles torch's anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv

@@ -123,7 +123,7 @@ def sup_con(
     there = (count > 0).to(score_dtype(problem.x.dtype))
     if weight is None:  # (overhead dominates small batches)
         check_reduction(reduction)
-        gain = there / there.sum().clamp(min=1) if reduction == "mean" else there
+        weights, gain = there, there / there.sum().clamp(min=1) if reduction == "mean" else there
     else:
         weights = _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
         gain = present(row_gains(weights, count.shape[0], problem.x, reduction))
@@ -133,7 +133,6 @@ def sup_con(
     loss = label_loss(problem, gain, share, "none" if reduction == "none" else "sum", inside=variant == "inside")
     if not return_metrics:
         return loss
-    weights = there if weight is None else _weights(weight, problem, reduction).masked_fill(count == 0, 0.0)
     shares = present(row_gains(weights, count.shape[0], problem.x, "mean"))
     total = weights.sum()
     mean = loss if reduction == "mean" else loss.sum() / total.masked_fill(total == 0, 1.0)

@@ -27,7 +27,7 @@ __all__ = [
     "without_infinity",
 ]
 
-#: A logit so low that its exponential is 0 beside any other, and some times it is no infinity.
+#: A logit so low that its exponential is 0 beside any other, and that stays finite where a few are added.
 LOWEST = -1e20
 
 

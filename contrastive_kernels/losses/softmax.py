@@ -89,8 +89,8 @@ def info_nce(
     positive_logits, positive_features : Tensor, optional
         The positive's logit [N], or the positive itself [N, D], of rows whose positive is no candidate: a momentum key
         beside a queue, say. Every candidate is a negative then, but for the one that ``positives`` names (an offset or
-        [N], -1 for none). Differentiable; a logit of -inf has an infinite loss, whatever else is said, and no
-        gradient.
+        [N], -1 for none). Differentiable; a logit of -inf has an infinite loss and no gradient, but for a row without
+        negatives whose denominator has no positive or is corrected: 0.
     queue : FeatureQueue, optional
         Further negatives, without gradient: what is in the queue. With ``ids`` it has ids, too.
     ids : Tensor or pair of Tensor, optional

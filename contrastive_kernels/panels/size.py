@@ -78,6 +78,14 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def number(like: Tensor, value: float) -> Tensor:
+    """A number in the dtype and on the device of a tensor; infinite past the dtype's end, which torch refuses."""
+    try:
+        return like.new_full((), value)
+    except RuntimeError:
+        return like.new_full((), math.copysign(math.inf, value))
+
+
 #: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
 #: products are large enough for the vendor's GEMM to run at its rate.
 LARGEST_SQUARE = 1024
@@ -131,14 +139,6 @@ _FLOP_PER_LAUNCH = 3.5e9
 
 #: Kernels that one panel starts.
 _LAUNCHES = 4
-
-
-def number(like: Tensor, value: float) -> Tensor:
-    """A number in the dtype and on the device of a tensor; infinite past the dtype's end, which torch refuses."""
-    try:
-        return like.new_full((), value)
-    except RuntimeError:
-        return like.new_full((), math.copysign(math.inf, value))
 
 
 def blocks_of(n: int, size: int) -> int:
