@@ -15,21 +15,11 @@ from contrastive_kernels.panels.terms import EXPONENTIAL
 
 _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not built")
 
-INSTRUCTION_SETS = instruction_sets()
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    _C.set_instruction_set(request.param)
-    assert _C.instruction_set() == request.param
-    yield request.param
-    _C.set_instruction_set("auto")
-
 
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="avx512, avx2 or baseline"):
         _C.set_instruction_set("sse9")
-    assert _C.instruction_set() in INSTRUCTION_SETS
+    assert _C.instruction_set() in instruction_sets()
 
 
 # ---- the exponential ----

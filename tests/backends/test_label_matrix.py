@@ -6,19 +6,13 @@ import math
 
 import pytest
 import torch
-from panels import EPS, instruction_sets
+from panels import EPS
 
 from contrastive_kernels.panels.pairs import ALIKE_COUNT
 from contrastive_kernels.reference.labels import sup_con_of_logits
 
 _C = pytest.importorskip("contrastive_kernels._C", reason="the extension is not built")
-
-
-@pytest.fixture(params=instruction_sets(), autouse=True)
-def instruction_set(request):
-    _C.set_instruction_set(request.param)
-    yield
-    _C.set_instruction_set("auto")
+pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
 class Labelled:
