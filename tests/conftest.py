@@ -1,15 +1,37 @@
-"""What holds for every test: memory that nobody wrote is NaN; and fixtures of several."""
+"""What holds for every test: memory that nobody wrote is NaN; and fixtures of several.
+
+The only conftest.py: with --doctest-modules a second one takes its name, and whichever comes later is not collected."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from panels import instruction_sets
 from poison import PLACES, poisoned
 from problems import CPU_BACKENDS
 
 import contrastive_kernels as ck
+
+#: Without Hypothesis nothing of the fuzzer is collected, and the header says so.
+FUZZ = importlib.util.find_spec("hypothesis") is not None
+collect_ignore = [] if FUZZ else ["fuzz"]
+
+
+def pytest_report_header() -> str | None:
+    """Says where the fuzzer is left out."""
+    return None if FUZZ else "fuzz: left out, Hypothesis is not installed"
+
+
+@pytest.fixture
+def share(request: pytest.FixtureRequest) -> float:
+    """A test's part of FUZZ_SECONDS; 0 without: the fixed examples."""
+    from fuzzing import SECONDS
+
+    return SECONDS / max(sum("share" in getattr(item, "fixturenames", ()) for item in request.session.items), 1)
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +57,14 @@ def set_threads() -> Any:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an instruction set of the CPU's pass that this machine has."""
+    from contrastive_kernels import _C
+
+    _C.set_instruction_set(request.param)
+    assert _C.instruction_set() == request.param
+    yield request.param
+    _C.set_instruction_set("auto")

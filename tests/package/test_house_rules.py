@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import subprocess
+from collections import Counter
 
 import house
 import pytest
@@ -46,6 +47,12 @@ def test_imports_run_downwards(name):
             continue
         assert name not in GROUND, f"{name} imports {target}, and stands on the ground"
         assert ROOMS.index(room_of(name)) <= ROOMS.index(room_of(target)), f"{name} imports {target}, which is above it"
+
+
+def test_every_file_of_the_tests_has_its_own_name():
+    """They are imported by name alone: of two of one name, a conftest.py too, only the first is collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if "peers" not in path.parts)
+    assert not [name for name, count in names.items() if count > 1]
 
 
 @pytest.mark.parametrize("room", sorted(set(ROOMS) - UNBUILT))

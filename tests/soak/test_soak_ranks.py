@@ -40,7 +40,7 @@ def steps(count: int) -> list[tuple[int, int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_steps_leave_nothing_behind(tmp_path):
-    for found in succeeded(run(2, steps, tmp_path, max(STEPS, 100), seconds=120)):
+    for found in succeeded(run(2, steps, tmp_path, max(STEPS, 100), seconds=120 + STEPS / 20)):
         (early, files), (late, files_at_last) = found[1], found[-1]
         assert files_at_last == files
         assert late - early < 4 * MIB, f"{(late - early) / MIB:.1f} MiB more"
