@@ -14,7 +14,7 @@ from .cuda import CudaBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-__all__ = ["ORDER", "choose", "get", "names", "table"]
+__all__ = ["ORDER", "choose", "chosen_name", "get", "names", "table"]
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
@@ -38,6 +38,15 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     if device.type == "cpu":  # small batches have no time for the reasons
         return _on_cpu(ORDER, name, dtype, term)
     return _choose(ORDER, name, device, dtype, term)
+
+
+def chosen_name(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of who is chosen for the exponential term, which a compiler takes as a constant."""
+    return choose(name, device, dtype).name
+
+
+# What torch.compiler.assume_constant_result sets: to call it would import Dynamo, which takes longer than this package.
+vars(chosen_name)["_dynamo_marked_constant"] = True
 
 
 def _choose(

@@ -67,7 +67,7 @@ def clip_loss(
     logit_scale : float, Tensor or pair of Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
         every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
-        The directions are two passes then, and 16-bit features are multiplied in float32.
+        16-bit features are multiplied in float32 then; a GPU's kernels, which know one scale, make two passes of it.
     temperature : float or Tensor, optional
         1 / logit_scale, in its place: above 0.
     ids : Tensor or pair of Tensor, optional

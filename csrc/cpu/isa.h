@@ -38,8 +38,8 @@ struct Buffers {
   float *col_shift, *col_sum;  // [stripes, cols], or null
   // What the first visit to a whole matrix keeps for the second.
   float *row_shift = nullptr, *row_sum = nullptr, *row_moment = nullptr;  // [rows]
-  float* col_moment = nullptr;                                            // [stripes, cols]
-  bool* kept = nullptr;                                                   // [stripes]
+  float* col_moment = nullptr;  // [stripes, cols], which weights with scales by column keep too
+  bool* kept = nullptr;         // [stripes]
 };
 
 // One thread's buffers of a search: a chunk of one row.

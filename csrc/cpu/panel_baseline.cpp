@@ -20,6 +20,7 @@ namespace baseline {
 #include "../terms/sigmoid.h"
 #include "pairs.h"
 #include "panel_loops.h"
+#include "scaled_loops.h"
 #include "search_loops.h"
 #include "visit_loops.h"
 
