@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -29,13 +29,44 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .keywords import ClipKeywords
+from .metrics import LossMetrics, check_metrics, with_metrics
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ClipLoss", "clip_loss"]
 
 
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **rest: Unpack[ClipKeywords],
+) -> Tensor: ...
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: Literal[True],
+    **rest: Unpack[ClipKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: bool,
+    **rest: Unpack[ClipKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -57,7 +88,7 @@ def clip_loss(
     strategy: str = "auto",
     uneven: bool = False,
     return_metrics: bool = False,
-) -> Tensor | Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """CLIP's symmetric loss: the mean of InfoNCE from images to texts and from texts to images.
 
     Parameters
@@ -205,7 +236,7 @@ class ClipLoss(SoftmaxLoss):
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor] | Any:
+    ) -> Tensor | tuple[Tensor, LossMetrics] | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         bias = None
         try:
