@@ -211,7 +211,7 @@ QUEUE = 4
 
 
 @pytest.mark.parametrize(
-    "member", ["several and queue", "queue and features", "hard and debiased", "weights"][:: every(2)]
+    "member", ["several and queue", "queue and features", "hard and debiased", "weights"][:: every(4)]
 )
 def test_one_graph(member):
     kinds, options = MEMBERS[member]
