@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from .._library import constant_in_graphs
 from ..panels.terms import EXPONENTIAL, SEARCHES, PairTerm
 from .base import Backend
 from .cpu import CpuBackend
@@ -40,13 +41,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     return _choose(ORDER, name, device, dtype, term)
 
 
+@constant_in_graphs
 def chosen_name(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The name of who is chosen for the exponential term, which a compiler takes as a constant."""
     return choose(name, device, dtype).name
-
-
-# What torch.compiler.assume_constant_result sets: to call it would import Dynamo, which takes longer than this package.
-vars(chosen_name)["_dynamo_marked_constant"] = True
 
 
 def _choose(
