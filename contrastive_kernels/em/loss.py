@@ -420,7 +420,6 @@ class DatasetContrastiveLoss(nn.Module):
         since the earlier one's activations are gone. Over random orders of the micro-batches the mean is the large
         batch's gradient. With columns that need no gradient (momentum keys) nothing is lost: call the loss itself for
         each chunk of rows. Encoders that couple rows (batch norm) see micro-batches.
-
         Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
         """
         require_one_process(f"{type(self).__name__}.accumulate")

@@ -85,7 +85,7 @@ void run(const Panel& p) {
   float* const sums = columns ? partials.get() + stripes * p.cols : nullptr;
   Buffers buffers = {scratch.get(), params.get(), partials.get(), sums};
   buffers.col_moment = moments.get();
-  chosen()->run_panel(panel, buffers);
+  p.pairs.row_scale ? chosen()->run_scaled(panel, buffers) : chosen()->run_panel(panel, buffers);
 }
 
 }  // namespace

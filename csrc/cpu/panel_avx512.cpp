@@ -20,13 +20,13 @@ namespace avx512 {
 #include "../terms/sigmoid.h"
 #include "pairs.h"
 #include "panel_loops.h"
-#include "scaled_loops.h"
 #include "search_loops.h"
 #include "visit_loops.h"
 
 }  // namespace avx512
 
 const IsaTable kAvx512 = {"avx512",           avx512::run_panel,  avx512::exp_run,      avx512::run_search,
-                          avx512::gumbel_run, avx512::gather_run, avx512::visit_matrix, avx512::alike_run};
+                          avx512::gumbel_run, avx512::gather_run, avx512::visit_matrix, avx512::alike_run,
+                          avx512::run_scaled};
 
 }  // namespace ck

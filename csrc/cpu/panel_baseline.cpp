@@ -20,13 +20,13 @@ namespace baseline {
 #include "../terms/sigmoid.h"
 #include "pairs.h"
 #include "panel_loops.h"
-#include "scaled_loops.h"
 #include "search_loops.h"
 #include "visit_loops.h"
 
 }  // namespace baseline
 
 const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,      baseline::run_search,
-                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix, baseline::alike_run};
+                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix, baseline::alike_run,
+                            baseline::run_scaled};
 
 }  // namespace ck

@@ -80,11 +80,6 @@ static void copy(const float* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-static void add(const float* __restrict from, int64_t n, float* __restrict to) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 static void fill(float* to, int64_t n, float value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
@@ -291,19 +286,16 @@ static ParamSums run_stripe(const Panel& p, int64_t stripe, Scratch& s, const Bu
 // Merges what the stripes left of the columns of one chunk, from the first stripe to the last.
 template <class Term>
 static void merge_columns(const Panel& p, int64_t col0, int64_t stripes, const Buffers& buffers) {
-  const int64_t cols = smaller(kChunk, p.cols - col0);
-  for (int64_t stripe = 0; p.col.sum && stripe < stripes; ++stripe)
+  for (int64_t stripe = 0; stripe < stripes; ++stripe)
     merge_states<Term>(p.col.shift + col0, p.col.sum + col0, buffers.col_shift + stripe * p.cols + col0,
-                       buffers.col_sum + stripe * p.cols + col0, cols);
-  for (int64_t stripe = 0; p.col.dscale && stripe < stripes; ++stripe)
-    add(buffers.col_moment + stripe * p.cols + col0, cols, p.col.dscale + col0);
+                       buffers.col_sum + stripe * p.cols + col0, smaller(kChunk, p.cols - col0));
 }
 
 // The stripes of a panel, and then its columns' states. `run`: what a stripe gives to the parameters' gradients.
 template <class Term, typename Run>
 static void for_stripes(const Panel& p, const Buffers& buffers, const Run& run) {
   const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
-  const int64_t merged_cols = p.col.sum || p.col.dscale ? p.cols : 0;
+  const int64_t merged_cols = p.col.sum ? p.cols : 0;
 #ifdef _OPENMP
   if (p.threads > 1) {
 #pragma omp parallel num_threads(p.threads)
@@ -352,10 +344,7 @@ static void run_targets(const Panel& p, const Buffers& buffers) {
                                      : run_stripes<Term, false, uint16_t>(p, buffers);
 }
 
-static void run_scaled(const Panel& p, const Buffers& buffers);  // scaled_loops.h
-
 static void run_panel(const Panel& p, const Buffers& buffers) {
-  if (p.pairs.row_scale) return run_scaled(p, buffers);
   if (p.term == PairTerm::kSigmoid) return run_term<Sigmoid>(p, buffers);
   const bool row = p.row.sum || p.row.gain, col = p.col.sum || p.col.gain;
   if (p.row.target || p.col.target) {

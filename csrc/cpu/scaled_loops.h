@@ -4,6 +4,11 @@
 // and so two exponentials; its weight is the sum of both sides' by the score:
 //   row_scale_i * dL/d(row's logit) + col_scale_j * dL/d(column's logit).
 
+static void add(const float* __restrict from, int64_t n, float* __restrict to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
 // Rows are read where they lie; those of which pairs are left out are copied, with -inf in the place of their scores.
 static void find_scores(const Panel& p, const Chunk& c, Scratch& s) {
   const int64_t stride = copy_stride(c.cols);
@@ -133,6 +138,9 @@ static void run_scaled_stripes(const Panel& p, const Buffers& buffers) {
     }
     return ParamSums();
   });
+  const int64_t stripes = (p.rows + kStripe - 1) / kStripe;
+  for (int64_t stripe = 0; p.col.dscale && stripe < stripes; ++stripe)  // in order
+    add(buffers.col_moment + stripe * p.cols, p.cols, p.col.dscale);
 }
 
 template <typename Out>
@@ -143,7 +151,7 @@ static void run_scaled_weights(const Panel& p, const Buffers& buffers, bool capp
                   : run_scaled_stripes<Out, true, false, false>(p, buffers);
 }
 
-static void run_scaled(const Panel& p, const Buffers& buffers) {
+void run_scaled(const Panel& p, const Buffers& buffers) {
   const bool capped = p.pairs.row_ceiling || p.pairs.col_ceiling;
   if (!p.weights)
     return capped ? run_scaled_stripes<void, false, false, true>(p, buffers)
