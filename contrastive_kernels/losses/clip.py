@@ -29,7 +29,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
 
@@ -134,7 +134,7 @@ def clip_loss(
         rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
         given.update(margin=margin, reduction=reduction, normalize=normalize)
-        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        given.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
         sides = (image_features, text_features)
         return gathered_loss(ranks, clip_loss, sides, logit_scale, rows, given, because, matching=True)
     try:
@@ -167,7 +167,11 @@ def clip_loss(
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
-        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, about)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "clip_loss", both=True)
     options = {"both": True, "include_positive": include_positive, "smoothing": label_smoothing}
     loss = softmax_loss(problem, gains, reduction, **options)
     return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss

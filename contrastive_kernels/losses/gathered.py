@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
     "check_variant",
     "gathered_labels",
     "gathered_loss",
+    "gathered_ranking",
     "require_gathering",
     "wants_all",
 ]
@@ -50,6 +51,7 @@ _PRINTED = (
     "debiased",
     "hardness_beta",
     "variant",
+    "return_metrics",
 )
 
 
@@ -73,8 +75,8 @@ def gathered_loss(
     *,
     views: bool = False,
     matching: bool = False,
-) -> Tensor:
-    """A loss of this package of all ranks' rows.
+) -> Tensor | Any:
+    """A loss of this package of all ranks' rows, with its metrics if they are asked for.
 
     Parameters
     ----------
@@ -104,7 +106,7 @@ def gathered_loss(
         parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
         printed = _checked(options, x, y, scale, with_ids="ids.0" in parts)
 
-    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, y = all_.pop("x"), all_.pop("y")
         rows: dict[str, Any] = {name: all_[name] for name in all_ if "." not in name}
         for name in ("ids", "candidate_bias"):  # of both sides
@@ -112,7 +114,30 @@ def gathered_loss(
                 rows[name] = all_[f"{name}.0"] if views else (all_[f"{name}.0"], all_[f"{name}.1"])
         return function(x, y, of_scale, **rows, **options)
 
-    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed, repeats=2 if views else 1)
+    return _whole(ranks, function.__name__, parts, scale, compute, printed, options, repeats=2 if views else 1)
+
+
+def _whole(
+    ranks: Ranks,
+    name: str,
+    parts: Mapping[str, OfRank],
+    scale: Any,
+    compute: Callable[..., Any],
+    printed: Sequence[tuple[str, Any]],
+    options: Mapping[str, Any],
+    repeats: int = 1,
+) -> Tensor | Any:
+    """What `compute` gives of all rows, which every rank computes: a loss, perhaps with metrics."""
+    if not options.get("return_metrics"):
+        return whole_over_ranks(ranks, name, parts, scale, compute, printed, repeats)
+    metrics: list[Any] = []
+
+    def apart(*given: Any) -> Tensor:
+        loss, told = compute(*given)
+        metrics.append(told)
+        return cast(Tensor, loss)
+
+    return whole_over_ranks(ranks, name, parts, scale, apart, printed, repeats), metrics[0]
 
 
 def _checked(
@@ -210,7 +235,7 @@ def gathered_labels(
     logit_scale: Any,
     given: Mapping[str, Any],
     options: Mapping[str, Any],
-) -> Tensor:
+) -> Tensor | Any:
     """A loss by labels of all ranks' rows, and of their candidates, if there are any."""
     with told(ranks, x):
         alone = check_candidates(given["y"], given["y_labels"])
@@ -225,9 +250,41 @@ def gathered_labels(
             parts["weight"] = OfRank(weights)
         printed = _checked(options, x, y, scale)
 
-    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, labels = all_.pop("x"), all_.pop("labels")
         return function(x, labels, of_scale, **all_, **options)
+
+    return _whole(ranks, function.__name__, parts, scale, compute, printed, options)
+
+
+def gathered_ranking(
+    ranks: Ranks,
+    function: Callable[..., Tensor],
+    features: tuple[Tensor, Tensor],
+    scale: Any,
+    given: Mapping[str, Tensor | None],
+    guided: Sequence[Tensor] | None,
+    options: Mapping[str, Any],
+    because: str,
+) -> Tensor:
+    """Multiple negatives ranking of all ranks' queries and documents; every argument has been checked.
+
+    `given`: what has a row for each query, by name; None where there is none.
+    """
+    x, y = features
+    with told(ranks, x):
+        require_gathering(ranks, because)
+        problem = Problem(x, y, scale, engine=check_engine(options["backend"], options["workspace_bytes"]))
+        require_panel(problem.backend(), problem.size())
+    parts = {"x": OfRank(x), "y": OfRank(y)}
+    parts |= {name: OfRank(value) for name, value in given.items() if value is not None}
+    parts |= {f"guided.{i}": OfRank(each.detach()) for i, each in enumerate(guided or ())}
+    printed = [(n, v) for n, v in options.items() if n != "backend"]
+
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+        x, y = all_.pop("x"), all_.pop("y")
+        of_guide = [all_.pop(name) for name in parts if name.startswith("guided.")]
+        return function(x, y, of_scale, guided=of_guide or None, **all_, **options)
 
     return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed)
 

@@ -29,7 +29,7 @@ from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -134,7 +134,7 @@ def nt_xent(
         rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
         given.update(margin=margin, weight_fn=weight_fn, reduction=reduction, normalize=normalize)
-        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        given.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
         sides = (z1, z2)
         return gathered_loss(ranks, nt_xent, sides, logit_scale, rows, given, because, views=True, matching=True)
     try:
@@ -171,8 +171,11 @@ def nt_xent(
         problem = with_margin(problem, margin)
     if ranks is not None:
         rule = Softmax(mirrored=True, include_positive=include_positive)
-        about = (*rule.about, ("normalize", normalize))
-        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "nt_xent", mirrored=True, repeats=2)
     if weight_fn is not None:
         return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
     if pairs.adds or by_row:

@@ -30,7 +30,7 @@ from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, require_no_corrections, widened
@@ -147,8 +147,8 @@ def info_nce(
         Ranks may have different numbers of rows. On CUDA the host then waits for their sizes.
     return_metrics : bool
         Return (loss, :class:`LossMetrics`): in-batch accuracies, the mean positive logit and the mean logarithm of the
-        denominator. A product more in every direction. Not over ranks, nor with several positives, those that are no
-        candidates, a queue and corrections.
+        denominator. A product more in every direction. Not with several positives, those that are no candidates, a
+        queue and corrections.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def info_nce(
             options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
             options.update(margin=margin, queue=queue, weight_fn=weight_fn, debiased=debiased)
             options.update(hardness_beta=hardness_beta, reduction=reduction, normalize=normalize)
-            options.update(backend=backend, workspace_bytes=workspace_bytes)
+            options.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
             return gathered_loss(ranks, info_nce, (x, y), logit_scale, rows, options, because)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
@@ -238,7 +238,11 @@ def info_nce(
         raise
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
-        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "info_nce", problem, gains, reduction, about)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "info_nce")
     options = {"include_positive": include_positive, "smoothing": label_smoothing}
     loss = softmax_loss(problem, gains, reduction, **options)
     return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss
