@@ -37,6 +37,10 @@ def bounds() -> dict[str, Any]:
             "zero": (0.0, 1.0), "infinite": (0.001, float("inf"))}  # fmt: skip
 
 
+def betas() -> dict[str, Any]:
+    return {"a number": 0.9, "three": (0.9, 0.9, 0.9), "words": ("0", "1"), "one": (0.9, 1.0), "below": (-0.1, 0.9)}
+
+
 def temperature() -> dict[str, Any]:
     """Of a call; a number, or a tensor of one element or of [N]."""
     return positive_number() | {n: v for n, v in scale().items() if isinstance(v, torch.Tensor)} | {"tiny": 1e-320}
