@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._library import outside_graphs
 from ..arguments.checks import (
     check_backend,
     check_count,
@@ -138,7 +139,7 @@ class GlobalLoss(nn.Module):
         """Of a call of a loss of this package."""
         return {**self.engine, **(self.over if ranks is not None else {})}
 
-    @torch.compiler.disable
+    @outside_graphs
     def _stored(self, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """What the memory has of these samples, one a row, and how often they were visited."""
         stored, visits = self.memory.read(index)
@@ -146,7 +147,7 @@ class GlobalLoss(nn.Module):
             raise ValueError(f"index: expected one sample per row of x [{rows}]; got {len(stored)}")
         return stored, visits
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def _visited(self, index: Tensor, memory: tuple[Tensor, Tensor], found: Tensor) -> Tensor:
         """log u [N, k] after this visit, from log g [N, k]; in training mode the memory holds it then, or its mean."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import check_flag, scale_tensor
 from ..arguments.margin import scores_of
 from ..arguments.reduction import row_gains, row_weights
@@ -140,7 +141,7 @@ def with_metrics_over_ranks(
     return loss, metrics
 
 
-@torch.compiler.disable
+@outside_graphs
 @torch.no_grad()
 def _metrics_over_ranks(
     loss: Tensor,
