@@ -29,6 +29,7 @@ from ..distributed.whole import OfRank, whole_over_ranks
 from ..engine.matrix import Problem
 from ..engine.strategy import require_panel
 from .composed import check_corrections
+from .guide import check_guide, check_guided_margin
 from .queue import FeatureQueue, check_queue
 
 __all__ = [
@@ -46,6 +47,7 @@ _PRINTED = (
     "include_positive",
     "label_smoothing",
     "margin",
+    "guided_margin",
     "reduction",
     "normalize",
     "debiased",
@@ -104,11 +106,16 @@ def gathered_loss(
         if views:
             _require_one_of_both_views(given)
         parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
-        printed = _checked(options, x, y, scale, with_ids="ids.0" in parts)
+        if given.get("guided") is not None:
+            of_rows, of_cols = check_guide(given["guided"], x, y, False)
+            parts |= {"guided.0": OfRank(of_rows), "guided.1": OfRank(of_cols, True)}
+        printed = _checked(options, x, y, scale, with_ids="ids.0" in parts, guided="guided.0" in parts)
 
     def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, y = all_.pop("x"), all_.pop("y")
         rows: dict[str, Any] = {name: all_[name] for name in all_ if "." not in name}
+        if "guided.0" in all_:
+            rows["guided"] = all_["guided.0"], all_["guided.1"]
         for name in ("ids", "candidate_bias"):  # of both sides
             if f"{name}.0" in all_:
                 rows[name] = all_[f"{name}.0"] if views else (all_[f"{name}.0"], all_[f"{name}.1"])
@@ -141,7 +148,13 @@ def _whole(
 
 
 def _checked(
-    options: Mapping[str, Any], x: Tensor, y: Tensor, scale: Any, *, with_ids: bool = False
+    options: Mapping[str, Any],
+    x: Tensor,
+    y: Tensor,
+    scale: Any,
+    *,
+    with_ids: bool = False,
+    guided: bool = False,
 ) -> list[tuple[str, Any]]:
     """What options say that all ranks must say alike; all of them are right, for nobody is told once rows are on their
     way."""
@@ -151,6 +164,7 @@ def _checked(
     check_flag(include, "include_positive")
     check_smoothing(smoothing, include)
     check_margin_of_loss(options.get("margin"), smoothing)
+    check_guided_margin(options.get("guided_margin", 0.0), used=guided)
     check_corrections(*(options.get(name) for name in ("weight_fn", "debiased", "hardness_beta")))
     if "variant" in options:
         check_variant(options["variant"])
@@ -289,12 +303,13 @@ def gathered_ranking(
     return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed)
 
 
-def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
+def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, guided: Any, *members: str) -> str:
     """What of a loss is no sum over a rank's own rows; "" where nothing is."""
     smooth = not is_number(label_smoothing) or label_smoothing != 0  # (what is no number is refused later)
     said = {
         "label_smoothing": smooth,
         "candidate_bias": candidate_bias is not None,
         "margin": margin is not None,
+        "guided": guided is not None,
     }
     return next((name for name, there in said.items() if there), members[0] if members else "")

@@ -1,18 +1,30 @@
-"""A guide's features of queries and documents, and hard negatives of every query."""
+"""A guide's features: pairs that it finds more alike than a row's positive are left out. Hard negatives of queries."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_features, normalized, shown
+from ..arguments.checks import check_dense, check_features, check_pair, normalized, scale_tensor, shown
 from ..arguments.margin import check_margin
+from ..arguments.reduction import reduce_losses, row_weights
+from ..engine.matrix import Problem
+from ..operators.guided import guided_log_sums
 from ..panels.size import score_dtype
+from .ratios import pair_dots, relative_of, softplus
 
-__all__ = ["Guide", "check_guided_margin", "hard_negatives"]
+__all__ = [
+    "Guide",
+    "check_guide",
+    "check_guided_margin",
+    "guided_loss",
+    "guided_pairs",
+    "hard_negatives",
+    "require_no_guide",
+]
 
 
 def hard_negatives(negatives: Any, x: Tensor, normalize: bool, name: str = "negatives") -> Tensor:
@@ -38,6 +50,55 @@ def check_guided_margin(margin: Any, used: bool = True) -> tuple[bool, float]:
     if number and not used:
         raise ValueError(f"guided_margin: expected 0 without guided; got {shown(margin)}")
     return relative, number
+
+
+def check_guide(guided: Any, x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """A guide's features of the rows x [N, D] and of the columns y [M, D], of a width of their own; detached."""
+    if not isinstance(guided, (tuple, list)):
+        raise TypeError(f"guided: expected a pair of tensors; got {type(guided).__name__}")
+    one, other = (each.detach() if isinstance(each, Tensor) else each for each in check_pair(guided, "guided"))
+    of_rows, of_cols = check_features(one, other, ("guided", "guided"), normalize)
+    if (len(of_rows), len(of_cols)) != (len(x), len(y)):
+        raise ValueError(f"guided: expected {len(x)} and {len(y)} rows; got {len(of_rows)} and {len(of_cols)}")
+    if of_rows.device != x.device:
+        raise ValueError(f"guided: expected device {x.device}; got {of_rows.device}")
+    return of_rows, of_cols
+
+
+def require_no_guide(guided: Any, **members: Any) -> None:
+    """What a guide does not go with."""
+    for name, value in members.items():
+        if guided is not None and value is not None:
+            raise ValueError(f"guided: expected None with {name}; got {type(guided).__name__}")
+
+
+def guided_loss(
+    problem: Problem, guide: tuple[Tensor, Tensor], margin: Any, weight: Tensor | None, reduction: str, include: bool
+) -> Tensor:
+    """InfoNCE of rows with one positive each, without the candidates that a guide finds too much alike.
+
+    `guide`: its features of rows and columns; `include`: the positive is in the denominator.
+    """
+    relative, number = check_guided_margin(margin)
+    n, device = problem.x.shape[0], problem.x.device
+    index = problem.index
+    if index is None:
+        index = torch.arange(n, dtype=torch.int64, device=device) + (problem.offset or 0)
+    own = pair_dots(*guide, index[:, None])[:, 0]
+    threshold = own - (own.abs() * number if relative else number)
+    y = problem.x if problem.symmetric else problem.y
+    z_pos = scale_tensor(problem.x, problem.scale) * pair_dots(problem.x, y, index[:, None])[:, 0]
+    ratio = relative_of(*guided_log_sums(problem, guide, threshold), z_pos)
+    losses = softplus(ratio) if include else ratio.masked_fill(ratio.detach() == -torch.inf, 0.0)
+    return reduce_losses(losses, weight, reduction)
+
+
+def guided_pairs(problem: Problem, guide: Any, margin: Any, weight: Any, reduction: str, include: bool) -> Tensor:
+    """The mean of both directions of matching rows x, y [N, D]."""
+    back = replace(problem, x=problem.y, y=problem.x, pairs=problem.pairs.turned())
+    weights = row_weights(weight, problem.x.shape[0], problem.x)
+    rest = (margin, weights, reduction, include)
+    return (guided_loss(problem, guide, *rest) + guided_loss(back, guide[::-1], *rest)) / 2
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,13 @@ def hard_negatives() -> dict[str, Any]:
     }
 
 
+def guide() -> dict[str, Any]:
+    v = torch.eye(N, D)
+    return {"a tensor": v, "a number": 1, "one": (v,), "three": (v, v, v), "of other lengths": (v, v[1:]),
+            "too few": (v[1:], v[1:]), "of words": ("a", "b"), "of integers": (v.long(), v.long()),
+            "of other features": (v, v[:, 1:]), "sparse": (v.to_sparse(), v)}  # fmt: skip
+
+
 def guided() -> dict[str, Any]:
     v, hard = torch.eye(N, D), torch.ones(N, 2, D)
     return {"a tensor": v, "a number": 1, "without negatives": (v, v), "of other lengths": (v, v[1:], hard),

@@ -107,7 +107,10 @@ KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(("partition", "hardness_mode"), bad.word),
     "hardness_strength": bad.amount,
-    "guided": bad_ranking.guided,
+    "guided": bad_ranking.guide,
+    **dict.fromkeys(
+        ("multiple_negatives_ranking.guided", "MultipleNegativesRankingLoss.forward.guided"), bad_ranking.guided
+    ),
     "guided_margin": bad.margin,
     **dict.fromkeys(("weights", "max_ratio"), bad.choice),
     **dict.fromkeys(("separation_options", "bridge_options", "geometry_options"), bad.options),

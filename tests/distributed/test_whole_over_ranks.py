@@ -102,6 +102,15 @@ CASES: dict[str, Call] = {
     "ranking per direction": lambda b, s, **o: ck.multiple_negatives_ranking(
         b["x"], b["y"], s, directions=WAYS[::2], partition="per_direction", normalize=True, **o
     ),
+    "guided": lambda b, s, **o: ck.info_nce(
+        b["x"], b["y"], s, guided=guide(b, False), guided_margin=0.3, ids=b["ids"], weight=b["weight"], **o
+    ),
+    "guided clip": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], s, guided=guide(b, False), normalize=True, return_metrics=True, **o
+    ),
+    "guided views": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s, guided=guide(b, False), guided_margin=("relative", 0.2), weight=b["weight"], **o
+    ),
     "metrics": lambda b, s, **o: ck.info_nce(b["x"], b["y"], s, ids=b["ids"], return_metrics=True, **o),
     "metrics ring": lambda b, s, **o: ck.info_nce(
         b["x"], b["y"], s, weight=b["weight"], include_positive=False, strategy="ring", return_metrics=True, **o
@@ -213,6 +222,9 @@ def mistaken() -> list[str]:
         lambda: ranking(x, y, 2.0, guided=guide(b, last), group="world"),
         lambda: ranking(x, y, 2.0, guided=guide(b, False), workspace_bytes=8 if last else None, group="world"),
         lambda: ck.clip_loss(x, y, 2.0, return_metrics=last, group="world"),
+        lambda: ck.clip_loss(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
+        lambda: ck.info_nce(x, y, 2.0, guided=guide(b, False), guided_margin=0.1 * last, group="world"),
+        lambda: ck.nt_xent(x, y, 2.0, guided=[v[: 4 - last] for v in guide(b, False)], group="world"),
         lambda: ck.sup_con(x, b["labels"], 2.0, return_metrics=last, group="world"),
         lambda: ck.info_nce(
             x, y, 2.0, return_metrics=True, positive_logits=b["logits"] if last else None, group="world"
