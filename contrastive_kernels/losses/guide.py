@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..arguments.checks import check_dense, check_features, check_pair, normalized, scale_tensor, shown
 from ..arguments.margin import check_margin
-from ..arguments.reduction import reduce_losses, row_weights
+from ..arguments.reduction import reduce_losses
 from ..engine.matrix import Problem
-from ..operators.guided import guided_log_sums
+from ..operators.guided import guided_log_sums, guided_log_sums_of_both
 from ..panels.size import score_dtype
 from .ratios import pair_dots, relative_of, softplus
 
@@ -21,7 +21,6 @@ __all__ = [
     "check_guide",
     "check_guided_margin",
     "guided_loss",
-    "guided_pairs",
     "hard_negatives",
     "require_no_guide",
 ]
@@ -73,11 +72,19 @@ def require_no_guide(guided: Any, **members: Any) -> None:
 
 
 def guided_loss(
-    problem: Problem, guide: tuple[Tensor, Tensor], margin: Any, weight: Tensor | None, reduction: str, include: bool
+    problem: Problem,
+    guide: tuple[Tensor, Tensor],
+    margin: Any,
+    weight: Tensor | None,
+    reduction: str,
+    include: bool,
+    *,
+    both: bool = False,
 ) -> Tensor:
     """InfoNCE of rows with one positive each, without the candidates that a guide finds too much alike.
 
-    `guide`: its features of rows and columns; `include`: the positive is in the denominator.
+    `guide`: its features of rows and columns; `include`: the positive is in the denominator; `both`: the mean with the
+    columns', of matching rows.
     """
     relative, number = check_guided_margin(margin)
     n, device = problem.x.shape[0], problem.x.device
@@ -88,17 +95,16 @@ def guided_loss(
     threshold = own - (own.abs() * number if relative else number)
     y = problem.x if problem.symmetric else problem.y
     z_pos = scale_tensor(problem.x, problem.scale) * pair_dots(problem.x, y, index[:, None])[:, 0]
-    ratio = relative_of(*guided_log_sums(problem, guide, threshold), z_pos)
-    losses = softplus(ratio) if include else ratio.masked_fill(ratio.detach() == -torch.inf, 0.0)
-    return reduce_losses(losses, weight, reduction)
-
-
-def guided_pairs(problem: Problem, guide: Any, margin: Any, weight: Any, reduction: str, include: bool) -> Tensor:
-    """The mean of both directions of matching rows x, y [N, D]."""
-    back = replace(problem, x=problem.y, y=problem.x, pairs=problem.pairs.turned())
-    weights = row_weights(weight, problem.x.shape[0], problem.x)
-    rest = (margin, weights, reduction, include)
-    return (guided_loss(problem, guide, *rest) + guided_loss(back, guide[::-1], *rest)) / 2
+    if both:
+        sides = guided_log_sums_of_both(problem, guide, threshold)
+    else:
+        sides = (guided_log_sums(problem, guide, threshold),)
+    ratios = [relative_of(*side, z_pos) for side in sides]
+    if include:
+        losses = [softplus(ratio) for ratio in ratios]
+    else:
+        losses = [ratio.masked_fill(ratio.detach() == -torch.inf, 0.0) for ratio in ratios]
+    return reduce_losses(sum(losses[1:], losses[0]) / len(losses), weight, reduction)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import distributed as dist
 
 import contrastive_kernels as ck
 
-SAMPLES, D, STEPS = 20, 6, 4
-COSINE = {"gamma": 0.4, "gamma_schedule": "cosine", "gamma_decay_epochs": 3}
+SAMPLES, D, STEPS = 20, 6, 3
+COSINE = {"gamma": 0.4, "gamma_schedule": "cosine", "gamma_decay_epochs": 2}
 BOUNDS = {"temperature": 0.5, "temperature_bounds": (0.2, 0.9), "temperature_rate": 0.02, "rho": 1.0}
 #: By name: the loss, and whether it is given a scale.
 CASES: dict[str, tuple[Any, bool, dict[str, Any]]] = {

@@ -119,7 +119,7 @@ CASES: dict[str, Call] = {
         b["x"], b["y"], s, ids=(b["ids"], b["labels"]), weight=b["weight"], return_metrics=True, **o
     ),
     "metrics views": lambda b, s, **o: ck.nt_xent(
-        b["x"], b["y"], s, ids=b["ids"], weight=b["weight"], return_metrics=True, **o
+        b["x"], b["y"], s, weight=b["weight"], return_metrics=True, **o
     ),
     "metrics smoothing": lambda b, s, **o: ck.clip_loss(
         b["x"], b["y"], s, label_smoothing=0.1, return_metrics=True, **o

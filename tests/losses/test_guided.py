@@ -158,3 +158,11 @@ def test_what_a_guide_does_not_go_with(loss):
         more = {"include_positive": False} if name == "weight_fn" else {}
         with pytest.raises(ValueError, match="guided: expected None with"):
             call(*leaves, **options, **more)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_second_derivatives(loss):
+    leaves, guide = made()
+    few = [v[:4].clone().requires_grad_() for v in leaves]
+    options: dict[str, Any] = {"guided": [v[:4] for v in guide], "guided_margin": 0.1}
+    assert torch.autograd.gradgradcheck(lambda x, y: getattr(ck, loss)(x, y, 2.0, **options), few, fast_mode=True)
