@@ -95,10 +95,8 @@ def guided_loss(
     threshold = own - (own.abs() * number if relative else number)
     y = problem.x if problem.symmetric else problem.y
     z_pos = scale_tensor(problem.x, problem.scale) * pair_dots(problem.x, y, index[:, None])[:, 0]
-    if both:
-        sides = guided_log_sums_of_both(problem, guide, threshold)
-    else:
-        sides = (guided_log_sums(problem, guide, threshold),)
+    of_both = guided_log_sums_of_both(problem, guide, threshold) if both else None
+    sides = of_both or (guided_log_sums(problem, guide, threshold),)
     ratios = [relative_of(*side, z_pos) for side in sides]
     if include:
         losses = [softplus(ratio) for ratio in ratios]
