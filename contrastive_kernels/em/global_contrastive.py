@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import check_features, check_number, scale_tensor
 from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, Sizes, told
@@ -127,6 +128,19 @@ class SogCLRLoss(GlobalLoss):
             A scalar; float32 (float64 for float64 inputs).
         """
         ranks = self._ranks()
+        call_it = _apart if ranks is not None and torch.compiler.is_compiling() else SogCLRLoss._forward
+        loss: Tensor = call_it(self, ranks, x, y, index, logit_scale, temperature)
+        return loss
+
+    def _forward(
+        self,
+        ranks: Ranks | None,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        logit_scale: float | Tensor | None,
+        temperature: float | Tensor | None,
+    ) -> Tensor:
         with told(ranks, x):
             logit_scale = scale_of(x, logit_scale, temperature)
             x, y = check_features(x, y, ("x", "y"), self.normalize, matching=True)
@@ -186,6 +200,9 @@ class SogCLRLoss(GlobalLoss):
         log_u = torch.where(samples.several, log_u, 0.0).to(scale.dtype)
         weight = samples.several.to(scale.dtype).expand(2 * n) / (2 * total)
         return *side.value(log_u.T.reshape(-1), weight), log_u
+
+
+_apart = outside_graphs(SogCLRLoss._forward)
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import check_features, check_number, shown
 from ..distributed.group import Ranks, Sizes, told
 from ..panels.size import score_dtype
@@ -156,6 +157,11 @@ class ISogCLRLoss(GlobalLoss):
             A scalar; float32 (float64 for float64 inputs).
         """
         ranks = self._ranks()
+        call_it = _apart if ranks is not None and torch.compiler.is_compiling() else ISogCLRLoss._forward
+        loss: Tensor = call_it(self, ranks, x, y, index)
+        return loss
+
+    def _forward(self, ranks: Ranks | None, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         with told(ranks, x):
             x, y = check_features(x, y, ("x", "y"), self.normalize, matching=True)
             stored = self._stored(index, len(x))
@@ -242,6 +248,9 @@ class ISogCLRLoss(GlobalLoss):
         visits = self.memory.visits[rows].to(mean.device, wide(mean.device))
         of_mean, of_squares = (1 - torch.full_like(visits, beta).pow(visits) for beta in (first, second))
         return ((mean / of_mean) / ((squares / of_squares).sqrt() + _ADAM_EPS)).to(mean.dtype)
+
+
+_apart = outside_graphs(ISogCLRLoss._forward)
 
 
 def _check_betas(betas: Any) -> tuple[float, float]:

@@ -114,6 +114,22 @@ def mistaken() -> list[str]:
     return said
 
 
+def compiled() -> list[bool]:
+    """Whether a loss under torch.compile, of whose graph it is a break, is the loss."""
+    part, found = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4), []
+    for compile_it in (False, True):
+        (x, y, _), loss = batch(1, 8), ck.ISogCLRLoss(SAMPLES)
+        x = x[part].clone().requires_grad_()
+        value = (torch.compile(loss, backend="eager") if compile_it else loss)(x, y[part], torch.arange(8)[part])
+        value.backward()
+        found.append((value.detach(), x.grad, loss.memory.log_mean))
+    return [torch.allclose(a, b) for a, b in zip(*found)]
+
+
 def test_a_mistake_of_one_rank_is_an_error_on_all(tmp_path):
     one, other = succeeded(run(2, mistaken, tmp_path))
     assert one == other
+
+
+def test_under_a_compiler(tmp_path):
+    assert all(map(all, succeeded(run(2, compiled, tmp_path))))
