@@ -32,6 +32,8 @@ class _Keywords(TypedDict, total=False):
 class _SoftmaxKeywords(_Keywords, total=False):
     strategy: str
     margin: Margin | None
+    guided: Sequence[Tensor] | None
+    guided_margin: Margin
     include_positive: bool
     label_smoothing: float
 
