@@ -43,10 +43,10 @@ OPTIMISE = ["-O3", "-g0"]
 COMMON = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast")
 WARNINGS = ["-Wall", "-Wextra"]
 
-# One translation unit per instruction set, chosen among at run time; every other file is for the baseline.
+# Translation units by instruction set (`*_avx2.cpp`), chosen among at run time; every other file is for the baseline.
 ISA_FLAGS = {
-    "panel_avx2.cpp": shlex.split("-mavx2 -mfma -mf16c"),
-    "panel_avx512.cpp": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"),
+    "avx2": shlex.split("-mavx2 -mfma -mf16c"),
+    "avx512": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"),
 }
 
 #: From Turing (the tensor-core kernels from Ampere) to Blackwell, and PTX for what comes later.
@@ -173,14 +173,19 @@ def cuda_units(cuda: CudaToolchain | None) -> list[Unit]:
     return [Unit(path.relative_to(ROOT), "nvcc", cuda.flags()) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 
 
+def isa_of(source: Path) -> str:
+    """What stands behind the last _ of a source's name: for the files of an instruction set, which one."""
+    return source.stem.rpartition("_")[2]
+
+
 def cpu_units(toolchain: Toolchain) -> list[Unit]:
     """The torch-free, Python-free C++ of csrc/cpu."""
     shared = [*(toolchain.openmp or ["-Wno-unknown-pragmas"]), *(["-DCK_X86=1"] if toolchain.x86 else [])]
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
     return [
-        Unit(source, "cxx", [*shared, *ISA_FLAGS.get(source.name, [])])
+        Unit(source, "cxx", [*shared, *ISA_FLAGS.get(isa_of(source), [])])
         for source in sources
-        if toolchain.x86 or source.name not in ISA_FLAGS
+        if toolchain.x86 or isa_of(source) not in ISA_FLAGS
     ]
 
 

@@ -11,9 +11,18 @@ import torch
 # time as torch itself takes); this, which torch.optim uses, when the first call comes.
 from torch._compile import _disable_dynamo as outside_graphs
 
-__all__ = ["define", "outside_graphs"]
+__all__ = ["constant_in_graphs", "define", "outside_graphs"]
 
 _LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: torch.compile calls the function, and takes what it returns for a constant.
+
+    What torch.compiler.assume_constant_result sets, which imports the compiler at once.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]) -> Any:

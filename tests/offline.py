@@ -63,6 +63,8 @@ class Case:
     even: bool = True
     #: pairs of equal ids count like others and have targets of their own
     labels: bool = False
+    #: pairs above the ceilings of rows, and of columns, are left out of these
+    capped: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ class Case:
             f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}"
             + "-ragged" * (not self.even)
             + "-labels" * self.labels
+            + "-capped" * self.capped
         )
 
 
@@ -199,6 +202,8 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
 
 def _pointers_of_labels(case: Case) -> dict[str, str | None]:
     ceilings: dict[str, str | None] = dict.fromkeys(("row_ceiling_ptr", "col_ceiling_ptr"))
+    if case.capped:
+        ceilings = {"row_ceiling_ptr": "fp32", "col_ceiling_ptr": "fp32" if case.two_sided else None}
     names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
     if not case.labels:
         return dict.fromkeys(names) | ceilings

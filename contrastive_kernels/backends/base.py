@@ -88,6 +88,8 @@ class Backend:
 
     #: it wants memory beside: `scratch` says how much
     wants_scratch: ClassVar[bool] = False
+    #: its panels' rows and columns may have scales of their own: one score, two logits
+    scales_by_row: ClassVar[bool] = False
     #: it computes a small matrix, whose scores are there, in one call
     whole_matrix: ClassVar[bool] = False
     #: it has the operations around a pass too, from `positive_dots` to `finish_gradients`, and knows fresh states

@@ -28,6 +28,7 @@ class CpuBackend(Backend):
     name = "cpu"
     terms = (EXPONENTIAL, SIGMOID, *SEARCHES)
     whole_matrix = True
+    scales_by_row = True
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if MISSING is not None:

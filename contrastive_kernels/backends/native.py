@@ -85,6 +85,8 @@ def weight_fields(panel: Panel) -> dict[str, int]:
         if side.target is not None:
             values[f"{name}_target"] = _address(side.target[0])
             values[f"{name}_target_alike"] = _address(side.target[1])
+        if side.dscale is not None:
+            values[f"{name}_dscale"] = _address(side.dscale)
     return values
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from .._library import constant_in_graphs
 from ..panels.terms import EXPONENTIAL, SEARCHES, PairTerm
 from .base import Backend
 from .cpu import CpuBackend
@@ -14,7 +15,7 @@ from .cuda import CudaBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-__all__ = ["ORDER", "choose", "get", "names", "table"]
+__all__ = ["ORDER", "choose", "chosen_name", "get", "names", "table"]
 
 #: From the most to the least preferred; the last one serves everything.
 ORDER: tuple[Backend, ...] = (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
@@ -38,6 +39,12 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, term: Pai
     if device.type == "cpu":  # small batches have no time for the reasons
         return _on_cpu(ORDER, name, dtype, term)
     return _choose(ORDER, name, device, dtype, term)
+
+
+@constant_in_graphs
+def chosen_name(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of who is chosen for the exponential term, which a compiler takes as a constant."""
+    return choose(name, device, dtype).name
 
 
 def _choose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     terms = (EXPONENTIAL, SIGMOID, *SEARCHES)
+    scales_by_row = True
     temporaries = 3
     search_temporaries = 8
 
@@ -37,10 +39,17 @@ class TorchBackend(Backend):
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
         score_product(panel)
+        if panel.pairs.row_scale is not None:
+            _fold_side(panel, panel.row, _logits(panel, term, dim=1), 1)
+            _fold_side(panel, panel.col, _logits(panel, term, dim=0), 0)
+            return
         _FOLD[term](panel, _logits(panel, term))
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         score_product(panel)
+        if panel.pairs.row_scale is not None:
+            _weigh_scaled(panel)
+            return
         z = _logits(panel, term)
         _FOLD[term](panel, z)
         w = _weights(term, panel, z)
@@ -70,12 +79,20 @@ class TorchBackend(Backend):
         column.copy_(torch.where(better, where + panel.pairs.first_column, column))
 
 
-def _logits(panel: Panel, term: PairTerm, excluded: float = -torch.inf) -> Tensor:
+def _scale(panel: Panel, dim: int) -> Tensor:
+    """What scores are multiplied by for their logits among their rows' (dim 1), or their columns' (0)."""
+    by_row, by_col = panel.pairs.row_scale, panel.pairs.col_scale
+    if by_row is None or by_col is None:
+        return panel.params[0]
+    return by_row[:, None] if dim else by_col
+
+
+def _logits(panel: Panel, term: PairTerm, excluded: float = -torch.inf, dim: int = 1) -> Tensor:
     """z = scale * scores + bias with what the pairs say [R, C]: excluded ones at -inf, or another value.
 
-    The sigmoid term's positives have -z, which makes their loss that of a negative.
+    The sigmoid term's positives have -z, which makes their loss that of a negative. dim: as for `_scale`.
     """
-    z, pairs = panel.scores * panel.params[0], panel.pairs
+    z, pairs = panel.scores * _scale(panel, dim), panel.pairs
     z += panel.params[1]
     if pairs.col_bias is not None:
         z += pairs.col_bias
@@ -130,7 +147,7 @@ def _below(panel: Panel, z: Tensor, dim: int) -> Tensor:
     ceiling = panel.pairs.row_ceiling if dim else panel.pairs.col_ceiling
     if ceiling is None:
         return z
-    return z.masked_fill(panel.scores * panel.params[0] > ceiling.unsqueeze(dim), -torch.inf)
+    return z.masked_fill(panel.scores * _scale(panel, dim) > ceiling.unsqueeze(dim), -torch.inf)
 
 
 def _fold_side(panel: Panel, side: Side, z: Tensor, dim: int) -> None:
@@ -157,6 +174,19 @@ def _weights(term: PairTerm, panel: Panel, z: Tensor) -> Tensor:
         of_others, of_alike = target.unsqueeze(dim)
         w -= of_others if alike is None else torch.where(alike, of_alike, of_others)
     return w.masked_fill_(left_out, 0.0)
+
+
+def _weigh_scaled(panel: Panel) -> None:
+    """Leaves factor * (row_scale w_row + col_scale w_col) in the weights, and the parts of the scales' gradients."""
+    total = None
+    for dim, one in ((1, replace(panel, col=Side())), (0, replace(panel, row=Side()))):
+        side = one.row if dim else one.col
+        w = _weights(EXPONENTIAL, one, _logits(one, EXPONENTIAL, dim=dim))
+        if side.dscale is not None:
+            side.dscale += (panel.scores - panel.params[2]).mul_(w).sum(dim)
+        w *= _scale(panel, dim)
+        total = w if total is None else total.add_(w)
+    panel.weights.copy_(present(total).mul_(panel.params[0] if panel.factor is None else panel.factor))
 
 
 def _sigmoid_weights(panel: Panel, z: Tensor) -> Tensor:

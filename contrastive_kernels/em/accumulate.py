@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_features
+from ..arguments.checks import check_features, check_scale
+from ..arguments.temperature import scale_of
 from ..draws.gamma import expected_excess
 from ..losses.decomposable import decomposable
 from .expectation import wide
@@ -102,27 +103,31 @@ def accumulate(
     encode: Callable[[Any], tuple[Tensor, Tensor]],
     batches: Sequence[Any],
     index: Sequence[Tensor],
-    logit_scale: float | Tensor,
+    given: tuple[float | Tensor | None, float | Tensor | None],
     across: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The body of ``DatasetContrastiveLoss.accumulate``."""
+    """The body of ``DatasetContrastiveLoss.accumulate``, given a scale or a temperature."""
     expectations = [loss.e_step(i, generator=generator) for i in index]
     sizes = [len(i) for i in index]
     total = sum(sizes)
-    scale: Any = logit_scale
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.detach().requires_grad_(logit_scale.requires_grad)
-    pairs = _Accumulator(scale, loss.engine)
+    logit_scale: Any = None
+    pairs: Any = None
     value: Any = 0.0
     for batch, expectation, size in zip(batches, expectations, sizes):
         x, y = check_features(*_encoded(encode, batch), ("x", "y"), loss.normalize)
         if len(x) != size or len(y) != size:
             raise ValueError(f"encode: expected {size} rows, as its index has; got {len(x)} and {len(y)}")
+        if pairs is None:  # features tell in which dtype a temperature is inverted
+            logit_scale = scale_of(x, *given)
+            scale = check_scale(x, logit_scale)
+            if isinstance(scale, Tensor):
+                scale = scale.detach().requires_grad_(scale.requires_grad)
+            pairs = _Accumulator(scale, loss.engine)
         expectation = expectation.to(x.device)
         negatives = max((total if across else size) - 1, 1)
         notional = loss._notional(negatives)
-        both = Batch(x, y, scale, None, None, expectation.log_mean.shape[1] == 2)
+        both = Batch(x, y, pairs.scale, None, None, expectation.log_mean.shape[1] == 2)
         z_pos = both.positive_scores()
         log_z, counted = row_normalizers(loss, both, expectation, z_pos, notional)
         log_u = expectation.log_weight.to(log_z) - log_z
@@ -132,8 +137,8 @@ def accumulate(
             part.backward()
         rest = positive_term(loss.include_positive, log_u) - log_u - 1 - expected_excess(loss.shape)
         value = value + part.detach() + (rest.mean(1).masked_fill(weight == 0, 0.0) * weight).sum() / total
-    if isinstance(logit_scale, Tensor) and scale.grad is not None:
-        logit_scale.backward(scale.grad)
+    if isinstance(logit_scale, Tensor) and pairs.scale.grad is not None:
+        logit_scale.backward(pairs.scale.grad)
     for expectation, found, size in zip(expectations, pairs.found(), sizes):
         loss.update(expectation, found, columns=(total if across else size) - 1)
     return value

@@ -380,8 +380,9 @@ class DatasetContrastiveLoss(nn.Module):
         encode: Callable[[Any], tuple[Tensor, Tensor]],
         batches: Sequence[Any],
         index: Sequence[Tensor],
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         across: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -395,8 +396,8 @@ class DatasetContrastiveLoss(nn.Module):
             The micro-batches: a random partition of the large one, in random order.
         index : sequence of Tensor
             The samples of each, int64 [N].
-        logit_scale : float or Tensor
-            Its gradient is added once, after the last micro-batch.
+        logit_scale, temperature : float or Tensor
+            As in :meth:`forward`; the gradient is added once, after the last micro-batch.
         across : bool
             Whether negatives of other micro-batches count; otherwise each has its own alone.
         generator : torch.Generator, optional
@@ -419,7 +420,6 @@ class DatasetContrastiveLoss(nn.Module):
         since the earlier one's activations are gone. Over random orders of the micro-batches the mean is the large
         batch's gradient. With columns that need no gradient (momentum keys) nothing is lost: call the loss itself for
         each chunk of rows. Encoders that couple rows (batch norm) see micro-batches.
-
         Time: one encoder pass forward and backward, where gradient caching takes a second one forward.
         """
         require_one_process(f"{type(self).__name__}.accumulate")
@@ -437,7 +437,7 @@ class DatasetContrastiveLoss(nn.Module):
         if len(batches) != len(index) or not len(index):
             got = f"{len(batches)} and {len(index)}"
             raise ValueError(f"batches and index: expected as many of both, and at least one; got {got}")
-        return accumulate(self, encode, batches, index, logit_scale, across, generator)
+        return accumulate(self, encode, batches, index, (logit_scale, temperature), across, generator)
 
     def _notional(self, negatives: int) -> float:
         """K, for a batch with so many negatives."""

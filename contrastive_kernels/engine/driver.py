@@ -293,5 +293,6 @@ def _part(vector: Tensor | None, block: slice) -> Tensor | None:
 
 def _side_part(side: Side, block: slice) -> Side:
     return Side(
-        _part(side.state, block), _part(side.normalizer, block), _part(side.gain, block), _part(side.target, block)
-    )
+        _part(side.state, block), _part(side.normalizer, block), _part(side.gain, block), _part(side.target, block),
+        dscale=_part(side.dscale, block),
+    )  # fmt: skip

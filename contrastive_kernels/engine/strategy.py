@@ -20,7 +20,7 @@ from ..panels.size import (
     wave_shape,
 )
 
-__all__ = ["Place", "Strategy", "choose", "panel_bytes", "panel_shape", "require_panel"]
+__all__ = ["Place", "Strategy", "choose", "one_walk_with_scales", "panel_bytes", "panel_shape", "require_panel"]
 
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
 #: memory is no concern.
@@ -33,6 +33,9 @@ WHOLE_SCORES = 2**18
 #: A GPU's matrices of one panel and at most so many scores are computed by launches that are prepared: with more,
 #: the GPU takes longer than its host.
 PREPARED_SCORES = 2**26
+#: Of up to so many scores, a call of the backend for each direction takes less time than the operations of torch around
+#: one walk (measured on CPUs).
+TWO_CALLS_SCORES = 2**15
 
 
 class Place(Enum):
@@ -98,6 +101,18 @@ def choose(
 def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) -> bool:
     """Whether there are scores, and all of them, in float32, are few enough for one call of the backend."""
     return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
+
+
+def one_walk_with_scales(backend: Backend, rows: int, cols: int, *, biased: bool, one_call: bool) -> bool:
+    """Whether one walk over the scores serves rows and columns with scales of their own.
+
+    Otherwise each direction is a walk of its own, over features times their scales: with kernels that know one scale
+    (Triton's and CUDA's), with `biased` candidates, for a bias of columns is none of rows, and in very small matrices
+    whose loss the backend's `one_call` knows.
+    """
+    if biased or not backend.scales_by_row:
+        return False
+    return not (one_call and backend.whole_matrix and rows * cols <= TWO_CALLS_SCORES)
 
 
 def can_be_prepared(backend: Backend, size: Size) -> bool:

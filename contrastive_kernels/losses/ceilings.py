@@ -13,7 +13,7 @@ from ..arguments.margin import Margin, scores_of, upper_bounds
 from ..engine.matrix import Problem
 from ..panels.size import score_dtype
 
-__all__ = ["with_ceilings", "with_margin"]
+__all__ = ["own_logits", "with_ceilings", "with_margin"]
 
 
 def with_margin(
@@ -25,7 +25,7 @@ def with_margin(
     logits of rows, and of columns, where they are given.
     """
     given = None if logits is None else logits[0]
-    own = _own_logits(problem) if given is None else given.detach()
+    own = own_logits(problem) if given is None else given.detach()
     others = own
     if both and logits is not None and logits[1] is not None:
         others = logits[1].detach()
@@ -39,7 +39,7 @@ def with_ceilings(problem: Problem, rows: Tensor, cols: Tensor | None) -> Proble
     return replace(problem, pairs=type(problem.pairs).of((bias, row_ids, col_ids, rows, cols)))
 
 
-def _own_logits(problem: Problem) -> Tensor:
+def own_logits(problem: Problem) -> Tensor:
     """scale * <x_i, y_p(i)> [N], without what is added to columns, detached; of a row without a positive, -inf."""
     x, y, index = problem.x.detach(), problem.y.detach(), problem.index
     if index is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -30,13 +30,44 @@ from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
 from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
-from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
+from .keywords import ClipKeywords
+from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ClipLoss", "clip_loss"]
 
 
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **rest: Unpack[ClipKeywords],
+) -> Tensor: ...
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: Literal[True],
+    **rest: Unpack[ClipKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_metrics: bool,
+    **rest: Unpack[ClipKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -60,7 +91,7 @@ def clip_loss(
     strategy: str = "auto",
     uneven: bool = False,
     return_metrics: bool = False,
-) -> Tensor | Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """CLIP's symmetric loss: the mean of InfoNCE from images to texts and from texts to images.
 
     Parameters
@@ -70,7 +101,7 @@ def clip_loss(
     logit_scale : float, Tensor or pair of Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
         every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
-        The directions are two passes then, and 16-bit features are multiplied in float32.
+        16-bit features are multiplied in float32 then; a GPU's kernels, which know one scale, make two passes of it.
     temperature : float or Tensor, optional
         1 / logit_scale, in its place: above 0.
     ids : Tensor or pair of Tensor, optional
@@ -226,7 +257,7 @@ class ClipLoss(SoftmaxLoss):
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
         guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor] | Any:
+    ) -> Tensor | tuple[Tensor, LossMetrics] | dict[str, Tensor]:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
         bias = None
         try:

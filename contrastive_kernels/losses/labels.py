@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,13 +21,44 @@ from ..panels.pairs import Pairs
 from ..panels.panel import present
 from ..panels.size import score_dtype
 from .gathered import check_candidates, check_variant, gathered_labels
-from .metrics import check_metrics, with_label_metrics
+from .keywords import SupConKeywords
+from .metrics import LossMetrics, check_metrics, with_label_metrics
 from .module import Loss
 from .scales import check_scales
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MultiPositiveNCELoss", "SupConLoss", "multi_positive_nce", "sup_con"]
 
 
+@overload
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **rest: Unpack[SupConKeywords],
+) -> Tensor: ...
+@overload
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **rest: Unpack[SupConKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **rest: Unpack[SupConKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def sup_con(
     x: Tensor,
     labels: Tensor,
@@ -46,7 +77,7 @@ def sup_con(
     gradients: str = "average",
     uneven: bool = False,
     return_metrics: bool = False,
-) -> Tensor | Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """Supervised contrastive loss: a row's positives are all others of its label.
 
     Parameters
@@ -362,7 +393,7 @@ class SupConLoss(_LabelLoss):
         y_labels: Tensor | None = None,
         weight: Tensor | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | Any:
+    ) -> Tensor | tuple[Tensor, LossMetrics]:
         """Features [N, D] with labels [N], and perhaps candidates [M, D] with labels [M]."""
         return sup_con(
             x, labels, logit_scale, temperature=temperature, y=y, y_labels=y_labels, weight=weight, **self.options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -31,13 +31,44 @@ from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss, wants_all
 from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
-from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
+from .keywords import NTXentKeywords
+from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["NTXentLoss", "nt_xent"]
 
 
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **rest: Unpack[NTXentKeywords],
+) -> Tensor: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **rest: Unpack[NTXentKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **rest: Unpack[NTXentKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -62,7 +93,7 @@ def nt_xent(
     strategy: str = "auto",
     uneven: bool = False,
     return_metrics: bool = False,
-) -> Tensor | Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """NT-Xent, SimCLR's loss: two views of every sample against all 2N views, each left out of its own denominator.
 
     Parameters
@@ -245,7 +276,7 @@ class NTXentLoss(SoftmaxLoss):
         candidate_bias: Tensor | None = None,
         guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | Any:
+    ) -> Tensor | tuple[Tensor, LossMetrics]:
         """Two views of the same samples [N, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         members.update(temperature=temperature, guided=guided)

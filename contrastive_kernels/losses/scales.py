@@ -1,4 +1,7 @@
-"""A logit scale of every row, as an individual temperature is: folded into the rows, in the dtype of the scores."""
+"""A logit scale of every row, as an individual temperature is: folded into the rows, in the dtype of the scores.
+
+Those of both directions are told to the panels where these know of them: one score has two logits then.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ from torch import Tensor
 
 from ..arguments.checks import check_pair, check_scale, check_vector
 from ..arguments.pairs import require_one_rank, with_biases
+from ..arguments.reduction import row_gains
+from ..backends import registry
 from ..engine.matrix import Problem
+from ..engine.strategy import one_walk_with_scales
+from ..operators.softmax_scaled import scaled_softmax_loss
 from ..panels.size import score_dtype
 from .biased import one_way
-from .ceilings import with_margin
+from .ceilings import own_logits, with_margin
 
 __all__ = ["check_scales", "is_by_row", "pairs_with_scales", "require_no_corrections", "scaled", "widened"]
 
@@ -75,7 +82,11 @@ def pairs_with_scales(
     reduction: str,
     **options: Any,
 ) -> Tensor:
-    """The mean of both directions of matching rows x, y [N, D]: each has its own scales, and is a pass of its own."""
+    """The mean of both directions of matching rows x, y [N, D], each with its own scales.
+
+    One walk over the scores serves both, or each direction is one of its own, of features times their scales: see
+    :func:`.strategy.one_walk_with_scales`.
+    """
     x, y = problem.x, problem.y
     pair = (logit_scale, logit_scale) if isinstance(logit_scale, Tensor) else check_pair(logit_scale, "logit_scale")
     biases = (candidate_bias, candidate_bias) if isinstance(candidate_bias, Tensor) else candidate_bias
@@ -86,6 +97,17 @@ def pairs_with_scales(
         check_vector(each, f"logit_scale{number}", x.shape[0], x, differentiable=True)
         for each, number in zip(pair, numbers)
     ]
+    dtype = score_dtype(x.dtype)
+    wide = replace(problem, x=x.to(dtype), y=y.to(dtype), scale=1.0)
+    one_call = reduction != "none" and not options["smoothing"]
+    backend = registry.get(registry.chosen_name(problem.engine.backend or None, x.device, dtype))
+    if one_walk_with_scales(backend, x.shape[0], y.shape[0], biased=biases is not None, one_call=one_call):
+        gains = row_gains(weight, x.shape[0], x, reduction)
+        if margin is not None:
+            logits = own_logits(wide)
+            of_rows, of_cols = (logits * scale.detach() for scale in scales)
+            wide = with_margin(wide, margin, both=True, logits=(of_rows, of_cols))
+        return scaled_softmax_loss(wide, (scales[0], scales[1]), gains, reduction, **options)
     there = replace(problem, scale=1.0)
     back = replace(there, x=y, y=x, pairs=problem.pairs.turned())
     losses = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -31,14 +31,45 @@ from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss, wants_all
 from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
-from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
+from .keywords import InfoNCEKeywords
+from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, require_no_corrections, widened
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["InfoNCELoss", "info_nce"]
 
 
+@overload
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **rest: Unpack[InfoNCEKeywords],
+) -> Tensor: ...
+@overload
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **rest: Unpack[InfoNCEKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    return_metrics: bool,
+    **rest: Unpack[InfoNCEKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
 def info_nce(
     x: Tensor,
     y: Tensor,
@@ -69,7 +100,7 @@ def info_nce(
     strategy: str = "auto",
     uneven: bool = False,
     return_metrics: bool = False,
-) -> Tensor | Any:
+) -> Tensor | tuple[Tensor, LossMetrics]:
     """InfoNCE in one direction: each row of ``x`` finds its positive among the rows of ``y``.
 
     Parameters
@@ -319,7 +350,7 @@ class InfoNCELoss(SoftmaxLoss):
         queue: FeatureQueue | None = None,
         guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
-    ) -> Tensor | Any:
+    ) -> Tensor | tuple[Tensor, LossMetrics]:
         """Anchors [N, D], candidates [M, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight, "guided": guided}
         members.update(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine import strategy
 from ..engine.class_sums import ClassSums, square_norms
-from ..engine.matrix import Problem, ScoreMatrix
+from ..engine.matrix import Problem
 
 __all__ = ["Smoothing", "smoothing_of"]
 
@@ -41,10 +41,13 @@ class Smoothing:
         return Smoothing(self.share, self.losses[rows], self.each[rows])
 
 
-def smoothing_of(share: float, problem: Problem, matrix: ScoreMatrix, z_pos: Tensor, *, turned: bool) -> Smoothing:
-    """What smoothing adds to the rows (turned: the columns), whose positives have the logits z_pos [N]."""
+def smoothing_of(share: float, problem: Problem, scale: Tensor, z_pos: Tensor, *, turned: bool) -> Smoothing:
+    """What smoothing adds to the rows (turned: the columns), whose positives have the logits z_pos [N].
+
+    scale: that of their logits, or of each [N].
+    """
     strategy.require_panel(problem.backend(), problem.size())
-    counts, sums = _candidates(problem, matrix.params[0], z_pos, turned)
+    counts, sums = _candidates(problem, scale, z_pos, turned)
     counts = counts.clamp(min=1)
     each = share / counts
     losses = (share * (z_pos - sums / counts)).masked_fill_(counts == 1, 0.0)  # where the positive is the one candidate

@@ -43,7 +43,7 @@ from .shared import Call, Outputs, Primitive
 from .smoothing import Smoothing, smoothing_of
 from .softmax_whole import LIFT, bands_are_whole, in_one_call, in_one_call_a_band
 
-__all__ = ["row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
+__all__ = ["centered_dots", "row_losses", "row_softmax", "softmax_loss", "softmax_losses"]
 
 
 def softmax_loss(
@@ -140,7 +140,7 @@ def _forward(call: Call) -> Outputs:
     plain = include and not smoothing and not problem.pairs.adds and lift is None
     if matrix.dots is not None and scores is None and plain:
         return _by_kernels(call, matrix, matrix.dots)
-    dots, gain = _centered_dots(matrix), _gains(call)
+    dots, gain = centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)
     smoothings = _smoothings(call, matrix, z_pos)
     if how.place is Place.BAND:
@@ -170,7 +170,8 @@ def _smoothings(call: Call, matrix: ScoreMatrix, z_pos: Tensor) -> list[Smoothin
     if not share:
         return []
     share = float.fromhex(share)
-    return [smoothing_of(share, call.problem, matrix, z_pos, turned=turned) for turned in (False, True)[: 1 + both]]
+    scale, turns = matrix.params[0], (False, True)[: 1 + both]
+    return [smoothing_of(share, call.problem, scale, z_pos, turned=turned) for turned in turns]
 
 
 def _by_kernels(call: Call, matrix: ScoreMatrix, dots: Tensor) -> Outputs:
@@ -192,7 +193,7 @@ def _prepared(call: Call) -> Prepared | None:
     return prepared_for(call, "softmax", _share(call), both)
 
 
-def _centered_dots(matrix: ScoreMatrix) -> Tensor:
+def centered_dots(matrix: ScoreMatrix) -> Tensor:
     """The positives' dot products [N]; their mean becomes the center of the scores.
 
     The weights of a row sum to 0 with its positive's, so that dL/dscale = sum w (score - c) for any c: one near the

@@ -41,6 +41,10 @@ class Pairs(NamedTuple):
     #: what the row (column) sums and weighs
     row_ceiling: Tensor | None = None
     col_ceiling: Tensor | None = None
+    #: [N], [M] in the dtype of the scores, both or neither: the scale of a score's logit among its row's (column's), in
+    #: place of the one; for a backend with `scales_by_row`
+    row_scale: Tensor | None = None
+    col_scale: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -71,6 +75,8 @@ class Pairs(NamedTuple):
             equal_ids=self.equal_ids,
             row_ceiling=made(of_rows, self.row_ceiling),
             col_ceiling=made(of_cols, self.col_ceiling),
+            row_scale=made(of_rows, self.row_scale),
+            col_scale=made(of_cols, self.col_scale),
         )
 
     def block(self, rows: slice, cols: slice) -> Pairs:
@@ -90,6 +96,8 @@ class Pairs(NamedTuple):
             self.equal_ids,
             part(self.row_ceiling, rows),
             part(self.col_ceiling, cols),
+            part(self.row_scale, rows),
+            part(self.col_scale, cols),
         )
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
@@ -132,10 +140,11 @@ class Pairs(NamedTuple):
 
     def of_rows(self, rows: slice) -> Pairs:
         """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""
-        if self.row_ids is None and self.row_ceiling is None:
+        of_rows = self.row_ids, self.row_ceiling, self.row_scale
+        if of_rows == (None, None, None):
             return self
-        row_ids, ceiling = (None if v is None else v[rows] for v in (self.row_ids, self.row_ceiling))
-        return self._replace(row_ids=row_ids, row_ceiling=ceiling)
+        row_ids, ceiling, scale = (None if v is None else v[rows] for v in of_rows)
+        return self._replace(row_ids=row_ids, row_ceiling=ceiling, row_scale=scale)
 
     def alike(self, rows: slice, turned: bool = False) -> Tensor | None:
         """Which pairs of these rows (turned: columns) have equal ids [R, M]; None where nobody has ids."""

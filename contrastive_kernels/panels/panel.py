@@ -42,6 +42,8 @@ class Side:
     target: Tensor | None = None
     #: nobody has written the state yet: this panel is the first, for a backend that knows it
     fresh: bool = False
+    #: [n] += sum of this side's part of w * (score - center), where rows and columns have scales
+    dscale: Tensor | None = None
 
 
 @dataclass(slots=True)

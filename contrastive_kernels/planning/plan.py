@@ -20,7 +20,7 @@ from ..arguments.checks import (
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
 from ..distributed.group import memory_of
-from ..engine.strategy import Place, choose, fits_one_call, panel_bytes, panel_shape
+from ..engine.strategy import Place, choose, fits_one_call, one_walk_with_scales, panel_bytes, panel_shape
 from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype, workspace_for
 from .costs import ALL_RANKS, LOSSES, ONE_WAY, LossSpec, checked_members
 from .ranks import MEMORY, SUSTAINED, RanksPlan, plan_ranks
@@ -173,8 +173,9 @@ def plan(
         The loss function's name.
     members : sequence of str
         Arguments that the loss is given beside: "ids", "candidate_bias", "margin", "label_smoothing",
-        "include_positive", or "logit_scale" for scales by row. With biases or scales, the directions of ``clip_loss``
-        are passes of their own, and ``nt_xent``'s matrix is not symmetric.
+        "include_positive", or "logit_scale" for scales by row. With biases, and with scales in a GPU's kernels or in
+        very small matrices, the directions of ``clip_loss`` are passes of their own; with either, ``nt_xent``'s matrix
+        is not symmetric.
     backend : str, optional
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
@@ -222,9 +223,6 @@ def plan(
         rows, cols = 2 * rows, 2 * cols
     if "logit_scale" in said:
         dtype = score_dtype(dtype)
-    one_way, twice = bool(said & ONE_WAY) and loss in ("clip_loss", "nt_xent"), loss == "clip_loss"
-    if one_way:
-        spec, symmetric = LOSSES["info_nce"], False
     if capability is not None:
         check_count(capability, "capability", least=10, what="a compute capability times 10, such as 90 for 9.0")
         if device.type != "cuda":
@@ -234,6 +232,15 @@ def plan(
     chosen = registry.get(name)
     if reasons[chosen.name] is not None:
         raise ValueError(f"backend: {chosen.name!r} cannot serve {dtype} on {device}: {reasons[chosen.name]}")
+    one_way, one_call = bool(said & ONE_WAY) and loss in ("clip_loss", "nt_xent"), "label_smoothing" not in said
+    if (
+        one_way
+        and loss == "clip_loss"
+        and one_walk_with_scales(chosen, rows, cols, biased="candidate_bias" in said, one_call=one_call)
+    ):
+        one_way = one_call = False
+    if one_way:
+        spec, symmetric = LOSSES["info_nce"], False
     workspace = workspace_for(device, workspace_bytes, here=capability is None)
     count = multiprocessors(device) if capability is None else _multiprocessors(capability)
     over_ranks = None
@@ -250,8 +257,8 @@ def plan(
     pieces = d * dtype.itemsize % 16 == 0
     size = Size(rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capability=capability)
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, "label_smoothing" not in said)
-    if one_way and twice:
+    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, one_call)
+    if one_way and loss == "clip_loss":
         passes = tuple(replace(_together([(each, 2)]), products=2 * each.products) for each in passes)
     found = Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
     return found if over_ranks is None else replace(found, over_ranks=over_ranks)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments.checks import (
+    Refused,
     check_backend,
     check_count,
     check_dense,
@@ -22,6 +23,7 @@ from ..arguments.checks import (
     shown,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, check_group, ranks_of, told
 from ..distributed.sums import Sums
 from .bridge import brownian_bridge, check_time
@@ -85,12 +87,15 @@ class MultimodalContrastiveLoss(nn.Module):
         self,
         image: Tensor,
         text: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
     ) -> Tensor:
         """Matching rows [N, D]; without views, what is left is CLIP's loss."""
-        return multimodal_contrastive(image, text, image_aug, text_aug, logit_scale, **self.options)
+        views = image_aug, text_aug
+        return multimodal_contrastive(image, text, *views, logit_scale, temperature=temperature, **self.options)
 
 
 class SeparationHead(nn.Module):
@@ -153,7 +158,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "workspace_bytes": check_workspace,
 }
 
-_GIVEN_BY_THE_MODULE = ("return_terms", "group", "gradients", "strategy", "uneven")
+_GIVEN_BY_THE_MODULE = ("temperature", "return_terms", "group", "gradients", "strategy", "uneven")
 
 
 def _options(given: Any, name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -250,8 +255,9 @@ class LatentStructureLoss(nn.Module):
         self,
         image: Tensor,
         text: Tensor,
-        logit_scale: float | Tensor,
+        logit_scale: float | Tensor | None = None,
         *,
+        temperature: float | Tensor | None = None,
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
         image_independent: Tensor | None = None,
@@ -268,6 +274,8 @@ class LatentStructureLoss(nn.Module):
             Shared features of matching rows [N, D], unit-norm.
         logit_scale : float or Tensor
             The inverse temperature.
+        temperature : float or Tensor, optional
+            1 / logit_scale, in its place: above 0. The base gets the scale.
         image_aug, text_aug : Tensor, optional
             The same of augmented views [N, D]; the bridge needs at least one of them.
         image_independent, text_independent : Tensor, optional
@@ -290,6 +298,10 @@ class LatentStructureLoss(nn.Module):
         TypeError, ValueError
             For arguments that do not fit, and for features that a regulariser needs and that are not given.
         """
+        logit_scale = scale_of(image, logit_scale, temperature)
+        if isinstance(logit_scale, Refused):  # before a base of the user's gets it
+            with told(self._ranks(), image):
+                check_scale(image, logit_scale)
         if isinstance(self.base, MultimodalContrastiveLoss):
             base = self.base(image, text, logit_scale, image_aug, text_aug)
         else:

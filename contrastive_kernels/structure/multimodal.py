@@ -11,6 +11,7 @@ from ..arguments.checks import (
     require_equal_lengths,
 )
 from ..arguments.reduction import DEFAULT_WORKSPACE_BYTES
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, told
 from ..losses.clip import clip_loss
 from ..losses.softmax import info_nce
@@ -23,8 +24,9 @@ def multimodal_contrastive(
     text: Tensor,
     image_aug: Tensor | None,
     text_aug: Tensor | None,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     normalize: bool = False,
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
@@ -44,6 +46,8 @@ def multimodal_contrastive(
         a momentum encoder without gradient. A view that is None leaves its term out of the mean.
     logit_scale : float or Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`contrastive_kernels.info_nce`.
 
@@ -75,6 +79,7 @@ def multimodal_contrastive(
     >>> round(ck.multimodal_contrastive(features, features, features, features, 5.0).item(), 5)
     0.02001
     """
+    logit_scale = scale_of(image, logit_scale, temperature)
     ranks = ranks_of(group, gradients, strategy, uneven)
     views = [
         (feature, view, name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..arguments.checks import check_engine, check_features, check_flag, check_number, check_scale
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
+from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, told
 from ..distributed.losses import over_ranks
 from ..distributed.rules import LogSumExp
@@ -29,8 +30,9 @@ def feature_separation(
     text_independent: Tensor,
     image_independent_aug: Tensor | None,
     text_independent_aug: Tensor | None,
-    logit_scale: float | Tensor,
+    logit_scale: float | Tensor | None = None,
     *,
+    temperature: float | Tensor | None = None,
     orthogonality: float = 1.0,
     contrast: float = 1.0,
     uniformity: float = 1.0,
@@ -57,6 +59,8 @@ def feature_separation(
     logit_scale : float or Tensor
         The inverse temperature of the contrastive terms. Detached, or one of their own: telling independent features
         apart is another task than matching shared ones, and would pull a common temperature away from these.
+    temperature : float or Tensor, optional
+        1 / logit_scale, in its place: above 0.
     orthogonality : float
         Weight of sum_j (<V_j, Vi_j>^2 + <T_j, Ti_j>^2) / N, at least 0.
     contrast : float
@@ -103,6 +107,7 @@ def feature_separation(
     >>> {name: round(value.item(), 4) for name, value in terms.items()}
     {'orthogonality': 0.0, 'contrast': 0.0002, 'uniformity': 0.7291}
     """
+    logit_scale = scale_of(image, logit_scale, temperature)
     ranks = ranks_of(group, gradients, strategy, uneven)
     with told(ranks, image):
         weights = {"orthogonality": orthogonality, "contrast": contrast, "uniformity": uniformity}

@@ -48,6 +48,7 @@ void check_panel(const Panel& p) {
   check_pairs(p.pairs);
   check(p.weights_dtype != Dtype::kFloat16, "panel: the CPU has no float16 weights");
   check_ceilings(p);
+  check_scales(p);
   check(p.threads >= 1, "panel: threads must be at least 1");
   if (p.term == PairTerm::kExponential)
     check(!p.row.sum == !p.row.shift && !p.col.sum == !p.col.shift, "panel: a sum needs its shift");
@@ -59,6 +60,7 @@ void check_search(const SearchPanel& p) {
   check(p.rows >= 0 && p.cols >= 0 && p.stride >= p.cols, "search: sizes and stride must be non-negative and ordered");
   check(p.rows == 0 || p.cols == 0 || (p.scores && p.params), "search: scores and params must not be null");
   check_pairs(p.pairs);
+  check(!p.pairs.row_scale && !p.pairs.col_scale, "search: no scales by row");
   check(p.threads >= 1, "search: threads must be at least 1");
   if (p.term == SearchTerm::kRank)
     check(p.low && p.high && p.below && p.above, "search: a rank needs bounds and counts");
@@ -79,8 +81,11 @@ void run(const Panel& p) {
   std::unique_ptr<Scratch[]> scratch(new Scratch[panel.threads]);
   std::unique_ptr<ParamSums[]> params(new ParamSums[stripes]);
   std::unique_ptr<float[]> partials(columns ? new float[2 * stripes * p.cols] : nullptr);
+  std::unique_ptr<float[]> moments(p.col.dscale ? new float[stripes * p.cols] : nullptr);
   float* const sums = columns ? partials.get() + stripes * p.cols : nullptr;
-  chosen()->run_panel(panel, {scratch.get(), params.get(), partials.get(), sums});
+  Buffers buffers = {scratch.get(), params.get(), partials.get(), sums};
+  buffers.col_moment = moments.get();
+  p.pairs.row_scale ? chosen()->run_scaled(panel, buffers) : chosen()->run_panel(panel, buffers);
 }
 
 }  // namespace

@@ -38,8 +38,8 @@ struct Buffers {
   float *col_shift, *col_sum;  // [stripes, cols], or null
   // What the first visit to a whole matrix keeps for the second.
   float *row_shift = nullptr, *row_sum = nullptr, *row_moment = nullptr;  // [rows]
-  float* col_moment = nullptr;                                            // [stripes, cols]
-  bool* kept = nullptr;                                                   // [stripes]
+  float* col_moment = nullptr;  // [stripes, cols], which weights with scales by column keep too
+  bool* kept = nullptr;         // [stripes]
 };
 
 // One thread's buffers of a search: a chunk of one row.
@@ -57,7 +57,18 @@ struct IsaTable {
   void (*gather_run)(const Matrix& m, const int64_t* positives, float* dots, float* z_pos);
   void (*visit_matrix)(const Panel&, bool first, bool columns, const Buffers&);
   void (*alike_run)(const Matrix& m, double* sums);
+  void (*run_scaled)(const Panel&, const Buffers&);  // of panels with scales by row and column
 };
+
+namespace baseline {
+void run_scaled(const Panel&, const Buffers&);
+}
+namespace avx2 {
+void run_scaled(const Panel&, const Buffers&);
+}
+namespace avx512 {
+void run_scaled(const Panel&, const Buffers&);
+}
 
 // The one that the machine runs with.
 const IsaTable& chosen_isa();

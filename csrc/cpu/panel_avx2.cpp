@@ -25,7 +25,7 @@ namespace avx2 {
 
 }  // namespace avx2
 
-const IsaTable kAvx2 = {"avx2",           avx2::run_panel,  avx2::exp_run,      avx2::run_search,
-                        avx2::gumbel_run, avx2::gather_run, avx2::visit_matrix, avx2::alike_run};
+const IsaTable kAvx2 = {"avx2",           avx2::run_panel,    avx2::exp_run,   avx2::run_search, avx2::gumbel_run,
+                        avx2::gather_run, avx2::visit_matrix, avx2::alike_run, avx2::run_scaled};
 
 }  // namespace ck

@@ -26,6 +26,7 @@ namespace avx512 {
 }  // namespace avx512
 
 const IsaTable kAvx512 = {"avx512",           avx512::run_panel,  avx512::exp_run,      avx512::run_search,
-                          avx512::gumbel_run, avx512::gather_run, avx512::visit_matrix, avx512::alike_run};
+                          avx512::gumbel_run, avx512::gather_run, avx512::visit_matrix, avx512::alike_run,
+                          avx512::run_scaled};
 
 }  // namespace ck

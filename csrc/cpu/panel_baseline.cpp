@@ -26,6 +26,7 @@ namespace baseline {
 }  // namespace baseline
 
 const IsaTable kBaseline = {"baseline",           baseline::run_panel,  baseline::exp_run,      baseline::run_search,
-                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix, baseline::alike_run};
+                            baseline::gumbel_run, baseline::gather_run, baseline::visit_matrix, baseline::alike_run,
+                            baseline::run_scaled};
 
 }  // namespace ck

@@ -204,6 +204,7 @@ void check_matrix(const Matrix& m) {
   check(m.rows >= 0 && m.cols >= 0 && m.threads >= 1, "matrix: sizes must be non-negative, threads at least 1");
   check(m.rows == 0 || m.cols == 0 || m.scores, "matrix: scores must not be null");
   check(m.out, "matrix: out must not be null");
+  check(!m.pairs.row_scale && !m.pairs.col_scale, "matrix: no scales by row");
   check(m.pairs.columns_count == 0 || m.pairs.columns, "matrix: columns must not be null");
   for (int64_t i = 0; m.positives && i < m.rows; ++i)
     check(m.positives[i] >= -1 && m.positives[i] < m.cols, "matrix: a positive lies in no column");

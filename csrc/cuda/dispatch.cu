@@ -40,6 +40,7 @@ void check_panel(const Panel& p) {
   check(p.pairs.columns_count == 0 || p.pairs.columns, "pairs: columns must not be null when columns_count is not 0");
   check(!p.pairs.row_ids == !p.pairs.col_ids, "pairs: ids of rows need ids of columns");
   check_ceilings(p);
+  check(!p.pairs.row_scale && !p.pairs.col_scale, "panel: the GPU's kernels have one scale");
   check(tiles(p.rows) * tiles(p.cols) <= 0x7FFFFFFF, "panel: more tiles than a launch has blocks");
   check(p.scratch || p.scratch_bytes == 0, "panel: scratch must not be null");
   check(reinterpret_cast<uintptr_t>(p.scratch) % sizeof(double) == 0, "panel: scratch must be aligned to 8");

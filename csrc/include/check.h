@@ -27,4 +27,14 @@ inline void check_ceilings(const Panel& p) {
   check(p.term == PairTerm::kExponential && !p.row.target && !p.col.target, "panel: ceilings with targets or signs");
 }
 
+// Scales by row and column are the exponential term's, and both sides take part.
+inline void check_scales(const Panel& p) {
+  if (!p.pairs.row_scale && !p.pairs.col_scale)
+    return check(!p.row.dscale && !p.col.dscale, "panel: gradients of scales that are not there");
+  check(p.pairs.row_scale && p.pairs.col_scale, "panel: scales of rows need scales of columns");
+  check(p.term == PairTerm::kExponential && !p.dparams, "panel: scales by row with signs or one scale's gradient");
+  const bool sums = p.row.sum && p.col.sum, gains = p.row.gain && p.col.gain;
+  check(p.weights ? gains && !p.row.sum && !p.col.sum : sums, "panel: with scales by row, both sides' sums or weights");
+}
+
 }  // namespace ck

@@ -13,6 +13,8 @@
   X(const int64_t*, col_ids, nullptr, "[cols]")                                                                  \
   X(const float*, row_ceiling, nullptr, "[rows] pairs whose scale * score is higher are left out of the row's")  \
   X(const float*, col_ceiling, nullptr, "[cols] ... of the column's; or null")                                   \
+  X(const float*, row_scale, nullptr, "[rows] scale of a score's logit among its row's, in place of the one")    \
+  X(const float*, col_scale, nullptr, "[cols] ... among its column's; both or none")                             \
   X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                         \
   X(int64_t, first_column, 0, "")
 
@@ -24,7 +26,8 @@
   X(const float*, normalizer_rest, nullptr, "[n] shift + rest, never added up; a rest of +inf is of no negatives") \
   X(const float*, gain, nullptr, "[n] r_i (rows) or c_j (columns); null in a reduce panel")                        \
   X(const float*, target, nullptr, "[n] subtracted from the weights of pairs of other ids that count, and")        \
-  X(const float*, target_alike, nullptr, "[n] from those of equal ids; both sides' or none, and without sums")
+  X(const float*, target_alike, nullptr, "[n] from those of equal ids; both sides' or none, and without sums")     \
+  X(float*, dscale, nullptr, "[n] += sum of the side's w * (score - center); with scales by row and column, or null")
 
 // One block of the score matrix, beside its pairs and its two sides.
 #define CK_PANEL_MEMBERS(X)                                                                                       \

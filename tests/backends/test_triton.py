@@ -141,11 +141,12 @@ LABELLED = [
     for case in in_16_bits()
     if case.term == "exponential" and case.weights and not case.statistics and (THOROUGH or case.capability == 90)
 ]
+CAPPED = [replace(case, labels=False, capped=True) for case in LABELLED if case.two_sided]
 
 
-@pytest.mark.parametrize("case", LABELLED, ids=str)
-def test_targets_compile_too(case):
-    """Weights less targets by ids, in usual tiles and in the rest; four more vectors than usual, so a few spills."""
+@pytest.mark.parametrize("case", [*LABELLED, *CAPPED], ids=str)
+def test_targets_and_ceilings_compile_too(case):
+    """Weights less targets by ids, or with ceilings; four (two) more vectors than usual, so a few spills."""
     require(case.capability)
     usual, rest = offline.compile_score(case), offline.compile_rest(case)
     most = 256 if isinstance(case.tile, configs.PersistentTile) else 64

@@ -10,6 +10,17 @@ from problems import BY_NAME, make_inputs, upstream_like
 from tolerance import LOGIT_UNITS, UNITS, assert_accurate
 
 import contrastive_kernels as ck
+from contrastive_kernels import backends
+from contrastive_kernels.arguments.options import Engine
+from contrastive_kernels.backends import torch as torch_backend
+from contrastive_kernels.engine.matrix import Problem
+from contrastive_kernels.operators.softmax_scaled import scaled_softmax_loss
+from contrastive_kernels.panels.pairs import EVERY_PAIR
+
+
+def str_of_options(options):
+    return "-".join(options) or "alone"
+
 
 LABELS = torch.tensor([0, 1, 0, 2, 1])
 
@@ -110,19 +121,84 @@ def test_the_one_rule(loss, name, dtype, backend):
     truth, torchs = found(definition, torch.float64), found(definition, torch.float32)
     got = found(lambda *a: ours(*a, backend=backend), dtype)
     x, y, s = inputs.x.double(), inputs.y.double(), scales.double()
+    # of a row and its column, |w| sums to at most 4 (times upstream)
+    assert_one_rule(got, truth, torchs, (x, y, s), 4.0 * float(upstream_like(truth[0], 1).abs().max()), dtype)
+
+
+def assert_one_rule(got, truth, torchs, leaves, most, dtype=torch.float32):
+    """Value and gradients of x, y and scales, whose weights |w| sum to at most `most` in a row and its column."""
+    x, y, s = (v.detach().double() for v in leaves)
     largest = s.max() * x.norm(dim=1).max() * y.norm(dim=1).max()
     eps, score = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    logit, w = LOGIT_UNITS * score * largest, 4.0  # of a row and its column, |w| sums to at most 4 (times upstream)
-    most = float(upstream_like(truth[0], 1).abs().max())
-    sizes = (1.0, s.max() * y.abs().max(), s.max() * x.abs().max(), x.norm(dim=1).max() * y.norm(dim=1).max())
-    for k, (name, size) in enumerate(zip(("value", "x", "y", "scales"), sizes)):
-        own = score if k in (0, 3) else eps
-        floor = (UNITS * own + logit) * size * (w * most if k else 1.0) + (
+    logit, of_scales = LOGIT_UNITS * score * largest, x.norm(dim=1).max() * y.norm(dim=1).max()
+    sizes = (1.0, s.max() * y.abs().max(), s.max() * x.abs().max(), *[of_scales] * (len(got) - 3))
+    for k, size in enumerate(sizes):
+        name = ("value", "x", "y", "scales")[min(k, 3)]
+        own = eps if k in (1, 2) else score
+        floor = (UNITS * own + logit) * size * (most if k else 1.0) + (
             UNITS * score * truth[0].abs().max() if not k else 0
         )
         rounded = torchs[k].to(got[k].dtype)
         assert got[k].dtype == (dtype if k in (1, 2) else torch.float32)
         assert_accurate(name, got[k], truth[k], (rounded.double() - truth[k]).abs(), torch.as_tensor(floor))
+
+
+IDS = torch.arange(190) % 50, torch.arange(190) % 37
+WEIGHT = torch.linspace(-0.5, 1.5, 190).double()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [
+    {}, {"ids": IDS}, {"margin": -0.5, "weight": WEIGHT}, {"margin": ("relative", 0.1), "ids": IDS},
+    {"include_positive": False, "ids": IDS}, {"label_smoothing": 0.2, "weight": WEIGHT},
+    {"label_smoothing": 0.2, "ids": IDS}, {"candidate_bias": torch.linspace(-1, 1, 190).double()},
+], ids=str_of_options)  # fmt: skip
+def test_both_towers_beside_others(options, reduction, backend):
+    """By the one rule, against the reference of features times their scales; also where the workspace is small."""
+    (x, y, _), _ = few("clip_loss", torch.float64, 190, d=24)
+    ids, turned = options.get("ids"), dict(options)
+    if ids is not None:
+        turned["ids"] = ids[::-1]
+    leaves = (x, y, torch.linspace(1.0, 9.0, 190).double(), torch.linspace(7.0, 0.5, 190).double())
+
+    def definition(x, y, s, t):
+        there = ck.reference.info_nce(x * s[:, None], y, 1.0, reduction=reduction, **options)
+        return (there + ck.reference.info_nce(y * t[:, None], x, 1.0, reduction=reduction, **turned)) / 2
+
+    def found(function, dtype):
+        given = [v.detach().to(dtype).requires_grad_() for v in leaves]
+        value = function(*given)
+        return value.detach(), *torch.autograd.grad(value, given, upstream_like(value, 1).to(value))
+
+    truth, torchs = found(definition, torch.float64), found(definition, torch.float32)
+    shares = options.get("weight", torch.ones(190)).abs()
+    most = 4.0 * float(upstream_like(truth[0], 1).abs().max() * shares.max())
+    if reduction == "mean":
+        most /= float(options.get("weight", torch.ones(190)).sum().abs())
+    for workspace_bytes in (None, 2**19):
+        given = {"backend": backend, "workspace_bytes": workspace_bytes, "reduction": reduction, **options}
+        got = found(lambda x, y, s, t, given=given: ck.clip_loss(x, y, (s, t), **given), torch.float32)
+        assert_one_rule(got, truth, torchs, (x, y, torch.cat(leaves[2:])), most)
+
+
+def test_one_walk_serves_both_directions(monkeypatch):
+    """Where panels have scales by row and column; a GPU's kernels have not, and would leave them out in silence."""
+    (x, y, _), _ = few("clip_loss", torch.float32, 190, d=24)
+    x, y, scales = x.detach(), y.detach(), torch.linspace(1, 9, 190)
+    made, products = torch_backend.score_product, []
+    monkeypatch.setattr(torch_backend, "score_product", lambda panel: products.append(made(panel)))
+    ck.clip_loss(x, y, scales, backend="torch")
+    assert len(products) == 1
+    ck.clip_loss(x, y, scales, backend="torch", candidate_bias=torch.zeros(190))
+    assert len(products) == 3
+    monkeypatch.setattr(type(backends.get("cuda")), "why_not", lambda *_: None)
+    for engine, pairs, words in (
+        (Engine("cuda"), EVERY_PAIR, "the backend 'cuda'"),
+        (Engine("torch"), EVERY_PAIR._replace(col_bias=torch.zeros(190)), "biases"),
+    ):
+        problem = Problem(x, y, 1.0, offset=0, engine=engine, pairs=pairs)
+        with pytest.raises(RuntimeError, match=f"scales by row and column reached {words}"):
+            scaled_softmax_loss(problem, (scales, scales), None, "mean")
 
 
 def test_beside_others(backend):

@@ -79,6 +79,12 @@ FOLLOWED: dict[str, dict[str, Any]] = {
     "DecomposableLoss": {"log_normalizer": torch.zeros(6)},
     "DatasetContrastiveLoss": {"index": torch.arange(6)},
     "SogCLRLoss": {"index": torch.arange(6)},
+    "multimodal_contrastive": {"image_aug": None, "text_aug": None},
+    "MultimodalContrastiveLoss": {"image_aug": torch.eye(6, 8)},
+    "feature_separation": {
+        **dict.fromkeys(("image_independent", "text_independent", "image_independent_aug"), torch.eye(6, 8)),
+        "text_independent_aug": torch.eye(6, 8).flip(0),
+    },
 }
 
 
@@ -114,6 +120,48 @@ def test_what_follows_is_wanted():
         ck.sigmoid(x, y, 2.0)
     with pytest.raises(TypeError, match="log_normalizer: expected a pair"):
         ck.decomposable(x, y, 2.0)
+
+
+def test_of_structures():
+    """All regularisers' contrasts have it; a base of the user's gets the scale, or nothing where it is wrong."""
+    x, y = features()
+    temperature = torch.tensor(0.25, requires_grad=True)
+    got = []
+    base = lambda image, text, logit_scale: got.append(logit_scale) or ck.clip_loss(image, text, logit_scale)  # noqa: E731
+    for made in (lambda: ck.LatentStructureLoss(separation=1.0), lambda: ck.LatentStructureLoss(base, separation=1.0)):
+        views = {"image_independent": x.roll(1, 1), "text_independent": y.roll(1, 1), "image_independent_aug": x}
+        found, want = (made()(x, y, **how, **views) for how in ({"temperature": temperature}, {"logit_scale": 4.0}))
+        assert all(torch.equal(value, want[name]) for name, value in found.items())
+        assert torch.autograd.grad(found["loss"], temperature)[0] != 0
+        for wrong, words in (({"temperature": 0}, "above 0; got 0"), ({"logit_scale": 2.0}, "expected None beside")):
+            with pytest.raises((TypeError, ValueError), match=f"temperature: .*{words}"):
+                made()(x, y, **{"temperature": 0.25, **wrong})
+    assert len(got) == 2 and got[0] == 4.0
+    with pytest.raises(ValueError, match=r"separation_options: expected some of .*; got 'temperature'"):
+        ck.LatentStructureLoss(separation=1.0, separation_options={"temperature": 0.1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulated(dtype):
+    """The same bits, and the gradient once; a wrong one moves no memory."""
+    x, y = features(dtype)
+    parts, found = list(torch.arange(6).split(3)), []
+    temperature, scale = (torch.tensor(v, requires_grad=True) for v in (0.25, 4.0))
+    for how in ({"temperature": temperature}, {"logit_scale": scale}, {"temperature": 0.25}, {"logit_scale": 4.0}):
+        loss = ck.DatasetContrastiveLoss(6, weights="stored")
+        torch.manual_seed(0)
+        found.append((loss.accumulate(lambda i: (x[i], y[i]), parts, parts, **how), loss.memory.log_mean.clone()))
+    assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each))
+    torch.testing.assert_close(temperature.grad, -16 * scale.grad)
+    for wrong, words in (
+        ({"temperature": -1.0}, "temperature: expected a finite number above 0; got -1"),
+        ({"temperature": 0.25, "logit_scale": 4.0}, "temperature: expected None beside a logit_scale"),
+        ({}, "logit_scale: expected a float or a tensor of one element; got NoneType"),
+    ):
+        loss = ck.DatasetContrastiveLoss(6)
+        with pytest.raises((TypeError, ValueError), match=words):
+            loss.accumulate(lambda i: (x[i], y[i]), parts, parts, **wrong)
+        assert (loss.memory.visits == 0).all()
 
 
 def test_steps_of_a_data_set():

@@ -19,6 +19,7 @@ from contrastive_kernels.operators.multi_positive import multi_positive_losses
 from contrastive_kernels.operators.shared import operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
+from contrastive_kernels.operators.softmax_scaled import scaled_softmax_losses
 from contrastive_kernels.operators.weighted_sum import weighted_sum
 from contrastive_kernels.panels.pairs import Pairs
 
@@ -109,7 +110,11 @@ def test_options_of_the_rectangular_losses():
         two = ck.sigmoid(x, x + 1, scale, -2.0, candidate_bias=rest["rows"])
         return one + two + ck.clip_loss(x, x + 1, scale, candidate_bias=rest["rows"])
 
-    for function in (indexed, info_nce, with_ids, drawn, block, biased)[:: every(2)]:
+    def scaled(x, y, scale, rest):
+        scales = rest["rows"].exp(), scale * torch.cat([rest["rows"], rest["rows"]])[: x.shape[0]]
+        return ck.clip_loss(x, y[: x.shape[0]], scales, label_smoothing=0.1)
+
+    for function in (indexed, info_nce, with_ids, drawn, block, biased, scaled)[:: every(2)]:
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (20, 34):
             leaves, (rows,) = make("decomposable", n, m=3 * n)
@@ -280,6 +285,16 @@ def test_opcheck_of_softmax_loss(engine, layout, dtype):
     several = problem_of(layout, dtype, index=torch.stack([INDEX, SOME.flip(0)], 1), pairs=biased(), engine=engine)
     for reduction in ("mean", "none"):
         check(softmax_losses, several, (None, vectors(7, 1).requires_grad_()), (reduction, False, True, ""))
+
+
+@OPERANDS
+def test_opcheck_of_scaled_softmax_loss(engine, layout, dtype):
+    own = Pairs(row_ids=IDS.row_ids, col_ids=IDS.row_ids)
+    for reduction, gain, share, needs in (("mean", None, "", True), ("none", vectors(7), (0.1).hex(), False)):
+        problem = problem_of(layout, dtype, m=7, offset=0, pairs=own, engine=engine)
+        problem.scale, problem.bias = torch.tensor(1.0), torch.tensor(0.0)
+        scales = vectors(7, 1).requires_grad_(), vectors(7, 2).requires_grad_(needs)
+        check(scaled_softmax_losses, problem, (gain, *scales), (reduction, True, share), (needs, True, False, False))
 
 
 @OPERANDS

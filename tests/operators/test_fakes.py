@@ -24,13 +24,17 @@ from contrastive_kernels.operators.multi_positive import multi_positive_losses
 from contrastive_kernels.operators.shared import ABSENT_DIMS, operator_arguments, pack
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
+from contrastive_kernels.operators.softmax_scaled import scaled_softmax_losses
 from contrastive_kernels.operators.weighted_sum import weighted_sum
 from contrastive_kernels.panels.pairs import Pairs
 
 OPERATORS = torch.ops.contrastive_kernels
 DEVICE = torch.device("cuda:0")
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
-PRIMITIVES = (softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses, multi_positive_losses, guided)
+PRIMITIVES = (
+    softmax_losses, scaled_softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses,
+    multi_positive_losses, guided,
+)  # fmt: skip
 #: N, M and D as compilers first see them, and a workspace: for all scores at once, a band, panels.
 SIZES = (((60, 90, 32), 2**26), ((1000, 1200, 128), 2**26), ((9000, 7000, 300), 2**22))
 
@@ -105,6 +109,8 @@ def calls(
             (gain, None),
             (reduction, True, reduction != "sum", (0.1).hex() if reduction == "mean" else ""),
         )
+        if engine.backend == "torch":  # a GPU's kernels have no scales by row
+            yield scaled_softmax_losses, square, (gain, a, b), (reduction, reduction == "mean", "")
         yield softmax_losses, indexed, (gain, None), (reduction, False, True, "")
         yield softmax_losses, views, (gain, None), (reduction, False, True, "")
         yield softmax_losses, several, (gain, a), (reduction, False, True, "")
@@ -167,7 +173,7 @@ def test_differentiable_operators(backend, dtype, hints, workspace):
             )
             made = [(g.shape, g.dtype) for g, need in zip(gradients, needs) if need]
             assert made == [(t.shape, t.dtype) for t, need in zip(tensors, needs) if need]
-    assert tried == set(PRIMITIVES)
+    assert tried == set(PRIMITIVES) - (set() if backend == "torch" else {scaled_softmax_losses})
     assert not any(is_fixed(fakes, size) for size in sizes[:2])
     assert backend == "torch" or not is_fixed(fakes, sizes[2])  # scores on a chip: D does not matter either
 

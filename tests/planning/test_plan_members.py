@@ -69,6 +69,11 @@ def test_directions_and_scales_take_what_they_take():
     assert biased.products == 2 * plain.products
     one = ck.plan(4096, d=64, loss="info_nce", backend="torch", workspace_bytes=MIB)
     assert sum(p.flop for p in biased.passes) == 2 * sum(p.flop for p in one.passes)
+    for members, like in (({"logit_scale"}, plain), ({"logit_scale", "candidate_bias"}, biased)):
+        scaled = ck.plan(4096, d=64, members=members, backend="torch", workspace_bytes=MIB)
+        assert [p.panels for p in scaled.passes] == [p.panels for p in like.passes]
+    on_gpu = [ck.plan(4096, device="cuda", capability=90, members=m) for m in ((), ("logit_scale",))]
+    assert on_gpu[1].products == 2 * on_gpu[0].products
     assert ck.plan(64, dtype=torch.bfloat16, members=("logit_scale",)).dtype == torch.float32
     views = ck.plan(64, loss="nt_xent", members=("logit_scale",), backend="torch")
     assert views.products > ck.plan(64, loss="nt_xent", backend="torch").products

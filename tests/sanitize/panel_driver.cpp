@@ -31,6 +31,7 @@ struct Variant {
   bool wide;              // scores so far apart that rows and columns cannot share a shift
   bool dparams;           // the sums for the parameters' gradients are wanted
   bool diagonal, biased;  // left out; biases of columns
+  bool capped, scaled;    // ceilings; scales by row and column
   int64_t excluded, padding;
   int threads;
 };
@@ -49,12 +50,12 @@ struct Case {
   Variant v;
   int64_t rows, cols, stride, weights_stride, first_row = 4, first_column = 7, diagonal = 5;
   Buffer<float> scores, params, row_shift, row_sum, col_shift, col_sum, row_norm, row_rest, row_gain, col_norm,
-      col_rest, col_gain, col_bias;
+      col_rest, col_gain, col_bias, row_ceiling, col_ceiling, row_scale, col_scale, row_dscale, col_dscale;
   Buffer<int64_t> columns;
   Buffer<float> weights32;
   Buffer<uint16_t> weights16;
   Buffer<double> dparams;
-  std::vector<double> z, score;  // [rows * cols]; excluded pairs at -inf
+  std::vector<double> z, z_col, score;  // [rows * cols]; excluded pairs at -inf, among the rows' and the columns'
 
   Case(const Variant& variant, int64_t r, int64_t c)
       : v(variant),
@@ -75,11 +76,24 @@ struct Case {
         col_rest(c),
         col_gain(c),
         col_bias(variant.biased ? c : 0),
+        row_ceiling(variant.capped ? r : 0),
+        col_ceiling(variant.capped ? c : 0),
+        row_scale(variant.scaled ? r : 0),
+        col_scale(variant.scaled ? c : 0),
+        row_dscale(variant.scaled ? r : 0),
+        col_dscale(variant.scaled ? c : 0),
         columns(r * variant.excluded),
         weights32(variant.bfloat16 || variant.in_place ? 0 : (r - 1) * weights_stride + c),
         weights16(variant.bfloat16 ? (r - 1) * weights_stride + c : 0),
         dparams(2) {}
 };
+
+// A pair's logit by one side's scale, -inf above its ceiling.
+double logit(const Case& c, float score, float scale, const Buffer<float>& ceilings, int64_t k) {
+  const float scaled = score * scale;
+  if (c.v.capped && scaled > ceilings.data[k]) return -kInfinity;
+  return static_cast<double>(score) * scale + c.params.data[1];
+}
 
 void fill(Case& c, std::mt19937& random) {
   std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
@@ -89,23 +103,31 @@ void fill(Case& c, std::mt19937& random) {
   for (int64_t i = 0; i < c.scores.size; ++i) c.scores[i] = unit(random);
   for (int64_t j = 0; j < c.col_bias.size; ++j)
     c.col_bias[j] = j % 5 == 3 ? -static_cast<float>(kInfinity) : unit(random);
+  for (Buffer<float>* ceilings : {&c.row_ceiling, &c.col_ceiling})
+    for (int64_t k = 0; k < ceilings->size; ++k)
+      (*ceilings)[k] = k % 7 == 3 ? static_cast<float>(kInfinity) : 0.7f * c.params[0] * unit(random);
+  for (Buffer<float>* scales : {&c.row_scale, &c.col_scale})
+    for (int64_t k = 0; k < scales->size; ++k) (*scales)[k] = k % 11 == 5 ? 0.0f : c.params[0] * unit(random);
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t k = 0; k < c.v.excluded; ++k)  // some in the panel, some left and right of it
       c.columns[i * c.v.excluded + k] = c.first_column + static_cast<int64_t>(random() % (c.cols + 4)) - 2;
   c.z.resize(c.rows * c.cols);
+  c.z_col.resize(c.rows * c.cols);
   c.score.resize(c.rows * c.cols);
   for (int64_t i = 0; i < c.rows; ++i) {
     for (int64_t j = 0; j < c.cols; ++j) {
       const int64_t at = std::min(i * c.stride + j, c.scores.size - 1);
       if (c.v.wide) c.scores[at] += i % 2 == 0 ? 1.0f : -1.0f;
       c.score[i * c.cols + j] = c.scores[at];
-      c.z[i * c.cols + j] = static_cast<double>(c.scores[at]) * c.params[0] + c.params[1];
-      if (c.v.biased) c.z[i * c.cols + j] += c.col_bias[j];
-      if (c.v.diagonal && c.first_column + j == c.first_row + i + c.diagonal) c.z[i * c.cols + j] = -kInfinity;
+      double &z = c.z[i * c.cols + j], &z_col = c.z_col[i * c.cols + j];
+      z = logit(c, c.scores[at], c.v.scaled ? c.row_scale[i] : c.params[0], c.row_ceiling, i);
+      z_col = logit(c, c.scores[at], c.v.scaled ? c.col_scale[j] : c.params[0], c.col_ceiling, j);
+      if (c.v.biased) z += c.col_bias[j], z_col += c.col_bias[j];
+      if (c.v.diagonal && c.first_column + j == c.first_row + i + c.diagonal) z = z_col = -kInfinity;
     }
     for (int64_t k = 0; k < c.v.excluded; ++k) {
       const int64_t j = c.columns[i * c.v.excluded + k] - c.first_column;
-      if (j >= 0 && j < c.cols) c.z[i * c.cols + j] = -kInfinity;
+      if (j >= 0 && j < c.cols) c.z[i * c.cols + j] = c.z_col[i * c.cols + j] = -kInfinity;
     }
   }
   for (int64_t i = 0; i < c.rows; ++i) c.row_gain[i] = unit(random);
@@ -138,7 +160,8 @@ double from_bfloat16(uint16_t bits) {
   std::printf("  term %d row %d col %d weights %d sums %d bfloat16 %d in_place %d wide %d diagonal %d biased %d\n",
               static_cast<int>(c.v.term), c.v.row, c.v.col, c.v.weights, c.v.sums, c.v.bfloat16, c.v.in_place, c.v.wide,
               c.v.diagonal, c.v.biased);
-  std::printf("  excluded %lld threads %d\n", static_cast<long long>(c.v.excluded), c.v.threads);
+  std::printf("  excluded %lld threads %d capped %d scaled %d\n", static_cast<long long>(c.v.excluded), c.v.threads,
+              c.v.capped, c.v.scaled);
   std::exit(1);
 }
 
@@ -162,25 +185,29 @@ void check_side(const Case& c, const char* what, Buffer<float>& shift, Buffer<fl
 void check_weights(Case& c) {
   const bool exponential = c.v.term == ck::PairTerm::kExponential;
   double dscale = 0.0, dbias = 0.0, dscale_size = 0.0, dbias_size = 0.0;
+  std::vector<double> of_rows(c.rows), of_cols(c.cols), row_size(c.rows, 1.0), col_size(c.cols, 1.0);
   for (int64_t i = 0; i < c.rows; ++i) {
     for (int64_t j = 0; j < c.cols; ++j) {
-      const double z = c.z[i * c.cols + j];
+      const double z = c.z[i * c.cols + j], centered = c.score[i * c.cols + j] - c.params[2];
       double w = 0.0, size = 0.0;
       if (c.v.row) {
         const double part = c.row_gain[i] * (exponential ? std::exp(z - c.row_norm[i] - c.row_rest[i]) : sigmoid(z));
-        w += part;
-        size += std::fabs(part);
+        const double scale = c.v.scaled ? c.row_scale[i] : 1.0;
+        w += scale * part;
+        size += std::fabs(scale * part);
+        of_rows[i] += part * centered, row_size[i] += std::fabs(part * centered);
       }
       if (c.v.col) {
-        const double part = c.col_gain[j] * std::exp(z - c.col_norm[j] - c.col_rest[j]);
-        w += part;
-        size += std::fabs(part);
+        const double part = c.col_gain[j] * std::exp(c.z_col[i * c.cols + j] - c.col_norm[j] - c.col_rest[j]);
+        const double scale = c.v.scaled ? c.col_scale[j] : 1.0;
+        w += scale * part;
+        size += std::fabs(scale * part);
+        of_cols[j] += part * centered, col_size[j] += std::fabs(part * centered);
       }
       const int64_t at = i * c.weights_stride + j;
       const double got =
           c.v.bfloat16 ? from_bfloat16(c.weights16[at]) : (c.v.in_place ? c.scores[at] : c.weights32[at]);
       expect(c, "weight", got, w * c.params[0], size * c.params[0], c.v.bfloat16 ? 0.0045 : 4e-5);
-      const double centered = c.score[i * c.cols + j] - c.params[2];
       dscale += w * centered;
       dscale_size += size * std::fabs(centered);
       dbias += w;
@@ -191,6 +218,10 @@ void check_weights(Case& c) {
       expect(c, "padding", c.v.bfloat16 ? c.weights16[at] : c.weights32[at], 0.0, 0.0, 0.0);
     }
   }
+  for (int64_t i = 0; i < c.row_dscale.size; ++i)
+    expect(c, "row's dscale", c.row_dscale[i], of_rows[i] + 1.0, row_size[i], 4e-5);
+  for (int64_t j = 0; j < c.col_dscale.size; ++j)
+    expect(c, "column's dscale", c.col_dscale[j], of_cols[j] - 1.0, col_size[j], 4e-5);
   if (!c.v.dparams) return;
   expect(c, "dscale", c.dparams[0], dscale + 1.0, dscale_size, 4e-5);
   expect(c, "dbias", c.dparams[1], dbias + 2.0, dbias_size, 4e-5);
@@ -206,6 +237,8 @@ ck::Panel make_panel(Case& c) {
   p.pairs.columns_count = c.v.excluded, p.pairs.first_row = c.first_row, p.pairs.first_column = c.first_column;
   if (c.v.diagonal) p.pairs.diagonal = c.diagonal;
   if (c.v.biased) p.pairs.col_bias = c.col_bias.get();
+  if (c.v.capped) p.pairs.row_ceiling = c.row_ceiling.get(), p.pairs.col_ceiling = c.col_ceiling.get();
+  if (c.v.scaled) p.pairs.row_scale = c.row_scale.get(), p.pairs.col_scale = c.col_scale.get();
   p.threads = c.v.threads;
   if (c.v.sums && c.v.row) p.row.sum = c.row_sum.get();
   if (c.v.sums && c.v.col) p.col.sum = c.col_sum.get();
@@ -225,6 +258,7 @@ ck::Panel make_panel(Case& c) {
   p.weights_dtype = c.v.bfloat16 ? ck::Dtype::kBFloat16 : ck::Dtype::kFloat32;
   p.weights_stride = c.weights_stride;
   if (c.v.dparams) p.dparams = c.dparams.get();
+  if (c.v.scaled) p.row.dscale = c.row_dscale.get(), p.col.dscale = c.col_dscale.get();
   return p;
 }
 
@@ -239,6 +273,8 @@ void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& 
   fill(c, random);
   const bool exponential = variant.term == ck::PairTerm::kExponential;
   c.dparams[0] = 1.0, c.dparams[1] = 2.0;  // what is there is added to
+  std::fill_n(c.row_dscale.get(), c.row_dscale.size, 1.0f);
+  std::fill_n(c.col_dscale.get(), c.col_dscale.size, -1.0f);
   std::vector<double> row_expected(rows), col_expected(cols);
   for (int64_t i = 0; i < rows; ++i) {
     if (i % 3 == 1) c.row_shift[i] = 2.0f, c.row_sum[i] = 0.5f;  // the others start empty
@@ -251,7 +287,7 @@ void run_case(const Variant& variant, int64_t rows, int64_t cols, std::mt19937& 
   }
   for (int64_t j = 0; j < cols; ++j) {
     if (j % 3 == 1) c.col_shift[j] = 2.0f, c.col_sum[j] = 0.5f;
-    col_expected[j] = log_sum_exp(&c.z[j], rows, cols, c.col_shift[j], c.col_sum[j]);
+    col_expected[j] = log_sum_exp(&c.z_col[j], rows, cols, c.col_shift[j], c.col_sum[j]);
     split(col_expected[j], j, c.col_norm[j], c.col_rest[j]);
   }
   const ck::Panel panel = make_panel(c);
@@ -344,11 +380,13 @@ std::vector<Variant> all_variants() {
                 if (term == ck::PairTerm::kSigmoid && sides != 1) continue;
                 if (!weights && (!sums || output != 0)) continue;
                 const int64_t padding = random() % 2 ? 5 : 0;
-                const bool dparams = random() % 4 != 0;
                 const int threads = static_cast<int>(random() % 3 + 1);
-                const bool diagonal = random() % 3 == 0, biased = random() % 3 == 0;
+                const bool scaled = sides == 3 && weights != sums && random() % 3 == 0;
+                const bool dparams = !scaled && random() % 4 != 0;
+                const bool diagonal = random() % 3 == 0, biased = !scaled && random() % 3 == 0;
+                const bool capped = term == ck::PairTerm::kExponential && random() % 4 == 0;
                 all.push_back({term, (sides & 1) != 0, (sides & 2) != 0, weights, sums, output == 2, output == 1, wide,
-                               dparams, diagonal, biased, excluded, padding, threads});
+                               dparams, diagonal, biased, capped, scaled, excluded, padding, threads});
               }
   return all;
 }
