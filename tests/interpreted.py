@@ -23,6 +23,7 @@ import defaults
 import torch
 from exact import EQUAL, assert_exact, equal
 from interpreted_graphs import again
+from interpreted_kept import keeping, kept_exponentials
 from interpreted_numbers import products, rounding
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from thorough import THOROUGH, every, one_of
@@ -184,7 +185,7 @@ def persistent() -> list[str]:
     launch._persistent_tile = chosen
     persistent_launch.start = start
     assert len(started) > (100 if THOROUGH else 8)
-    return failures + small_gains()
+    return failures + small_gains() + kept_exponentials()
 
 
 def small_gains() -> list[str]:
@@ -372,6 +373,12 @@ def launches() -> dict[str, tuple[int, int]]:
         getattr(ck, loss)(x, y, scale, *more, backend="triton", workspace_bytes=workspace_bytes).backward()
         plan = ck.plan(n, d=24, loss=loss, backend="triton", workspace_bytes=workspace_bytes)
         result[f"{loss} {n}"] = (sum(each.launches for each in plan.passes), counted)
+    with keeping(False) as weighed:
+        counted, options = 0, {"backend": "triton", "workspace_bytes": 80_000}
+        x, y = (torch.randn(n, 24).requires_grad_() for n in (130, 120))
+        ck.info_nce(x, y, torch.ones((), requires_grad=True), **options, positives=torch.zeros(130).long()).backward()
+        planned = sum(each.launches for each in ck.plan(130, 120, 24, loss="info_nce", **options).passes)
+    result["info_nce in bands"] = (planned, counted + len(weighed))
     return result
 
 

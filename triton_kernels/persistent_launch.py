@@ -49,12 +49,13 @@ def start_tiles(
 
     referred: float32 for the line and the gains of rows and columns.
     """
-    params, *pairs, row_normalizer, row_gain, col_normalizer, col_gain = score_arguments[:-5]
-    factor, row_partials, col_partials, params_partials, unusual = score_arguments[-5:]
+    params, *pairs, row_normalizer, row_gain, col_normalizer, col_gain = score_arguments[:-7]
+    factor, *partials = score_arguments[-7:]
     (n, d), m = x.shape, y.shape[0]
     term, has_row, has_col = constants["TERM"], constants["ROW"], constants["COL"]
     line = row_referred = col_referred = None
-    if weights is not None:
+    weighs = factor is not None
+    if weighs:
         line, row_referred, col_referred = referred.split_with_sizes((LINE, -(-n // 4) * 4, -(-m // 4) * 4))
         start(
             refer_kernel, has_row * -(-n // _BLOCK) + has_col * -(-m // _BLOCK),
@@ -72,8 +73,7 @@ def start_tiles(
             _blocks_of(x, tile.block_m, tile.block_k), _blocks_of(y, tile.block_n, tile.block_k),
             None if weights is None else _blocks_of(weights, tile.block_m, tile.part.block_n),
             params, *pairs, line,
-            row_referred if has_row else None, col_referred if has_col else None, factor,
-            row_partials, col_partials, params_partials, unusual, n, m, d,
+            row_referred if has_row else None, col_referred if has_col else None, factor, *partials, n, m, d,
         ),
         {
             "TERM": term, "ROW": has_row, "COL": has_col, "COLUMNS": constants["COLUMNS"],

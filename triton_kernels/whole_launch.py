@@ -280,7 +280,7 @@ class _Panel:
             given(_X), given(_Y), whole.params, number(0 if form.symmetric else form.offset), whole.index, number(0),
             *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 2, *sides,
             *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)),
-            self.row_partials, self.col_partials, self.params_partials, self.unusual,
+            self.row_partials, self.col_partials, self.params_partials, _NOTHING, _NOTHING, self.unusual,
             *map(number, (n, m, d, d, d, whole.stride if self.weighs else 0)),
             *(number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))),
         )  # fmt: skip

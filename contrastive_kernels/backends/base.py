@@ -113,16 +113,23 @@ class Backend:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
         raise NotImplementedError
 
+    def keeps_exponentials(self, dtype: torch.dtype) -> bool:
+        """Whether `reduce_panel` can leave exponentials where `weight_panel` wants them, of operands of this dtype."""
+        return False
+
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that it wants beside for a panel of R rows and C columns; its route has a bound."""
         return 0
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
-        """Folds the panel into row.state and col.state."""
+        """Folds the panel into row.state and col.state; of one that keeps, exponentials go into panel.weights."""
         raise NotImplementedError
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
-        """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are."""
+        """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are.
+
+        Of a panel that keeps, it is made of what `reduce_panel` has left there and in the scratch.
+        """
         raise NotImplementedError
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:

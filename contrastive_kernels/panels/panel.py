@@ -61,6 +61,8 @@ class Panel:
     pairs: Pairs = field(default_factory=Pairs)
     #: the scores were kept from an earlier pass
     scores_ready: bool = False
+    #: the exponentials are kept, where the weights will be, with what goes with them in the scratch
+    keeps: bool = False
     #: the operands hold bfloat16 values
     bfloat16_values: bool = False
     row: Side = field(default_factory=Side)

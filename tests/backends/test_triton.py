@@ -21,7 +21,7 @@ import triton.testing
 from thorough import THOROUGH, every
 
 from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
-from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
+from contrastive_kernels.backends.triton import KEPT_PER_SCORE, SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
 TESTS = Path(__file__).resolve().parents[1]
@@ -105,6 +105,23 @@ def test_persistent_compiled(case):
     made = offline.compile_score(case)
     assert offline.broken(case, made) is None
     assert "cp.async.bulk.tensor" in made.ptx
+
+
+def seldom():
+    """Exponentials that are kept, and ceilings: in the short form one of each."""
+    kept, capped = [*offline.kept_cases(90)], [*offline.capped_cases(90)]
+    return [*kept, *capped] if THOROUGH else [kept[-2], capped[1]]
+
+
+@pytest.mark.parametrize("case", seldom(), ids=str)
+def test_kept_and_capped_compile(case):
+    """As good as the others: no spills but of two sides at once, two programs a multiprocessor, vectors in and out."""
+    require(90)
+    assert offline.broken(case, offline.compile_score(case)) is None
+    if case.keeps:
+        made = offline.compile_kept(case)
+        assert made.stack == 0 and made.programs(90) >= 4
+        assert "ld.global.v4" in made.ptx and "st.global.v4" in made.ptx
 
 
 OTHER_TRITON = TESTS.parent / "build/triton-3.6"
@@ -283,10 +300,14 @@ def test_cache_key_follows_the_members():
 def test_scratch_is_bounded():
     """What the driver counts per score and per row covers what a panel's partial results take, for every tile."""
     tiles = {tile for *_, tile in configs.shipped()}
-    for tile, rows, cols in itertools.product(tiles, (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504)):
-        floats = sum(launch.Scratch.of(tile, rows, cols))
-        bound = SCRATCH_PER_SCORE * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 128
-        assert 4 * floats <= bound, (tile, rows, cols)
+    tiles |= {configs.tile_for(90, "16-bit", work, capped=True) for work in configs.WORKS}
+    tiles |= {tile.part for capped in (False, True) for tile in configs.persistent_tiles(90, "16-bit", capped)}
+    sides = (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504), (False, True)
+    for tile, rows, cols, kept in itertools.product(tiles, *sides):
+        floats = sum(launch.Scratch.of(tile, rows, cols, kept))
+        per_score = SCRATCH_PER_SCORE + kept * KEPT_PER_SCORE
+        bound = per_score * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 128
+        assert 4 * floats <= bound, (tile, rows, cols, kept)
 
 
 def test_measured_tiles_are_kept_and_found(absent_gpu):
