@@ -144,8 +144,8 @@ def absent_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for patch in patches:
             held.enter_context(patch)
-        launch.tile_of.cache_clear()
-        held.callback(launch.tile_of.cache_clear)
+        launch.forget_tiles()
+        held.callback(launch.forget_tiles)
         yield
 
 

@@ -104,6 +104,12 @@ def legality(tile: Tile, capability: int, precision: str) -> str | None:
     if member == 90 and precision != "ieee" and (tile.num_warps < 4 or tile.block_m < 16 * tile.num_warps):
         return "wgmma takes groups of 4 warps with 64 rows each"
     shared, limit = tile.shared_bytes(precision), _SHARED_MEMORY[member]
+    if isinstance(tile, PersistentTile):
+        if member != 90 or precision == "ieee":
+            return "persistent programs copy 16-bit operands, or those in TF32, on Hopper"
+        if tile.parts not in (1, 2, 4) or tile.part.block_n < 64:
+            return f"parts: expected 1, 2 or 4 of at least 64 columns; got {tile.parts} of {tile.block_n}"
+        shared *= tile.programs
     if shared > limit:
         return f"{shared} bytes of shared memory, of which there are {limit}"
     return None

@@ -42,8 +42,11 @@ __all__ = [
     "Pairs",
     "Scratch",
     "Vectors",
+    "forget_tiles",
     "gpu_name",
     "measure",
+    "measure_all",
+    "persistent_of",
     "precision_of",
     "probe",
     "rest_programs",
@@ -143,6 +146,22 @@ def tile_of(device: torch.device, precision: str, work: str, features: int, capp
     return tile_for(capability, precision, work, features)
 
 
+@cache
+def persistent_of(
+    device: torch.device, precision: str, work: str, term: str, features: int, capped: bool = False
+) -> PersistentTile | None:
+    """The same of persistent tiles, if there is one; those of the exponential term are measured."""
+    capability = _capability(device)
+    tile = persistent_tile_for(capability, precision, work, term, capped)
+    if tile is None or capped or term != "exponential":
+        return tile
+    name = tuning.key(gpu_name(device), triton.__version__, precision, tuning.persistently(work), features)
+    measured = tuning.tiles.get(name)
+    if isinstance(measured, PersistentTile) and legality(measured, capability, precision) is None:
+        return measured
+    return tile
+
+
 def scratch_floats(
     rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int, kept: bool = False,
     capped: bool = False,
@@ -158,6 +177,8 @@ def _scratch_floats(
     tiles = {tile_of(device, precision, work, features, capped) for work in WORKS}
     if not INTERPRETED:
         tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision, capped)}
+        measured = (persistent_of(device, precision, work, "exponential", features, capped) for work in WORKS)
+        tiles |= {tile.part for tile in measured if tile is not None}
     return max(sum(Scratch.of(tile, rows, cols, kept)) for tile in tiles)
 
 
@@ -266,7 +287,7 @@ def _persistent_tile(
     """The tile of persistent_kernel for a large panel that the TMA unit can copy."""
     if INTERPRETED or x.numel() == 0:
         return None
-    tile = persistent_tile_for(_capability(x.device), precision, work, term, capped)
+    tile = persistent_of(x.device, precision, work, term, x.shape[1], capped)
     if tile is None or not tile.fills(x.shape[0], y.shape[0], multiprocessors(x.device)):
         return None
     return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
@@ -307,8 +328,11 @@ def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, si
     return run
 
 
-def measure(device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int) -> Tile:
-    """The fastest legal tile for panels of side x side scores, by the GPU's own clock."""
+def measure(
+    device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int,
+    candidates: list[Tile] | None = None,
+) -> Tile:  # fmt: skip
+    """The fastest legal tile for panels of side x side scores, by the GPU's own clock; or of these candidates."""
     from triton.testing import do_bench
 
     run = probe(device, work, features, dtype, side)
@@ -319,5 +343,24 @@ def measure(device: torch.device, precision: str, work: str, features: int, dtyp
         except triton.runtime.errors.OutOfResources:
             return None
 
-    best, _ = tuning.fastest(tuning.candidates(_capability(device), precision, work), seconds)
+    tried = tuning.candidates(_capability(device), precision, work) if candidates is None else candidates
+    best, _ = tuning.fastest(tried, seconds)
     return best
+
+
+def measure_all(
+    device: torch.device, precision: str, features: int, dtype: torch.dtype, side: int
+) -> dict[str, Tile]:  # fmt: skip
+    """The same by kind of work, for usual programs and, where there are any, for persistent ones."""
+    found = {work: measure(device, precision, work, features, dtype, side) for work in WORKS}
+    for work in WORKS:
+        if persistent := tuning.persistent_candidates(_capability(device), precision, work):
+            name = tuning.persistently(work)
+            found[name] = measure(device, precision, work, features, dtype, side, persistent)
+    return found
+
+
+def forget_tiles() -> None:
+    """What was chosen by measured tiles is chosen anew."""
+    for remembered in (tile_of, persistent_of, _scratch_floats):
+        remembered.cache_clear()

@@ -108,7 +108,8 @@ def persistent_kernel(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """This program's share of the tiles; see score_kernel."""
-    WEIGHTS: tl.constexpr = weights_desc is not None and row_moments_ptr is None
+    STORES: tl.constexpr = weights_desc is not None
+    WEIGHTS: tl.constexpr = STORES and row_moments_ptr is None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     scale, bias, center = load_params(params_ptr)
     usual = (scale > 1e-18) & (scale < 1e18)
@@ -147,7 +148,7 @@ def persistent_kernel(
                     parts[part], usual, pairs, (shift, slope, offset, unit), scale, bias, center, factor, row_block,
                     col_block * PARTS + part, weights_desc, row_referred_ptr, col_referred_ptr, row_partials_ptr,
                     col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr, R, C,
-                    TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
+                    TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS, STORES,
                 )  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def _finish_part(
     row_referred_ptr, col_referred_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr,
     col_moments_ptr, unusual_ptr, R, C,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
+    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """Finishes all columns of a tile, or a part of them."""
     row0 = row_block * scores.shape[0]
@@ -199,5 +200,5 @@ def _finish_part(
         row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr,
         col_moments_ptr, unusual_ptr, R, C, TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip
-    if weights_desc is not None:
+    if STORES:
         weights_desc.store([row0, col0], w.to(weights_desc.dtype))

@@ -54,7 +54,7 @@ def start_tiles(
     (n, d), m = x.shape, y.shape[0]
     term, has_row, has_col = constants["TERM"], constants["ROW"], constants["COL"]
     line = row_referred = col_referred = None
-    weighs = factor is not None
+    weighs = weights is not None and factor is not None  # else exponentials are kept, or nothing
     if weighs:
         line, row_referred, col_referred = referred.split_with_sizes((LINE, -(-n // 4) * 4, -(-m // 4) * 4))
         start(

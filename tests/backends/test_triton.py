@@ -193,6 +193,9 @@ def test_shipped_tiles_are_legal():
         (configs.Tile(64, 128, 64, 8, 3), 90, "16-bit", "wgmma"),
         (configs.Tile(128, 256, 64, 8, 5), 90, "16-bit", "shared memory"),
         (configs.Tile(128, 128, 64, 8, 3), 86, "tf32", "shared memory"),
+        (configs.PersistentTile(128, 128, 64, 4, 4, programs=2), 90, "16-bit", "shared memory"),
+        (configs.PersistentTile(128, 128, 64, 8, 3), 100, "16-bit", "on Hopper"),
+        (configs.PersistentTile(128, 128, 64, 8, 3, parts=4), 90, "16-bit", "parts"),
     ],
 )
 def test_illegal_tiles_say_why(tile, capability, precision, word):
@@ -228,9 +231,9 @@ def absent_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "gpu_name", lambda device: "GPU")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(tuning, "tiles", tuning.TunedTiles(tmp_path / "cache" / "tiles.json"))
-    launch.tile_of.cache_clear()
+    launch.forget_tiles()
     yield
-    launch.tile_of.cache_clear()
+    launch.forget_tiles()
 
 
 @pytest.fixture
@@ -324,6 +327,26 @@ def test_measured_tiles_are_kept_and_found(absent_gpu):
     assert launch.tile_of(device, "16-bit", "both", 512) == configs.tile_for(90, "16-bit", "both")
 
 
+def test_measured_persistent_tiles_are_kept_and_found(absent_gpu):
+    """By the same file; ceilings, the sigmoid term and tiles that are no longer legal have the table's."""
+    tile, wrong = configs.PersistentTile(128, 256, 64, 8, 3, parts=2), configs.PersistentTile(128, 256, 64, 8, 8)
+    for work, each in (("both", tile), ("fused", tile), ("reduce", wrong)):
+        name = tuning.key("GPU", triton.__version__, "16-bit", tuning.persistently(work), 512)
+        tuning.TunedTiles(tuning.tiles.path).put({name: each})
+    device = torch.device("cuda", 7)
+
+    def chosen(work, term="exponential", capped=False):
+        return launch.persistent_of(device, "16-bit", work, term, 500, capped)
+
+    assert chosen("both") == chosen("fused") == tile and chosen("both", capped=True) is None
+    for work, term in (("reduce", "exponential"), ("fused", "sigmoid"), ("weights", "exponential")):
+        assert chosen(work, term) == configs.persistent_tile_for(90, "16-bit", work, term)
+    assert chosen("reduce", capped=True).parts == 2
+    rows, cols = 5000, 4000
+    floats = launch.scratch_floats(rows, cols, device, torch.bfloat16, 500)
+    assert floats >= sum(launch.Scratch.of(tile.part, rows, cols))
+
+
 @pytest.mark.parametrize("work", configs.WORKS)
 def test_measuring_tries_every_candidate(work, absent_gpu, monkeypatch):
     """Without a GPU: the launches that would be timed, and the choice by made-up times."""
@@ -364,6 +387,12 @@ def test_candidates_are_legal_and_the_fastest_wins():
         assert min(min(each.block_m, each.block_n) for each in tried) >= 64, (
             "what the driver's bound of scratch counts on"
         )
+        persistent = tuning.persistent_candidates(member, precision, work)
+        assert (len(persistent) > 3) == (
+            configs.persistent_tile_for(member, precision, work, "exponential") is not None
+        )
+        assert all(configs.legality(each, member, precision) is None for each in persistent)
+        assert all(isinstance(each, configs.PersistentTile) and each.part.block_n >= 64 for each in persistent)
     times = dict(zip(tried, [2.0, None, 1.0, 1.0]))
     assert tuning.fastest(tried, times.get) == (tried[2], 1.0)
     with pytest.raises(RuntimeError, match="no tile ran"):
