@@ -1,4 +1,4 @@
-"""How operators are registered with torch.library: opaque to torch.compile, with autocast and autograd off inside."""
+"""What torch.compile does not look into: operators, registered with torch.library, and functions outside graphs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["define"]
+# A decorator: torch.compile leaves the function alone. torch.compiler.disable imports the compiler at once (as much
+# time as torch itself takes); this, which torch.optim uses, when the first call comes.
+from torch._compile import _disable_dynamo as outside_graphs
+
+__all__ = ["define", "outside_graphs"]
 
 _LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any]) -> Any:
-    """Registers one operator. Autocast is live inside operators, and would round out= results: it is switched off."""
+    """Registers one operator, inside which autograd is off, and autocast too: it would round out= results."""
     name = schema.split("(")[0]
 
     def run(*args: Any) -> Any:

@@ -5,8 +5,12 @@ The only conftest.py: with --doctest-modules a second one takes its name, and wh
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
+
+# Before OpenMP is loaded: threads that wait for each other on a busy machine would spin, four fifths of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

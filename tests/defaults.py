@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from problems import ALL, BY_NAME, Inputs, engine_options, make_inputs
+from thorough import one_of
 from torch import Tensor
 
 import contrastive_kernels as ck
@@ -36,8 +37,8 @@ def depending(backend: str, problems: Sequence[str] = ("base", "panels")) -> lis
     found = []
     for problem in problems:
         inputs = make_inputs(BY_NAME[problem], torch.bfloat16)
-        for loss in ALL:
-            for reduction in ("mean", "none"):
+        for number, loss in enumerate(ALL):
+            for reduction in one_of(number, ("mean", "none")):
                 options = {**engine_options(inputs, loss, backend), "reduction": reduction}
                 usual = _outcome(inputs, loss, options)
                 for name in DEFAULTS:

@@ -22,7 +22,9 @@ from poison import PLACES, poisoned
 from torch import distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "contrastive_kernels", "problems", "tolerance"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "contrastive_kernels", "problems", "tolerance"]
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import autocasts
 from ..arguments.reduction import row_gains
 from ..engine.driver import normalizer_of
@@ -193,7 +194,7 @@ def _over_ranks(
     return loss
 
 
-_apart = torch.compiler.disable(_over_ranks)
+_apart = outside_graphs(_over_ranks)
 
 
 @torch.no_grad()

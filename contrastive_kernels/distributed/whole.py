@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from .group import Ranks, Sizes
 from .lines import Lines, among_all
 from .sums import once
@@ -177,4 +178,4 @@ def _whole_over_ranks(
     return loss
 
 
-_apart = torch.compiler.disable(_whole_over_ranks)
+_apart = outside_graphs(_whole_over_ranks)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._library import outside_graphs
 from ..arguments.checks import (
     check_backend,
     check_count,
@@ -220,7 +221,7 @@ class SogCLRLoss(nn.Module):
             )
         return check_features(x, y, ("x", "y"), self.normalize, matching=True)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _stored(self, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """What the memory has of these samples, one a row, and how often they were visited."""
         stored, visits = self.memory.read(index)
@@ -228,7 +229,7 @@ class SogCLRLoss(nn.Module):
             raise ValueError(f"index: expected one sample per row of x [{rows}]; got {len(stored)}")
         return stored, visits
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def _visited(self, index: Tensor, memory: tuple[Tensor, Tensor], found: Tensor) -> Tensor:
         """log u [N, 2] after this visit, from log g [N, 2]; in training mode the memory holds it then."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._library import outside_graphs
 from ..arguments.checks import (
     check_backend,
     check_count,
@@ -257,7 +258,7 @@ class DatasetContrastiveLoss(nn.Module):
         about = (("features", x.shape[1]), ("normalize", self.normalize), *((n, getattr(self, n)) for n in names))
         return sum(ranks.agree(type(self).__name__, about, x, len(x), len(y)).cols)
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def e_step(
         self, index: Tensor, *, direction: int | None = None, generator: torch.Generator | None = None
@@ -334,7 +335,7 @@ class DatasetContrastiveLoss(nn.Module):
         dtype = wide(x.device)
         return loss, found.to(dtype) + (z_pos.to(dtype) - math.log(notional))[:, None]
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def update(self, expectation: Expectation, found: Tensor, *, columns: int | None = None) -> None:
         """Moves the memory to what the M-step found, from ``columns`` negatives (needed by the safeguard alone)."""

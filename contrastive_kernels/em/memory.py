@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import (
     check_dense,
     check_device,
@@ -247,7 +248,7 @@ class NormalizerMemory(Tables):
         # the first visit: gain 1, and log(1 - 1) = -inf leaves nothing of what was stored
         return torch.logaddexp(stored + torch.log1p(-gain), found + gain.log())
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def update(
         self, index: Tensor, found: Tensor, direction: int | None = None, lower_bound: Tensor | None = None

@@ -4,7 +4,8 @@ tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers
 machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices. Under
 ThreadSanitizer two callers run at once, with teams of threads that it can follow (teams.cpp).
 
-`make sanitize` is the long form: many rounds of other numbers, and the CUDA sources in their emulator.
+`make sanitize` runs them: many rounds of other numbers, and the CUDA sources in their emulator. `make test` only looks
+at what was linked.
 """
 
 import os
@@ -19,16 +20,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path("tests/sanitize")
-#: Rounds of the long form; 0: the short one.
+#: Rounds of make sanitize; 0: none.
 ROUNDS = int(os.environ.get("SANITIZE_ROUNDS") or 0)
-#: The part of the problems that the emulator has in the long form, K/N: every day another one.
+sanitizing = pytest.mark.skipif(not ROUNDS, reason="minutes: make sanitize")
+#: The part of the problems that the emulator has, K/N: every day another one.
 PART = os.environ.get("SANITIZE_PART") or f"{date.today().toordinal() % 7}/7"
 COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 MEMORY, THREADS = "memory", "threads"
 FLAGS = {MEMORY: ["-fsanitize=address,undefined"], THREADS: ["-fsanitize=thread"]}
 #: Callers at once; of how many cases a round takes one: the long form's rounds take all of them.
 CALLERS = {MEMORY: 1, THREADS: 2}
-EVERY = {MEMORY: 1, THREADS: 5} if ROUNDS else {MEMORY: 3, THREADS: 23}
+EVERY = {MEMORY: 1, THREADS: 5}
 #: The flags in /proc/cpuinfo that an instruction set needs.
 NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}}
 
@@ -52,7 +54,7 @@ def find_toolchain(sanitizer, folder):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Builds the drivers with a sanitizer: once in a checkout, for all processes and for the long form too."""
+    """Builds the drivers with a sanitizer: once in a checkout, for all processes."""
 
     @cache
     def build_drivers(sanitizer):
@@ -113,16 +115,18 @@ def expected_instruction_sets():
     return {"baseline", *(name for name, needed in NEEDS.items() if needed <= flags)}
 
 
+@sanitizing
 @pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
 @pytest.mark.parametrize(("driver", "what"), [("panel_driver", "panels"), ("matrix_driver", "matrices")])
 def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
-    result = run(build(driver, sanitizer), sanitizer, ROUNDS or 1)
+    result = run(build(driver, sanitizer), sanitizer, ROUNDS)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
     assert tested == expected_instruction_sets()
 
 
+@sanitizing
 @pytest.mark.parametrize(
     ("sanitizer", "fault", "report"),
     [
@@ -137,7 +141,7 @@ def test_the_sanitizers_are_live(build, sanitizer, fault, report):
     assert report in result.stderr
 
 
-@pytest.mark.skipif(not ROUNDS, reason="minutes: make sanitize")
+@sanitizing
 def test_the_cuda_sources_are_clean_in_their_emulator(tmp_path):
     """tests/backends/test_cuda_pass.py with all C++ of the extension under AddressSanitizer and UBSan."""
     _, toolchain = find_toolchain(MEMORY, tmp_path)

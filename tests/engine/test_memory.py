@@ -1,16 +1,18 @@
-"""Peak memory: bounded by the workspace, whatever the batch size; measured by the kernel, in a process of its own."""
+"""Peak memory: bounded by the workspace, whatever the batch size; measured by the kernel, in a process apart."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from thorough import LONG, THOROUGH
+from thorough import LONG, THOROUGH, every, one_of
 
 import contrastive_kernels as ck
 
@@ -85,11 +87,24 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
         value.backward()
     return resident("VmHWM") - before - sum(v.grad.nbytes for v in (x, y) if v.grad is not None)
 
-for loss, backend, dtype, n, d, workspace_bytes, work in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    loss, backend, dtype, n, d, workspace_bytes, work = json.loads(line)
     # libraries set up their own buffers, for panels too
     measure(loss, backend, dtype, 1100, d, workspace_bytes, work)
     print(measure(loss, backend, dtype, n, d, workspace_bytes, work), flush=True)
 """
+
+
+@cache
+def meter():
+    """The process that measures, for all tests."""
+    # an allocator that gives large blocks back at once: otherwise memory in use hides behind memory kept
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    atexit.register(process.kill)
+    return process
 
 
 def measured(*measurements):
@@ -97,14 +112,13 @@ def measured(*measurements):
     reason = ck.why_not("cpu", torch.zeros(1, 1))
     if reason is not None:
         pytest.skip(reason)
-    # an allocator that gives large blocks back at once: otherwise memory in use hides behind memory kept
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(measurements)],
-        capture_output=True, text=True, timeout=600, env=environment,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return dict(zip(measurements, map(int, result.stdout.split())))
+    process, sizes = meter(), []
+    for measurement in measurements:
+        process.stdin.write(json.dumps(measurement) + "\n")
+        process.stdin.flush()
+        sizes.append(process.stdout.readline())
+        assert sizes[-1], f"{measurement} ended with {process.wait()}; what it said is in stderr"
+    return dict(zip(measurements, map(int, sizes)))
 
 
 def test_the_workspace_is_the_bound():
@@ -122,7 +136,7 @@ def test_ids_take_vectors_alone():
     """N = 4096, two of whose pairs in every row have equal ids: a mask would take 16 MiB, which has no room."""
     losses = [f"{loss} with ids" for loss in ("info_nce", "clip_loss", "sigmoid", "decomposable")]
     cases = [(loss, "cpu", "float32", 4096, 16, 4 * MIB, "gradients") for loss in losses]
-    cases += [(losses[k], "torch", "float32", 4096, 16, 4 * MIB, "gradients") for k in (1, 2)]
+    cases += [(losses[k], "torch", "float32", 4096, 16, 4 * MIB, "gradients") for k in (0, 2)[:: every(2)]]
     over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 4 * MIB + SLACK}
     assert not over
 
@@ -132,7 +146,9 @@ def test_labels_take_vectors_and_sums_of_features():
     losses = ("sup_con", "sup_con with candidates", "sup_con with inside", "info_nce with ids and smoothing")
     losses += ("multi_positive_nce", "multi_positive_nce with candidates")
     cases = [
-        (loss, backend, "float32", 4096, 16, 4 * MIB, "gradients") for loss in losses for backend in ("cpu", "torch")
+        (loss, backend, "float32", 4096, 16, 4 * MIB, "gradients")
+        for k, loss in enumerate(losses)
+        for backend in one_of(k, ("cpu", "torch"))
     ]
     over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > 4 * MIB + 2 * SLACK}
     assert not over
@@ -206,8 +222,8 @@ def test_searches_stay_within_the_workspace():
     """N = 3072: 36 MiB of scores, and vectors of a few bytes per row beside the workspace."""
     cases = [
         (search, backend, "float32", 3072, 32, WORKSPACE, "forward")
-        for search in ("sample_negatives", "hardest_negatives", "retrieval_metrics")
-        for backend in ("cpu", "torch")
+        for k, search in enumerate(("sample_negatives", "hardest_negatives", "retrieval_metrics"))
+        for backend in one_of(k, ("torch", "cpu"))
     ]
     cases += [(search, "torch", "float32", 3072, 32, WORKSPACE, "forward")
               for search in ("hardest_negatives with many", "retrieval_metrics with several")]  # fmt: skip

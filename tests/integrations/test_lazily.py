@@ -30,9 +30,11 @@ def test_the_list_is_whole():
 
 
 def test_importing_the_package_imports_no_other_library():
+    """The compiler neither, which takes as long as torch: who does not compile does not wait for it."""
+    heavy = [*MODULES.values(), "torch._dynamo", "sympy", "triton"]
     script = (
         "import sys, contrastive_kernels, contrastive_kernels.integrations as i; dir(i);"
-        f"print([name for name in {list(MODULES.values())!r} if name in sys.modules])"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from derivatives import gradcheck, gradgradcheck
 from made import few
 from problems import BIASED, call
 
@@ -74,7 +75,7 @@ def test_derivatives(loss, reduction):
         *leaves, bias = leaves
         return call(loss, *leaves, *rest, candidate_bias=bias, weight=weight, reduction=reduction)
 
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+    for check in (gradcheck, gradgradcheck):
         assert check(function, (*leaves, bias))
         assert check(function, (*(leaf.detach() for leaf in leaves), bias))
 
@@ -88,7 +89,7 @@ def test_derivatives_of_given_positives():
         options = {"positive_logits": logits, "positives": index}
         return ck.decomposable(x, y, scale, log_z, candidate_bias=bias, **options)
 
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+    for check in (gradcheck, gradgradcheck):
         assert check(loss, (*leaves, bias, logits))
         assert check(lambda *a: ck.info_nce(*a[:3], positives=index.abs(), candidate_bias=a[3]), (*leaves, bias))
 

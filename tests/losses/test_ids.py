@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from derivatives import gradcheck, gradgradcheck
 from made import few as make
 from problems import ALL, call
 
@@ -83,8 +84,8 @@ def test_derivatives(loss, reduction):
     def function(*leaves):
         return call(loss, *leaves, *rest, ids=ids_of(loss), weight=weight, reduction=reduction)
 
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
 def test_derivatives_of_rectangles():
@@ -97,7 +98,7 @@ def test_derivatives_of_rectangles():
     def block(x, y, scale, logits):
         return ck.decomposable(x, y, scale, *rest, ids=ids, positive_logits=logits, positives=index - 1)
 
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+    for check in (gradcheck, gradgradcheck):
         assert check(lambda *a: ck.info_nce(*a, ids=ids, positives=index), leaves)
         assert check(lambda *a: ck.sigmoid(*a, -0.3, ids=ids, reduction="none"), leaves)
         assert check(block, (x, y, scale, logits))

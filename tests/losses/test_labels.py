@@ -7,6 +7,7 @@ import math
 import labelled
 import pytest
 import torch
+from derivatives import gradcheck, gradgradcheck
 from labelled import LABELLED
 from paths import PATHS, path_options, walked
 from problems import BY_NAME, CPU_BACKENDS, PROBLEMS, SOFTMAX, engine_options, make_inputs, run
@@ -165,8 +166,8 @@ def test_derivatives(variant, wide, reduction):
         return ck.sup_con(x, LABELS, scale, variant=variant, **others)
 
     leaves = (x, scale, y) if wide else (x, scale)
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
 def test_only_equality_counts(backend):
@@ -279,8 +280,8 @@ def test_derivatives_of_smoothed_losses(loss):
     def function(*leaves):
         return getattr(ck, loss)(*leaves, ids=ids, label_smoothing=0.2, reduction="none")
 
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("loss", ["sup_con", "sup_con_inside", "multi_positive_nce", "clip_loss", "nt_xent"])

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from derivatives import gradcheck
 from problems import ALL, BY_NAME, CPU_BACKENDS, call, differentiable, engine_options, make_inputs, run
 from tolerance import assert_outcome
 from torch.utils.checkpoint import checkpoint
@@ -39,15 +40,15 @@ def make(loss, n=4, m=None, d=3, dtype=torch.float64, seed=0):
 def test_gradcheck(loss, reduction):
     leaves, rest = make(loss)
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0])
-    assert torch.autograd.gradcheck(lambda *a: call(loss, *a, *rest, weight=weight, reduction=reduction), leaves)
+    assert gradcheck(lambda *a: call(loss, *a, *rest, weight=weight, reduction=reduction), leaves)
 
 
 @pytest.mark.parametrize("positives", [2, torch.tensor([5, 0, 5, 3])], ids=["offset", "index"])
 @pytest.mark.parametrize("loss", ["info_nce", "decomposable"])
 def test_gradcheck_of_a_rectangle(loss, positives):
     leaves, rest = make(loss, 4, 6)
-    assert torch.autograd.gradcheck(lambda *a: call(loss, *a, *rest, positives=positives, reduction="none"), leaves)
-    assert torch.autograd.gradcheck(lambda *a: call(loss, *a, *rest, positives=positives), leaves)
+    assert gradcheck(lambda *a: call(loss, *a, *rest, positives=positives, reduction="none"), leaves)
+    assert gradcheck(lambda *a: call(loss, *a, *rest, positives=positives), leaves)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -63,8 +64,8 @@ def test_gradcheck_of_given_positive_logits(reduction):
         index = torch.tensor([-1, 2, -1, 0])
         return ck.decomposable(x, y, scale, rows, positive_logits=logit, positives=index, **options)
 
-    assert torch.autograd.gradcheck(both, (x, y, scale, *logits))
-    assert torch.autograd.gradcheck(some, (x, y, scale, logits[0]))
+    assert gradcheck(both, (x, y, scale, *logits))
+    assert gradcheck(some, (x, y, scale, logits[0]))
 
 
 def test_gradients_flow_through_normalisation_and_the_scales_exponential():
@@ -76,14 +77,14 @@ def test_gradients_flow_through_normalisation_and_the_scales_exponential():
     def training(tower, log_scale):
         return ck.clip_loss(x @ tower, y @ tower, log_scale.exp(), normalize=True)
 
-    assert torch.autograd.gradcheck(training, (tower.requires_grad_(), log_scale.requires_grad_()))
+    assert gradcheck(training, (tower.requires_grad_(), log_scale.requires_grad_()))
 
 
 def test_x_may_be_y():
     """One tensor on both sides gets the sum of both gradients."""
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     for loss in (ck.clip_loss, ck.nt_xent, ck.info_nce):
-        assert torch.autograd.gradcheck(lambda v, loss=loss: loss(v, v, 1.3), x)
+        assert gradcheck(lambda v, loss=loss: loss(v, v, 1.3), x)
 
 
 # ---- only what is wanted ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._inductor.config
 from problems import ALL, call
-from thorough import every
+from thorough import LONG, THOROUGH, every
 
 import contrastive_kernels as ck
 from contrastive_kernels.arguments.options import Engine
@@ -54,10 +54,10 @@ def make(loss, n, d=16, m=None, dtype=torch.float32):
 SIZES = (33, 5, 130, 1100)
 
 
-@pytest.mark.parametrize(
-    "loss, reduction",
-    [*((loss, "mean") for loss in ALL), *((loss, "none") for loss in ("clip_loss", "sigmoid", "decomposable"))],
-)
+GRAPHS = [*((loss, "mean") for loss in ALL), *((loss, "none") for loss in ("clip_loss", "sigmoid", "decomposable"))]
+
+
+@pytest.mark.parametrize("loss, reduction", GRAPHS[:: every(4)])
 def test_one_graph_for_every_batch_size(loss, reduction):
     """fullgraph, forward and backward; at most one recompilation, where scores are no longer kept."""
 
@@ -109,7 +109,7 @@ def test_options_of_the_rectangular_losses():
         two = ck.sigmoid(x, x + 1, scale, -2.0, candidate_bias=rest["rows"])
         return one + two + ck.clip_loss(x, x + 1, scale, candidate_bias=rest["rows"])
 
-    for function in (info_nce, indexed, block, drawn, with_ids, biased):
+    for function in (indexed, info_nce, with_ids, drawn, block, biased)[:: every(2)]:
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (20, 34):
             leaves, (rows,) = make("decomposable", n, m=3 * n)
@@ -124,6 +124,7 @@ def test_options_of_the_rectangular_losses():
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not THOROUGH, reason=LONG)
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
 def test_a_model_compiled_by_inductor_trains():
     """Two towers, a logarithmic temperature and autocast, through the default compiler."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from derivatives import gradgradcheck
 from problems import ALL, call
 from within import WAYS, Named, around, through
 
@@ -34,7 +35,7 @@ def blocks(request, monkeypatch):
 def test_gradgradcheck(loss, reduction, blocks):
     leaves, rest = make(loss)
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0])
-    assert torch.autograd.gradgradcheck(lambda *a: call(loss, *a, *rest, weight=weight, reduction=reduction), leaves)
+    assert gradgradcheck(lambda *a: call(loss, *a, *rest, weight=weight, reduction=reduction), leaves)
 
 
 @pytest.mark.parametrize("positives", [2, torch.tensor([5, 0, 5, 3])], ids=["offset", "index"])
@@ -43,7 +44,7 @@ def test_gradgradcheck_of_a_rectangle(loss, positives, blocks):
     (x, _, scale), rest = make(loss)
     y = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mul(0.5).requires_grad_()
     for reduction in REDUCTIONS:
-        assert torch.autograd.gradgradcheck(
+        assert gradgradcheck(
             lambda *a, r=reduction: call(loss, *a, *rest, positives=positives, reduction=r), (x, y, scale)
         )
 
@@ -55,7 +56,7 @@ def test_gradgradcheck_of_given_positive_logits(blocks):
     def loss(x, y, scale, *logits):
         return ck.decomposable(x, y, scale, normalizers, positive_logits=logits)
 
-    assert torch.autograd.gradgradcheck(loss, (x, y, scale, *[v.requires_grad_() for v in logits]))
+    assert gradgradcheck(loss, (x, y, scale, *[v.requires_grad_() for v in logits]))
 
 
 @pytest.mark.parametrize("loss", ALL)
