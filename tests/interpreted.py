@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -309,7 +310,34 @@ def whole() -> list[str]:
                     failures.append(f"{problem.name} {loss} {reduction} {dtype}: {error}")
     if len(prepared) < (50 if THOROUGH else 25) or set(prepared) != {"WholeSoftmax", "WholeSigmoid", "WholeRatio"}:
         failures.append(f"prepared were {len(prepared)}: {set(prepared)}")
-    return failures + again()
+    return failures + again() + whole_persistently()
+
+
+def whole_persistently() -> list[str]:
+    """What fails of the same where their panel is one of persistent programs."""
+    from contrastive_kernels._triton import configs, whole_launch
+    from contrastive_kernels.operators import prepared
+
+    tiles, failures, made = [configs.PersistentTile(32, 64, 32, 4, 1, parts=parts) for parts in (1, 2)], [], 0
+    launches = whole_launch._Panel._persistent_launches
+
+    def counting(*arguments):
+        nonlocal made
+        made += 1
+        return launches(*arguments)
+
+    with patch.object(whole_launch._Panel, "_persistent_launches", counting):
+        for number, loss in enumerate(("clip_loss", "nt_xent", "sigmoid", "decomposable_pair", "info_nce")):
+            inputs = make_inputs(BY_NAME["n64"], torch.bfloat16)
+            prepared._prepared.clear()
+            with patch.object(whole_launch, "persistent_tile_of", lambda *_, tile=tiles[number % 2]: tile):
+                outcome = run(ck, inputs, loss, torch.bfloat16, reduction="mean", backend="triton")
+            try:
+                assert_outcome(inputs, loss, "mean", outcome)
+            except AssertionError as error:
+                failures.append(f"persistently: {loss}: {error}")
+    prepared._prepared.clear()
+    return failures if made == 8 else [*failures, f"{made} panels by persistent programs, expected 8"]
 
 
 def hostile() -> list[str]:

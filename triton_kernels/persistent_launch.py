@@ -13,10 +13,10 @@ from .configs import PersistentTile
 from .persistent import LINE, persistent_kernel, refer_kernel
 from .start import INTERPRETED, Arguments, start
 
-__all__ = ["copies_by_tma", "multiprocessors", "start_tiles"]
+__all__ = ["REFERRED_ROWS", "REFERRED_SAMPLE", "copies_by_tma", "multiprocessors", "start_tiles"]
 
 #: Rows of a program of refer_kernel, and normalisers that it takes the mean of.
-_BLOCK, _SAMPLE = 1024, 1024
+REFERRED_ROWS, REFERRED_SAMPLE = 1024, 1024
 
 
 def copies_by_tma(*operands: Tensor) -> bool:
@@ -58,12 +58,15 @@ def start_tiles(
     if weighs:
         line, row_referred, col_referred = referred.split_with_sizes((LINE, -(-n // 4) * 4, -(-m // 4) * 4))
         start(
-            refer_kernel, has_row * -(-n // _BLOCK) + has_col * -(-m // _BLOCK),
+            refer_kernel, has_row * -(-n // REFERRED_ROWS) + has_col * -(-m // REFERRED_ROWS),
             Arguments(
                 params, factor, row_normalizer, row_gain, col_normalizer, col_gain, line, row_referred, col_referred,
                 n, m, *(0 if v is None else v.stride(0) for v in (row_normalizer, col_normalizer)),
             ),
-            {"TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": _BLOCK, "SAMPLE": _SAMPLE, "num_warps": 4},
+            {
+                "TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": REFERRED_ROWS, "SAMPLE": REFERRED_SAMPLE,
+                "num_warps": 4,
+            },
         )  # fmt: skip
     blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
     programs = 2 if INTERPRETED else tile.programs * multiprocessors(x.device)
