@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from keeping import small_bands
 from poison import PLACES, poisoned
 from problems import BY_NAME, make_inputs, run
 from thorough import every
@@ -15,7 +16,6 @@ from tolerance import assert_outcome
 
 import contrastive_kernels as ck
 from contrastive_kernels._triton import configs, kept_launch, launch, persistent_launch
-from contrastive_kernels.engine import strategy
 
 #: Problem, loss, dtype, workspace (None: the default), bands or matrices, by persistent programs. In the short form,
 #: every other one.
@@ -57,15 +57,11 @@ def keeping(persistent: bool) -> Iterator[list[Any]]:
         return configs.PersistentTile(32, 64, 16, 4, 1, parts=2) if persistent and copied else of_size(x, y, *rest)
 
     with ExitStack() as held:
-        for name, value in (("KEPT_FEATURES", 1), ("KEPT_SHARE", 10**6), ("PREPARED_SCORES", 0)):
-            held.enter_context(mock.patch.object(strategy, name, value))
+        held.enter_context(small_bands())
         for owner, name in PLACES:  # memory that nobody wrote is NaN
             held.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         held.enter_context(mock.patch.object(kept_launch, "start", starting))
         held.enter_context(mock.patch.object(launch, "_persistent_tile", tile))
-        for remembered in (strategy.remembered, strategy.remembered_shape):
-            remembered.cache_clear()
-            held.callback(remembered.cache_clear)
         yield started
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "gpu_name",
     "measure",
     "measure_all",
+    "multiprocessors",
     "persistent_of",
     "precision_of",
     "probe",

@@ -113,8 +113,8 @@ class Backend:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
         raise NotImplementedError
 
-    def keeps_exponentials(self, dtype: torch.dtype) -> bool:
-        """Whether `reduce_panel` can leave exponentials where `weight_panel` wants them, of operands of this dtype."""
+    def keeps(self, dtype: torch.dtype, features: int) -> bool:
+        """Whether `reduce_panel` can leave behind what `weight_panel` wants, so that scores are not made twice."""
         return False
 
     def scratch(self, rows: int, cols: int, size: Size) -> int:
@@ -122,13 +122,13 @@ class Backend:
         return 0
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
-        """Folds the panel into row.state and col.state; of one that keeps, exponentials go into panel.weights."""
+        """Folds the panel into row.state and col.state; where it keeps, it may write to weights and scratch."""
         raise NotImplementedError
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are.
 
-        Of a panel that keeps, it is made of what `reduce_panel` has left there and in the scratch.
+        Of a panel that keeps, they are made of what `reduce_panel` has left there and in the scratch.
         """
         raise NotImplementedError
 

@@ -85,8 +85,8 @@ class TritonBackend(Backend):
         of_panel = size.device, size.dtype, size.features
         return int(_kernels().scratch_floats(rows, cols, *of_panel, kept=size.band, capped=size.capped))
 
-    def keeps_exponentials(self, dtype: torch.dtype) -> bool:
-        """In the weights' dtype; float16 has too few exponents."""
+    def keeps(self, dtype: torch.dtype, features: int) -> bool:
+        """Exponentials, in the weights' dtype; float16 has too few exponents."""
         return dtype in (torch.bfloat16, torch.float32)
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:

@@ -200,7 +200,7 @@ class ScoreMatrix:
     overlap: bool = False
     #: a band of rows: its scores serve one statistics pass, and then hold the weights
     is_band: bool = False
-    #: ... beside these float32 if they are exponentials, in the weights' dtype
+    #: ... or it is the weights' room, beside these float32: the backend keeps what it likes in both
     scratch: Tensor | None = None
     #: [N] the positives' dot products, where the backend has made them together with the parameters
     dots: Tensor | None = None

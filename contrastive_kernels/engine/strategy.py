@@ -187,8 +187,10 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
 
 
 def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
-    """Rows of a band whose exponentials fit the workspace, on a GPU that keeps them; None: too few, or not worth it."""
-    if not backend.keeps_exponentials(size.dtype) or size.symmetric or size.features < KEPT_FEATURES or not size.cols:
+    """Rows of a band, of which a GPU's backend keeps what its weights want; None: too few, or not worth it."""
+    if not backend.keeps(size.dtype, size.features) or size.features < KEPT_FEATURES:
+        return None
+    if size.symmetric or not size.cols:
         return None
     taken = panel_bytes(backend, replace(size, band=True), True)
     steps = blocks_of(size.cols, STEP)  # (in whole numbers, which may be symbols)
@@ -203,7 +205,7 @@ def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
 
 def _band_panel_shape(backend: Backend, beside: PanelBytes, size: Size) -> tuple[int, int]:
     """Rows and columns of panels of a band: all of it, where they take nothing beside its scores, or are these."""
-    if backend.keeps_exponentials(size.dtype) or (beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric):
+    if backend.keeps(size.dtype, size.features) or (beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric):
         return max(size.rows, 1), max(size.cols, 1)
     side = square_side(size.rows, size.cols, beside, size.workspace_bytes // BAND_SHARE) or SMALLEST_PANEL
     return side, side

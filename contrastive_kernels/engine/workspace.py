@@ -64,7 +64,7 @@ class Workspace:
         if matrix.scratch is None:
             scratch = backend.scratch(rows, cols, size) if backend.wants_scratch and rows and cols else 0
             self.scratch = self._room(scratch, torch.float32)
-        else:  # what the statistics pass leaves there goes with the exponentials
+        else:  # with what the statistics pass has left there
             self.scratch = matrix.scratch
         self.pairs = matrix.negatives()
         self.x_block = x[:0]
@@ -81,7 +81,7 @@ class Workspace:
         return torch.empty(length, dtype=dtype, device=self.matrix.x.device)
 
     def _weights_need_room(self) -> bool:
-        """Kept scores must survive, and rounded weights do not fit where the scores are; exponentials make way."""
+        """Kept scores must survive, and rounded weights do not fit where the scores are; a band's have their room."""
         if self.matrix.scratch is not None:
             return False
         survive = self.matrix.scores is not None and not self.matrix.is_band
@@ -120,7 +120,7 @@ class Workspace:
         """The panel of one row block and one column block, with its weights in one of the buffers."""
         matrix = self.matrix
         shape = (i.stop - i.start, j.stop - j.start)
-        if matrix.scratch is not None:  # all of a band's, in the weights' dtype
+        if matrix.scratch is not None:  # the weights of a band, all of them
             scores = present(matrix.scores)
         elif matrix.scores is not None and matrix.is_band:  # panel by panel: products want rows without gaps
             start = i.start * len(matrix.y) + shape[0] * j.start
@@ -167,9 +167,9 @@ class Workspace:
 
 
 def room_of_band(matrix: ScoreMatrix, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Room for the scores of a band [rows, M]; or for exponentials, and for the scratch that goes with them."""
+    """Room for the scores of a band [rows, M]; or for its weights, and for the scratch of a backend that keeps."""
     backend, device, cols = matrix.backend, matrix.x.device, len(matrix.y)
-    if not backend.keeps_exponentials(matrix.x.dtype):
+    if not backend.keeps(matrix.x.dtype, matrix.x.shape[1]):
         return torch.empty(rows, cols, dtype=score_dtype(matrix.x.dtype), device=device), None
     # as wide as other panels' weights are; see Workspace
     stride = blocks_of(cols, STEP) * STEP if device.type == "cuda" else cols

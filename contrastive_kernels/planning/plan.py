@@ -95,8 +95,8 @@ class Plan:
         Rows of a band, whose scores are made once: both passes visit it before the next one, and gradients come with
         the value. None otherwise.
     place : {"on chip", "tile", "band", "whole"}
-        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows (on a GPU their
-        exponentials), or all of them, made once for gradients that come with the value.
+        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows (on a GPU perhaps
+        their exponentials), or all of them, made once for gradients that come with the value.
     over_ranks : RanksPlan or None
         What is beside that of several ranks; rows, columns and passes are then those of one rank's block.
     """
@@ -374,7 +374,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     rows, cols = min(shape[0], size.rows), min(shape[1], size.cols)
     blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
-    kept = size.band and backend.keeps_exponentials(size.dtype)  # in the weights' place
+    kept = size.band and backend.keeps(size.dtype, size.features)  # in the weights' place and the scratch
     held = (size.band and not kept) * size.rows * size.cols * score_dtype(size.dtype).itemsize
     launches = backend.launches(size, rows, cols)
     # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
@@ -395,10 +395,10 @@ def _panel_traffic(backend: Backend, size: Size, rows: int, cols: int, weighs: b
     """Bytes that one panel reads and writes."""
     operand, score, d = size.dtype.itemsize, score_dtype(size.dtype).itemsize, size.features
     total = (rows + cols) * d * operand if scores else 0
+    weights = backend.weights_dtype(size.device, size.dtype).itemsize
     if backend.score_tile or backend.route(size).scores_in_scratch:  # written by the product, read by the pass
         total += (2 if scores else 1) * rows * cols * score
-    weights = backend.weights_dtype(size.device, size.dtype).itemsize
-    if size.band and backend.keeps_exponentials(size.dtype):  # written by the one pass, read by the other
+    elif size.band and backend.keeps(size.dtype, size.features):  # exponentials, written once and read once
         total += rows * cols * weights
     if weighs:
         total += 3 * rows * cols * weights  # written once, read by two products
