@@ -101,6 +101,13 @@ def _several(m: int) -> Tensor:
     return torch.stack([own, (own + 1) % m], 1)
 
 
+def _guide(m: int) -> tuple[Tensor, Tensor]:
+    """Another model's features of rows and columns, of the width of many a small one."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(m, 128, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2))
+    return x, y + 3 * x
+
+
 def members(quick: bool = False) -> list[Member]:
     """Everything that is measured; `quick`: at small sizes, for tests, which no goal is promised of."""
     n, d = (64, 16) if quick else (8192, 256)
@@ -136,6 +143,9 @@ def members(quick: bool = False) -> list[Member]:
     made += [
         Member(f"{loss}, DCL", few, d, _of(loss, include_positive=False), loss) for loss in ("info_nce", "clip_loss")
     ]
+    # a second matrix of scores, which no goal is promised of
+    guided = {loss: _of(loss, guided=_guide) for loss in ("info_nce", "clip_loss")}
+    made += [Member(f"{loss}, guided", n, d, member, loss, goal=None) for loss, member in guided.items()]
     classes = partial(_integers, 10)
     for width in (16,) if quick else (128, 256, 512):
         size = (8, 32) if quick else (64, 2048)

@@ -30,7 +30,7 @@ from .route import Made, Own, Route
 from .rules import Alone, Rule, Softmax
 from .sums import once
 
-__all__ = ["normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
+__all__ = ["gains_over_ranks", "normalizers_over_ranks", "over_ranks", "reduce_over_ranks"]
 
 #: The part of a device's memory that gathered blocks and their gradients may take: a ring needs less, and waits more.
 GATHERED_SHARE = 8
@@ -186,7 +186,7 @@ def _over_ranks(
     with torch.no_grad(), _no_autocast(x):
         route, shared, problem = _shared(ranks, rule, plain, call, described, keeps=True in needs)
         sizes = route.sizes
-        gain = _gains(ranks, call, sizes, weight, x, reduction, repeats, whole=route.whole)
+        gain = gains_over_ranks(ranks, call, sizes, weight, x, reduction, repeats, whole=route.whole)
     loss: Tensor = _OverRanks.apply(
         _Work(shared, ranks, call, reduction, weight is not None, needs), route, problem, gain, *tensors
     )
@@ -304,12 +304,12 @@ def reduce_over_ranks(
     """What is added to this rank's losses [n] outside of the stream, reduced like them; without gradient."""
     about = (("reduction", reduction), ("weights", None if weight is None else weight.dtype))
     sizes = ranks.agree(call, about, x, len(x), len(x))
-    gain = _gains(ranks, call, sizes, weight, x, reduction, 1)
+    gain = gains_over_ranks(ranks, call, sizes, weight, x, reduction, 1)
     losses = losses.masked_fill(gain == 0, 0.0) * gain
     return losses if reduction == "none" else ranks.transport(call).sum(losses.sum())
 
 
-def _gains(
+def gains_over_ranks(
     ranks: Ranks,
     call: str,
     sizes: Sizes,

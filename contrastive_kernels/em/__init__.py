@@ -1,6 +1,7 @@
 """The decomposable loss over a data set: stochastic EM with remembered normalisers."""
 
-from .global_contrastive import ISogCLRLoss, SogCLRLoss
+from .global_contrastive import SogCLRLoss
+from .individual import ISogCLRLoss
 from .loss import DatasetContrastiveLoss, DecomposableContrastiveLoss
 from .memory import NormalizerMemory, NormalizerStatistics
 

@@ -30,7 +30,7 @@ from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, check_group, ranks_of, told
 from ..distributed.losses import reduce_over_ranks
 from ..draws.gamma import draw_log_weights, expected_excess
-from ..losses import decomposable
+from ..losses.decomposable import decomposable
 from .accumulate import accumulate
 from .expectation import Expectation, check_choice, check_expectation, check_negatives, wide
 from .memory import NormalizerMemory

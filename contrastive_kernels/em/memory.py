@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from .._library import outside_graphs
-from ..arguments.checks import (
-    check_dense,
-    check_device,
-    check_flag,
-    check_folder,
-    shown,
-)
+from ..arguments.checks import check_dense, check_device, check_flag, check_folder, shown
 from ..distributed.group import Ranks, check_group, told
 from .expectation import ratio_of, wide
 from .manifest import TABLES, Manifest, check_rule, check_samples

@@ -45,6 +45,8 @@ class Batch:
     #: who shares it, and the number of all ranks' columns
     ranks: Ranks | None = None
     columns: int = 0
+    #: the loss that it is of, for errors
+    call: str = "DatasetContrastiveLoss"
 
     @property
     def negatives(self) -> int:
@@ -93,7 +95,7 @@ def found_by_batch(batch: Batch, engine: dict[str, Any]) -> Tensor:
     if batch.ranks is None:
         found = normalizers(problem, cols=batch.two)
     else:
-        found = normalizers_over_ranks(batch.ranks, "DatasetContrastiveLoss", problem, cols=batch.two)
+        found = normalizers_over_ranks(batch.ranks, batch.call, problem, cols=batch.two)
     sides = [n for n in found if n is not None]
     sums = torch.stack([shift + rest for shift, rest in (n.to(wide(x.device)) for n in sides)], 1)
     return sums - math.log(max(batch.negatives, 1))

@@ -18,7 +18,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, require_one_rank
-from ..arguments.reduction import gains_or_weights
+from ..arguments.reduction import gains_or_weights, row_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -29,7 +29,8 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import PAIR_NAMES, SoftmaxLoss
 from .scales import is_by_row, pairs_with_scales
 
@@ -45,6 +46,8 @@ def clip_loss(
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -79,6 +82,9 @@ def clip_loss(
     margin : float or ("relative", float), optional
         As in :func:`info_nce`, in each direction by its own positive: a text may be too close to an image to be its
         negative, while the image is one of the text's.
+    guided, guided_margin
+        As in :func:`info_nce`: a guide's features of the images and of the texts [N, E]. Each direction leaves out its
+        own, by the one score of the pair. Not with scales of [N] either.
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
@@ -100,7 +106,7 @@ def clip_loss(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group in a grid or a ring, for biases, a margin and smoothing.
+        Over the ranks of a group in a grid or a ring, for biases, a margin, a guide and smoothing.
 
     Notes
     -----
@@ -130,11 +136,11 @@ def clip_loss(
         by_row = logit_scale if isinstance(logit_scale, (tuple, list)) or is_by_row(logit_scale) else None
         members: dict[str, Any] = {"candidate_bias": candidate_bias, "logit_scale of shape [N]": by_row}
         check_metrics(return_metrics, ranks, image_features, **members)
-    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin)):
-        rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, guided)):
+        rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight, "guided": guided}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
-        given.update(margin=margin, reduction=reduction, normalize=normalize)
-        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        given.update(margin=margin, guided_margin=guided_margin, reduction=reduction, normalize=normalize)
+        given.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
         sides = (image_features, text_features)
         return gathered_loss(ranks, clip_loss, sides, logit_scale, rows, given, because, matching=True)
     try:
@@ -143,6 +149,8 @@ def clip_loss(
             check_smoothing(label_smoothing, include_positive)
         if margin is not None:
             check_margin_of_loss(margin, label_smoothing)
+        if type(guided_margin) is not float or guided_margin != 0.0:
+            check_guided_margin(guided_margin, used=guided is not None)
         padded = candidate_bias is not None
         x, y = check_features(image_features, text_features, PAIR_NAMES, normalize, matching=True, padded=padded)
         by_row = isinstance(logit_scale, (tuple, list))
@@ -153,21 +161,33 @@ def clip_loss(
         scale, engine = 1.0 if by_row else check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
+        if guided is not None:
+            require_no_guide(guided, candidate_bias=candidate_bias, label_smoothing=label_smoothing or None)
+            require_no_guide(guided, **{"logit_scale of shape [N]": by_row or None})
         if by_row:
             options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
             return pairs_with_scales(problem, logit_scale, candidate_bias, margin, weight, reduction, **options)
         if margin is not None:
             problem = with_margin(problem, margin, both=True)
+        guide = None if guided is None else check_guide(guided, x, y, normalize)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
+    if guide is not None:
+        weights = row_weights(weight, x.shape[0], x)
+        loss = guided_loss(problem, guide, guided_margin, weights, reduction, include_positive, both=True)
+        return with_metrics(loss, problem, weight, reduction, both=True) if return_metrics else loss
     if candidate_bias is not None:
         options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
         rule = Softmax(both_ways=True, include_positive=include_positive)
-        return over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, about)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "clip_loss", both=True)
     options = {"both": True, "include_positive": include_positive, "smoothing": label_smoothing}
     loss = softmax_loss(problem, gains, reduction, **options)
     return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss
@@ -180,7 +200,7 @@ class ClipLoss(SoftmaxLoss):
     ----------
     reduction : {"mean", "sum", "none"}
         "none" gives the pairs' losses [N].
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
+    include_positive, label_smoothing, margin, guided_margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -204,6 +224,7 @@ class ClipLoss(SoftmaxLoss):
         weight: Tensor | None = None,
         ids: Tensor | Sequence[Tensor] | None = None,
         candidate_bias: Tensor | Sequence[Tensor] | None = None,
+        guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor | dict[str, Tensor] | Any:
         """Matching rows [N, D]. A bias shifts all logits alike, so that it changes neither loss nor gradients."""
@@ -219,6 +240,8 @@ class ClipLoss(SoftmaxLoss):
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
         if temperature is not None:
             members["temperature"] = temperature
+        if guided is not None:
+            members["guided"] = guided
         loss = clip_loss(image_features, text_features, logit_scale, **members, **self.options)
         metrics: Any = None
         if self.options["return_metrics"]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..distributed.whole import OfRank, whole_over_ranks
 from ..engine.matrix import Problem
 from ..engine.strategy import require_panel
 from .composed import check_corrections
+from .guide import check_guide, check_guided_margin
 from .queue import FeatureQueue, check_queue
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "check_variant",
     "gathered_labels",
     "gathered_loss",
+    "gathered_ranking",
     "require_gathering",
     "wants_all",
 ]
@@ -45,11 +47,13 @@ _PRINTED = (
     "include_positive",
     "label_smoothing",
     "margin",
+    "guided_margin",
     "reduction",
     "normalize",
     "debiased",
     "hardness_beta",
     "variant",
+    "return_metrics",
 )
 
 
@@ -73,8 +77,8 @@ def gathered_loss(
     *,
     views: bool = False,
     matching: bool = False,
-) -> Tensor:
-    """A loss of this package of all ranks' rows.
+) -> Tensor | Any:
+    """A loss of this package of all ranks' rows, with its metrics if they are asked for.
 
     Parameters
     ----------
@@ -102,21 +106,55 @@ def gathered_loss(
         if views:
             _require_one_of_both_views(given)
         parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
-        printed = _checked(options, x, y, scale, with_ids="ids.0" in parts)
+        if given.get("guided") is not None:
+            of_rows, of_cols = check_guide(given["guided"], x, y, False)
+            parts |= {"guided.0": OfRank(of_rows), "guided.1": OfRank(of_cols, True)}
+        printed = _checked(options, x, y, scale, with_ids="ids.0" in parts, guided="guided.0" in parts)
 
-    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, y = all_.pop("x"), all_.pop("y")
         rows: dict[str, Any] = {name: all_[name] for name in all_ if "." not in name}
+        if "guided.0" in all_:
+            rows["guided"] = all_["guided.0"], all_["guided.1"]
         for name in ("ids", "candidate_bias"):  # of both sides
             if f"{name}.0" in all_:
                 rows[name] = all_[f"{name}.0"] if views else (all_[f"{name}.0"], all_[f"{name}.1"])
         return function(x, y, of_scale, **rows, **options)
 
-    return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed, repeats=2 if views else 1)
+    return _whole(ranks, function.__name__, parts, scale, compute, printed, options, repeats=2 if views else 1)
+
+
+def _whole(
+    ranks: Ranks,
+    name: str,
+    parts: Mapping[str, OfRank],
+    scale: Any,
+    compute: Callable[..., Any],
+    printed: Sequence[tuple[str, Any]],
+    options: Mapping[str, Any],
+    repeats: int = 1,
+) -> Tensor | Any:
+    """What `compute` gives of all rows, which every rank computes: a loss, perhaps with metrics."""
+    if not options.get("return_metrics"):
+        return whole_over_ranks(ranks, name, parts, scale, compute, printed, repeats)
+    metrics: list[Any] = []
+
+    def apart(*given: Any) -> Tensor:
+        loss, told = compute(*given)
+        metrics.append(told)
+        return cast(Tensor, loss)
+
+    return whole_over_ranks(ranks, name, parts, scale, apart, printed, repeats), metrics[0]
 
 
 def _checked(
-    options: Mapping[str, Any], x: Tensor, y: Tensor, scale: Any, *, with_ids: bool = False
+    options: Mapping[str, Any],
+    x: Tensor,
+    y: Tensor,
+    scale: Any,
+    *,
+    with_ids: bool = False,
+    guided: bool = False,
 ) -> list[tuple[str, Any]]:
     """What options say that all ranks must say alike; all of them are right, for nobody is told once rows are on their
     way."""
@@ -126,6 +164,7 @@ def _checked(
     check_flag(include, "include_positive")
     check_smoothing(smoothing, include)
     check_margin_of_loss(options.get("margin"), smoothing)
+    check_guided_margin(options.get("guided_margin", 0.0), used=guided)
     check_corrections(*(options.get(name) for name in ("weight_fn", "debiased", "hardness_beta")))
     if "variant" in options:
         check_variant(options["variant"])
@@ -210,7 +249,7 @@ def gathered_labels(
     logit_scale: Any,
     given: Mapping[str, Any],
     options: Mapping[str, Any],
-) -> Tensor:
+) -> Tensor | Any:
     """A loss by labels of all ranks' rows, and of their candidates, if there are any."""
     with told(ranks, x):
         alone = check_candidates(given["y"], given["y_labels"])
@@ -225,19 +264,52 @@ def gathered_labels(
             parts["weight"] = OfRank(weights)
         printed = _checked(options, x, y, scale)
 
-    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, labels = all_.pop("x"), all_.pop("labels")
         return function(x, labels, of_scale, **all_, **options)
+
+    return _whole(ranks, function.__name__, parts, scale, compute, printed, options)
+
+
+def gathered_ranking(
+    ranks: Ranks,
+    function: Callable[..., Tensor],
+    features: tuple[Tensor, Tensor],
+    scale: Any,
+    given: Mapping[str, Tensor | None],
+    guided: Sequence[Tensor] | None,
+    options: Mapping[str, Any],
+    because: str,
+) -> Tensor:
+    """Multiple negatives ranking of all ranks' queries and documents; every argument has been checked.
+
+    `given`: what has a row for each query, by name; None where there is none.
+    """
+    x, y = features
+    with told(ranks, x):
+        require_gathering(ranks, because)
+        problem = Problem(x, y, scale, engine=check_engine(options["backend"], options["workspace_bytes"]))
+        require_panel(problem.backend(), problem.size())
+    parts = {"x": OfRank(x), "y": OfRank(y)}
+    parts |= {name: OfRank(value) for name, value in given.items() if value is not None}
+    parts |= {f"guided.{i}": OfRank(each.detach()) for i, each in enumerate(guided or ())}
+    printed = [(n, v) for n, v in options.items() if n != "backend"]
+
+    def compute(all_: dict[str, Tensor], of_scale: Any) -> Tensor:
+        x, y = all_.pop("x"), all_.pop("y")
+        of_guide = [all_.pop(name) for name in parts if name.startswith("guided.")]
+        return function(x, y, of_scale, guided=of_guide or None, **all_, **options)
 
     return whole_over_ranks(ranks, function.__name__, parts, scale, compute, printed)
 
 
-def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, *members: str) -> str:
+def wants_all(label_smoothing: Any, candidate_bias: Any, margin: Any, guided: Any, *members: str) -> str:
     """What of a loss is no sum over a rank's own rows; "" where nothing is."""
     smooth = not is_number(label_smoothing) or label_smoothing != 0  # (what is no number is refused later)
     said = {
         "label_smoothing": smooth,
         "candidate_bias": candidate_bias is not None,
         "margin": margin is not None,
+        "guided": guided is not None,
     }
     return next((name for name, there in said.items() if there), members[0] if members else "")

@@ -1,4 +1,4 @@
-"""A guide's features of queries and documents, and hard negatives of every query."""
+"""A guide's features: pairs that it finds more alike than a row's positive are left out. Hard negatives of queries."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_features, normalized, shown
+from ..arguments.checks import check_dense, check_features, check_pair, normalized, scale_tensor, shown
 from ..arguments.margin import check_margin
+from ..arguments.reduction import reduce_losses
+from ..engine.matrix import Problem
+from ..operators.guided import guided_log_sums, guided_log_sums_of_both
 from ..panels.size import score_dtype
+from .ratios import pair_dots, relative_of, softplus
 
-__all__ = ["Guide", "check_guided_margin", "hard_negatives"]
+__all__ = [
+    "Guide",
+    "check_guide",
+    "check_guided_margin",
+    "guided_loss",
+    "hard_negatives",
+    "require_no_guide",
+]
 
 
 def hard_negatives(negatives: Any, x: Tensor, normalize: bool, name: str = "negatives") -> Tensor:
@@ -38,6 +49,60 @@ def check_guided_margin(margin: Any, used: bool = True) -> tuple[bool, float]:
     if number and not used:
         raise ValueError(f"guided_margin: expected 0 without guided; got {shown(margin)}")
     return relative, number
+
+
+def check_guide(guided: Any, x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """A guide's features of the rows x [N, D] and of the columns y [M, D], of a width of their own; detached."""
+    if not isinstance(guided, (tuple, list)):
+        raise TypeError(f"guided: expected a pair of tensors; got {type(guided).__name__}")
+    one, other = (each.detach() if isinstance(each, Tensor) else each for each in check_pair(guided, "guided"))
+    of_rows, of_cols = check_features(one, other, ("guided", "guided"), normalize)
+    if (len(of_rows), len(of_cols)) != (len(x), len(y)):
+        raise ValueError(f"guided: expected {len(x)} and {len(y)} rows; got {len(of_rows)} and {len(of_cols)}")
+    if of_rows.device != x.device:
+        raise ValueError(f"guided: expected device {x.device}; got {of_rows.device}")
+    return of_rows, of_cols
+
+
+def require_no_guide(guided: Any, **members: Any) -> None:
+    """What a guide does not go with."""
+    for name, value in members.items():
+        if guided is not None and value is not None:
+            raise ValueError(f"guided: expected None with {name}; got {type(guided).__name__}")
+
+
+def guided_loss(
+    problem: Problem,
+    guide: tuple[Tensor, Tensor],
+    margin: Any,
+    weight: Tensor | None,
+    reduction: str,
+    include: bool,
+    *,
+    both: bool = False,
+) -> Tensor:
+    """InfoNCE of rows with one positive each, without the candidates that a guide finds too much alike.
+
+    `guide`: its features of rows and columns; `include`: the positive is in the denominator; `both`: the mean with the
+    columns', of matching rows.
+    """
+    relative, number = check_guided_margin(margin)
+    n, device = problem.x.shape[0], problem.x.device
+    index = problem.index
+    if index is None:
+        index = torch.arange(n, dtype=torch.int64, device=device) + (problem.offset or 0)
+    own = pair_dots(*guide, index[:, None])[:, 0]
+    threshold = own - (own.abs() * number if relative else number)
+    y = problem.x if problem.symmetric else problem.y
+    z_pos = scale_tensor(problem.x, problem.scale) * pair_dots(problem.x, y, index[:, None])[:, 0]
+    of_both = guided_log_sums_of_both(problem, guide, threshold) if both else None
+    sides = of_both or (guided_log_sums(problem, guide, threshold),)
+    ratios = [relative_of(*side, z_pos) for side in sides]
+    if include:
+        losses = [softplus(ratio) for ratio in ratios]
+    else:
+        losses = [ratio.masked_fill(ratio.detach() == -torch.inf, 0.0) for ratio in ratios]
+    return reduce_losses(sum(losses[1:], losses[0]) / len(losses), weight, reduction)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def sup_con(
     group, gradients, uneven
         As in :func:`info_nce`. Every rank computes the loss of all rows.
     return_metrics : bool
-        As in :func:`info_nce`, of one process and of the mean outside of the logarithm; two products more.
+        As in :func:`info_nce`, of the mean outside of the logarithm; two products more.
 
     Returns
     -------
@@ -113,8 +113,9 @@ def sup_con(
     if return_metrics is not False:
         check_metrics(return_metrics, ranks, x, **({"variant='inside'": True} if variant == "inside" else {}))
     if ranks is not None:
-        options = {"variant": variant, "reduction": reduction, "normalize": normalize, "backend": backend}
-        options["workspace_bytes"] = workspace_bytes
+        options: dict[str, Any] = {"variant": variant, "reduction": reduction, "normalize": normalize}
+        options.update(backend=backend)
+        options.update(workspace_bytes=workspace_bytes, return_metrics=return_metrics)
         given = {"y": y, "labels": labels, "y_labels": y_labels, "weight": weight}
         return gathered_labels(ranks, sup_con, x, logit_scale, given, options)
     check_variant(variant)

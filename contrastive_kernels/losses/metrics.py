@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._library import outside_graphs
 from ..arguments.checks import check_flag, scale_tensor
 from ..arguments.margin import scores_of
 from ..arguments.reduction import row_gains, row_weights
 from ..distributed.group import Ranks, tell
+from ..distributed.losses import gains_over_ranks
+from ..distributed.ring import travel
 from ..engine.class_sums import ClassSums, square_norms
 from ..engine.matrix import Problem
 from ..operators.search import best_alike, count_lower
 from ..operators.softmax_loss import softmax_loss
+from ..panels.pairs import Pairs
 from ..panels.panel import present
 from ..panels.size import score_dtype
 from .ratios import negatives_of
 
-__all__ = ["LossMetrics", "check_metrics", "with_label_metrics", "with_metrics"]
+__all__ = ["LossMetrics", "check_metrics", "with_label_metrics", "with_metrics", "with_metrics_over_ranks"]
 
 
 class LossMetrics(NamedTuple):
@@ -58,19 +63,14 @@ class LossMetrics(NamedTuple):
 
 
 def check_metrics(asked: Any, ranks: Ranks | None, features: Any, **members: Any) -> None:
-    """A flag; no metrics over ranks, nor of losses whose denominators are not those of rows among candidates."""
+    """A flag; no metrics of losses whose denominators are not those of rows among candidates."""
     try:
         if not check_flag(asked, "return_metrics"):
             return
-        if ranks is not None:
-            raise NotImplementedError(
-                "return_metrics: expected False over the ranks of a process group; group=None gives the loss and the "
-                "metrics of this process's rows"
-            )
         for name, value in members.items():
             if value is not None:
                 raise ValueError(f"return_metrics: expected False with {name}, which has none; got True")
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError) as error:
         tell(ranks, error, features)
         raise
 
@@ -107,10 +107,7 @@ def _metrics(
     shares = row_gains(weight, n // repeats, x, "mean", repeats)
     if shares is None:
         shares = torch.full((n,), 1.0 / max(n, 1), dtype=dtype, device=x.device)
-    columns = _columns(problem)
-    dots = scores_of(x, problem.y, columns[:, None], dtype, problem.workspace_bytes)[:, 0]
-    z_pos = problem.pairs.add_to_positives(dots * scale_tensor(x, problem.scale), columns)
-    left_out = columns[:, None].contiguous()
+    left_out, z_pos = _positives(problem)
     top1, top5 = _accuracies(problem, left_out, z_pos, shares)
     back: tuple[Tensor | None, Tensor | None] = (None, None)
     if both:
@@ -122,6 +119,78 @@ def _metrics(
     elif reduction != "mean":
         loss = loss.sum() / _total(weight, n, x, repeats)
     return LossMetrics(top1, top5, *back, positive, loss + positive)
+
+
+def with_metrics_over_ranks(
+    loss: Tensor,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    ranks: Ranks,
+    call: str,
+    *,
+    both: bool = False,
+    mirrored: bool = False,
+    repeats: int = 1,
+) -> tuple[Tensor, LossMetrics]:
+    """A softmax loss over the ranks of a group with the metrics of all rows: those of this rank meet all candidates.
+
+    `weight`: checked weights of this rank's samples; `mirrored`: the candidates are the rows.
+    """
+    metrics = _metrics_over_ranks(loss.detach(), problem, weight, reduction, ranks, call, both, mirrored, repeats)
+    return loss, metrics
+
+
+@outside_graphs
+@torch.no_grad()
+def _metrics_over_ranks(
+    loss: Tensor,
+    problem: Problem,
+    weight: Tensor | None,
+    reduction: str,
+    ranks: Ranks,
+    call: str,
+    both: bool,
+    mirrored: bool,
+    repeats: int,
+) -> LossMetrics:
+    x, call = problem.x, f"the metrics of {call}"
+    sizes = ranks.agree(call, (), x, len(x), len(problem.y))
+    shares = gains_over_ranks(ranks, call, sizes, weight, x, "mean", repeats)
+    left_out, z_pos = _positives(problem)
+    itself = replace(problem, index=left_out[:, 0], offset=None, symmetric=mirrored)
+    found = list(_shares_of(_before_over_ranks(ranks, call, sizes.cols, itself, left_out, z_pos), shares))
+    if both:
+        turned = replace(itself, x=problem.y, y=x, pairs=problem.pairs.turned())
+        found += _shares_of(_before_over_ranks(ranks, call, sizes.rows, turned, left_out, z_pos), shares)
+    found.append((shares * z_pos.masked_fill(shares == 0, 0.0)).sum())
+    weights = loss.new_full((), len(x)) if weight is None else repeats * weight.sum()
+    wide = torch.stack([v.to(loss.device, torch.float64) for v in (*found, loss.sum(), weights)])
+    *told, positive, losses, total = ranks.transport(call).sum(wide)
+    if reduction == "sum":  # which all ranks have
+        losses = loss.double()
+    mean = loss if reduction == "mean" else losses / total.masked_fill(total == 0, 1.0)
+    first, five, *back, positive, log_sum = (v.to(z_pos.dtype) for v in (*told, positive, mean + positive))
+    one_back, five_back = back if both else (None, None)
+    return LossMetrics(first, five, one_back, five_back, positive, log_sum)
+
+
+def _before_over_ranks(
+    ranks: Ranks, call: str, cols: Sequence[int], problem: Problem, left_out: Tensor, z_pos: Tensor
+) -> Tensor:
+    """How many of all ranks' candidates come before the positives of this one's rows [n] int64."""
+    row_ids, col_ids = problem.pairs.row_ids, problem.pairs.col_ids
+    before = torch.zeros(len(problem.x), dtype=torch.int64, device=problem.x.device)
+    own = [problem.y] if col_ids is None else [problem.y, col_ids]
+    for rank, (y, *ids) in travel(ranks.transport(call), cols, own):
+        block = replace(problem, y=problem.y if rank == ranks.rank else y)
+        left = left_out
+        if rank != ranks.rank:
+            pairs = Pairs.of((None, row_ids, ids[0])) if ids else problem.pairs
+            block, left = replace(block, index=None, symmetric=False, pairs=pairs), left_out[:, :0]
+        if len(block.x) and len(y):
+            before = before + _before(block, left, z_pos)
+    return before
 
 
 def with_label_metrics(
@@ -166,15 +235,31 @@ def _columns(problem: Problem) -> Tensor:
 
 def _accuracies(problem: Problem, left_out: Tensor, z_pos: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """The shares of rows whose positives are the first, and among the first five."""
-    x, y = problem.x, problem.y
-    if not x.shape[0]:
+    if not problem.x.shape[0]:
         nothing = z_pos.sum()
         return nothing, nothing.clone()
+    return _shares_of(_before(problem, left_out, z_pos), shares)
+
+
+def _shares_of(before: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows with so many candidates before the positive [N]."""
+    first, five = ((shares * (before < k)).sum() for k in (1, 5))
+    return first, five
+
+
+def _positives(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The positives' columns [N, 1] and logits [N]."""
+    x, columns = problem.x, _columns(problem)
+    dots = scores_of(x, problem.y, columns[:, None], score_dtype(x.dtype), problem.workspace_bytes)[:, 0]
+    return columns[:, None].contiguous(), problem.pairs.add_to_positives(dots * scale_tensor(x, problem.scale), columns)
+
+
+def _before(problem: Problem, left_out: Tensor, z_pos: Tensor) -> Tensor:
+    """How many candidates come before the positives [N] int64."""
+    x, y = problem.x, problem.y
     params = torch.stack([scale_tensor(x, problem.scale), *z_pos.new_zeros(2)])
     said = [*problem.pairs.tensors[:3], None, None]  # (without ceilings)
     lower = count_lower(
         x, y, params, z_pos, left_out, said, problem.symmetric, problem.engine.backend, problem.workspace_bytes
     )
-    before = negatives_of(problem, padding=True) - lower  # padding lies below, too
-    first, five = ((shares * (before < k)).sum() for k in (1, 5))
-    return first, five
+    return negatives_of(problem, padding=True) - lower  # padding lies below, too

@@ -17,6 +17,7 @@ from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing
 from ..distributed.group import check_group, ranks_of, tell
+from .guide import check_guided_margin
 
 __all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
 
@@ -94,6 +95,7 @@ class SoftmaxLoss(Loss):
         include_positive: bool = True,
         label_smoothing: float = 0.0,
         margin: Margin | None = None,
+        guided_margin: Margin = 0.0,
         return_metrics: bool = False,
         **options: Any,
     ) -> None:
@@ -103,4 +105,5 @@ class SoftmaxLoss(Loss):
         if type(label_smoothing) is not float or label_smoothing != 0.0:
             check_smoothing(label_smoothing, include_positive)
         check_margin_of_loss(margin, label_smoothing)
-        self.options.update(label_smoothing=label_smoothing, margin=margin)
+        check_guided_margin(guided_margin)
+        self.options.update(label_smoothing=label_smoothing, margin=margin, guided_margin=guided_margin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of_samples
-from ..arguments.reduction import gains_or_weights
+from ..arguments.reduction import gains_or_weights, row_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -29,7 +30,8 @@ from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .scales import check_scales, is_by_row, require_no_corrections
 
@@ -45,6 +47,8 @@ def nt_xent(
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight_fn: WeightFunction | None = None,
@@ -77,6 +81,8 @@ def nt_xent(
         products.
     margin : float or ("relative", float), optional
         As in :func:`info_nce`, of every view by its own positive, the sample's other view.
+    guided, guided_margin
+        As in :func:`info_nce`: a guide's features of both views [N, E].
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight_fn : callable, optional
@@ -100,7 +106,8 @@ def nt_xent(
     TypeError, ValueError
         For arguments that do not fit, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group in a grid or a ring, for biases, a margin, smoothing and weights of positives.
+        Over the ranks of a group in a grid or a ring, for biases, a margin, a guide, smoothing and weights of
+        positives.
 
     Notes
     -----
@@ -130,11 +137,13 @@ def nt_xent(
         members["logit_scale of shape [N]"] = logit_scale if is_by_row(logit_scale) else None
         check_metrics(return_metrics, ranks, z1, **members)
     weighted = () if weight_fn is None else ("weight_fn",)
-    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, *weighted)):
-        rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+    if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, guided, *weighted)):
+        rows = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight, "guided": guided}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
-        given.update(margin=margin, weight_fn=weight_fn, reduction=reduction, normalize=normalize)
-        given.update(backend=backend, workspace_bytes=workspace_bytes)
+        given.update(
+            margin=margin, guided_margin=guided_margin, weight_fn=weight_fn, reduction=reduction, normalize=normalize
+        )
+        given.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
         sides = (z1, z2)
         return gathered_loss(ranks, nt_xent, sides, logit_scale, rows, given, because, views=True, matching=True)
     try:
@@ -147,6 +156,8 @@ def nt_xent(
             require_no_margin(margin, "weight_fn")
             if candidate_bias is not None:
                 raise ValueError("weight_fn: expected None with candidate_bias; got a function")
+        if type(guided_margin) is not float or guided_margin != 0.0:
+            check_guided_margin(guided_margin, used=guided is not None)
         padded = candidate_bias is not None
         z1, z2 = check_features(z1, z2, ("z1", "z2"), normalize, matching=True, padded=padded)
         by_row = isinstance(logit_scale, Tensor) and is_by_row(logit_scale)
@@ -157,6 +168,11 @@ def nt_xent(
         alone = by_row or candidate_bias is not None
         pairs = EVERY_PAIR if ids is None and not alone else pairs_of_samples(ids, candidate_bias, z1, by_row)
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
+        guide = None
+        if guided is not None:
+            members = {"candidate_bias": candidate_bias, "weight_fn": weight_fn}
+            require_no_guide(guided, **members, label_smoothing=label_smoothing or None)
+            guide = torch.cat(check_guide(guided, z1, z2, normalize))
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, z1)
         raise
@@ -171,8 +187,16 @@ def nt_xent(
         problem = with_margin(problem, margin)
     if ranks is not None:
         rule = Softmax(mirrored=True, include_positive=include_positive)
-        about = (*rule.about, ("normalize", normalize))
-        return over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "nt_xent", mirrored=True, repeats=2)
+    if guide is not None:
+        weights = row_weights(weight, n, z1)
+        weights = None if weights is None else weights.repeat(2)
+        loss = guided_loss(problem, (guide, guide), guided_margin, weights, reduction, include_positive)
+        return with_metrics(loss, problem, weight, reduction, repeats=2) if return_metrics else loss
     if weight_fn is not None:
         return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
     if pairs.adds or by_row:
@@ -194,7 +218,7 @@ class NTXentLoss(SoftmaxLoss):
         "none" gives the views' losses [2N].
     weight_fn
         As in :func:`contrastive_kernels.nt_xent`.
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
+    include_positive, label_smoothing, margin, guided_margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -219,9 +243,10 @@ class NTXentLoss(SoftmaxLoss):
         weight: Tensor | None = None,
         ids: Tensor | None = None,
         candidate_bias: Tensor | None = None,
+        guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor | Any:
         """Two views of the same samples [N, D]."""
         members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
-        members["temperature"] = temperature
+        members.update(temperature=temperature, guided=guided)
         return nt_xent(z1, z2, logit_scale, **members, **self.options)

@@ -21,13 +21,14 @@ from ..arguments.checks import (
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import reduce_losses, row_weights
 from ..arguments.temperature import scale_of
-from ..distributed.group import ranks_of
+from ..distributed.group import ranks_of, told
 from ..engine.matrix import Problem
 from ..operators.guided import guided_log_sums
 from ..operators.second import dense_normalizer
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR, Pairs
 from ..panels.size import score_dtype
+from .gathered import gathered_ranking
 from .guide import Guide, check_guided_margin, hard_negatives
 from .module import Loss
 from .ratios import negatives_of, relative_log_sum, relative_of, softplus
@@ -59,6 +60,9 @@ def multiple_negatives_ranking(
     backend: str | None = None,
     workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
     group: Any | None = None,
+    gradients: str = "average",
+    strategy: str = "auto",
+    uneven: bool = False,
 ) -> Tensor:
     """Each anchor finds its positive among the documents of all anchors, hard negatives included.
 
@@ -97,8 +101,9 @@ def multiple_negatives_ranking(
         A weighted mean divides by the sum of the weights. The mean of no rows is 0.
     normalize, backend, workspace_bytes
         As in :func:`info_nce`.
-    group : ProcessGroup, DeviceMesh or "world", optional
-        As in :func:`info_nce`; more than one rank is refused.
+    group, gradients, strategy, uneven
+        As in :func:`info_nce`: the queries and documents of all ranks. With other directions, a hardness or a guide
+        every rank computes all rows, and the strategy is "auto" or "replicated".
 
     Returns
     -------
@@ -110,7 +115,7 @@ def multiple_negatives_ranking(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        For several ranks.
+        Over the ranks of a group in strips, a grid or a ring, for all but the plain loss of queries and documents.
 
     Notes
     -----
@@ -136,32 +141,38 @@ def multiple_negatives_ranking(
     >>> ck.multiple_negatives_ranking(queries, documents, 5.0, negatives=hard)
     tensor(0.1035)
     """
-    if temperature is not None:
-        logit_scale = scale_of(anchor, logit_scale, temperature)
-    if ranks_of(group, "average", "auto", False) is not None:
-        raise NotImplementedError(
-            "group: multiple_negatives_ranking is not there over the ranks of a process group; group=None computes the "
-            "loss of this process's rows: gather the others' with their gradients"
-        )
-    check_reduction(reduction)
-    check_ways(directions, partition)
-    check_hardness(hardness_mode, hardness_strength)
-    x, y = check_features(anchor, positive, ("anchor", "positive"), normalize, matching=True)
-    hard = None if negatives is None else hard_negatives(negatives, x, normalize)
-    problem = Problem(x, y, scale_tensor(x, logit_scale), engine=check_engine(backend, workspace_bytes))
-    hardness = float(hardness_strength) if hardness_mode is not None else 0.0
-    guide = None if guided is None else Guide.of(guided, guided_margin, x, hard, normalize)
-    if guide is None:
-        check_guided_margin(guided_margin, used=False)
-    elif hardness:
-        raise ValueError(f"hardness_strength: expected 0 with guided; got {shown(hardness_strength)}")
+    ranks = ranks_of(group, gradients, strategy, uneven)
+    with told(ranks, anchor):
+        if temperature is not None:
+            logit_scale = scale_of(anchor, logit_scale, temperature)
+        check_reduction(reduction)
+        check_ways(directions, partition)
+        check_hardness(hardness_mode, hardness_strength)
+        x, y = check_features(anchor, positive, ("anchor", "positive"), normalize, matching=True)
+        hard = None if negatives is None else hard_negatives(negatives, x, normalize)
+        problem = Problem(x, y, scale_tensor(x, logit_scale), engine=check_engine(backend, workspace_bytes))
+        hardness = float(hardness_strength) if hardness_mode is not None else 0.0
+        guide = None if guided is None else Guide.of(guided, guided_margin, x, hard, normalize)
+        if guide is None:
+            check_guided_margin(guided_margin, used=False)
+        elif hardness:
+            raise ValueError(f"hardness_strength: expected 0 with guided; got {shown(hardness_strength)}")
+        weight = row_weights(weight, x.shape[0], x)
     rows = Ranking(problem, hard, tuple(directions), hardness_mode if hardness else None, hardness, guide)
+    engine: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
     if rows.is_plain:
-        return info_nce(
-            x, rows.documents(), logit_scale, weight=weight, reduction=reduction, backend=backend,
-            workspace_bytes=workspace_bytes,
-        )  # fmt: skip
-    return reduce_losses(rows.losses(partition), row_weights(weight, x.shape[0], x), reduction)
+        over: dict[str, Any] = {"gradients": gradients, "strategy": strategy, "uneven": uneven}
+        over = {"group": group, **over} if ranks else {}
+        return info_nce(x, rows.documents(), logit_scale, weight=weight, reduction=reduction, **engine, **over)
+    if ranks is not None:
+        options = {"directions": tuple(directions), "partition": partition, "hardness_mode": hardness_mode,
+                   "hardness_strength": hardness, "guided_margin": guided_margin, "reduction": reduction,
+                   "normalize": normalize}  # fmt: skip
+        given = {"negatives": negatives, "weight": weight}
+        because = "guided" if guide is not None else "a hardness_mode" if hardness else "these directions"
+        pair, this = (anchor, positive), multiple_negatives_ranking
+        return gathered_ranking(ranks, this, pair, problem.scale, given, guided, {**options, **engine}, because)
+    return reduce_losses(rows.losses(partition), weight, reduction)
 
 
 def gist(
@@ -339,8 +350,8 @@ class MultipleNegativesRankingLoss(Loss):
         As in :func:`contrastive_kernels.multiple_negatives_ranking`.
     reduction, normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.multiple_negatives_ranking`.
-    group
-        The same; by default all ranks of the default process group, if there is one: more than one are refused.
+    group, gradients, strategy, uneven
+        The same; by default all ranks of the default process group, if there is one.
 
     Examples
     --------
@@ -363,12 +374,14 @@ class MultipleNegativesRankingLoss(Loss):
         backend: str | None = None,
         workspace_bytes: int | None = DEFAULT_WORKSPACE_BYTES,
         group: Any | None = "auto",
+        gradients: str = "average",
+        strategy: str = "auto",
+        uneven: bool = False,
     ) -> None:
         super().__init__(
-            reduction=reduction, normalize=normalize, backend=backend, workspace_bytes=workspace_bytes, group=group
-        )
-        for name in ("gradients", "strategy", "uneven"):
-            del self.options[name]
+            reduction=reduction, normalize=normalize, backend=backend, workspace_bytes=workspace_bytes, group=group,
+            gradients=gradients, strategy=strategy, uneven=uneven,
+        )  # fmt: skip
         check_ways(directions, partition)
         check_hardness(hardness_mode, hardness_strength)
         check_guided_margin(guided_margin)

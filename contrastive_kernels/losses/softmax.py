@@ -19,7 +19,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, without_padding
-from ..arguments.reduction import gains_or_weights
+from ..arguments.reduction import gains_or_weights, row_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -30,7 +30,8 @@ from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss, wants_all
-from .metrics import check_metrics, with_metrics
+from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .metrics import check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
 from .queue import FeatureQueue
 from .scales import check_scales, is_by_row, require_no_corrections, widened
@@ -51,6 +52,8 @@ def info_nce(
     ids: Tensor | Sequence[Tensor] | None = None,
     candidate_bias: Tensor | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight_fn: WeightFunction | None = None,
@@ -107,6 +110,14 @@ def info_nce(
         scale). What ``candidate_bias`` adds does not count here. The positive itself always counts, and the choice has
         no gradient. At the margin itself a candidate counts, as far as rounding can tell: with a margin of 0 a copy of
         the positive lies there, and may count in one row and not in another; ``ids`` tell copies for certain.
+    guided : pair of Tensor, optional
+        Another model's features of the rows [N, E] and of the candidates [M, E]: a candidate that it finds more alike
+        than it finds the row's positive is a false negative, and left out of the row's denominator, as in
+        :func:`multiple_negatives_ranking` (GIST). Not differentiated; normalised with ``normalize``. Not with
+        ``candidate_bias``, smoothing, a queue, corrections, and positives that are several or no candidates.
+    guided_margin : float or ("relative", float)
+        Those above the guide's dot product with the positive less this are left out; ("relative", m): less m times its
+        absolute value.
     include_positive : bool
         False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
         positive's logit (DCL), which may be negative, and 0 for a row without negatives.
@@ -147,8 +158,8 @@ def info_nce(
         Ranks may have different numbers of rows. On CUDA the host then waits for their sizes.
     return_metrics : bool
         Return (loss, :class:`LossMetrics`): in-batch accuracies, the mean positive logit and the mean logarithm of the
-        denominator. A product more in every direction. Not over ranks, nor with several positives, those that are no
-        candidates, a queue and corrections.
+        denominator. A product more in every direction. Not with several positives, those that are no candidates, a
+        queue and corrections.
 
     Returns
     -------
@@ -160,8 +171,8 @@ def info_nce(
     TypeError, ValueError
         For arguments that do not fit or do not go together, and for a named backend that cannot serve.
     NotImplementedError
-        Over the ranks of a group in a grid or a ring, for smoothing, a bias, a margin, several positives and those that
-        are no candidates, a queue and corrections, for which every rank computes all rows.
+        Over the ranks of a group in a grid or a ring, for smoothing, a bias, a margin, a guide, several positives and
+        those that are no candidates, a queue and corrections, for which every rank computes all rows.
 
     Notes
     -----
@@ -194,13 +205,16 @@ def info_nce(
         check_metrics(return_metrics, ranks, x, **dict.fromkeys(told[:1], True))
     if ranks is not None:
         members = Members(*given)
-        if because := wants_all(label_smoothing, candidate_bias, margin, *members.told(positives)):
+        if because := wants_all(label_smoothing, candidate_bias, margin, guided, *members.told(positives)):
             rows: dict[str, Any] = {"positives": positives, "ids": ids, "candidate_bias": candidate_bias}
+            rows.update(guided=guided)
             rows.update(weight=weight, positive_logits=positive_logits, positive_features=positive_features)
             options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
-            options.update(margin=margin, queue=queue, weight_fn=weight_fn, debiased=debiased)
+            options.update(
+                margin=margin, guided_margin=guided_margin, queue=queue, weight_fn=weight_fn, debiased=debiased
+            )
             options.update(hardness_beta=hardness_beta, reduction=reduction, normalize=normalize)
-            options.update(backend=backend, workspace_bytes=workspace_bytes)
+            options.update(backend=backend, workspace_bytes=workspace_bytes, return_metrics=return_metrics)
             return gathered_loss(ranks, info_nce, (x, y), logit_scale, rows, options, because)
     try:
         check_reduction(reduction), check_flag(include_positive, "include_positive")
@@ -208,6 +222,8 @@ def info_nce(
             check_smoothing(label_smoothing, include_positive)
         if margin is not None:
             check_margin_of_loss(margin, label_smoothing)
+        if type(guided_margin) is not float or guided_margin != 0.0:
+            check_guided_margin(guided_margin, used=guided is not None)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
         if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
             corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
@@ -217,6 +233,7 @@ def info_nce(
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
+            require_no_guide(guided, **dict.fromkeys(members.told(positives)[:1], True))
             if label_smoothing:
                 raise ValueError(
                     f"label_smoothing: expected 0 with {members.told(positives)[0]}; got {label_smoothing}"
@@ -232,13 +249,22 @@ def info_nce(
         problem = Problem(x, y, scale, offset=offset, index=index, pairs=pairs, engine=engine)
         if margin is not None:
             problem = with_margin(problem, margin)
+        if guided is not None:
+            require_no_guide(guided, candidate_bias=candidate_bias, label_smoothing=label_smoothing or None)
+            guide, weights = check_guide(guided, x, y, normalize), row_weights(weight, x.shape[0], x)
+            loss = guided_loss(problem, guide, guided_margin, weights, reduction, include_positive)
+            return with_metrics(loss, problem, weight, reduction) if return_metrics else loss
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)
         raise
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
-        return over_ranks(rule, ranks, "info_nce", problem, gains, reduction, (*rule.about, ("normalize", normalize)))
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        loss = over_ranks(rule, ranks, "info_nce", problem, gains, reduction, about)
+        if not return_metrics:
+            return loss
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "info_nce")
     options = {"include_positive": include_positive, "smoothing": label_smoothing}
     loss = softmax_loss(problem, gains, reduction, **options)
     return with_metrics(loss, problem, weight, reduction, **options) if return_metrics else loss
@@ -253,7 +279,7 @@ class InfoNCELoss(SoftmaxLoss):
         As in :func:`contrastive_kernels.info_nce`.
     reduction : {"mean", "sum", "none"}
         "none" gives the rows' losses [N].
-    include_positive, label_smoothing, margin, normalize, backend, workspace_bytes, return_metrics
+    include_positive, label_smoothing, margin, guided_margin, normalize, backend, workspace_bytes, return_metrics
         As in :func:`contrastive_kernels.info_nce`.
     group, gradients, strategy, uneven
         The same; by default all ranks of the default process group, if there is one.
@@ -291,10 +317,11 @@ class InfoNCELoss(SoftmaxLoss):
         positive_logits: Tensor | None = None,
         positive_features: Tensor | None = None,
         queue: FeatureQueue | None = None,
+        guided: Sequence[Tensor] | None = None,
         temperature: float | Tensor | None = None,
     ) -> Tensor | Any:
         """Anchors [N, D], candidates [M, D]."""
-        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight}
+        members: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight, "guided": guided}
         members.update(
             temperature=temperature, positive_logits=positive_logits, positive_features=positive_features, queue=queue
         )

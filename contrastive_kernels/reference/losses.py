@@ -14,6 +14,8 @@ References
 .. [5] C. Chen, J. Zhang, Y. Xu, L. Chen, J. Duan, Y. Chen, S. Tran, B. Zeng, T. Chilimbi, "Why do we need large
    batch sizes in contrastive learning? A gradient-bias perspective", NeurIPS 2022.
 .. [6] C.-H. Yeh, C.-Y. Hong, Y.-C. Hsu, T.-L. Liu, Y. Chen, Y. LeCun, "Decoupled contrastive learning", ECCV 2022.
+.. [7] A. V. Solatorio, "GISTEmbed: guided in-sample selection of training negatives for text embedding fine-tuning",
+   2024.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from .parts import (
     _positive_logits,
     _reduce,
     _softmax_losses,
+    _too_alike,
     _too_high,
     _without_padding,
 )
@@ -57,6 +60,8 @@ def info_nce(
     ids: Ids | None = None,
     candidate_bias: Tensor | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -81,6 +86,11 @@ def info_nce(
     margin : float or ("relative", float), optional
         Columns of z_ij > z_i,p(i) + margin are left out of N(i); of ("relative", m), those of
         z_ij > (1 + m) z_i,p(i). Both without biases.
+    guided : pair of Tensor, optional
+        A guide's features g of the rows and of the columns [7]_: columns of <g_i, g_j> > <g_i, g_p(i)> - guided_margin
+        are left out of N(i).
+    guided_margin : float or ("relative", float)
+        The margin; relative: times |<g_i, g_p(i)>|.
     include_positive : bool
         False: loss_i = logsumexp_{j in N(i)} z_ij - z_i,p(i) [6]_, and 0 without negatives.
     label_smoothing : float
@@ -98,7 +108,7 @@ def info_nce(
     p = _positive_indices(x, positives)
     x, y, weight = _without_padding(x, y, candidate_bias, p, weight)
     z = logit_scale * (x @ y.T)
-    out = _either(_alike(ids), _too_high(z, p, None, margin))
+    out = _either(_alike(ids), _either(_too_high(z, p, None, margin), _too_alike(guided, p, guided_margin)))
     losses = _softmax_losses(_biased(z, candidate_bias), p, out, include_positive, label_smoothing)
     return _reduce(losses, weight, reduction)
 
@@ -111,6 +121,8 @@ def clip_loss(
     ids: Ids | None = None,
     candidate_bias: Tensor | Sequence[Tensor] | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -128,7 +140,7 @@ def clip_loss(
         As in :func:`info_nce`, in both directions.
     candidate_bias : Tensor or pair of Tensor, optional
         Of the images and of the texts, as candidates; one tensor for both.
-    margin, include_positive, label_smoothing
+    margin, guided, guided_margin, include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the pairs [N].
@@ -156,6 +168,8 @@ def clip_loss(
     alike = _alike(ids)
     turned = None if alike is None else alike.T
     masks = _either(alike, _too_high(z, p, None, margin)), _either(turned, _too_high(z.T, p, None, margin))
+    known = _too_alike(guided, p, guided_margin), _too_alike(guided and guided[::-1], p, guided_margin)
+    masks = _either(masks[0], known[0]), _either(masks[1], known[1])
     there, back = (_softmax_losses(v, p, m, include_positive, label_smoothing) for v, m in zip((z, z.T), masks))
     return _reduce((there + back) / 2, weight, reduction)
 
@@ -168,6 +182,8 @@ def nt_xent(
     ids: Tensor | None = None,
     candidate_bias: Tensor | None = None,
     margin: Margin | None = None,
+    guided: Sequence[Tensor] | None = None,
+    guided_margin: Margin = 0.0,
     include_positive: bool = True,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
@@ -185,7 +201,7 @@ def nt_xent(
         Integers of the samples [N]: views of equal ones are left out too.
     candidate_bias : Tensor, optional
         As in :func:`info_nce`, of the samples [N].
-    margin, include_positive, label_smoothing
+    margin, guided, guided_margin, include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
         Weights of the samples [N]; each serves both views.
@@ -207,6 +223,9 @@ def nt_xent(
     out = _too_high(z, p, None, margin)
     z = _biased(z, bias).masked_fill(itself[:, None] == itself, -torch.inf)
     out = _either(None if ids is None else _alike(torch.cat([ids, ids])), out)
+    if guided is not None:
+        of_views = torch.cat([*guided])
+        out = _either(out, _too_alike((of_views, of_views), p, guided_margin))
     return _reduce(_softmax_losses(z, p, out, include_positive, label_smoothing), both, reduction)
 
 

@@ -47,6 +47,16 @@ def _too_high(z: Tensor, positives: Tensor | None, z_pos: Tensor | None, margin:
     return z > (own * (1 + margin[1]) if isinstance(margin, tuple) else own + margin)[:, None]
 
 
+def _too_alike(guided: Sequence[Tensor] | None, positives: Tensor, margin: Margin) -> Tensor | None:
+    """Which candidates a guide finds more alike than the positives, less a margin [N, M]; the positives stay."""
+    if guided is None:
+        return None
+    scores = guided[0].detach() @ guided[1].detach().T
+    own = scores.gather(1, positives[:, None])
+    too_alike = scores > own - (own.abs() * margin[1] if isinstance(margin, tuple) else margin)
+    return too_alike.scatter(1, positives[:, None], False)
+
+
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """What is in one of two masks, each of which may be none."""
     return b if a is None else a if b is None else a | b

@@ -25,6 +25,13 @@ def hard_negatives() -> dict[str, Any]:
     }
 
 
+def guide() -> dict[str, Any]:
+    v = torch.eye(N, D)
+    return {"a tensor": v, "a number": 1, "one": (v,), "three": (v, v, v), "of other lengths": (v, v[1:]),
+            "too few": (v[1:], v[1:]), "of words": ("a", "b"), "of integers": (v.long(), v.long()),
+            "of other features": (v, v[:, 1:]), "sparse": (v.to_sparse(), v)}  # fmt: skip
+
+
 def guided() -> dict[str, Any]:
     v, hard = torch.eye(N, D), torch.ones(N, 2, D)
     return {"a tensor": v, "a number": 1, "without negatives": (v, v), "of other lengths": (v, v[1:], hard),
@@ -35,6 +42,10 @@ def guided() -> dict[str, Any]:
 def bounds() -> dict[str, Any]:
     return {"a number": 0.1, "three": (0.1, 0.2, 0.3), "words": ("0", "1"), "the other way round": (1.0, 0.001),
             "zero": (0.0, 1.0), "infinite": (0.001, float("inf"))}  # fmt: skip
+
+
+def betas() -> dict[str, Any]:
+    return {"a number": 0.9, "three": (0.9, 0.9, 0.9), "words": ("0", "1"), "one": (0.9, 1.0), "below": (-0.1, 0.9)}
 
 
 def temperature() -> dict[str, Any]:

@@ -94,6 +94,9 @@ KINDS: dict[str, Kind] = {
     "temperature_bounds": bad_ranking.bounds,
     "temperature_rate": bad.amount,
     "temperature_momentum": bad.part,
+    "temperature_betas": bad_ranking.betas,
+    "temperature_clip": bad.positive_number,
+    "towers": lambda: bad.positive_count() | {"three": 3},
     "direction": bad.direction,
     **dict.fromkeys(("storage", "folder"), bad.folder),
     "negatives": bad.notional,
@@ -104,7 +107,10 @@ KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(("partition", "hardness_mode"), bad.word),
     "hardness_strength": bad.amount,
-    "guided": bad_ranking.guided,
+    "guided": bad_ranking.guide,
+    **dict.fromkeys(
+        ("multiple_negatives_ranking.guided", "MultipleNegativesRankingLoss.forward.guided"), bad_ranking.guided
+    ),
     "guided_margin": bad.margin,
     **dict.fromkeys(("weights", "max_ratio"), bad.choice),
     **dict.fromkeys(("separation_options", "bridge_options", "geometry_options"), bad.options),

@@ -1,4 +1,4 @@
-"""Losses for which every rank computes all rows, against one process: queues, labels, several positives and so on."""
+"""Losses for which every rank computes all rows, and metrics, against one process: queues, labels, guides and so on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import distributed as dist
 import contrastive_kernels as ck
 
 D = 6
-SIZES = ([4, 3], [5, 0, 4])
+SIZES = ([4, 3], [4, 0, 2, 3])
 
 
 def drawn(n: int) -> dict[str, Tensor]:
@@ -44,6 +44,19 @@ def several(n: int, start: int = 0) -> Tensor:
     return torch.stack([rows, other.masked_fill(other == rows, -1)], 1)
 
 
+def hard(b: dict[str, Tensor]) -> Tensor:
+    """Two hard negatives of every row, which move with the features."""
+    return torch.stack([b["x"].flip(1), b["y"].flip(1)], 1)
+
+
+def guide(b: dict[str, Tensor], negatives: bool = True) -> tuple[Tensor, ...]:
+    """A guide's features, of a width of their own."""
+    x, y = b["x"].detach().float()[:, :4], b["y"].detach().float()[:, :4]
+    return (x, x + y, *([hard(b).detach().float()[..., :4]] if negatives else []))
+
+
+WAYS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
 Call = Any
 #: By name: the loss of a batch; `own` says how many rows each rank has, of which this is one, or None of all.
 CASES: dict[str, Call] = {
@@ -71,6 +84,47 @@ CASES: dict[str, Call] = {
     "multi_positive of others": lambda b, s, **o: ck.multi_positive_nce(
         b["x"], b["labels"], s, y=b["y"], y_labels=b["ids"], normalize=True, **o
     ),
+    "ranking": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, negatives=hard(b), weight=b["weight"], **o
+    ),
+    "ranking ring": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, negatives=hard(b), normalize=True, strategy="ring", **o
+    ),
+    "ranking ways": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, negatives=hard(b), directions=WAYS, weight=b["weight"], **o
+    ),
+    "ranking hardness": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, negatives=hard(b), hardness_mode="hard_negatives", hardness_strength=2.0, **o
+    ),
+    "ranking guided": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, negatives=hard(b), guided=guide(b), guided_margin=("relative", 0.2), directions=WAYS, **o
+    ),
+    "ranking per direction": lambda b, s, **o: ck.multiple_negatives_ranking(
+        b["x"], b["y"], s, directions=WAYS[::2], partition="per_direction", normalize=True, **o
+    ),
+    "guided": lambda b, s, **o: ck.info_nce(
+        b["x"], b["y"], s, guided=guide(b, False), guided_margin=0.3, ids=b["ids"], weight=b["weight"], **o
+    ),
+    "guided clip": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], s, guided=guide(b, False), normalize=True, return_metrics=True, **o
+    ),
+    "guided views": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s, guided=guide(b, False), guided_margin=("relative", 0.2), weight=b["weight"], **o
+    ),
+    "metrics": lambda b, s, **o: ck.info_nce(b["x"], b["y"], s, ids=b["ids"], return_metrics=True, **o),
+    "metrics ring": lambda b, s, **o: ck.info_nce(
+        b["x"], b["y"], s, weight=b["weight"], include_positive=False, strategy="ring", return_metrics=True, **o
+    ),
+    "metrics clip": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], s, ids=(b["ids"], b["labels"]), weight=b["weight"], return_metrics=True, **o
+    ),
+    "metrics views": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s, weight=b["weight"], return_metrics=True, **o
+    ),
+    "metrics smoothing": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], s, label_smoothing=0.1, return_metrics=True, **o
+    ),
+    "metrics sup_con": lambda b, s, **o: ck.sup_con(b["x"], b["labels"], s, return_metrics=True, **o),
 }  # fmt: skip
 LEAVES = ("x", "y", "bias", "logits")
 
@@ -79,8 +133,11 @@ def outcome(name: str, batch: dict[str, Tensor], part: slice, factor: Tensor, **
     """Value and gradients of some rows."""
     own = {key: v[part].clone().requires_grad_(key in LEAVES) for key, v in batch.items()}
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    value = CASES[name](own, scale, **over)
-    found = {"value": value.detach()}
+    value, found = CASES[name](own, scale, **over), {}
+    if isinstance(value, tuple):
+        value, told = value
+        found = {f"metric {key}": v for key, v in told._asdict().items() if v is not None}
+    found["value"] = value.detach()
     torch.autograd.backward(value, factor if value.dim() == 0 else factor.expand(len(value)))
     assert scale.grad is not None
     found["scale"] = scale.grad
@@ -112,7 +169,7 @@ def test_the_loss_of_one_process(sizes, tmp_path):
             mine = [one[key] for one in found if key in one]
             if key == "scale":
                 got = torch.stack(mine).sum(0)
-            elif key != "value" or reduction == "none":
+            elif key[:6] not in ("value", "metric") or (key, reduction) == ("value", "none"):
                 halves = [each.chunk(2) for each in mine] if value.shape[0] == 2 * sum(sizes) else [(m,) for m in mine]
                 got = torch.cat([torch.cat(parts) for parts in zip(*halves)])
             else:
@@ -146,7 +203,7 @@ def test_several_positives_count_among_a_ranks_own(tmp_path):
 def mistaken() -> list[str]:
     """One rank's own mistakes, which the others hear of."""
     last, said = dist.get_rank() == 1, []
-    b = drawn(4)
+    b, ranking = drawn(4), ck.multiple_negatives_ranking
     x, y = b["x"].requires_grad_(), b["y"]
     mistakes: list[Any] = [
         lambda: ck.info_nce(x, y, 2.0, label_smoothing=0.2 if last else 0.1, group="world"),
@@ -158,6 +215,20 @@ def mistaken() -> list[str]:
         lambda: ck.sup_con(x, b["labels"], 2.0, y=y if last else None, group="world"),
         lambda: (ck.sup_con if last else ck.multi_positive_nce)(x, b["labels"], 2.0, group="world"),
         lambda: ck.clip_loss(x[: 4 - last], y[: 4 - last], 2.0, margin=0.1, group="world"),
+        lambda: ranking(x, y, 2.0, negatives=hard(b)[:, : 2 - last], directions=WAYS, group="world"),
+        lambda: ranking(x, y, 2.0, directions=WAYS[: 4 - last], group="world"),
+        lambda: ranking(x, y, 2.0, negatives=hard(b)[: 4 - last], group="world"),
+        lambda: ranking(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
+        lambda: ranking(x, y, 2.0, guided=guide(b, last), group="world"),
+        lambda: ranking(x, y, 2.0, guided=guide(b, False), workspace_bytes=8 if last else None, group="world"),
+        lambda: ck.clip_loss(x, y, 2.0, return_metrics=last, group="world"),
+        lambda: ck.clip_loss(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
+        lambda: ck.info_nce(x, y, 2.0, guided=guide(b, False), guided_margin=0.1 * last, group="world"),
+        lambda: ck.nt_xent(x, y, 2.0, guided=[v[: 4 - last] for v in guide(b, False)], group="world"),
+        lambda: ck.sup_con(x, b["labels"], 2.0, return_metrics=last, group="world"),
+        lambda: ck.info_nce(
+            x, y, 2.0, return_metrics=True, positive_logits=b["logits"] if last else None, group="world"
+        ),
     ]
     for mistake in mistakes:
         with pytest.raises(ValueError) as caught:

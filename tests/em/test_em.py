@@ -121,7 +121,7 @@ def test_any_partition_of_rows_and_columns_gives_the_same_gradient():
 
 
 def test_drawn_variables_keep_value_and_gradient_in_the_mean():
-    n, draws = 5, 4000
+    n, draws = 5, 2000
     x, y = features(n)
     loss = ck.DatasetContrastiveLoss(n, shape=2.0).eval()
     exact_memory(loss, x, y, 3.0)

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
+from contrastive_kernels import reference
 
 FIGURES = Path(__file__).parent / "figures"
 sys.path.insert(0, str(FIGURES))
-from make_global_losses import BATCH, DECAY, GAMMA, INDIVIDUAL, KEPT, SAMPLES, TAU, steps  # noqa: E402
+from make_global_losses import ADAM, BATCH, DECAY, GAMMA, INDIVIDUAL, KEPT, SAMPLES, TAU, steps  # noqa: E402
 
 
 def figures(run: str) -> dict[str, Tensor]:
@@ -27,12 +28,16 @@ def figures(run: str) -> dict[str, Tensor]:
 
 
 def schedule(run: str) -> dict[str, Any]:
-    cosine = not run.endswith("clr")
-    return {"gamma": GAMMA} | ({"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY} if cosine else {})
+    cosine = "cosine" in run or "fastclip" in run
+    # (LibAUC divides views by their norm, whose gradient has a part in theirs)
+    views = {"towers": 1, "normalize": True} if "views" in run else {}
+    return {"gamma": GAMMA} | views | ({"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY} if cosine else {})
 
 
-#: What the published gradients are multiples of: LibAUC's sums over negatives of scores, not of logits, are.
-FACTORS = {"sogclr": TAU * (BATCH - 1), "sogclr-cosine": TAU * (BATCH - 1), "fastclip-v1": 1.0, "fastclip-v3": 1.0}
+#: What the published gradients are multiples of: LibAUC's sums over negatives, or over views, of scores, not of logits,
+#: are.
+FACTORS = {"sogclr": TAU * (BATCH - 1), "sogclr-cosine": TAU * (BATCH - 1), "fastclip-v1": 1.0, "fastclip-v3": 1.0,
+           "sogclr-views": 2 * TAU, "sogclr-views-cosine": 2 * TAU}  # fmt: skip
 
 
 @pytest.mark.parametrize("run", FACTORS)
@@ -48,16 +53,21 @@ def test_the_published_sogclr(run):
     torch.testing.assert_close(loss.memory.log_mean, want["log_u"], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("run", ["isogclr", "isogclr-cosine"])
+INDIVIDUAL_FACTORS = {"isogclr": BATCH - 1, "isogclr-cosine": BATCH - 1, "isogclr-views-cosine": 2, "fastclip-v2": 1}
+
+
+@pytest.mark.parametrize("run", INDIVIDUAL_FACTORS)
 def test_the_published_isogclr(run):
     want = figures(run)
+    rule: dict[str, Any] = {"temperature_rate": INDIVIDUAL["eta"], "temperature_momentum": 1 - INDIVIDUAL["beta"]}
+    if run == "fastclip-v2":
+        rule = {"temperature_rate": ADAM["rate"], "temperature_betas": ADAM["betas"], "temperature_clip": 5.0}
     loss = ck.ISogCLRLoss(
         SAMPLES,
         rho=INDIVIDUAL["rho"],
         temperature=TAU,
         temperature_bounds=(INDIVIDUAL["tau_min"], INDIVIDUAL["tau_max"]),
-        temperature_rate=INDIVIDUAL["eta"],
-        temperature_momentum=1 - INDIVIDUAL["beta"],
+        **rule,
         **schedule(run),
     )
     for step, epoch, index, x, y in steps():
@@ -67,10 +77,11 @@ def test_the_published_isogclr(run):
             for name, gradient in zip("xy", gradients):
                 # (temperatures are kept in float32)
                 wanted = want[f"d{name}{step}"]
-                torch.testing.assert_close((BATCH - 1) * gradient, wanted, rtol=2e-5, atol=2e-5 * wanted.abs().max())
+                close = {"rtol": 2e-5, "atol": 2e-5 * wanted.abs().max().item()}
+                torch.testing.assert_close(INDIVIDUAL_FACTORS[run] * gradient, wanted, **close)
     torch.testing.assert_close(loss.memory.log_mean, want["log_u"], rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(loss.temperatures.double(), want["tau"], rtol=1e-5, atol=1e-6)
-    assert (loss.temperatures.unique().numel() > 40) and want["tau"].std() > 0.01
+    assert (loss.temperatures.unique().numel() > 30) and want["tau"].std() > 0.01
 
 
 def batch(n: int = 6, d: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -116,13 +127,79 @@ def test_the_definition_and_the_scales_gradient(rho):
     torch.testing.assert_close(first(x, y, index, 4.0), want if rho is None else 0.25 * (want + rho))
 
 
-@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
-def test_state(kind):
+@pytest.mark.parametrize("rho", [None, 2.0])
+@pytest.mark.parametrize("kind", [ck.SogCLRLoss, ck.ISogCLRLoss])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_steps_against_the_reference(kind, rho, towers):
+    """Values, gradients, memories and temperatures; of one tower with a sample that is there twice."""
+    individual = kind is ck.ISogCLRLoss
+    samples, gamma, rate = 7, 0.3, 0.02
+    options: dict[str, Any] = {"temperature": 0.4, "temperature_rate": rate, "temperature_momentum": 0.0}
+    options = {"towers": towers, "gamma": gamma, "rho": (rho or 0.0) if individual else rho} | (
+        options if individual else {}
+    )
+    loss, stored = kind(samples, **options), torch.full((samples, towers), math.nan, dtype=torch.float64)
+    taus = torch.full((samples, towers), 0.4, dtype=torch.float64)
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        index = torch.randperm(samples, generator=g)[:5]
+        index[4] = index[0] if towers == 1 else index[4]
+        x, y = batch(5, seed=step)
+        scale = torch.tensor(2.5 + step, dtype=torch.float64, requires_grad=True)
+        leaves = (x, y) if individual else (x, y, scale)
+        temperature = taus[index] if individual else 1 / scale
+        said = {"towers": towers, "index": index, "rho": options["rho"]}
+        want = reference.global_contrastive(x, y, temperature, stored[index], gamma, **said)
+        value = loss(x, y, index, *leaves[2:])
+        torch.testing.assert_close(value, want.loss, rtol=1e-6, atol=1e-6)
+        found = [torch.autograd.grad(v, leaves) for v in (value, want.loss)]
+        for ours, wanted in zip(*found):
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+            assert wanted.abs().max() > 1e-3
+        stored[index], taus[index] = want.log_u.detach(), (taus[index] - rate * want.gradient).clamp(0.005, 1.0)
+        met = ~stored.isnan()
+        torch.testing.assert_close(loss.memory.log_mean[met], stored[met], rtol=1e-6, atol=1e-6)
+        if individual:
+            torch.testing.assert_close(loss.temperatures.double(), taus, rtol=1e-5, atol=1e-6)
+    if individual:
+        assert taus.std() > 0.005
+
+
+def test_views_by_hand():
+    """Double sums over 3 samples: each of 6 views has the 4 views of others for negatives."""
+    x, y = batch(3)
+    loss, index = ck.SogCLRLoss(9, towers=1, gamma=0.25), torch.tensor([7, 2, 4])
+    loss.memory.update(index, torch.tensor([[0.5], [1.0], [-0.2]], dtype=torch.float64))
+    views, stored, total, kept = [*x.tolist(), *y.tolist()], [0.5, 1.0, -0.2], 0.0, [0.0] * 3
+
+    def score(i: int, j: int) -> float:
+        return 3.0 * sum(a * b for a, b in zip(views[i], views[j]))
+
+    for i in range(6):
+        g = sum(math.exp(score(i, j)) for j in range(6) if j % 3 != i % 3) / 4
+        u = 0.75 * math.exp(stored[i % 3]) + 0.25 * g
+        kept[i % 3] += u / 2
+        total += math.log(u) + g / u - 1 - score(i, (i + 3) % 6)
+    assert loss(x, y, index, 3.0).item() == pytest.approx(total / 6, rel=1e-12)
+    assert loss.memory.log_mean[index, 0].exp().tolist() == pytest.approx(kept, rel=1e-12)
+    first = ck.SogCLRLoss(9, towers=1)(x, y, index, 3.0)  # which weighs rows by the batch itself
+    torch.testing.assert_close(first, ck.nt_xent(x, y, 3.0, include_positive=False) - math.log(4))
+    alone = ck.SogCLRLoss(9, towers=1)(x, y, torch.full((3,), 5), 3.0)  # no sample has a negative
+    assert alone.item() == 0 and all(g.abs().max() == 0 for g in torch.autograd.grad(alone, (x, y)))
+
+
+KINDS = [("SogCLRLoss", 2), ("SogCLRLoss", 1), ("ISogCLRLoss", 2), ("ISogCLRLoss", 1)]
+
+
+@pytest.mark.parametrize("kind, towers", [*KINDS, ("Adam", 2)])
+def test_state(kind, towers):
     """A loss goes on from its state as if nothing had been; casts leave the state alone; eval does not move it."""
-    given: Any = () if kind == "ISogCLRLoss" else (7.0,)
+    given: Any = (7.0,) if kind == "SogCLRLoss" else ()
+    adam = {"temperature_betas": (0.9, 0.99)} if kind == "Adam" else {}
+    kind = "ISogCLRLoss" if adam else kind
 
     def new() -> Any:
-        return getattr(ck, kind)(6, gamma=0.4, gamma_schedule="cosine", gamma_decay_epochs=5)
+        return getattr(ck, kind)(6, towers=towers, gamma=0.4, gamma_schedule="cosine", gamma_decay_epochs=5, **adam)
 
     first, index = new(), torch.tensor([4, 0, 5, 1, 2, 3])
     first.set_epoch(3)
@@ -139,14 +216,15 @@ def test_state(kind):
     assert all(torch.equal(v, before[n]) for n, v in first.state_dict().items() if isinstance(v, Tensor))
 
 
-@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
-def test_16_bits_and_autocast(kind):
+@pytest.mark.parametrize("kind, towers", KINDS)
+def test_16_bits_and_autocast(kind, towers):
     given: Any = () if kind == "ISogCLRLoss" else (7.0,)
     x, y = (v.detach().bfloat16() for v in batch(32, 16))
     index = torch.arange(32)
-    want = getattr(ck, kind)(32, **({"temperature": 0.1} if not given else {}))(x.double(), y.double(), index, *given)
+    options = {"towers": towers} | ({} if given else {"temperature": 0.1})
+    want = getattr(ck, kind)(32, **options)(x.double(), y.double(), index, *given)
     for autocast in (False, True):
-        loss = getattr(ck, kind)(32, **({"temperature": 0.1} if not given else {}))
+        loss = getattr(ck, kind)(32, **options)
         a, b = ((v.float() if autocast else v).detach().requires_grad_() for v in (x, y))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = loss(a, b, index, *given)
@@ -155,22 +233,22 @@ def test_16_bits_and_autocast(kind):
         assert a.grad.dtype == a.dtype and a.grad.isfinite().all() and a.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["SogCLRLoss", "ISogCLRLoss"])
-def test_no_negatives_and_low_temperatures(kind):
+@pytest.mark.parametrize("kind, towers", KINDS)
+def test_no_negatives_and_low_temperatures(kind, towers):
     given: Any = () if kind == "ISogCLRLoss" else (1000.0,)
     for n in (0, 1, 3):
         x, y = batch(n)
-        loss = getattr(ck, kind)(3)
+        loss = getattr(ck, kind)(3, towers=towers)
         value = loss(x, y, torch.arange(n), *given)
         value.backward()
         assert value.isfinite() and x.grad.isfinite().all() and loss.memory.log_mean.isfinite().all()
-        assert int(loss.memory.visits.sum()) == (6 if n == 3 else 0)
+        assert int(loss.memory.visits.sum()) == (3 * towers if n == 3 else 0)
 
 
-@pytest.mark.parametrize("kind", [ck.SogCLRLoss, ck.ISogCLRLoss])
-def test_every_row_has_a_sample_and_inference_mode_moves_all_or_nothing(kind):
-    x, scale = torch.nn.functional.normalize(torch.randn(5, 8), dim=1), (2.0,) if kind is ck.SogCLRLoss else ()
-    loss = kind(10)
+@pytest.mark.parametrize("kind, towers", KINDS)
+def test_every_row_has_a_sample_and_inference_mode_moves_all_or_nothing(kind, towers):
+    x, scale = torch.nn.functional.normalize(torch.randn(5, 8), dim=1), (2.0,) if kind == "SogCLRLoss" else ()
+    loss = getattr(ck, kind)(10, towers=towers)
     for n in (0, 1, 5):
         with pytest.raises(ValueError, match="index: expected one sample per row of x"):
             loss(x[:n], x[:n], torch.arange(4), *scale)

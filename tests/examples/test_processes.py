@@ -26,6 +26,7 @@ import glyphs  # noqa: E402
 import processes  # noqa: E402
 import train_clip  # noqa: E402
 from launch import Failure, run, succeeded  # noqa: E402
+from thorough import LONG, THOROUGH  # noqa: E402
 from torchrun_clip import in_float64, small  # noqa: E402
 
 SETTINGS = train_clip.Settings(batch=95, steps=8, dim=32)  # two or three processes have uneven shares
@@ -148,7 +149,9 @@ def test_batch_normalisation_sees_all_rows(tmp_path):
             torch.testing.assert_close(kept[0], want)
 
 
-# The command
+# The command, in processes that torchrun starts
+
+long = pytest.mark.skipif(not THOROUGH, reason=LONG)
 
 
 def torchrun(count, state, *options, **environment):
@@ -162,6 +165,7 @@ def torchrun(count, state, *options, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+@long
 def test_torchrun_is_killed_and_goes_on_with_more(alone, data, tmp_path):
     status, printed, said = torchrun(2, tmp_path, "--save-every", "2", KILL="1 5")
     assert status != 0
@@ -179,6 +183,7 @@ def test_torchrun_is_killed_and_goes_on_with_more(alone, data, tmp_path):
     np.testing.assert_allclose(metrics["curve"]["loss"], alone["clip"]["curve"]["loss"], rtol=1e-8)
 
 
+@long
 def test_a_mistake_is_told_once(tmp_path):
     (tmp_path / "out").write_text("mine")
     status, _, said = torchrun(2, tmp_path)

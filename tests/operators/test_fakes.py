@@ -114,7 +114,8 @@ def calls(
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
     guide = fakes.tensor(n, 8), fakes.tensor(m, 8), a
-    yield guided, Problem(x, other, scale, bias, offset=0, engine=engine), guide, ()
+    yield guided, Problem(x, other, scale, bias, offset=0, engine=engine), guide, (False,)
+    yield guided, square, (fakes.tensor(n, 8), fakes.tensor(n, 8), a), (True,)
     ids = Pairs(row_ids=fakes.tensor(n, dtype=torch.int64), col_ids=fakes.tensor(m, dtype=torch.int64))
     for reduction in ("mean", "none"):
         yield (

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 SAMPLES, BATCH, WIDTH, EPOCHS, TAU, GAMMA, DECAY = 40, 8, 4, 10, 0.1, 0.3, 6
 INDIVIDUAL = {"tau_min": 0.05, "tau_max": 0.3, "rho": 0.5, "eta": 0.01, "beta": 0.9}
+ADAM: dict[str, Any] = {"rate": 0.004, "betas": (0.9, 0.98)}
 #: Steps whose gradients are kept.
 KEPT = (0, 7, 25, 49)
 
@@ -65,6 +66,49 @@ def libauc(path: str, scheme: str, schedule: str) -> dict[str, Any]:
     return kept
 
 
+def libauc_views(path: str, individual: bool, schedule: str) -> dict[str, Any]:
+    """The same of two views of one tower."""
+    options: dict[str, Any] = {"gamma_schedule": schedule, "gamma_decay_epochs": DECAY, "enable_isogclr": individual}
+    loss = _module(path).GCLoss_v1(N=SAMPLES, tau=TAU, gamma=GAMMA, eps=0.0, **options, **INDIVIDUAL)
+    kept: dict[str, Any] = {}
+    for step, epoch, index, x, y in steps():
+        loss.adjust_gamma(epoch)
+        gradients = torch.autograd.grad(loss(x, y, index), (x, y))
+        if step in KEPT:
+            kept |= {f"dx{step}": gradients[0], f"dy{step}": gradients[1]}
+    kept["log_u"] = loss.u.log()
+    return kept | ({"tau": loss.learnable_tau} if individual else {})
+
+
+def fast_clip_individual(path: str) -> dict[str, Any]:
+    """The same of FastCLIP v2, with two changes: the loss is multiplied by the temperatures, as the one that is stated,
+    and Adam's averages decay from the first epoch on, so that they are corrected for where they began.
+    """
+    options: dict[str, Any] = {"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY, "rho": INDIVIDUAL["rho"]}
+    options.update(eps=0.0, tau_init=TAU, lr_tau=ADAM["rate"], device=torch.device("cpu"))
+    betas = {"beta1_tau": ADAM["betas"][0], "beta2_tau": ADAM["betas"][1]}
+    loss = _module(path).FastCLIPLossIndividual(SAMPLES, gamma=GAMMA, **betas, **options)
+    loss.tau_min, loss.tau_max = INDIVIDUAL["tau_min"], INDIVIDUAL["tau_max"]
+    kept: dict[str, Any] = {}
+    for step, epoch, index, x, y in steps():
+        loss.adjust_hyperparams(epoch)
+        loss.beta1_tau, loss.beta2_tau = ADAM["betas"]
+        remote = (x.detach(), y.detach())
+        image, text, sim_image, sim_text, found = loss.local((x, y), (index, index), remote, 0)
+        names = ("u_im", "u_tt", "tau_im", "tau_tt", "bound_im", "bound_tt", "old_tau_im", "old_tau_tt",
+                 "m_grad_tau_im", "m_grad_tau_tt", "v_grad_tau_im", "v_grad_tau_tt")  # fmt: skip
+        loss.set_params(index, index, **dict(zip(names, found, strict=True)))
+        taus, u = found[6:8], [u / tau for u, tau in zip(found[:2], found[6:8])]
+        sim = (sim_text.T, sim_image.T)
+        value = loss((x, y), remote, u, taus, found[4:6], (image, text), u, sim, 0)
+        gradients = torch.autograd.grad(value, (x, y))
+        if step in KEPT:
+            kept |= {f"dx{step}": gradients[0], f"dy{step}": gradients[1]}
+    kept["log_u"] = torch.cat([loss.u_im.log() + loss.bound_im, loss.u_tt.log() + loss.bound_tt], 1)
+    kept["tau"] = torch.cat([loss.tau_im, loss.tau_tt], 1)
+    return kept
+
+
 def fast_clip(path: str, multiply_tau: bool) -> dict[str, Any]:
     """The same of FastCLIP v1, or of v3."""
     options = {"gamma_schedule": "cosine", "gamma_decay_epochs": DECAY, "rho": 6.5, "eps": 0.0}
@@ -93,6 +137,10 @@ def main() -> None:
         "sogclr-cosine": libauc(of_libauc, "global_constant", "cosine"),
         "isogclr": libauc(of_libauc, "individual_learnable", "constant"),
         "isogclr-cosine": libauc(of_libauc, "individual_learnable", "cosine"),
+        "sogclr-views": libauc_views(of_libauc, False, "constant"),
+        "sogclr-views-cosine": libauc_views(of_libauc, False, "cosine"),
+        "isogclr-views-cosine": libauc_views(of_libauc, True, "cosine"),
+        "fastclip-v2": fast_clip_individual(of_fast_clip),
         "fastclip-v1": fast_clip(of_fast_clip, multiply_tau=False),
         "fastclip-v3": fast_clip(of_fast_clip, multiply_tau=True),
     }
