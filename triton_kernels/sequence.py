@@ -38,7 +38,7 @@ class _At(NamedTuple):
     """An address, which stands for the tensor that lies there."""
 
     address: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def data_ptr(self) -> int:
         return self.address

@@ -95,7 +95,7 @@ class Plan:
         Rows of a band, whose scores are made once: both passes visit it before the next one, and gradients come with
         the value. None otherwise.
     place : {"on chip", "tile", "band", "whole"}
-        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows (on a GPU perhaps
+        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows (on a GPU, or
         their exponentials), or all of them, made once for gradients that come with the value.
     over_ranks : RanksPlan or None
         What is beside that of several ranks; rows, columns and passes are then those of one rank's block.
