@@ -327,7 +327,8 @@ def whole_persistently() -> list[str]:
         return launches(*arguments)
 
     with patch.object(whole_launch._Panel, "_persistent_launches", counting):
-        for number, loss in enumerate(("clip_loss", "nt_xent", "sigmoid", "decomposable_pair", "info_nce")):
+        losses = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair", "info_nce")[:: every(2)]
+        for number, loss in enumerate(losses):
             inputs = make_inputs(BY_NAME["n64"], torch.bfloat16)
             prepared._prepared.clear()
             with patch.object(whole_launch, "persistent_tile_of", lambda *_, tile=tiles[number % 2]: tile):
@@ -337,7 +338,8 @@ def whole_persistently() -> list[str]:
             except AssertionError as error:
                 failures.append(f"persistently: {loss}: {error}")
     prepared._prepared.clear()
-    return failures if made == 8 else [*failures, f"{made} panels by persistent programs, expected 8"]
+    passes = sum(1 if loss in ("sigmoid", "decomposable_pair") else 2 for loss in losses)
+    return failures if made == passes else [*failures, f"{made} panels by persistent programs, expected {passes}"]
 
 
 def hostile() -> list[str]:
