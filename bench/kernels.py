@@ -1,7 +1,8 @@
 """``python -m bench.kernels``: what a panel's parts cost on a GPU, apart from each other.
 
 products    the two gradient products, as the driver adds them up, in panels of several shapes
-tiles       the score kernel of the Triton backend in every tile that could serve; the best ones as lines of its table
+tiles       the score kernels of the Triton backend, usual and persistent, in every tile that could serve; the best
+            ones as lines of its tables
 overlap     a whole pass over the panels: the statistics; weights and gradients, on one stream and on two; and how
             long the host takes to issue it, which bounds the pass from below
 timeline    one step of several losses, kernel by kernel: time, launches, and what the GPU idles in between
@@ -202,11 +203,13 @@ def _limit_ms(rates: tuple[float, float], rows: int, cols: int, d: int, itemsize
 def _compile(job: tuple[str, str, int, str, tuple[int, ...]]) -> str | None:
     """Compiles one kernel into Triton's cache, by running it on a small panel; why that failed, or None."""
     from contrastive_kernels._triton import launch
-    from contrastive_kernels._triton.configs import Tile
+    from contrastive_kernels._triton.configs import PersistentTile, Tile
 
     device, work, d, dtype, tile = job
     try:
-        launch.probe(torch.device(device), work, d, DTYPES[dtype], 64)(Tile(*tile))
+        shape, more = tile[:5], dict(zip(("parts", "programs"), tile[5:]))
+        made = PersistentTile(*shape, **more) if more else Tile(*shape)
+        launch.probe(torch.device(device), work.split(",")[0], d, DTYPES[dtype], 64)(made)
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # a tile that cannot run is no failure: the timing meets it again
@@ -226,7 +229,8 @@ def _compile_all(jobs: list[tuple[str, str, int, str, tuple[int, ...]]], process
 
 
 def _values(tile: Any) -> tuple[int, ...]:
-    return (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
+    persistent = (tile.parts, tile.programs) if hasattr(tile, "parts") else ()
+    return (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, *persistent)
 
 
 def tiles(args: argparse.Namespace, log: Log) -> None:
@@ -239,7 +243,12 @@ def tiles(args: argparse.Namespace, log: Log) -> None:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
-    candidates = {work: tuning.candidates(capability, precision, work)[: args.limit] for work in configs.WORKS}
+    candidates = {}
+    if "usual" in args.kinds:
+        candidates = {work: tuning.candidates(capability, precision, work)[: args.limit] for work in configs.WORKS}
+    for work in configs.WORKS if "persistent" in args.kinds else ():
+        if persistent := tuning.persistent_candidates(capability, precision, work)[: args.limit]:
+            candidates[tuning.persistently(work)] = persistent
     jobs = [(work, tile) for work, tried in candidates.items() for tile in tried]
     if args.processes > 1:
         new = [(w, t) for w, t in jobs if any(log.find(**_tile_key(args, w, d, t)) is None for d in args.d)]
@@ -247,8 +256,8 @@ def tiles(args: argparse.Namespace, log: Log) -> None:
     in_time = all(
         _time_tile(args, log, work, d, tile, run)
         for d in args.d
-        for work in configs.WORKS
-        for run in [launch.probe(device, work, d, dtype, args.side)]
+        for work in candidates
+        for run in [launch.probe(device, work.split(",")[0], d, dtype, args.side)]
         for tile in candidates[work]
     )
     if not in_time:
@@ -274,15 +283,17 @@ def _print_tiles(
     args: argparse.Namespace, log: Log, candidates: dict[str, list[Any]], family: int, precision: str
 ) -> None:
     """By kind of work the five best tiles (by time over the best time, mean over D), then the table's line."""
-    line = []
+    line: list[str] = []
     for work, tried in candidates.items():
+        kind, persistent = type(tried[0]).__name__, "persistent" in work
         found = {(tile, d): log.find(**_tile_key(args, work, d, tile)) for tile in tried for d in args.d}
         widths = [d for d in args.d if all(found[tile, d] is not None for tile in tried)]
         ms = {tile: [(found[tile, d] or {"ms": {}})["ms"].get("panel") for d in widths] for tile in tried}
         complete = {tile: times for tile, times in ms.items() if times and None not in times}
         if not complete:
             print(f"{work}: not measured")
-            line.append(f"Tile{_values(tried[0])}")
+            if not persistent:
+                line.append(f"{kind}{_values(tried[0])}")
             continue
         best = [min(column) for column in zip(*complete.values(), strict=True)]
         slower = {t: sum(a / b for a, b in zip(found, best, strict=True)) / len(best) for t, found in complete.items()}
@@ -290,8 +301,13 @@ def _print_tiles(
         own = tried[0]
         print(f"{work}: the table's is {slower.get(own, float('nan')):.3f} of the best at each D; ms at D = {widths}")
         for tile in order[:5]:
-            print(f"    Tile{_values(tile)}  {slower[tile]:.3f}  {', '.join(f'{ms:.3f}' for ms in complete[tile])}")
-        line.append(f"Tile{_values(order[0])}")
+            print(f"    {kind}{_values(tile)}  {slower[tile]:.3f}  {', '.join(f'{ms:.3f}' for ms in complete[tile])}")
+        if persistent:
+            *shape, parts, programs = _values(order[0])
+            named = f"{', '.join(map(str, shape))}, parts={parts}, programs={programs}"
+            print(f'({family}, "{precision}", "{work.split(",")[0]}", "exponential"): {kind}({named}),')
+        else:
+            line.append(f"{kind}{_values(order[0])}")
     print(f'({family}, "{precision}"): ({", ".join(line)}),', flush=True)
 
 
@@ -361,6 +377,9 @@ def _panels(text: str) -> list[tuple[int, int]]:
     return [(int(rows), int(cols)) for rows, cols in pairs]
 
 
+_KINDS = ("usual", "persistent")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -376,6 +395,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ceiling", type=int, default=8192, help="products: side of the square product")
     parser.add_argument("--side", type=int, default=8192, help="tiles: rows and columns of the panel")
     parser.add_argument("--limit", type=int, help="tiles: only so many")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="tiles: of which programs (all)")
     parser.add_argument("--processes", type=int, default=1, help="tiles: that compile beforehand")
     parser.add_argument("--n", type=int, default=MATRIX, help="overlap: rows and columns; timeline: at most")
     parser.add_argument("--backend", default="triton", help="overlap, timeline: the backend")

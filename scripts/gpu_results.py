@@ -11,7 +11,16 @@ from pathlib import Path
 __all__ = ["KERNELS", "findings", "pack_results", "table"]
 
 #: Names of our kernels, as debuggers show them.
-KERNELS = ("score_kernel", "merge_kernel", "panel_pass_kernel", "tensor_core_kernel")
+KERNELS = (
+    "score_kernel",
+    "persistent_kernel",
+    "rest_kernel",
+    "refer_kernel",
+    "weigh_kept_kernel",
+    "merge_kernel",
+    "panel_pass_kernel",
+    "tensor_core_kernel",
+)
 
 
 def findings(tool: str, log: str, status: int) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__":  # not where pytest looks for doctests: the whole process would be interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,6 +25,7 @@ import defaults
 import torch
 from exact import EQUAL, assert_exact, equal
 from interpreted_graphs import again
+from interpreted_kept import keeping, kept_exponentials
 from interpreted_numbers import products, rounding
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from thorough import THOROUGH, every, one_of
@@ -182,10 +184,12 @@ def persistent() -> list[str]:
         launch._persistent_tile = lambda *_, tile=tile: tile
         some = slice(k, None, len(tiles) * every(20) + (not THOROUGH))  # (not in step with the checks of a case)
         failures += [f"{tile}: {failure}" for failure in panels(Persistently(tile), some)]
+    if not THOROUGH:  # (which has all of them above)
+        failures += panels(Persistently(tiles[1]), slice(1, None, 24), "ceilings")
     launch._persistent_tile = chosen
     persistent_launch.start = start
     assert len(started) > (100 if THOROUGH else 4)
-    return failures + small_gains()
+    return failures + small_gains() + kept_exponentials()
 
 
 def small_gains() -> list[str]:
@@ -214,8 +218,8 @@ def small_gains() -> list[str]:
     return failures
 
 
-def panels(backend: OnScores | None = None, chosen: slice = slice(None)) -> list[str]:
-    """What fails of the cases that all backends meet, panel by panel."""
+def panels(backend: OnScores | None = None, chosen: slice = slice(None), named: str = "") -> list[str]:
+    """What fails of the cases that all backends meet, panel by panel; of those whose names begin so."""
     sys.path.insert(0, str(Path(__file__).parent / "backends"))
     import test_panel_pass as tests
     from panels import CASES, Case
@@ -234,7 +238,7 @@ def panels(backend: OnScores | None = None, chosen: slice = slice(None)) -> list
     for rows, cols in ((1, 1), (2, 1), (1, 2), (40, 40)):
         check = partial(tests.test_rows_of_nothing_beside_small_normalizers, backend, rows, cols)
         runs.append((f"{rows} x {cols}", check))
-    for name, check in runs[chosen]:
+    for name, check in [each for each in runs if each[0].startswith(named)][chosen]:
         try:
             check()
         except AssertionError as error:
@@ -306,7 +310,36 @@ def whole() -> list[str]:
                     failures.append(f"{problem.name} {loss} {reduction} {dtype}: {error}")
     if len(prepared) < (50 if THOROUGH else 25) or set(prepared) != {"WholeSoftmax", "WholeSigmoid", "WholeRatio"}:
         failures.append(f"prepared were {len(prepared)}: {set(prepared)}")
-    return failures + again()
+    return failures + again() + whole_persistently()
+
+
+def whole_persistently() -> list[str]:
+    """What fails of the same where their panel is one of persistent programs."""
+    from contrastive_kernels._triton import configs, whole_launch
+    from contrastive_kernels.operators import prepared
+
+    tiles, failures, made = [configs.PersistentTile(32, 64, 32, 4, 1, parts=parts) for parts in (1, 2)], [], 0
+    launches = whole_launch._Panel._persistent_launches
+
+    def counting(*arguments):
+        nonlocal made
+        made += 1
+        return launches(*arguments)
+
+    with patch.object(whole_launch._Panel, "_persistent_launches", counting):
+        losses = ("clip_loss", "nt_xent", "sigmoid", "decomposable_pair", "info_nce")[:: every(2)]
+        for number, loss in enumerate(losses):
+            inputs = make_inputs(BY_NAME["n64"], torch.bfloat16)
+            prepared._prepared.clear()
+            with patch.object(whole_launch, "persistent_tile_of", lambda *_, tile=tiles[number % 2]: tile):
+                outcome = run(ck, inputs, loss, torch.bfloat16, reduction="mean", backend="triton")
+            try:
+                assert_outcome(inputs, loss, "mean", outcome)
+            except AssertionError as error:
+                failures.append(f"persistently: {loss}: {error}")
+    prepared._prepared.clear()
+    passes = sum(1 if loss in ("sigmoid", "decomposable_pair") else 2 for loss in losses)
+    return failures if made == passes else [*failures, f"{made} panels by persistent programs, expected {passes}"]
 
 
 def hostile() -> list[str]:
@@ -374,6 +407,12 @@ def launches() -> dict[str, tuple[int, int]]:
         getattr(ck, loss)(x, y, scale, *more, backend="triton", workspace_bytes=workspace_bytes).backward()
         plan = ck.plan(n, d=24, loss=loss, backend="triton", workspace_bytes=workspace_bytes)
         result[f"{loss} {n}"] = (sum(each.launches for each in plan.passes), counted)
+    with keeping(False) as weighed:
+        counted, options = 0, {"backend": "triton", "workspace_bytes": 80_000}
+        x, y = (torch.randn(n, 24).requires_grad_() for n in (130, 120))
+        ck.info_nce(x, y, torch.ones((), requires_grad=True), **options, positives=torch.zeros(130).long()).backward()
+        planned = sum(each.launches for each in ck.plan(130, 120, 24, loss="info_nce", **options).passes)
+    result["info_nce in bands"] = (planned, counted + len(weighed))
     return result
 
 

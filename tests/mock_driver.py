@@ -109,7 +109,8 @@ def _add_product(
 ) -> None:
     """One operation, as on CUDA, where sums are float32 whatever is multiplied."""
     if sums.device == DEVICE:
-        torch.addmm(block, weights, block, out=block)
+        room = torch.empty(sums.shape, dtype=block.dtype, device=DEVICE)
+        torch.addmm(room, weights, block, out=room)
     else:  # on a CPU, products of 16 bits take longer than their dispatch
         torch.addmm(_NUMBER, _NUMBER, _NUMBER, out=_NUMBER)
 
@@ -143,8 +144,8 @@ def absent_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for patch in patches:
             held.enter_context(patch)
-        launch.tile_of.cache_clear()
-        held.callback(launch.tile_of.cache_clear)
+        launch.forget_tiles()
+        held.callback(launch.forget_tiles)
         yield
 
 
@@ -181,7 +182,7 @@ class Launches(TorchDispatchMode):
 
 
 def step_of(
-    loss: str, n: int, d: int, dtype: torch.dtype = torch.bfloat16, device: torch.device = DEVICE
+    loss: str, n: int, d: int, dtype: torch.dtype = torch.bfloat16, device: torch.device = DEVICE, **options: Any
 ) -> Callable[[], None]:
     """One step of a loss: value and all gradients, with a temperature that learns."""
     x, y = (torch.zeros(n, d, dtype=dtype, device=device).requires_grad_() for _ in range(2))
@@ -196,14 +197,14 @@ def step_of(
         for leaf in (x, y, scale, *more):
             if isinstance(leaf, torch.Tensor):
                 leaf.grad = None
-        getattr(ck, loss)(x, y, scale, *more, backend="triton").backward()
+        getattr(ck, loss)(x, y, scale, *more, backend="triton", **options).backward()
 
     return step
 
 
-def count(loss: str, n: int, d: int) -> Launches:
+def count(loss: str, n: int, d: int, **options: Any) -> Launches:
     """The launches of a step."""
-    step = step_of(loss, n, d)
+    step = step_of(loss, n, d, **options)
     step()  # what is made once
     with Launches() as launches:
         step()

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from thorough import every
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_kernels._triton import configs, launch, merge, persistent, score
+from contrastive_kernels._triton import configs, kept, launch, merge, persistent, score
 from contrastive_kernels._triton.configs import PersistentTile, Tile, rest_of, shipped, work_of
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/performance.md"
@@ -43,6 +44,17 @@ MOST_INSTRUCTIONS = {
     "sigmoid-weights-rows": 15,
     "sigmoid-weights+statistics-rows": 26,
     "exponential-weights-rows-persistent": 14,
+    "exponential-kept+statistics-rows": 14,
+    "exponential-kept+statistics-both": 31,
+}
+#: The same where rows, and columns, have ceilings.
+MOST_INSTRUCTIONS_CAPPED = {
+    "exponential-statistics-rows": 19,
+    "exponential-statistics-both": 38,
+    "exponential-weights-rows": 16,
+    "exponential-weights-both": 21,
+    "exponential-weights+statistics-rows": 24,
+    "exponential-weights+statistics-both": 54,
 }
 _POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
@@ -63,13 +75,16 @@ class Case:
     even: bool = True
     #: pairs of equal ids count like others and have targets of their own
     labels: bool = False
-    #: pairs above the ceilings of rows, and of columns, are left out of these
-    capped: bool = False
+    #: rows, and columns where they take part, leave out what lies above ceilings of theirs
+    ceilings: bool = False
+    #: with the statistics, exponentials are kept in the weights' place
+    keeps: bool = False
 
     @property
     def name(self) -> str:
         """Its term, its outputs and its sides."""
         outputs = "+".join(name for name in ("weights", "statistics") if getattr(self, name))
+        outputs = "kept+statistics" if self.keeps else outputs
         return f"{self.term}-{outputs}-{'both' if self.two_sided else 'rows'}"
 
     def __str__(self) -> str:
@@ -77,7 +92,7 @@ class Case:
             f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}"
             + "-ragged" * (not self.even)
             + "-labels" * self.labels
-            + "-capped" * self.capped
+            + "-ceilings" * self.ceilings
         )
 
 
@@ -125,6 +140,28 @@ def persistent_cases(capability: int) -> Iterator[Case]:
                 yield Case(capability, precision, dtype, term, weights, statistics, two_sided, tile)
 
 
+def kept_cases(capability: int) -> Iterator[Case]:
+    """Statistics, and exponentials kept in 16 bits, of rows and of both sides; persistent where there is a tile."""
+    tiles: list[Tile | None] = [configs.tile_for(capability, "16-bit", "fused")]
+    tiles.append(configs.persistent_tile_for(capability, "16-bit", "fused", "exponential"))
+    for tile in filter(None, tiles):
+        for two_sided in (False, True):
+            yield Case(capability, "16-bit", "bf16", "exponential", True, True, two_sided, tile, keeps=True)
+
+
+def capped_cases(capability: int) -> Iterator[Case]:
+    """Those of the exponential term in bfloat16, with ceilings of rows and columns and the tiles that they have."""
+    for case in (*cases(capability), *persistent_cases(capability)):
+        if case.dtype != "bf16" or case.term != "exponential":
+            continue
+        work = work_of(case.weights, case.statistics, case.two_sided)
+        tile: Tile | None = configs.tile_for(capability, "16-bit", work, capped=True)
+        if isinstance(case.tile, PersistentTile):
+            tile = configs.persistent_tile_for(capability, "16-bit", work, case.term, capped=True)
+        if tile is not None:
+            yield replace(case, tile=tile, ceilings=True)
+
+
 def compile_score(case: Case) -> Compiled:
     """score_kernel for this case, or persistent_kernel."""
     if isinstance(case.tile, PersistentTile):
@@ -134,18 +171,20 @@ def compile_score(case: Case) -> Compiled:
 
 def _compile_persistent(case: Case, tile: PersistentTile) -> Compiled:
     exponential, cols, kernel = case.term == "exponential", case.two_sided, persistent.persistent_kernel
+    weighs = case.weights and not case.keeps
     pointers = {
         "params_ptr": "fp32",
         "columns_ptr": None,
         "col_bias_ptr": None,
-        **_pointers_of_labels(case),
-        "line_ptr": "fp32" if case.weights else None,
-        "row_referred_ptr": "fp32" if case.weights else None,
-        "col_referred_ptr": "fp32" if case.weights and cols else None,
-        "factor_ptr": "fp32" if case.weights else None,
+        **_pointers_of_pairs(case),
+        "line_ptr": "fp32" if weighs else None,
+        "row_referred_ptr": "fp32" if weighs else None,
+        "col_referred_ptr": "fp32" if weighs and cols else None,
+        "factor_ptr": "fp32" if weighs else None,
         "row_partials_ptr": "fp32" if case.statistics else None,
         "col_partials_ptr": "fp32" if case.statistics and cols and exponential else None,
-        "params_partials_ptr": "fp32" if case.weights else None,
+        "params_partials_ptr": "fp32" if weighs else None,
+        **_pointers_of_moments(case),
         "unusual_ptr": "fp32",
     }
     constants = {
@@ -172,22 +211,24 @@ def compile_rest(case: Case) -> Compiled:
 
 def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> Compiled:
     exponential, cols = case.term == "exponential", case.two_sided
+    weighs = case.weights and not case.keeps
     pointers = {
         "x_ptr": case.dtype,
         "y_ptr": case.dtype,
         "params_ptr": "fp32",
         "columns_ptr": None,
         "col_bias_ptr": None,
-        **_pointers_of_labels(case),
-        "row_normalizer_ptr": "fp32" if case.weights and exponential else None,
-        "row_gain_ptr": "fp32" if case.weights else None,
-        "col_normalizer_ptr": "fp32" if case.weights and cols else None,
-        "col_gain_ptr": "fp32" if case.weights and cols else None,
+        **_pointers_of_pairs(case),
+        "row_normalizer_ptr": "fp32" if weighs and exponential else None,
+        "row_gain_ptr": "fp32" if weighs else None,
+        "col_normalizer_ptr": "fp32" if weighs and cols else None,
+        "col_gain_ptr": "fp32" if weighs and cols else None,
         "weights_ptr": case.dtype if case.weights else None,
-        "factor_ptr": "fp32" if case.weights else None,
+        "factor_ptr": "fp32" if weighs else None,
         "row_partials_ptr": "fp32" if case.statistics else None,
         "col_partials_ptr": "fp32" if case.statistics and cols else None,
-        "params_partials_ptr": "fp32" if case.weights else None,
+        "params_partials_ptr": "fp32" if weighs else None,
+        **_pointers_of_moments(case),
         "unusual_ptr": "fp32",
     }
     constants = {
@@ -200,14 +241,37 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
     return _compile(kernel, case.capability, pointers, constants, aligned, tile)
 
 
-def _pointers_of_labels(case: Case) -> dict[str, str | None]:
-    ceilings: dict[str, str | None] = dict.fromkeys(("row_ceiling_ptr", "col_ceiling_ptr"))
-    if case.capped:
-        ceilings = {"row_ceiling_ptr": "fp32", "col_ceiling_ptr": "fp32" if case.two_sided else None}
+def _pointers_of_pairs(case: Case) -> dict[str, str | None]:
+    cols = case.two_sided
+    labels = ("i64", "i64", "fp32", "fp32" if cols else None) if case.labels else (None,) * 4
     names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
-    if not case.labels:
-        return dict.fromkeys(names) | ceilings
-    return dict(zip(names, ("i64", "i64", "fp32", "fp32" if case.two_sided else None))) | ceilings
+    ceilings = {"row_ceiling_ptr": "fp32", "col_ceiling_ptr": "fp32" if cols else None}
+    return dict(zip(names, labels)) | (ceilings if case.ceilings else dict.fromkeys(ceilings))
+
+
+def _pointers_of_moments(case: Case) -> dict[str, str | None]:
+    moments = {"row_moments_ptr": "fp32", "col_moments_ptr": "fp32" if case.two_sided else None}
+    return moments if case.keeps else dict.fromkeys(moments)
+
+
+def compile_kept(case: Case) -> Compiled:
+    """weigh_kept_kernel for what this case has kept."""
+    tile = case.tile.part if isinstance(case.tile, PersistentTile) else case.tile
+    names = ("params", "row_normalizer", "row_gain", "factor", "row_partials", "row_moments")
+    of_cols = ("col_normalizer", "col_gain", "col_partials", "col_moments")
+    pointers: dict[str, str | None] = {f"{name}_ptr": "fp32" for name in (*names, "params_partials", "unusual")}
+    pointers |= {f"{name}_ptr": "fp32" if case.two_sided else None for name in of_cols} | {"weights_ptr": case.dtype}
+    constants = {
+        "TERM": launch.TERMS[case.term], "COL": case.two_sided, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+    }  # fmt: skip
+    return _compile(
+        kept.weigh_kept_kernel,
+        case.capability,
+        pointers,
+        constants,
+        {"C", "weights_stride"},
+        replace(tile, num_stages=1),
+    )
 
 
 def compile_merge(capability: int, term: str) -> Compiled:
@@ -305,7 +369,7 @@ def _leaves_out(block: list[str]) -> bool:
 
 #: Bytes that a persistent tile with weights and statistics of two sides keeps in memory: 48 by Triton 3.6, 128 by 3.9.
 #: In four parts there are fewer, for more instructions. Which is faster has not been measured.
-_MOST_STACK = {"exponential-weights+statistics-both": 128}
+_MOST_STACK = {"exponential-weights+statistics-both": 128, "exponential-kept+statistics-both": 64}
 
 
 def broken(case: Case, made: Compiled) -> str | None:
@@ -318,16 +382,25 @@ def broken(case: Case, made: Compiled) -> str | None:
         return "nobody multiplies while a program finishes its tile"
     if "wgmma.mma_async" not in made.ptx:
         return "not on the tensor cores"
-    most = MOST_INSTRUCTIONS[case.name]
-    if persistent_tile:
+    most = (MOST_INSTRUCTIONS_CAPPED if case.ceilings else MOST_INSTRUCTIONS)[case.name]
+    if persistent_tile and not case.ceilings:
         most = MOST_INSTRUCTIONS.get(f"{case.name}-persistent", most)
     return None if made.per_score <= most else f"{made.per_score:.1f} instructions a score, {most} at most"
 
 
+def all_cases(capability: int) -> Iterator[Case]:
+    """All of them."""
+    yield from cases(capability)
+    yield from persistent_cases(capability)
+    yield from kept_cases(capability)
+    yield from capped_cases(capability)
+
+
 def check(capability: int) -> int:
-    """How many 16-bit cases break their bounds; prints each."""
+    """How many 16-bit cases break their bounds; prints each. In the short form, of those that are seldom, a few."""
     wrong = 0
-    for case in (*cases(capability), *persistent_cases(capability)):
+    seldom = [*kept_cases(capability), *capped_cases(capability)]
+    for case in (*cases(capability), *persistent_cases(capability), *seldom[:: every(4)]):
         if case.dtype == "bf16":
             reason = broken(case, compile_score(case))
             kind = "persistent" if isinstance(case.tile, PersistentTile) else "score"
@@ -340,7 +413,7 @@ def table(capability: int) -> Iterator[str]:
     """The rows of a table of what the compiler makes of 16-bit operands."""
     yield "| kernel | tile | registers | programs | instructions per score |"
     yield "|---|---|---|---|---|"
-    for case in (*cases(capability), *persistent_cases(capability)):
+    for case in (*cases(capability), *persistent_cases(capability), *kept_cases(capability)):
         if case.dtype == "bf16":
             made, tile = compile_score(case), case.tile
             shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps"
@@ -364,8 +437,9 @@ if __name__ == "__main__":
         sys.exit()
     print("triton", triton.__version__)
     for capability in map(int, arguments or ("80", "90", "100")):
-        for case in (*cases(capability), *persistent_cases(capability)):
+        for case in all_cases(capability):
             kinds: list[tuple[str, Callable[[Case], Compiled]]] = [("score", compile_score), ("rest", compile_rest)]
+            kinds += [("kept", compile_kept)] * case.keeps
             for kernel, compile_kernel in kinds:
                 made = compile_kernel(case)
                 product = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in made.ptx), "no mma")

@@ -39,7 +39,7 @@ def table() -> str:
         "| loss | D | pass | panels | products | Tflop | GB | launches | limit, ms | bytes' share |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, features, each in passes(("clip_loss", "nt_xent", "sigmoid"), (256, 512, 1024)):
+    for loss, features, each in passes(("clip_loss", "info_nce", "nt_xent", "sigmoid"), (256, 512, 1024)):
         products, memory = each.flop / FLOPS, each.bytes / BANDWIDTH
         rows, cols = each.panel
         lines.append(
@@ -56,7 +56,7 @@ def panels() -> str:
         "| loss | D | pass | panel | Gflop | at 989 Tflop/s, us | MB | at 4.8 TB/s, us | panels | limit of all, ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, features, each in passes(("clip_loss", "sigmoid"), (256, 512, 768, 1024)):
+    for loss, features, each in passes(("clip_loss", "info_nce", "sigmoid"), (256, 512, 768, 1024)):
         flop, size = each.flop / each.panels, each.bytes / each.panels
         products, memory = flop / NOTEBOOK_FLOPS, size / NOTEBOOK_BANDWIDTH
         rows, cols = each.panel

@@ -28,6 +28,7 @@ floor stays as it is. test_tensor_cores.py tries the rule on simulated products.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import labelled
@@ -107,9 +108,12 @@ def _repeated(v: Tensor) -> Tensor:
 def tensor_core_errors(problem: Problem, loss: str, dtype: torch.dtype, reduction: str, product: Product) -> Outcome:
     """The absolute errors of the reference from scores that `product` makes, with its gradients rounded to `dtype`."""
     inputs = make_inputs(problem, dtype)
-    x, y, scale = inputs.x, inputs.y, inputs.scale.double()
+    x, y, scale, bias = inputs.x, inputs.y, inputs.scale.double(), inputs.candidate_bias
     if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
+    if bias is not None:
+        bias = bias.double().requires_grad_()
+        inputs = replace(inputs, candidate_bias=bias)
 
     def multiply(w: Tensor, v: Tensor) -> Tensor:
         return product(w.float(), v).double() if dtype == torch.float32 else w @ v.double()
@@ -120,6 +124,8 @@ def tensor_core_errors(problem: Problem, loss: str, dtype: torch.dtype, reductio
     if loss in TWO_VIEWS:
         dx, dy = (dx + dy).chunk(2)
     gradients = {"x": dx.to(dtype), "y": dy.to(dtype), "scale": (w * scores).sum(), "bias": w.sum()}
+    if bias is not None and bias.grad is not None:
+        gradients["candidate_bias"] = bias.grad
     truth, _ = expected(problem, loss, dtype, reduction)
     there = {name: gradients[name] for name, wanted in truth.gradients.items() if wanted is not None}
     return Outcome(value, there).map(lambda name, result: (result.double() - truth[name]).abs())

@@ -104,6 +104,12 @@ def legality(tile: Tile, capability: int, precision: str) -> str | None:
     if member == 90 and precision != "ieee" and (tile.num_warps < 4 or tile.block_m < 16 * tile.num_warps):
         return "wgmma takes groups of 4 warps with 64 rows each"
     shared, limit = tile.shared_bytes(precision), _SHARED_MEMORY[member]
+    if isinstance(tile, PersistentTile):
+        if member != 90 or precision == "ieee":
+            return "persistent programs copy 16-bit operands, or those in TF32, on Hopper"
+        if tile.parts not in (1, 2, 4) or tile.part.block_n < 64:
+            return f"parts: expected 1, 2 or 4 of at least 64 columns; got {tile.parts} of {tile.block_n}"
+        shared *= tile.programs
     if shared > limit:
         return f"{shared} bytes of shared memory, of which there are {limit}"
     return None
@@ -151,15 +157,24 @@ _PERSISTENT: dict[tuple[int, str, str, str], PersistentTile] = {
 }
 
 
-def persistent_tile_for(capability: int, precision: str, work: str, term: str) -> PersistentTile | None:
-    """The persistent tile for a compute capability, a precision, a kind of work and a pair term, if there is one."""
-    return _PERSISTENT.get((family(capability) or 80, precision, work, term))
+def persistent_tile_for(
+    capability: int, precision: str, work: str, term: str, capped: bool = False
+) -> PersistentTile | None:
+    """The persistent tile for a compute capability, a precision, a kind of work and a pair term, if there is one.
+
+    Ceilings of rows and columns take registers: then a tile has two parts, and there is none of two sides' weights.
+    """
+    tile = _PERSISTENT.get((family(capability) or 80, precision, work, term))
+    if not capped or tile is None:
+        return tile
+    return None if work in ("both", "fused") else replace(tile, parts=2)
 
 
-def persistent_tiles(capability: int, precision: str) -> list[PersistentTile]:
+def persistent_tiles(capability: int, precision: str, capped: bool = False) -> list[PersistentTile]:
     """All of a compute capability and a precision."""
-    member = family(capability) or 80
-    return [tile for key, tile in _PERSISTENT.items() if key[:2] == (member, precision)]
+    keys = [key for key in _PERSISTENT if key[:2] == (family(capability) or 80, precision)]
+    found = (persistent_tile_for(*key, capped) for key in keys)
+    return [tile for tile in found if tile is not None]
 
 
 def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:
@@ -171,13 +186,17 @@ def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:
     return "both" if two_sided else "weights"
 
 
-def tile_for(capability: int, precision: str, work: str, features: int = 0) -> Tile:
+def tile_for(capability: int, precision: str, work: str, features: int = 0, capped: bool = False) -> Tile:
     """The tile for a compute capability, a precision and a kind of work.
 
-    Features that are no whole blocks are loaded with masks, which take registers: then the tile is narrow.
+    Features that are no whole blocks are loaded with masks, which take registers: then the tile is narrow. So do
+    ceilings of rows and columns.
     """
     if precision == "ieee":
         return _IEEE
+    if capped:
+        deep = _SMALL_TF32.block_k if precision == "tf32" else 64
+        return Tile(64, 64 if work == "fused" else 128, deep, 4, 2)
     tile = _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
     odd = work != "reduce" and features % tile.block_k
     return replace(tile, block_m=128, block_n=64, block_k=32, num_warps=8) if odd else tile

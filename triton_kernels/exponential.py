@@ -12,7 +12,7 @@ import triton.language as tl
 from .pair_terms import LOG2_E, NEVER, PairTerm, exp, exp2, multiply_add
 from .pairs import below, leave_out_alike, offsets, with_columns
 
-__all__ = ["EXPONENTIAL"]
+__all__ = ["EXPONENTIAL", "referred_gain"]
 
 _INF = tl.constexpr(float("inf"))
 #: Normalisers of a usual tile lie this close to the largest one: what then underflows of a row is below e^(40 - 87) of
@@ -56,7 +56,7 @@ def _finite(shift):
 
 
 @triton.jit
-def _referred_gain(side, shift):
+def referred_gain(side, shift):
     """gain * e^(shift - normaliser), what multiplies an exponential taken against `shift`.
 
     The normaliser's two numbers are never added: where they are large their sum has lost the second one. A rest of +inf
@@ -73,7 +73,7 @@ def _refer_gain(side, shift):
     The normaliser lies so far from the shift that exponentials might underflow, or the referred gain is subnormal.
     """
     own_shift, rest, gain = side
-    referred = _referred_gain(side, shift)
+    referred = referred_gain(side, shift)
     far = (tl.abs((shift - own_shift) - rest) > _SPREAD) | (tl.abs(referred) < _TINY)
     return tl.where(far & (rest != _INF) & (gain != 0), _INF, referred)
 
@@ -94,9 +94,9 @@ def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
     row_gain = row[2]
     col_gain = col[2]
     if ROW:
-        row_gain = _referred_gain(row, high) * unit
+        row_gain = referred_gain(row, high) * unit
     if COL:
-        col_gain = _referred_gain(col, high) * unit
+        col_gain = referred_gain(col, high) * unit
     return usual, (high, slope, offset, unit / factor, row_gain, col_gain)
 
 
@@ -131,7 +131,9 @@ def _usual(
     if STATISTICS and COL:
         col_sum = tl.sum(by_col, 0) * unit
     w = e
-    if ROW and COL:
+    if not WEIGHTS:
+        pass  # nobody weighs: what is kept is the exponential itself
+    elif ROW and COL:
         if pairs[11] is None and pairs[12] is None:
             w = e * (row_gain[:, None] + col_gain[None, :])
         else:

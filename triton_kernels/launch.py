@@ -24,6 +24,7 @@ from .configs import (
     work_of,
 )
 from .exponential import EXPONENTIAL
+from .kept_launch import weigh_kept_tiles
 from .merge import merge_kernel
 from .pairs import Pairs
 from .persistent import LINE
@@ -41,8 +42,12 @@ __all__ = [
     "Pairs",
     "Scratch",
     "Vectors",
+    "forget_tiles",
     "gpu_name",
     "measure",
+    "measure_all",
+    "multiprocessors",
+    "persistent_of",
     "precision_of",
     "probe",
     "rest_programs",
@@ -86,15 +91,19 @@ class Scratch(NamedTuple):
     unusual: int
     #: the line and the gains that persistent_kernel reads
     referred: int
+    #: beside exponentials that are kept
+    row_moments: int
+    col_moments: int
 
     @classmethod
     @lru_cache(maxsize=256)
-    def of(cls, tile: Tile, rows: int, cols: int) -> Scratch:
+    def of(cls, tile: Tile, rows: int, cols: int, kept: bool = False) -> Scratch:
         """Sizes for a panel of this shape, in whole 16 bytes: each part begins as aligned as the first."""
         row_blocks, col_blocks = -(-rows // tile.block_m), -(-cols // tile.block_n)
         blocks = row_blocks * col_blocks
         referred = LINE + -(-rows // 4) * 4 + -(-cols // 4) * 4
-        sizes = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * blocks, blocks, referred)
+        of_tiles = (2 * rows * col_blocks, 2 * cols * row_blocks, 2 * blocks, blocks)
+        sizes = (*of_tiles, referred, kept * rows * col_blocks, kept * cols * row_blocks)
         return cls(*(-(-size // 4) * 4 for size in sizes))
 
 
@@ -122,28 +131,56 @@ def gpu_name(device: torch.device) -> str:
 
 
 @cache
-def tile_of(device: torch.device, precision: str, work: str, features: int) -> Tile:
-    """The tile for panels on this device: the measured one, if someone has measured, or the table's."""
+def tile_of(device: torch.device, precision: str, work: str, features: int, capped: bool = False) -> Tile:
+    """The tile for panels on this device: the measured one, if someone has measured, or the table's.
+
+    capped: the table's for ceilings of rows and columns, which nobody measures.
+    """
     if INTERPRETED:
         return _INTERPRETED_TILE
     capability = _capability(device)
+    if capped:
+        return tile_for(capability, precision, work, features, capped)
     measured = tuning.tiles.get(tuning.key(gpu_name(device), triton.__version__, precision, work, features))
     if measured is not None and legality(measured, capability, precision) is None:
         return measured
     return tile_for(capability, precision, work, features)
 
 
-def scratch_floats(rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int) -> int:
-    """float32 that the partial results of a panel take at most."""
-    return _scratch_floats(rows, cols, device, precision_of(dtype), features)
+@cache
+def persistent_of(
+    device: torch.device, precision: str, work: str, term: str, features: int, capped: bool = False
+) -> PersistentTile | None:
+    """The same of persistent tiles, if there is one; those of the exponential term are measured."""
+    capability = _capability(device)
+    tile = persistent_tile_for(capability, precision, work, term, capped)
+    if tile is None or capped or term != "exponential":
+        return tile
+    name = tuning.key(gpu_name(device), triton.__version__, precision, tuning.persistently(work), features)
+    measured = tuning.tiles.get(name)
+    if isinstance(measured, PersistentTile) and legality(measured, capability, precision) is None:
+        return measured
+    return tile
+
+
+def scratch_floats(
+    rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int, kept: bool = False,
+    capped: bool = False,
+) -> int:  # fmt: skip
+    """float32 that the partial results of a panel take at most; kept: beside exponentials; capped: with ceilings."""
+    return _scratch_floats(rows, cols, device, precision_of(dtype), features, kept, capped)
 
 
 @lru_cache(maxsize=256)
-def _scratch_floats(rows: int, cols: int, device: torch.device, precision: str, features: int) -> int:
-    tiles = {tile_of(device, precision, work, features) for work in WORKS}
+def _scratch_floats(
+    rows: int, cols: int, device: torch.device, precision: str, features: int, kept: bool, capped: bool
+) -> int:
+    tiles = {tile_of(device, precision, work, features, capped) for work in WORKS}
     if not INTERPRETED:
-        tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision)}
-    return max(sum(Scratch.of(tile, rows, cols)) for tile in tiles)
+        tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision, capped)}
+        measured = (persistent_of(device, precision, work, "exponential", features, capped) for work in WORKS)
+        tiles |= {tile.part for tile in measured if tile is not None}
+    return max(sum(Scratch.of(tile, rows, cols, kept)) for tile in tiles)
 
 
 def run_panel(
@@ -159,30 +196,38 @@ def run_panel(
     factor: Tensor | None = None,
     dparams: Tensor | None = None,
     tile: Tile | None = None,
+    kept: bool = False,
 ) -> None:
     """One panel: its statistics into the states, its weights times `factor`, its sums into dparams [2].
 
     x [R, D], y [C, D] with dense rows; params [3]; scratch: at least scratch_floats of float32. The tile is chosen
-    unless it is given.
+    unless it is given. kept: the statistics, without a factor, leave exponentials in the weights' place and sums in the
+    scratch, and the weights are made of these.
     """
     (n, d), m = x.shape, y.shape[0]
-    has_row, has_col = ((v.state if weights is None else v.gain) is not None for v in (row, col))
+    keeps = kept and factor is None
+    weighs = weights is not None and not keeps
+    has_row, has_col = ((v.gain if weighs else v.state) is not None for v in (row, col))
     precision = precision_of(x.dtype)
     statistics = row.state is not None or col.state is not None
-    work = work_of(weights is not None, statistics, has_row and has_col)
+    work = "fused" if kept else work_of(weighs, statistics, has_row and has_col)
     if tile is None:
-        tile = _persistent_tile(x, y, weights, precision, work, term) or tile_of(x.device, precision, work, d)
+        chosen = precision, work, pairs.capped
+        tile = _persistent_tile(x, y, weights, *chosen, term) or tile_of(x.device, *chosen[:2], d, pairs.capped)
     persistent = tile if isinstance(tile, PersistentTile) else None
     tile = tile if persistent is None else persistent.part
-    row_blocks, col_blocks = -(-n // tile.block_m), -(-m // tile.block_n)
-    sizes = Scratch.of(tile, n, m)
-    row_partials, col_partials, params_partials, unusual, referred = scratch[: sum(sizes)].split_with_sizes(sizes)
+    blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
+    sizes = Scratch.of(tile, n, m, kept)
+    parts = scratch[: sum(sizes)].split_with_sizes(sizes)
+    row_partials, col_partials, params_partials, unusual, referred, row_moments, col_moments = parts
     of_pairs = pairs.arguments(n, m, row.target, col.target)
     values = params, *of_pairs, row.normalizer, row.gain, col.normalizer, col.gain
     outputs = (
         None if row.state is None else row_partials,
         None if col.state is None else col_partials,
         None if dparams is None else params_partials,
+        row_moments if keeps else None,
+        col_moments if keeps and has_col else None,
         unusual,
     )
     arguments = Arguments(
@@ -196,8 +241,10 @@ def run_panel(
         "INPUT_PRECISION": "ieee" if precision == "ieee" else "tf32",
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
     }  # fmt: skip
-    blocks = row_blocks * col_blocks
-    if persistent is not None:
+    if kept and weights is not None and not keeps:
+        kept_parts = row_partials, col_partials, row_moments, col_moments, outputs[2], unusual
+        weigh_kept_tiles(TERMS[term], tile, params, row, col, weights, factor, kept_parts)
+    elif persistent is not None:
         start_tiles(persistent, x, y, weights, referred, (*values, factor, *outputs), constants)
     else:
         _launch(
@@ -210,6 +257,14 @@ def run_panel(
         arguments, **constants, BLOCK_K=rest.block_k, EVEN_K=d % rest.block_k == 0, PIECE=rest.block_n,
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
+    _merge(term, tile, row, col, row_partials, col_partials, dparams, params_partials, n, m)
+
+
+def _merge(
+    term: str, tile: Tile, row: Vectors, col: Vectors, row_partials: Tensor, col_partials: Tensor,
+    dparams: Tensor | None, params_partials: Tensor, n: int, m: int,
+) -> None:  # fmt: skip
+    """A panel's partial results into the states and dparams, as far as they are wanted."""
     programs = sum(-(-size // MERGE_BLOCK) for size, v in ((n, row), (m, col)) if v.state is not None)
     programs += dparams is not None
     if programs:
@@ -218,7 +273,7 @@ def run_panel(
             merge_kernel, programs,
             Arguments(
                 row.state, col.state, row_partials, col_partials, dparams, params_partials,
-                n, m, row_blocks, col_blocks,
+                n, m, -(-n // tile.block_m), -(-m // tile.block_n),
                 *(0 if v.state is None else v.state.stride(0) for v in (row, col)),
             ),
             TERM=TERMS[term], STATE_ROWS=states[0].shape[0] if states else 1,
@@ -228,12 +283,12 @@ def run_panel(
 
 
 def _persistent_tile(
-    x: Tensor, y: Tensor, weights: Tensor | None, precision: str, work: str, term: str
+    x: Tensor, y: Tensor, weights: Tensor | None, precision: str, work: str, capped: bool, term: str
 ) -> PersistentTile | None:
     """The tile of persistent_kernel for a large panel that the TMA unit can copy."""
     if INTERPRETED or x.numel() == 0:
         return None
-    tile = persistent_tile_for(_capability(x.device), precision, work, term)
+    tile = persistent_of(x.device, precision, work, term, x.shape[1], capped)
     if tile is None or not tile.fills(x.shape[0], y.shape[0], multiprocessors(x.device)):
         return None
     return tile if copies_by_tma(x, y, *(() if weights is None else (weights,))) else None
@@ -274,8 +329,11 @@ def probe(device: torch.device, work: str, features: int, dtype: torch.dtype, si
     return run
 
 
-def measure(device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int) -> Tile:
-    """The fastest legal tile for panels of side x side scores, by the GPU's own clock."""
+def measure(
+    device: torch.device, precision: str, work: str, features: int, dtype: torch.dtype, side: int,
+    candidates: list[Tile] | None = None,
+) -> Tile:  # fmt: skip
+    """The fastest legal tile for panels of side x side scores, by the GPU's own clock; or of these candidates."""
     from triton.testing import do_bench
 
     run = probe(device, work, features, dtype, side)
@@ -286,5 +344,24 @@ def measure(device: torch.device, precision: str, work: str, features: int, dtyp
         except triton.runtime.errors.OutOfResources:
             return None
 
-    best, _ = tuning.fastest(tuning.candidates(_capability(device), precision, work), seconds)
+    tried = tuning.candidates(_capability(device), precision, work) if candidates is None else candidates
+    best, _ = tuning.fastest(tried, seconds)
     return best
+
+
+def measure_all(
+    device: torch.device, precision: str, features: int, dtype: torch.dtype, side: int
+) -> dict[str, Tile]:  # fmt: skip
+    """The same by kind of work, for usual programs and, where there are any, for persistent ones."""
+    found = {work: measure(device, precision, work, features, dtype, side) for work in WORKS}
+    for work in WORKS:
+        if persistent := tuning.persistent_candidates(_capability(device), precision, work):
+            name = tuning.persistently(work)
+            found[name] = measure(device, precision, work, features, dtype, side, persistent)
+    return found
+
+
+def forget_tiles() -> None:
+    """What was chosen by measured tiles is chosen anew."""
+    for remembered in (tile_of, persistent_of, _scratch_floats):
+        remembered.cache_clear()

@@ -72,6 +72,11 @@ class Pairs(NamedTuple):
         )  # fmt: skip
 
     @property
+    def capped(self) -> bool:
+        """Whether scores may be too high to count."""
+        return self.row_ceiling is not None or self.col_ceiling is not None
+
+    @property
     def width(self) -> int:
         """Columns that a row leaves out."""
         return 0 if self.columns is None else self.columns.shape[1]

@@ -101,14 +101,15 @@ def persistent_kernel(
     line_ptr,  # [LINE] and the referred gains, of refer_kernel; or None
     row_referred_ptr,  # [R] or None
     col_referred_ptr,  # [C] or None
-    factor_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
+    factor_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr,
     R, C, D,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """This program's share of the tiles; see score_kernel."""
-    WEIGHTS: tl.constexpr = weights_desc is not None
+    STORES: tl.constexpr = weights_desc is not None
+    WEIGHTS: tl.constexpr = STORES and row_moments_ptr is None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     scale, bias, center = load_params(params_ptr)
     usual = (scale > 1e-18) & (scale < 1e18)
@@ -146,8 +147,8 @@ def persistent_kernel(
                 _finish_part(
                     parts[part], usual, pairs, (shift, slope, offset, unit), scale, bias, center, factor, row_block,
                     col_block * PARTS + part, weights_desc, row_referred_ptr, col_referred_ptr, row_partials_ptr,
-                    col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
-                    TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
+                    col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr, R, C,
+                    TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS, STORES,
                 )  # fmt: skip
 
 
@@ -175,9 +176,10 @@ def _parts(scores, PARTS: tl.constexpr):
 @triton.jit
 def _finish_part(
     scores, usual, pairs, line, scale, bias, center, factor, row_block, col_block, weights_desc,
-    row_referred_ptr, col_referred_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
+    row_referred_ptr, col_referred_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr,
+    col_moments_ptr, unusual_ptr, R, C,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
-    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
+    WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """Finishes all columns of a tile, or a part of them."""
     row0 = row_block * scores.shape[0]
@@ -195,8 +197,8 @@ def _finish_part(
     referred = (line[0], line[1], line[2], line[3], row_gain, col_gain)
     w = finish_tile(
         scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor,
-        row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
-        TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
+        row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr,
+        col_moments_ptr, unusual_ptr, R, C, TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip
-    if WEIGHTS:
+    if STORES:
         weights_desc.store([row0, col0], w.to(weights_desc.dtype))

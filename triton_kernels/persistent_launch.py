@@ -13,10 +13,10 @@ from .configs import PersistentTile
 from .persistent import LINE, persistent_kernel, refer_kernel
 from .start import INTERPRETED, Arguments, start
 
-__all__ = ["copies_by_tma", "multiprocessors", "start_tiles"]
+__all__ = ["REFERRED_ROWS", "REFERRED_SAMPLE", "copies_by_tma", "multiprocessors", "start_tiles"]
 
 #: Rows of a program of refer_kernel, and normalisers that it takes the mean of.
-_BLOCK, _SAMPLE = 1024, 1024
+REFERRED_ROWS, REFERRED_SAMPLE = 1024, 1024
 
 
 def copies_by_tma(*operands: Tensor) -> bool:
@@ -49,20 +49,24 @@ def start_tiles(
 
     referred: float32 for the line and the gains of rows and columns.
     """
-    params, *pairs, row_normalizer, row_gain, col_normalizer, col_gain = score_arguments[:-5]
-    factor, row_partials, col_partials, params_partials, unusual = score_arguments[-5:]
+    params, *pairs, row_normalizer, row_gain, col_normalizer, col_gain = score_arguments[:-7]
+    factor, *partials = score_arguments[-7:]
     (n, d), m = x.shape, y.shape[0]
     term, has_row, has_col = constants["TERM"], constants["ROW"], constants["COL"]
     line = row_referred = col_referred = None
-    if weights is not None:
+    weighs = weights is not None and factor is not None  # else exponentials are kept, or nothing
+    if weighs:
         line, row_referred, col_referred = referred.split_with_sizes((LINE, -(-n // 4) * 4, -(-m // 4) * 4))
         start(
-            refer_kernel, has_row * -(-n // _BLOCK) + has_col * -(-m // _BLOCK),
+            refer_kernel, has_row * -(-n // REFERRED_ROWS) + has_col * -(-m // REFERRED_ROWS),
             Arguments(
                 params, factor, row_normalizer, row_gain, col_normalizer, col_gain, line, row_referred, col_referred,
                 n, m, *(0 if v is None else v.stride(0) for v in (row_normalizer, col_normalizer)),
             ),
-            {"TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": _BLOCK, "SAMPLE": _SAMPLE, "num_warps": 4},
+            {
+                "TERM": term, "ROW": has_row, "COL": has_col, "BLOCK": REFERRED_ROWS, "SAMPLE": REFERRED_SAMPLE,
+                "num_warps": 4,
+            },
         )  # fmt: skip
     blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
     programs = 2 if INTERPRETED else tile.programs * multiprocessors(x.device)
@@ -72,8 +76,7 @@ def start_tiles(
             _blocks_of(x, tile.block_m, tile.block_k), _blocks_of(y, tile.block_n, tile.block_k),
             None if weights is None else _blocks_of(weights, tile.block_m, tile.part.block_n),
             params, *pairs, line,
-            row_referred if has_row else None, col_referred if has_col else None, factor,
-            row_partials, col_partials, params_partials, unusual, n, m, d,
+            row_referred if has_row else None, col_referred if has_col else None, factor, *partials, n, m, d,
         ),
         {
             "TERM": term, "ROW": has_row, "COL": has_col, "COLUMNS": constants["COLUMNS"],

@@ -23,7 +23,7 @@ from .pairs import (
     logits,
 )
 
-__all__ = ["finish_tile", "load_params", "rest_kernel", "score_kernel", "tile_place"]
+__all__ = ["finish_tile", "load_params", "load_side", "rest_kernel", "score_kernel", "tile_place"]
 
 #: What a tile's sums stay below unless a weight has overflowed.
 _LARGEST = tl.constexpr(1e38)
@@ -67,7 +67,7 @@ def tile_place(tile, R, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def _load_side(normalizer_ptr, normalizer_stride, gain_ptr, index, n, HAS: tl.constexpr, BLOCK: tl.constexpr):
+def load_side(normalizer_ptr, normalizer_stride, gain_ptr, index, n, HAS: tl.constexpr, BLOCK: tl.constexpr):
     """(shift, rest, gain) of one side, each [BLOCK]; past the end, those of a row without negatives."""
     shift = tl.zeros([BLOCK], tl.float32)
     rest = tl.full([BLOCK], float("inf"), tl.float32)
@@ -90,6 +90,12 @@ def _store_statistics(partials_ptr, block, index, n, shift, total):
 
 
 @triton.jit
+def _store_moments(moments_ptr, block, index, n, moment):
+    """moments [blocks, n]: of every row (or column), this block's sum of exponential * (score - center)."""
+    tl.store(moments_ptr + block.to(tl.int64) * n + index, moment, mask=index < n)
+
+
+@triton.jit
 def _store_weights(weights_ptr, stride, w, rows, cols, R, C):
     ptrs = weights_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tl.store(ptrs, w.to(weights_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < C)[None, :])
@@ -105,11 +111,14 @@ def load_params(params_ptr):
 @triton.jit
 def finish_tile(
     scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block, rows, cols,
-    row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
+    row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr, R, C,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's weights, from its scores; its statistics and sums are stored, and whether it is unusual."""
+    """A tile's weights, from its scores; its statistics and sums are stored, and whether it is unusual.
+
+    Where there is room for moments, it is the exponentials of a usual tile instead of weights.
+    """
     if not complete:
         scores = leave_out(scores, NEVER, pairs, rows, cols, R, C, COLUMNS)
     ids = load_ids(pairs, rows, cols, R, C)
@@ -133,6 +142,10 @@ def finish_tile(
             _store_statistics(row_partials_ptr, col_block, rows, R, row_shift, row_sum)
         if col_partials_ptr is not None:
             _store_statistics(col_partials_ptr, row_block, cols, C, col_shift, col_sum)
+    if row_moments_ptr is not None:
+        _store_moments(row_moments_ptr, col_block, rows, R, tl.sum(w * (scores - center), 1))
+    if col_moments_ptr is not None:
+        _store_moments(col_moments_ptr, row_block, cols, C, tl.sum(w * (scores - center), 0))
     tl.store(unusual_ptr + block, tl.where(usual, 0.0, 1.0))
     return w
 
@@ -162,11 +175,13 @@ def score_kernel(
     row_gain_ptr,  # [R] or None
     col_normalizer_ptr,  # [2, C] or None
     col_gain_ptr,  # [C] or None
-    weights_ptr,  # [R, C] or None: dL/dz * factor
+    weights_ptr,  # [R, C] or None: dL/dz * factor; or, where there is room for moments, exponentials
     factor_ptr,  # [1] what the weights are multiplied by
     row_partials_ptr,  # [column blocks, 2, R] or None
     col_partials_ptr,  # [row blocks, 2, C] or None
     params_partials_ptr,  # [blocks, 2] or None
+    row_moments_ptr,  # [column blocks, R] or None: statistics are made, and exponentials kept
+    col_moments_ptr,  # [row blocks, C] or None
     unusual_ptr,  # [blocks] becomes 1 where a tile is left to rest_kernel, else 0
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
@@ -174,7 +189,7 @@ def score_kernel(
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile: scores, then statistics for the sides that have partials, and weights where there is room for them."""
-    WEIGHTS: tl.constexpr = weights_ptr is not None
+    WEIGHTS: tl.constexpr = weights_ptr is not None and row_moments_ptr is None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     row_block, col_block = tile_place(tl.program_id(0), R, C, BLOCK_M, BLOCK_N, GROUP)
     row0 = row_block * BLOCK_M
@@ -194,8 +209,8 @@ def score_kernel(
     referred = (0.0,)
     if WEIGHTS:
         factor = tl.load(factor_ptr)
-        row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, ROW, BLOCK_M)
-        col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, COL, BLOCK_N)
+        row = load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, ROW, BLOCK_M)
+        col = load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, COL, BLOCK_N)
         narrow, referred = TERM.refer(row, col, scale, bias, factor, ROW, COL)
         usual = usual & narrow
     complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
@@ -205,10 +220,10 @@ def score_kernel(
     )  # fmt: skip
     w = finish_tile(
         scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block,
-        rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr, R, C,
-        TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
+        rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr,
+        unusual_ptr, R, C, TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip
-    if WEIGHTS:
+    if weights_ptr is not None:
         _store_weights(weights_ptr, weights_stride, w, rows, cols, R, C)
 
 
@@ -217,7 +232,7 @@ def rest_kernel(
     x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, row_ceiling_ptr, col_ceiling_ptr,
     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
-    row_partials_ptr, col_partials_ptr, params_partials_ptr, unusual_ptr,
+    row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -246,7 +261,8 @@ def rest_kernel(
                     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
                     row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
                     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
-                    TERM, ROW, COL, COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST, PIECE,
+                    TERM, ROW, COL, COLUMNS, weights_ptr is not None and row_moments_ptr is None,
+                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST, PIECE,
                 )  # fmt: skip
 
 
@@ -255,16 +271,15 @@ def _any_tile(
     x_ptr, y_ptr, params_ptr, pairs, row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr,
     weights_ptr, factor_ptr, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_block, col_block,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
-    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
+    TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One tile, with a shift for each row and each column."""
-    WEIGHTS: tl.constexpr = weights_ptr is not None
     STATISTICS: tl.constexpr = row_partials_ptr is not None or col_partials_ptr is not None
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     scale, bias, center = load_params(params_ptr)
-    row = _load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
+    row = load_side(row_normalizer_ptr, row_normalizer_stride, row_gain_ptr, rows, R, WEIGHTS and ROW, BLOCK_M)
     shift = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     dscale = 0.0
@@ -279,7 +294,7 @@ def _any_tile(
         ids = load_ids(pairs, rows, cols, R, C)
         z = TERM.alike(z, z, of_cols, pairs, ids, False)
         z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
-        col = _load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
+        col = load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
         ceilings = load_ceilings(pairs, rows, cols, R, C)
         by_row = below(z, -float("inf"), scores, scale, pairs, ceilings, True)
         by_col = below(z, -float("inf"), scores, scale, pairs, ceilings, False)

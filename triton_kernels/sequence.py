@@ -11,14 +11,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .start import Arguments, compiled_members, may_start_directly, starter
 
-__all__ = ["Launch", "Launches", "Layout", "Place", "given", "number"]
+__all__ = ["Blocks", "Launch", "Launches", "Layout", "Place", "given", "number"]
 
 #: Sets of addresses that a sequence remembers.
 _REMEMBERED = 16
+
+
+class Blocks(NamedTuple):
+    """A matrix as the TMA unit copies it: its shape, its rows' stride, and the shape of a block."""
+
+    shape: tuple[int, int]
+    stride: int
+    block: tuple[int, int]
+
+    def of(self, base: Any) -> TensorDescriptor:
+        """The descriptor of such a matrix at a tensor's address."""
+        return TensorDescriptor(base, list(self.shape), [self.stride, 1], list(self.block))
+
+
+class _At(NamedTuple):
+    """An address, which stands for the tensor that lies there."""
+
+    address: int
+    dtype: torch.dtype | None
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 class Place(NamedTuple):
@@ -28,14 +51,17 @@ class Place(NamedTuple):
     source: int
     #: in bytes, from the tensor's beginning
     offset: Any
-    #: of a part
+    #: of a part, or of a matrix in blocks
     dtype: torch.dtype | None = None
+    blocks: Blocks | None = None
 
     def value(self, values: Sequence[Any]) -> Any:
         """The argument as Triton's own way of starting takes it."""
         if not self.source:
             return self.offset
         value = values[self.source - 1]
+        if self.blocks is not None:
+            return self.blocks.of(value.detach())
         if self.dtype is None:
             return value.detach() if isinstance(value, Tensor) else value
         return value.view(-1).view(torch.uint8)[self.offset :].view(self.dtype)
@@ -73,6 +99,7 @@ class Launch:
         self.direct: tuple[Any, Any, Any] | None = None
         #: (source, offset); what stands for None is never read: the compiled kernel has no such argument
         self._raw = tuple([(p.source, 0 if p.offset is None else p.offset) for p in places])
+        self._blocks = [(k, p.blocks, p.dtype) for k, p in enumerate(places) if p.blocks is not None]
         self._rest = tuple([constants[name] for name in kernel.arg_names[len(places) :]])
 
     def start_by_triton(self, values: Sequence[Any]) -> None:
@@ -86,6 +113,8 @@ class Launch:
         assert self.direct is not None
         run, function, metadata = self.direct
         arguments = [bases[source] + offset for source, offset in self._raw]
+        for position, blocks, dtype in self._blocks:
+            arguments[position] = blocks.of(_At(arguments[position], dtype))
         start, more = starter(run)
         own = (self.programs, 1, 1, stream, function, *more, metadata, None, None, None)
         return start, (*own, *arguments, *self._rest)

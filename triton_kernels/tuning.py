@@ -14,16 +14,27 @@ from typing import Any
 
 import torch.hub
 
-from .configs import Tile, legality, tile_for
+from .configs import PersistentTile, Tile, legality, persistent_tile_for, tile_for
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["TunedTiles", "bucket", "candidates", "default_path", "fastest", "key", "tiles"]
+__all__ = [
+    "TunedTiles",
+    "bucket",
+    "candidates",
+    "default_path",
+    "fastest",
+    "key",
+    "persistent_candidates",
+    "persistently",
+    "tiles",
+]
 
-_NUMBERS = {field.name for field in dataclasses.fields(Tile)}
+#: The kinds of tiles, by their numbers.
+_KINDS = {frozenset(field.name for field in dataclasses.fields(kind)): kind for kind in (Tile, PersistentTile)}
 
 
 def bucket(features: int) -> int:
@@ -45,6 +56,22 @@ def candidates(capability: int, precision: str, work: str) -> list[Tile]:
         deep = 64 if precision == "16-bit" else 32
         shapes = [(m, n, k) for m in (64, 128) for n in (64, 128, 256) for k in (deep // 2, deep)]
     tried = [Tile(*shape, warps, stages) for shape in shapes for warps in (4, 8) for stages in (2, 3, 4)]
+    return [own, *(tile for tile in tried if tile != own and legality(tile, capability, precision) is None)]
+
+
+def persistently(work: str) -> str:
+    """A kind of work, done by persistent programs."""
+    return f"{work}, persistent"
+
+
+def persistent_candidates(capability: int, precision: str, work: str) -> list[Tile]:
+    """The same of persistent tiles for the exponential term; none where there is none in the table."""
+    own = persistent_tile_for(capability, precision, work, "exponential")
+    if own is None:
+        return []
+    shapes = [(128, cols, own.block_k, warps) for cols in (128, 256) for warps in (4, 8)]
+    kinds = [(stages, parts, programs) for stages in (3, 4) for parts in (1, 2, 4) for programs in (2, 1)]
+    tried = [PersistentTile(*s, stages, parts=parts, programs=p) for s in shapes for stages, parts, p in kinds]
     return [own, *(tile for tile in tried if tile != own and legality(tile, capability, precision) is None)]
 
 
@@ -143,10 +170,10 @@ class TunedTiles:
 def _tiles_in(entries: dict[str, Any]) -> dict[str, Tile]:
     """Those entries that are tiles."""
     return {
-        name: Tile(**entry)
+        name: _KINDS[frozenset(entry)](**entry)
         for name, entry in entries.items()
         if isinstance(entry, dict)
-        and set(entry) == _NUMBERS
+        and frozenset(entry) in _KINDS
         and all(type(number) is int and number > 0 for number in entry.values())
     }
 

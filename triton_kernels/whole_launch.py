@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .configs import Tile, rest_of
+from .configs import PersistentTile, Tile, rest_of
+from .persistent import LINE, persistent_kernel, refer_kernel
+from .persistent_launch import REFERRED_ROWS, REFERRED_SAMPLE
 from .score import rest_kernel, score_kernel
-from .sequence import Launch, Launches, Layout, Place, given, number
+from .sequence import Blocks, Launch, Launches, Layout, Place, given, number
 from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
 from .whole import (
@@ -29,6 +31,9 @@ __all__ = ["Form", "WholeRatio", "WholeSigmoid", "WholeSoftmax", "add_product", 
 #: Rows of a program that finishes gradients; numbers that the totals' program takes at a time.
 _ROWS, _TOTALS = 16, 1024
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
+#: From so many scores on, persistent programs save the GPU more than their descriptors take the host: tens of
+#: microseconds.
+PERSISTENT_SCORES = 2**24
 _NOTHING = number(None)
 #: The call's values in the forward pass; then extras and the index of positives, as far as there are any.
 _X, _Y, _VALUE, _KEPT, _WEIGHTS, _SCALE, _BIAS, _MORE = range(1, 9)
@@ -260,7 +265,9 @@ class _Panel:
     def __init__(self, whole: _Whole, work: str) -> None:
         form, take = whole.form, whole.room.take
         self.whole, self.weighs = whole, work != "reduce"
-        self.tile = tile = launch.tile_of(form.device, whole.precision, work, form.features)
+        self.persistent = persistent_tile_of(form, whole.precision, work, whole.term, whole.stride)
+        tile = launch.tile_of(form.device, whole.precision, work, form.features)
+        self.tile = tile = tile if self.persistent is None else self.persistent.part
         self.row_blocks, self.col_blocks = -(-form.rows // tile.block_m), -(-form.cols // tile.block_n)
         self.blocks = self.row_blocks * self.col_blocks
         sizes = launch.Scratch.of(tile, form.rows, form.cols)
@@ -271,16 +278,23 @@ class _Panel:
         if self.weighs and (form.wants[2] or form.wants[3]):
             self.params_partials = take(sizes.params)
         self.unusual = take(sizes.unusual)
+        self.line = self.row_referred = self.col_referred = _NOTHING
+        if self.persistent is not None and self.weighs:
+            self.line, self.row_referred = take(LINE), take(form.rows)
+            self.col_referred = take(form.cols) if form.both else _NOTHING
 
     def launches(self, sides: tuple[Place, ...]) -> list[Launch]:
         """Usual tiles, and the rest; with normaliser and gain of both sides."""
         whole, form, tile = self.whole, self.whole.form, self.tile
         n, m, d = form.rows, form.cols, form.features
+        pairs = (
+            number(0 if form.symmetric else form.offset), whole.index, number(0),
+            *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 2,
+        )  # fmt: skip
+        outputs = self.row_partials, self.col_partials, self.params_partials, _NOTHING, _NOTHING, self.unusual
         places = (
-            given(_X), given(_Y), whole.params, number(0 if form.symmetric else form.offset), whole.index, number(0),
-            *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 2, *sides,
-            *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)),
-            self.row_partials, self.col_partials, self.params_partials, self.unusual,
+            given(_X), given(_Y), whole.params, *pairs, *sides,
+            *((given(_WEIGHTS), whole.params) if self.weighs else (_NOTHING, _NOTHING)), *outputs,
             *map(number, (n, m, d, d, d, whole.stride if self.weighs else 0)),
             *(number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))),
         )  # fmt: skip
@@ -291,13 +305,63 @@ class _Panel:
             "UPCAST": launch.INTERPRETED and form.dtype == torch.bfloat16,
         }  # fmt: skip
         rest = rest_of(tile)
+        first = [Launch(score_kernel, self.blocks, places, **constants, **_of_tile(tile, d))]
+        if self.persistent is not None:
+            first = self._persistent_launches(self.persistent, sides, pairs, outputs, constants)
         return [
-            Launch(score_kernel, self.blocks, places, **constants, **_of_tile(tile, d)),
+            *first,
             Launch(
                 rest_kernel, launch.rest_programs(self.blocks), places, **constants, **_of_tile(rest, d),
                 PIECE=rest.block_n, TILES=launch.REST_TILES,
             ),
         ]  # fmt: skip
+
+    def _persistent_launches(
+        self, tile: PersistentTile, sides: tuple[Place, ...], pairs: tuple[Place, ...], outputs: tuple[Place, ...],
+        constants: dict[str, Any],
+    ) -> list[Launch]:  # fmt: skip
+        """Gains referred to one shift, where there are any, and persistent programs instead of one for each tile."""
+        whole, form = self.whole, self.whole.form
+        n, m, d = form.rows, form.cols, form.features
+        sided = {name: constants[name] for name in ("TERM", "ROW", "COL")}
+        lengths = [number(0 if side is _NOTHING else length) for side, length in zip(sides[::2], (n, m))]
+        refer = Launch(
+            refer_kernel, sum(-(-k // REFERRED_ROWS) for k in ((n, m) if form.both else (n,))),
+            (
+                whole.params, whole.params, *sides, self.line, self.row_referred, self.col_referred,
+                number(n), number(m), *lengths,
+            ),
+            **sided, BLOCK=REFERRED_ROWS, SAMPLE=REFERRED_SAMPLE, num_warps=4,
+        )  # fmt: skip
+        weights = Blocks((n, m), whole.stride, (tile.block_m, tile.part.block_n))
+        programs = 2 if launch.INTERPRETED else tile.programs * launch.multiprocessors(form.device)
+        persistent = Launch(
+            persistent_kernel, min(-(-n // tile.block_m) * -(-m // tile.block_n), programs),
+            (
+                Place(_X, 0, form.dtype, Blocks((n, d), d, (tile.block_m, tile.block_k))),
+                Place(_Y, 0, form.dtype, Blocks((m, d), d, (tile.block_n, tile.block_k))),
+                Place(_WEIGHTS, 0, form.dtype, weights) if self.weighs else _NOTHING,
+                whole.params, *pairs, self.line, self.row_referred, self.col_referred,
+                whole.params if self.weighs else _NOTHING, *outputs, number(n), number(m), number(d),
+            ),
+            **sided, COLUMNS=constants["COLUMNS"], EQUAL_IDS=0,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group, PARTS=tile.parts,
+            UPCAST=constants["UPCAST"], num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return [refer, persistent] if self.weighs else [persistent]
+
+
+def persistent_tile_of(
+    form: Form, precision: str, work: str, term: str, weights_stride: int
+) -> PersistentTile | None:  # fmt: skip
+    """The tile of persistent_kernel for a large matrix that the TMA unit can copy."""
+    size = form.dtype.itemsize
+    if launch.INTERPRETED or form.rows * form.cols < PERSISTENT_SCORES or form.features * size % 16:
+        return None
+    tile = launch.persistent_of(form.device, precision, work, term, form.features)
+    if tile is None or weights_stride * size % 16:
+        return None
+    return tile if tile.fills(form.rows, form.cols, launch.multiprocessors(form.device)) else None
 
 
 def _of_tile(tile: Tile, features: int) -> dict[str, Any]:

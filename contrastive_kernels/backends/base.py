@@ -115,16 +115,23 @@ class Backend:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
         raise NotImplementedError
 
+    def keeps(self, dtype: torch.dtype, features: int) -> bool:
+        """Whether `reduce_panel` can leave behind what `weight_panel` wants, so that scores are not made twice."""
+        return False
+
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that it wants beside for a panel of R rows and C columns; its route has a bound."""
         return 0
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
-        """Folds the panel into row.state and col.state."""
+        """Folds the panel into row.state and col.state; where it keeps, it may write to weights and scratch."""
         raise NotImplementedError
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
-        """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are."""
+        """Leaves factor * dL/dz in panel.weights, its sums in panel.dparams; folds into the states there are.
+
+        Of a panel that keeps, they are made of what `reduce_panel` has left there and in the scratch.
+        """
         raise NotImplementedError
 
     def search_panel(self, term: PairTerm, panel: SearchPanel) -> None:

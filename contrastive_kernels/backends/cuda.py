@@ -82,6 +82,14 @@ class CudaBackend(Backend):
         """Weights are multiplied with the operands, in their dtype."""
         return dtype
 
+    def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
+        """The weights of a band have no product of their own."""
+        return (3, 2) if size.band else self.route(size).launches
+
+    def keeps(self, dtype: torch.dtype, features: int) -> bool:
+        """The scores, of operands that never go to the tensor cores' kernel; float16 weights want one factor."""
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and features % 8 > 0)
+
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that a panel wants: partial results and, on the portable route, the scores."""
         return _partial_floats(rows, cols) + (rows * cols if self.route(size).scores_in_scratch else 0)
@@ -93,7 +101,7 @@ class CudaBackend(Backend):
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         memory = _memory(panel)
         factor = {} if panel.factor is None else {"factor": panel.factor.data_ptr()}
-        _C.cuda_weight_panel(**_fields(term, panel, memory), **weight_fields(panel), **factor)
+        _C.cuda_weight_panel(**_fields(term, panel, memory, panel.keeps), **weight_fields(panel), **factor)
 
 
 def _built_for(capability: int) -> list[int]:
@@ -184,8 +192,11 @@ def _on_tensor_cores(panel: Panel) -> bool:
     return not panel.scores_ready and _suits_tensor_cores(panel.x) and _suits_tensor_cores(panel.y)
 
 
-def _fields(term: PairTerm, panel: Panel, memory: Tensor) -> dict[str, int]:
-    """What both operations are told: the scores or what makes them, where to run, the scratch."""
+def _fields(term: PairTerm, panel: Panel, memory: Tensor, made: bool = False) -> dict[str, int]:
+    """What both operations are told: the scores or what makes them, where to run, the scratch.
+
+    made: the other operation has left the scores in the scratch.
+    """
     rows, cols = _shape(panel)
     partial = _partial_floats(rows, cols)
     fields = {"scratch": memory.data_ptr(), "scratch_bytes": 4 * partial}
@@ -194,7 +205,8 @@ def _fields(term: PairTerm, panel: Panel, memory: Tensor) -> dict[str, int]:
     elif panel.scores_ready:
         fields |= score_fields(panel.scores)
     else:
-        fields |= score_fields(_product(panel.x, panel.y, memory[partial : partial + rows * cols].view(rows, cols)))
+        scores = memory[partial : partial + rows * cols].view(rows, cols)
+        fields |= score_fields(scores if made else _product(panel.x, panel.y, scores))
     if memory.is_cuda:
         stream = torch.cuda.current_stream(memory.device)
         fields |= {"device": memory.get_device(), "stream": stream.cuda_stream}

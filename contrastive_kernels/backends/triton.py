@@ -24,6 +24,8 @@ __all__ = ["SCRATCH_PER_ROW", "SCRATCH_PER_SCORE", "TritonBackend"]
 _SMALLEST_TILE = 64
 SCRATCH_PER_SCORE = 16 / _SMALLEST_TILE + 12 / _SMALLEST_TILE**2
 SCRATCH_PER_ROW = 20.0
+#: ... and 4 per row and per column of a tile whose exponentials are kept.
+KEPT_PER_SCORE = 8 / _SMALLEST_TILE
 
 #: The kernels of usual tiles and of the rest, and the one that merges, for a reduce panel and for a weight panel with
 #: sums for params.
@@ -61,10 +63,12 @@ class TritonBackend(Backend):
     def route(self, size: Size) -> Route:
         """By the dtype of the operands and, of float32, torch's setting."""
         name = _ROUTES[_kernels().precision_of(size.dtype)]
-        return Route(name, LAUNCHES, SCRATCH_PER_SCORE, SCRATCH_PER_ROW)
+        return Route(name, LAUNCHES, SCRATCH_PER_SCORE + size.band * KEPT_PER_SCORE, SCRATCH_PER_ROW)
 
     def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
-        """In a large panel, another kernel refers the gains of rows and columns to one shift."""
+        """In a large panel, another kernel refers the gains of rows and columns to one shift; not to those of tiles."""
+        if size.band:
+            return LAUNCHES
         capability = size.capability
         if capability is None:
             capability = _capability(size.device) if size.device.type == "cuda" else 0
@@ -78,10 +82,15 @@ class TritonBackend(Backend):
 
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that a panel's partial results take."""
-        return int(_kernels().scratch_floats(rows, cols, size.device, size.dtype, size.features))
+        of_panel = size.device, size.dtype, size.features
+        return int(_kernels().scratch_floats(rows, cols, *of_panel, kept=size.band, capped=size.capped))
+
+    def keeps(self, dtype: torch.dtype, features: int) -> bool:
+        """Exponentials, in the weights' dtype; float16 has too few exponents."""
+        return dtype in (torch.bfloat16, torch.float32)
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
-        _run(term, panel)
+        _run(term, panel, panel.weights if panel.keeps else None)
 
     def weight_panel(self, term: PairTerm, panel: Panel) -> None:
         _run(term, panel, panel.weights, present(panel.factor), panel.dparams)
@@ -244,7 +253,7 @@ def _run(term: PairTerm, panel: Panel, *outputs: Tensor | None) -> None:
     with _on(panel.x.device):
         _kernels().run_panel(
             term.name, panel.x, panel.y, panel.params, _kernels().Pairs.of(panel.pairs),
-            _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs,
+            _vectors(panel.row), _vectors(panel.col), present(panel.scratch), *outputs, kept=panel.keeps,
         )  # fmt: skip
 
 

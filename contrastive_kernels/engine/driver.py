@@ -16,7 +16,7 @@ from ..panels.size import LARGEST_SQUARE, SMALLEST_PANEL, blocks, score_dtype
 from .gradients import Gradients, GradientSums, Sums, Wanted
 from .matrix import ScoreMatrix
 from .overlap import Overlap
-from .workspace import Workspace
+from .workspace import Workspace, room_of_band
 
 __all__ = [
     "band_passes",
@@ -119,7 +119,8 @@ def gradient_pass(
     by_block = late_positive is None and not matrix.symmetric
     if matrix.by_kernels:  # one block has dx and dy finished at once
         by_block = by_block and workspace.rows < len(matrix.x)
-    sums = GradientSums(matrix, wanted, workspace.rows if by_block else None, dparams)
+    block = workspace.rows if by_block else None
+    sums = GradientSums(matrix, wanted, block, dparams, zeroed=not matrix.by_kernels)
     _weigh_panels(matrix, workspace, row, col, sums, positive)
     rescale = workspace.rescale
     if sums.dcandidates is not None:
@@ -142,7 +143,7 @@ def band_passes(
     *,
     cols: bool,
 ) -> Gradients:
-    """Statistics and gradients band after band: a band's scores are made once, and serve both.
+    """Statistics and gradients band after band: a band's scores are made once, and they or exponentials serve both.
 
     Parameters
     ----------
@@ -160,11 +161,11 @@ def band_passes(
     """
     sums = GradientSums(matrix, wanted, None if matrix.symmetric else rows)
     dtype, n = score_dtype(matrix.x.dtype), len(matrix.x)
-    scores = torch.empty(min(rows, n), len(matrix.y), dtype=dtype, device=matrix.x.device)
+    scores, scratch = room_of_band(matrix, min(rows, n))
     coefficients: Tensor | None = None
     rescale: Tensor | None = None
     for i in blocks(n, rows):
-        band = matrix.band(i, scores)
+        band = matrix.band(i, scores, scratch)
         row, col, positive = sides(i, *statistics_pass(band, cols=cols))
         # (weights in float16, whose factor would differ from band to band, have no scores in memory)
         workspace = Workspace(band, weighs=True, unscaled=wanted.candidates)
@@ -173,7 +174,7 @@ def band_passes(
         if positive is not None:
             coefficients = torch.empty(n, dtype=dtype, device=matrix.x.device) if coefficients is None else coefficients
             coefficients[i] = positive
-    del scores
+    del scores, scratch
     sums.rescale(rescale)
     _add_positives(matrix, sums, coefficients)
     return sums.finish()
@@ -188,7 +189,7 @@ def _weigh_panels(
     for i in workspace.row_blocks():
         for j in workspace.col_blocks(i):
             panel = workspace.panel(i, j, sums.dparams, overlap.buffer)
-            panel.scores_ready = matrix.scores is not None
+            panel.scores_ready = matrix.scores is not None and not panel.keeps
             panel.row = _side_part(row, i)
             panel.col = _side_part(col, j) if workspace.serves_columns(i, j) else Side()
             _mark_fresh(matrix, panel, i, j)

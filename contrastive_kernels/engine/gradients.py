@@ -76,15 +76,22 @@ class Sums:
 class GradientSums:
     """The sums of the wanted gradients of a matrix; dx in blocks of so many rows, if any.
 
-    `dparams` [2] is what the sums for scale and bias begin with, by default 0. Where the backend has kernels for what
-    surrounds the panels, dx and dy begin as memory that nobody has written.
+    `dparams` [2] is what the sums for scale and bias begin with, by default 0. `zeroed`: else dx and dy begin as memory
+    that nobody has written.
     """
 
-    def __init__(self, matrix: ScoreMatrix, wanted: Wanted, block: int | None, dparams: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        matrix: ScoreMatrix,
+        wanted: Wanted,
+        block: int | None,
+        dparams: Tensor | None = None,
+        *,
+        zeroed: bool = True,
+    ) -> None:
         x, y = matrix.x, matrix.y
         dtype, total = matrix.gradient_dtype or x.dtype, score_dtype(x.dtype)
         self.symmetric = matrix.symmetric
-        zeroed = not matrix.by_kernels
         self.dx = Sums(_room(x, dtype), total, block, zeroed=zeroed) if wanted.x else None
         # of a symmetric matrix, dx is the whole gradient
         self.dy = Sums(_room(y, dtype), total, zeroed=zeroed) if wanted.y and not self.symmetric else None

@@ -200,6 +200,8 @@ class ScoreMatrix:
     overlap: bool = False
     #: a band of rows: its scores serve one statistics pass, and then hold the weights
     is_band: bool = False
+    #: ... or it is the weights' room, beside these float32: the backend keeps what it likes in both
+    scratch: Tensor | None = None
     #: [N] the positives' dot products, where the backend has made them together with the parameters
     dots: Tensor | None = None
 
@@ -235,10 +237,10 @@ class ScoreMatrix:
     @property
     def by_kernels(self) -> bool:
         """Whether the backend does what surrounds the panels."""
-        return self.backend.vectors and self.x.shape[0] > 0 and self.y.shape[0] > 0
+        return self.backend.vectors and not self.is_band and self.x.shape[0] > 0 and self.y.shape[0] > 0
 
-    def band(self, rows: slice, scores: Tensor) -> ScoreMatrix:
-        """Some rows of a matrix that leaves out positives alone, with room for their scores."""
+    def band(self, rows: slice, scores: Tensor, scratch: Tensor | None = None) -> ScoreMatrix:
+        """Some rows of a matrix that leaves out positives alone, with room for their scores, or exponentials."""
         return replace(
             self,
             x=self.x[rows],
@@ -246,6 +248,7 @@ class ScoreMatrix:
             pairs=self.pairs.of_rows(rows),
             scores=scores[: rows.stop - rows.start],
             is_band=True,
+            scratch=scratch,
         )
 
     def negatives(self) -> Pairs:
@@ -262,7 +265,7 @@ class ScoreMatrix:
         return Size(
             x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
             multiprocessors(x.device), self.backend.native_operands and in_pieces(x) and in_pieces(y),
-            2 if self.overlap else 1, self.is_band,
+            2 if self.overlap else 1, self.is_band, self.pairs.capped,
         )  # fmt: skip
 
 

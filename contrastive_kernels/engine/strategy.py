@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -10,9 +11,14 @@ from ..backends import Backend
 from ..panels.size import (
     BAND,
     BAND_SHARE,
+    KEPT_FEATURES,
+    KEPT_SHARE,
     SMALLEST_PANEL,
+    STEP,
     PanelBytes,
     Size,
+    blocks_of,
+    gemm_tiles,
     largest_side,
     nearly_equal,
     score_dtype,
@@ -47,7 +53,7 @@ class Place(Enum):
     TILE = "tile"
     #: all of them, from the forward to the backward pass
     KEPT = "kept"
-    #: those of a band of rows: made once, for gradients that come with the value
+    #: those of a band of rows, or their exponentials: made once, for gradients that come with the value
     BAND = "band"
     #: all of them: one call of the backend gives value and weights
     WHOLE = "whole"
@@ -67,7 +73,14 @@ class Strategy:
 
 
 def choose(
-    backend: Backend, size: Size, *, whole: bool, summed: bool, gradients: bool, one_call: bool = True
+    backend: Backend,
+    size: Size,
+    *,
+    whole: bool,
+    summed: bool,
+    gradients: bool,
+    one_call: bool = True,
+    exponentials: bool = False,
 ) -> Strategy:
     """How a softmax loss is computed.
 
@@ -85,11 +98,14 @@ def choose(
         Some are wanted.
     one_call : bool
         The backends' one call for small matrices knows this loss.
+    exponentials : bool
+        A pair's weight is its exponential times a sum of factors of its row and of its column.
     """
     if one_call and summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return Strategy(Place.WHOLE)
     if summed and gradients:
-        rows = band_rows(backend, size, whole)
+        rows = kept_rows(backend, size, whole) if exponentials else None
+        rows = band_rows(backend, size, whole) if rows is None else rows
         if rows is not None:
             return Strategy(Place.BAND, rows)
     if not backend.score_tile:
@@ -132,7 +148,7 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
     # Counted alike for both passes, so that a workspace that serves the forward pass serves the backward pass.
     both = panel_bytes(backend, size, True)
     if size.band:
-        return _band_panel_shape(both, size)
+        return _band_panel_shape(backend, both, size)
     if backend.score_tile and size.device.type != "cuda":
         side = square_side(size.rows, size.cols, both, size.workspace_bytes)
         shape = None if side is None else (side, side)
@@ -185,9 +201,26 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
     return rows if per_row * rows <= size.workspace_bytes - beside.of(side, side) else None
 
 
-def _band_panel_shape(beside: PanelBytes, size: Size) -> tuple[int, int]:
-    """Rows and columns of panels of a band: all of it, where they take nothing beside its scores."""
-    if beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric:
+def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
+    """Rows of a band, of which a GPU's backend keeps what its weights want; None: too few, or not worth it."""
+    if not backend.keeps(size.dtype, size.features) or size.features < KEPT_FEATURES:
+        return None
+    if size.symmetric or not size.cols:
+        return None
+    taken = panel_bytes(backend, replace(size, band=True), True)
+    steps = blocks_of(size.cols, STEP)  # (in whole numbers, which may be symbols)
+    per_row = steps * math.ceil(STEP * taken.per_score) + math.ceil(taken.per_row)
+    most = (size.workspace_bytes - steps * math.ceil(STEP * taken.per_col)) // per_row // STEP * STEP
+    if most >= size.rows:
+        return max(size.rows, 1)
+    if whole or most < STEP or KEPT_SHARE * gemm_tiles(most, size.features) < size.multiprocessors:
+        return None
+    return nearly_equal(size.rows, most)
+
+
+def _band_panel_shape(backend: Backend, beside: PanelBytes, size: Size) -> tuple[int, int]:
+    """Rows and columns of panels of a band: all of it, where they take nothing beside its scores, or are these."""
+    if backend.keeps(size.dtype, size.features) or (beside == PanelBytes(0.0, 0.0, 0.0) and not size.symmetric):
         return max(size.rows, 1), max(size.cols, 1)
     side = square_side(size.rows, size.cols, beside, size.workspace_bytes // BAND_SHARE) or SMALLEST_PANEL
     return side, side

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..backends.products import ADDS_IN_FLOAT32
-from ..panels.panel import Panel
-from ..panels.size import blocks, score_dtype
+from ..panels.panel import Panel, present
+from ..panels.size import STEP, blocks, blocks_of, score_dtype
 from .matrix import ScoreMatrix
 from .strategy import remembered_shape
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "room_of_band"]
 
 #: float16 weights, at most the largest gain, are kept times this: softmax-sized ones would fall subnormal.
 _FLOAT16_SCALE = 2.0**14
@@ -60,8 +61,11 @@ class Workspace:
         self.separate = weighs and self._weights_need_room()
         buffers = 2 if matrix.overlap else 1
         self.weights = self._room(buffers * rows * (self.stride or cols) if self.separate else 0, self.weights_dtype)
-        scratch = backend.scratch(rows, cols, size) if backend.wants_scratch and rows and cols else 0
-        self.scratch = self._room(scratch, torch.float32)
+        if matrix.scratch is None:
+            scratch = backend.scratch(rows, cols, size) if backend.wants_scratch and rows and cols else 0
+            self.scratch = self._room(scratch, torch.float32)
+        else:  # with what the statistics pass has left there
+            self.scratch = matrix.scratch
         self.pairs = matrix.negatives()
         self.x_block = x[:0]
         self.factor = matrix.params[:1]
@@ -77,7 +81,9 @@ class Workspace:
         return torch.empty(length, dtype=dtype, device=self.matrix.x.device)
 
     def _weights_need_room(self) -> bool:
-        """Kept scores must survive, and rounded weights do not fit where the scores are."""
+        """Kept scores must survive, and rounded weights do not fit where the scores are; a band's have their room."""
+        if self.matrix.scratch is not None:
+            return False
         survive = self.matrix.scores is not None and not self.matrix.is_band
         return self.rounded or survive or not self.matrix.backend.score_tile
 
@@ -114,7 +120,9 @@ class Workspace:
         """The panel of one row block and one column block, with its weights in one of the buffers."""
         matrix = self.matrix
         shape = (i.stop - i.start, j.stop - j.start)
-        if matrix.scores is not None and matrix.is_band:  # panel by panel: products want rows without gaps
+        if matrix.scratch is not None:  # the weights of a band, all of them
+            scores = present(matrix.scores)
+        elif matrix.scores is not None and matrix.is_band:  # panel by panel: products want rows without gaps
             start = i.start * len(matrix.y) + shape[0] * j.start
             scores = matrix.scores.view(-1)[start : start + shape[0] * shape[1]].view(shape)
         elif matrix.scores is not None:
@@ -132,6 +140,7 @@ class Workspace:
             dparams=dparams,
             factor=self.factor,
             scratch=self.scratch,
+            keeps=matrix.scratch is not None,
         )
 
     def _weights(self, shape: tuple[int, int], buffer: int) -> Tensor:
@@ -155,6 +164,18 @@ class Workspace:
             sums.copy_(weights @ block)
         else:
             sums += weights @ block
+
+
+def room_of_band(matrix: ScoreMatrix, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Room for the scores of a band [rows, M]; or for its weights, and for the scratch of a backend that keeps."""
+    backend, device, cols = matrix.backend, matrix.x.device, len(matrix.y)
+    if not backend.keeps(matrix.x.dtype, matrix.x.shape[1]):
+        return torch.empty(rows, cols, dtype=score_dtype(matrix.x.dtype), device=device), None
+    # as wide as other panels' weights are; see Workspace
+    stride = blocks_of(cols, STEP) * STEP if device.type == "cuda" else cols
+    scratch = backend.scratch(rows, cols, replace(matrix.size(), band=True))
+    weights = torch.empty(rows, stride, dtype=backend.weights_dtype(device, matrix.x.dtype), device=device)
+    return weights[:, :cols], torch.empty(scratch, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)

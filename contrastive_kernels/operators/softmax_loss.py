@@ -101,6 +101,7 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
         summed=summed,
         gradients=True in call.needs,
         one_call=not smoothing,
+        exponentials=not smoothing and not problem.pairs.capped,
     )
     return backend, found
 
@@ -138,7 +139,7 @@ def _forward(call: Call) -> Outputs:
     matrix = ScoreMatrix.of(problem, EXPONENTIAL, backend, saved, scores, centered=True)
     lift = call.extras[1]
     plain = include and not smoothing and not problem.pairs.adds and lift is None
-    if matrix.dots is not None and scores is None and plain:
+    if matrix.dots is not None and scores is None and plain and how.place is not Place.BAND:
         return _by_kernels(call, matrix, matrix.dots)
     dots, gain = centered_dots(matrix), _gains(call)
     z_pos = positive_logits(matrix, dots)

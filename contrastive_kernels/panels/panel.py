@@ -63,6 +63,8 @@ class Panel:
     pairs: Pairs = field(default_factory=Pairs)
     #: the scores were kept from an earlier pass
     scores_ready: bool = False
+    #: the statistics may leave behind, where the weights will be and in the scratch, what weights are made of
+    keeps: bool = False
     #: the operands hold bfloat16 values
     bfloat16_values: bool = False
     row: Side = field(default_factory=Side)

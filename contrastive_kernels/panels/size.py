@@ -15,12 +15,15 @@ from torch import Tensor
 __all__ = [
     "BAND",
     "BAND_SHARE",
+    "KEPT_FEATURES",
+    "KEPT_SHARE",
     "LARGEST_SQUARE",
     "SMALLEST_PANEL",
     "STEP",
     "PanelBytes",
     "Size",
     "blocks_of",
+    "gemm_tiles",
     "largest_side",
     "nearly_equal",
     "number",
@@ -49,8 +52,10 @@ class Size:
     pieces: bool = False
     #: panels of weights that are held at a time
     buffers: int = 1
-    #: a band of rows, whose scores lie beside the panels and are replaced by the weights
+    #: a band of rows, whose scores, or exponentials, are kept, and are replaced by the weights
     band: bool = False
+    #: scores may be too high to count
+    capped: bool = False
     #: of a GPU that is not there (90 for 9.0); None: the device is
     capability: int | None = None
 
@@ -105,6 +110,12 @@ STEP = 64
 BAND = 512
 
 
+#: The same on a GPU that keeps exponentials: its bands are as large as the workspace allows, if there are as many
+#: features (the pass in between moves 4 bytes a score, as long as 400 features' product takes), and if the product that
+#: is as long as a band gives this part of the multiprocessors an output tile, 1 / 2 (arithmetic: docs/performance.md).
+KEPT_FEATURES, KEPT_SHARE = 512, 2
+
+
 #: What a band's panels take beside its scores is at most this part of the workspace, 1 / 4.
 BAND_SHARE = 4
 
@@ -144,6 +155,11 @@ _LAUNCHES = 4
 def blocks_of(n: int, size: int) -> int:
     """Number of blocks of this size."""
     return -(-n // size)
+
+
+def gemm_tiles(rows: int, cols: int) -> int:
+    """Output tiles of a product on a GPU."""
+    return blocks_of(rows, _GEMM_TILE[0]) * blocks_of(cols, _GEMM_TILE[1])
 
 
 def _round_up(n: int) -> int:

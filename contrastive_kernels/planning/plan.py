@@ -95,8 +95,8 @@ class Plan:
         Rows of a band, whose scores are made once: both passes visit it before the next one, and gradients come with
         the value. None otherwise.
     place : {"on chip", "tile", "band", "whole"}
-        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows, or all of
-        them, made once for gradients that come with the value.
+        Where the scores lie: nowhere in memory; in one panel, made anew by each pass; in a band of rows (on a GPU, or
+        their exponentials), or all of them, made once for gradients that come with the value.
     over_ranks : RanksPlan or None
         What is beside that of several ranks; rows, columns and passes are then those of one rank's block.
     """
@@ -255,9 +255,13 @@ def plan(
     elif links is not None:
         raise ValueError(f"links: expected None without a world; got {shown(links)}")
     pieces = d * dtype.itemsize % 16 == 0
-    size = Size(rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capability=capability)
+    size = Size(
+        rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capped="margin" in said,
+        capability=capability,
+    )  # fmt: skip
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, one_call)
+    kept = not said & {"label_smoothing", "margin"} and world is None
+    route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, one_call, kept)
     if one_way and loss == "clip_loss":
         passes = tuple(replace(_together([(each, 2)]), products=2 * each.products) for each in passes)
     found = Plan(loss, rows, cols, d, dtype, where, chosen.name, route, reasons, passes, band, place.value)
@@ -322,14 +326,18 @@ def _multiprocessors(capability: int) -> int:
     return MULTIPROCESSORS[max(known)]
 
 
-def _passes(backend: Backend, size: Size, spec: LossSpec, one_call: bool) -> tuple[tuple[Pass, ...], int | None, Place]:
+def _passes(
+    backend: Backend, size: Size, spec: LossSpec, one_call: bool, exponentials: bool
+) -> tuple[tuple[Pass, ...], int | None, Place]:
     """The passes, the rows of a band if they take turns on bands, and where the scores lie."""
     if one_call and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
         return (_one_call(size, spec),), None, Place.WHOLE
     if spec.passes == 1:
         place = Place.TILE if backend.score_tile else Place.ON_CHIP
         return (_pass(backend, size, spec.products, weighs=True, scores=True),), None, place
-    how = choose(backend, size, whole=not spec.by_rows, summed=True, gradients=True, one_call=one_call)
+    how = choose(
+        backend, size, whole=not spec.by_rows, summed=True, gradients=True, one_call=one_call, exponentials=exponentials
+    )
     first, rest = spec.forward_products, spec.products - spec.forward_products
     if how.place is not Place.BAND:
         reduce = _pass(backend, size, first, weighs=False, scores=True)
@@ -362,7 +370,7 @@ def _together(passes: list[tuple[Pass, int]]) -> Pass:
         panels=sum(each.panels * n for each, n in passes),
         flop=sum(each.flop * n for each, n in passes),
         bytes=sum(each.bytes * n for each, n in passes),
-        launches=None,
+        launches=sum(each.launches * n for each, n in passes if each.launches is not None) or None,
     )
 
 
@@ -372,7 +380,8 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     rows, cols = min(shape[0], size.rows), min(shape[1], size.cols)
     blocks = blocks_of(size.rows, shape[0]), blocks_of(size.cols, shape[1])
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
-    held = size.band * size.rows * size.cols * score_dtype(size.dtype).itemsize
+    kept = size.band and backend.keeps(size.dtype, size.features)  # in the weights' place and the scratch
+    held = (size.band and not kept) * size.rows * size.cols * score_dtype(size.dtype).itemsize
     launches = backend.launches(size, rows, cols)
     # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
     started = None if launches is None else panels * (launches[weighs] + (2 if weighs else 0))
@@ -384,7 +393,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
         int(2 * size.rows * size.cols * size.features * products),
         panels * _panel_traffic(backend, size, rows, cols, weighs, scores),
         started,
-        panel_bytes(backend, size, weighs).of(rows, cols) + held,
+        panel_bytes(backend, size, weighs or kept).of(rows, cols) + held,
     )
 
 
@@ -392,10 +401,12 @@ def _panel_traffic(backend: Backend, size: Size, rows: int, cols: int, weighs: b
     """Bytes that one panel reads and writes."""
     operand, score, d = size.dtype.itemsize, score_dtype(size.dtype).itemsize, size.features
     total = (rows + cols) * d * operand if scores else 0
+    weights = backend.weights_dtype(size.device, size.dtype).itemsize
     if backend.score_tile or backend.route(size).scores_in_scratch:  # written by the product, read by the pass
         total += (2 if scores else 1) * rows * cols * score
+    elif size.band and backend.keeps(size.dtype, size.features):  # exponentials, written once and read once
+        total += rows * cols * weights
     if weighs:
-        weights = backend.weights_dtype(size.device, size.dtype).itemsize
         total += 3 * rows * cols * weights  # written once, read by two products
         total += (rows + cols) * d * (operand + 2 * score)  # operands again; sums read and written
     return total

@@ -34,7 +34,8 @@ def autotune(
     Returns
     -------
     dict
-        The chosen tile by kind of work: "reduce", "weights" (of one side), "both" and "fused".
+        The chosen tile by kind of work: "reduce", "weights" (of one side), "both" and "fused"; and on Hopper those of
+        large panels, "reduce, persistent" and so on.
 
     Raises
     ------
@@ -43,8 +44,8 @@ def autotune(
 
     Notes
     -----
-    Some minutes: every candidate is compiled and timed. Results differ in the last digits between tiles. Large panels
-    of 16-bit features on Hopper have tiles of another kernel, which stay as they are.
+    Some minutes: every candidate is compiled and timed. Results differ in the last digits between tiles. The persistent
+    tiles of ``sigmoid``, and of rows and columns with margins, stay as they are.
 
     Examples
     --------
@@ -64,14 +65,14 @@ def autotune(
         raise ValueError(f"device: the triton backend cannot serve {dtype} on {device}: {reason}")
     import triton
 
-    from .._triton import configs, launch, tuning
+    from .._triton import launch, tuning
 
     precision = launch.precision_of(dtype)
     with torch.cuda.device(device):
-        found = {work: launch.measure(device, precision, work, features, dtype, side) for work in configs.WORKS}
+        found = launch.measure_all(device, precision, features, dtype, side)
         gpu = launch.gpu_name(device)
     tuning.tiles.put(
         {tuning.key(gpu, triton.__version__, precision, work, features): tile for work, tile in found.items()}
     )
-    launch.tile_of.cache_clear()
+    launch.forget_tiles()
     return {work: f"{tile.block_m} x {tile.block_n} x {tile.block_k}" for work, tile in found.items()}

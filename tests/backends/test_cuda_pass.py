@@ -12,6 +12,7 @@ import emulated
 import pytest
 import torch
 from exact import EQUAL, assert_exact, equal
+from keeping import small_bands
 from labelled import LABELLED
 from panels import CASES, Case, make_panel, start_states
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
@@ -309,6 +310,34 @@ def test_a_factor_takes_the_scales_place(kernels):
         BACKEND.weight_panel(EXPONENTIAL, panel)
         unit = case.gains[0].double()[:, None] * torch.exp(case.logits() - case.normalizers[0].double().sum(0)[:, None])
         assert ((weights - wanted * unit).abs() <= 1e-5 * wanted * unit.abs() + 1e-30).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "dtype", "room", "bands"),
+    [
+        ("base", "clip_loss", torch.float32, None, 1),
+        ("offset-panels", "info_nce", torch.float32, 2**18, 3),
+        ("index-panels", "info_nce", torch.float32, 2**17, 5),
+        ("d7", "info_nce", torch.bfloat16, None, 1),
+        ("base", "clip_loss", torch.bfloat16, None, 0),  # on the tensor cores no score is in memory
+        ("d7", "info_nce", torch.float16, None, 0),
+    ],
+)
+def test_the_portable_route_keeps_the_scores_of_a_band(kernels, monkeypatch, name, loss, dtype, room, bands):
+    """One product of scores, which statistics and weights have in common; launches as planned."""
+    products, product = [], cuda._product
+    monkeypatch.setattr(cuda, "_product", lambda *given: products.append(given) or product(*given))
+    inputs, options = make_inputs(BY_NAME[name], dtype), {"backend": "cuda", "workspace_bytes": room}
+    with small_bands():
+        before = kernels.emulator_launches()
+        outcome = run(ck, inputs, loss, dtype, reduction="mean", **options)
+        launches = kernels.emulator_launches() - before
+        plan = ck.plan(len(inputs.x), len(inputs.y), inputs.x.shape[1], dtype, loss=loss, **options)
+    assert_outcome(inputs, loss, "mean", outcome)
+    assert (plan.band is not None) == (bands > 0)
+    if bands:
+        assert len(products) == bands == -(-len(inputs.x) // plan.band)
+        assert sum(each.launches for each in plan.passes) == launches + 3 * bands, "of torch: three products"
 
 
 # ---- how the matrix is cut for either route ----

@@ -1,14 +1,16 @@
 """On an NVIDIA GPU: the same problems by the same rule, and what only a GPU has: streams, graphs, huge sizes.
 
-tests/conftest.py fills what torch.empty returns with NaN here too. ``python tests/rehearsal.py`` runs those of these
-tests that need nothing of CUDA on the CPU.
+torch.empty gives NaN here too (tests/conftest.py). ``python tests/rehearsal.py`` runs what needs nothing of CUDA.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from device import DEVICE, features_near, named, on_cpu, on_gpu, product, require, tensor_cores
+from keeping import small_bands
 from problems import ALL, BY_NAME, PROBLEMS, engine_options, make_inputs, run
 from tolerance import assert_outcome, rms
 
@@ -23,7 +25,6 @@ from contrastive_kernels.panels.panel import Side
 from contrastive_kernels.panels.terms import EXPONENTIAL
 
 pytestmark = pytest.mark.gpu
-
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
@@ -31,7 +32,6 @@ MIB = 2**20
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
 FUSED = [name for name in BACKENDS if name != "torch"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 CASES = [
     pytest.param(problem, loss, dtype, backend, id=f"{problem.name}-{loss}-{named(dtype)}-{backend}")
@@ -59,15 +59,16 @@ def test_value_and_gradients(problem, loss, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss", ALL)
 def test_memory_that_nobody_wrote_is_nowhere_read(loss, backend):
-    """All that torch's allocator hands on is NaN, also to operations that do not ask torch.empty."""
+    """All that torch's allocator hands on is NaN, also where torch.empty is not asked; in panels, and in kept bands."""
     require(backend, torch.bfloat16)
     inputs = make_inputs(BY_NAME["panels"], torch.bfloat16)
     there = on_gpu(inputs)
-    options = engine_options(there, loss, backend)
     sizes = [2**17] * 64 + [2**24] * 8  # floats: of the allocator's small blocks and of its large ones
     used = [torch.full((size,), torch.nan, device=DEVICE) for size in sizes]
     del used
-    assert_outcome(inputs, loss, "mean", on_cpu(run(ck, there, loss, torch.bfloat16, **options)), product)
+    for within, room in ((nullcontext(), engine_options(there, loss, backend)), (small_bands(), {"backend": backend})):
+        with within:
+            assert_outcome(inputs, loss, "mean", on_cpu(run(ck, there, loss, torch.bfloat16, **room)), product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

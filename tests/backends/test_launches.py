@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -33,3 +35,40 @@ def test_a_small_step_is_few_launches():
         assert 5 < found[loss]["launches"] <= most, found[loss]
         assert found[loss]["ours"]["score_kernel"] == (1 if loss in ("sigmoid", "decomposable") else 2)
         assert found[loss]["of_dense"] < MOST_TIME.get(loss, 1.5), found[loss]
+
+
+#: Launches of torch's own of a band of rows: normalisers, losses, gains, and the two products.
+MOST_OF_A_BAND = 32
+
+
+@pytest.mark.parametrize("loss, n, bands", [("info_nce", 16384, 3), ("clip_loss", 8256, 1)])
+def test_a_band_is_few_launches(loss, n, bands):
+    """Exponentials are kept: one kernel makes scores, one more weighs, whatever the number of bands; nothing runs."""
+    import mock_driver
+
+    from contrastive_kernels._triton import kept_launch, launch, persistent_launch
+
+    ours: Counter[str] = Counter()
+
+    def start(kernel, *arguments, **constants):
+        ours[kernel.fn.__name__] += 1
+
+    with (
+        mock_driver.absent_gpu(),
+        mock.patch.object(launch, "_launch", start),
+        mock.patch.object(persistent_launch, "start", start),
+        mock.patch.object(kept_launch, "start", start),
+        mock.patch.object(persistent_launch, "multiprocessors", lambda device: 132),
+    ):
+        launches = mock_driver.count(loss, n, 768, workspace_bytes=2**28)
+    twice = {name: count / 2 for name, count in ours.items()}  # (a first step, which is not counted, and the step)
+    assert twice == {
+        "dots_kernel": 1,
+        "persistent_kernel": bands,
+        "weigh_kept_kernel": bands,
+        "rest_kernel": 2 * bands,
+        "merge_kernel": 2 * bands,
+    }
+    assert launches.torch["addmm"] == 2 * bands
+    poison = launches.torch["fill_"]  # of memory that nobody wrote, in tests alone
+    assert launches.torch.total() - poison <= 50 + MOST_OF_A_BAND * bands

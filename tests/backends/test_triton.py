@@ -21,7 +21,7 @@ import triton.testing
 from thorough import THOROUGH, every
 
 from contrastive_kernels._triton import configs, launch, persistent_launch, tuning, vector_launch
-from contrastive_kernels.backends.triton import SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
+from contrastive_kernels.backends.triton import KEPT_PER_SCORE, SCRATCH_PER_ROW, SCRATCH_PER_SCORE, TritonBackend
 
 backend = TritonBackend()
 TESTS = Path(__file__).resolve().parents[1]
@@ -107,6 +107,23 @@ def test_persistent_compiled(case):
     assert "cp.async.bulk.tensor" in made.ptx
 
 
+def seldom():
+    """Exponentials that are kept, and ceilings: in the short form one of each."""
+    kept, capped = [*offline.kept_cases(90)], [*offline.capped_cases(90)]
+    return [*kept, *capped] if THOROUGH else [kept[-2], capped[1]]
+
+
+@pytest.mark.parametrize("case", seldom(), ids=str)
+def test_kept_and_capped_compile(case):
+    """As good as the others: no spills but of two sides at once, two programs a multiprocessor, vectors in and out."""
+    require(90)
+    assert offline.broken(case, offline.compile_score(case)) is None
+    if case.keeps:
+        made = offline.compile_kept(case)
+        assert made.stack == 0 and made.programs(90) >= 4
+        assert "ld.global.v4" in made.ptx and "st.global.v4" in made.ptx
+
+
 OTHER_TRITON = TESTS.parent / "build/triton-3.6"
 
 
@@ -141,12 +158,11 @@ LABELLED = [
     for case in in_16_bits()
     if case.term == "exponential" and case.weights and not case.statistics and (THOROUGH or case.capability == 90)
 ]
-CAPPED = [replace(case, labels=False, capped=True) for case in LABELLED if case.two_sided]
 
 
-@pytest.mark.parametrize("case", [*LABELLED, *CAPPED], ids=str)
-def test_targets_and_ceilings_compile_too(case):
-    """Weights less targets by ids, or with ceilings; four (two) more vectors than usual, so a few spills."""
+@pytest.mark.parametrize("case", LABELLED, ids=str)
+def test_targets_compile_too(case):
+    """Weights less targets by ids, in usual tiles and in the rest; four more vectors than usual, so a few spills."""
     require(case.capability)
     usual, rest = offline.compile_score(case), offline.compile_rest(case)
     most = 256 if isinstance(case.tile, configs.PersistentTile) else 64
@@ -177,6 +193,9 @@ def test_shipped_tiles_are_legal():
         (configs.Tile(64, 128, 64, 8, 3), 90, "16-bit", "wgmma"),
         (configs.Tile(128, 256, 64, 8, 5), 90, "16-bit", "shared memory"),
         (configs.Tile(128, 128, 64, 8, 3), 86, "tf32", "shared memory"),
+        (configs.PersistentTile(128, 128, 64, 4, 4, programs=2), 90, "16-bit", "shared memory"),
+        (configs.PersistentTile(128, 128, 64, 8, 3), 100, "16-bit", "on Hopper"),
+        (configs.PersistentTile(128, 128, 64, 8, 3, parts=4), 90, "16-bit", "parts"),
     ],
 )
 def test_illegal_tiles_say_why(tile, capability, precision, word):
@@ -212,9 +231,9 @@ def absent_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "gpu_name", lambda device: "GPU")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(tuning, "tiles", tuning.TunedTiles(tmp_path / "cache" / "tiles.json"))
-    launch.tile_of.cache_clear()
+    launch.forget_tiles()
     yield
-    launch.tile_of.cache_clear()
+    launch.forget_tiles()
 
 
 @pytest.fixture
@@ -284,10 +303,14 @@ def test_cache_key_follows_the_members():
 def test_scratch_is_bounded():
     """What the driver counts per score and per row covers what a panel's partial results take, for every tile."""
     tiles = {tile for *_, tile in configs.shipped()}
-    for tile, rows, cols in itertools.product(tiles, (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504)):
-        floats = sum(launch.Scratch.of(tile, rows, cols))
-        bound = SCRATCH_PER_SCORE * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 128
-        assert 4 * floats <= bound, (tile, rows, cols)
+    tiles |= {configs.tile_for(90, "16-bit", work, capped=True) for work in configs.WORKS}
+    tiles |= {tile.part for capped in (False, True) for tile in configs.persistent_tiles(90, "16-bit", capped)}
+    sides = (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504), (False, True)
+    for tile, rows, cols, kept in itertools.product(tiles, *sides):
+        floats = sum(launch.Scratch.of(tile, rows, cols, kept))
+        per_score = SCRATCH_PER_SCORE + kept * KEPT_PER_SCORE
+        bound = per_score * rows * cols + SCRATCH_PER_ROW * (rows + cols) + 128
+        assert 4 * floats <= bound, (tile, rows, cols, kept)
 
 
 def test_measured_tiles_are_kept_and_found(absent_gpu):
@@ -302,6 +325,26 @@ def test_measured_tiles_are_kept_and_found(absent_gpu):
     assert launch.tile_of(device, "16-bit", "reduce", 512) == tile
     assert launch.tile_of(device, "16-bit", "reduce", 513) == configs.tile_for(90, "16-bit", "reduce")
     assert launch.tile_of(device, "16-bit", "both", 512) == configs.tile_for(90, "16-bit", "both")
+
+
+def test_measured_persistent_tiles_are_kept_and_found(absent_gpu):
+    """By the same file; ceilings, the sigmoid term and tiles that are no longer legal have the table's."""
+    tile, wrong = configs.PersistentTile(128, 256, 64, 8, 3, parts=2), configs.PersistentTile(128, 256, 64, 8, 8)
+    for work, each in (("both", tile), ("fused", tile), ("reduce", wrong)):
+        name = tuning.key("GPU", triton.__version__, "16-bit", tuning.persistently(work), 512)
+        tuning.TunedTiles(tuning.tiles.path).put({name: each})
+    device = torch.device("cuda", 7)
+
+    def chosen(work, term="exponential", capped=False):
+        return launch.persistent_of(device, "16-bit", work, term, 500, capped)
+
+    assert chosen("both") == chosen("fused") == tile and chosen("both", capped=True) is None
+    for work, term in (("reduce", "exponential"), ("fused", "sigmoid"), ("weights", "exponential")):
+        assert chosen(work, term) == configs.persistent_tile_for(90, "16-bit", work, term)
+    assert chosen("reduce", capped=True).parts == 2
+    rows, cols = 5000, 4000
+    floats = launch.scratch_floats(rows, cols, device, torch.bfloat16, 500)
+    assert floats >= sum(launch.Scratch.of(tile.part, rows, cols))
 
 
 @pytest.mark.parametrize("work", configs.WORKS)
@@ -344,6 +387,12 @@ def test_candidates_are_legal_and_the_fastest_wins():
         assert min(min(each.block_m, each.block_n) for each in tried) >= 64, (
             "what the driver's bound of scratch counts on"
         )
+        persistent = tuning.persistent_candidates(member, precision, work)
+        assert (len(persistent) > 3) == (
+            configs.persistent_tile_for(member, precision, work, "exponential") is not None
+        )
+        assert all(configs.legality(each, member, precision) is None for each in persistent)
+        assert all(isinstance(each, configs.PersistentTile) and each.part.block_n >= 64 for each in persistent)
     times = dict(zip(tried, [2.0, None, 1.0, 1.0]))
     assert tuning.fastest(tried, times.get) == (tried[2], 1.0)
     with pytest.raises(RuntimeError, match="no tile ran"):

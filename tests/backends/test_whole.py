@@ -9,6 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from test_triton import AbsentGPU, absent_gpu, started  # noqa: F401 (fixtures)
+from thorough import THOROUGH
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_kernels._triton import sequence
 from contrastive_kernels._triton.whole_launch import Form, WholeRatio, WholeSigmoid, WholeSoftmax
@@ -52,6 +54,13 @@ FORMS = {
     "decomposable": lambda: WholeRatio(form(extras=_RESTS["two"])),
     "one direction": lambda: WholeRatio(form(cols=250, both=False, extras=_RESTS["one"])),
 }
+
+
+if THOROUGH:  # their kernels are those of large panels, which are compiled elsewhere
+    FORMS["large"] = lambda: WholeSoftmax(form(4224, 4224))
+    FORMS["large sigmoid"] = lambda: WholeSigmoid(
+        form(4224, 4224, both=False, dtypes=(torch.float32, torch.float32), wants=_ALL)
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -128,6 +137,32 @@ def test_direct_starts_have_the_arguments_of_tritons_own(recorded):
     values[3] = torch.zeros(whole.room.bytes, dtype=torch.uint8)
     whole.launches(values)
     assert any(values[3].data_ptr() == argument for argument in recorded[0][1][9:] + recorded[3][1][9:])
+
+
+def test_large_matrices_have_persistent_programs(absent_gpu):  # noqa: F811
+    """From 4,096 x 4,096 on, where the TMA unit can copy; its descriptors are those of Triton's own way of starting."""
+    names = ["refer_kernel", "persistent_kernel", "rest_kernel"]
+    whole = WholeSoftmax(form(4160, 4160))
+    kernels = [each.kernel.fn.__name__ for each in whole.launches.launches]
+    assert kernels == ["dots_kernel", *names[1:], "softmax_kernel", *names, "totals_kernel"]
+    for small in (form(4032, 4032), form(4160, 4160, 60), form(4160, 4160, 64, torch.float32)):
+        assert "persistent_kernel" not in [each.kernel.fn.__name__ for each in WholeSoftmax(small).launches.launches]
+    x, weights = torch.zeros(4160, 64, dtype=torch.bfloat16), torch.zeros(4160, 4160, dtype=torch.bfloat16)
+    values = [x, x + 1, torch.zeros(()), torch.zeros(whole.room.bytes, dtype=torch.uint8), weights, torch.ones(()), 0.0]
+    bases = [0, *(v if isinstance(v, float) else v.data_ptr() for v in values)]
+    found = []
+    for each in whole.launches.launches:
+        each.direct = (lambda *_: None, "function", "metadata")
+        _, arguments = each.ready(1, bases)
+        for place, ready in zip(each.places, arguments[9:]):
+            if isinstance(ready, TensorDescriptor):
+                wanted = place.value(values)
+                found.append(ready.block_shape)
+                assert (ready.base.data_ptr(), ready.base.dtype) == (wanted.base.data_ptr(), torch.bfloat16)
+                width = 4160 if wanted.base.data_ptr() == weights.data_ptr() else 64
+                assert ready.shape == wanted.shape == [4160, width] and ready.strides == wanted.strides == [width, 1]
+                assert ready.block_shape == wanted.block_shape
+    assert found == [[128, 64], [128, 64]] * 2 + [[128, 64]]
 
 
 def test_addresses_are_forgotten(recorded):

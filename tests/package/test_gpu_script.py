@@ -322,13 +322,30 @@ def test_tiles_are_timed_in_the_interpreter(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     path = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "bench.kernels", "tiles", "--device", "cpu", "--d", "16", "--side", "64"]
-    command += ["--limit", "1", "--rounds", "1", "--processes", "2", "--json", str(path)]
+    command += ["--limit", "1", "--rounds", "1", "--processes", "2", "--kinds", "usual", "--json", str(path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compiled 4 kernels" in done.stdout and "0 cannot run" in done.stdout
     assert '(90, "16-bit"): (Tile(' in done.stdout
     assert len(json.loads(path.read_text())) == 4
+
+
+def test_persistent_tiles_are_listed(tmp_path, capsys, monkeypatch):
+    """Those of one program and of persistent ones, each as a line of its table; nothing runs."""
+    launch = pytest.importorskip("contrastive_kernels._triton.launch", reason="Triton is not installed")
+    from bench import kernels
+
+    monkeypatch.setattr(launch, "probe", lambda *arguments: lambda tile: None)
+    path = tmp_path / "kernels.json"
+    command = ["tiles", "--device", "cpu", "--d", "768", "--limit", "3", "--rounds", "1", "--json", str(path)]
+    assert kernels.main(command) == 0
+    said = capsys.readouterr().out
+    assert '(90, "16-bit"): (Tile(' in said
+    for work in ("reduce", "weights", "both", "fused"):
+        assert f'(90, "16-bit", "{work}", "exponential"): PersistentTile(128, ' in said
+    rows = json.loads(path.read_text())
+    assert len(rows) == 24 and {len(row["tile"]) for row in rows} == {5, 7}
 
 
 def test_the_gpus_tests_are_rehearsed(tmp_path):
