@@ -17,6 +17,7 @@ from ..arguments.checks import (
     check_flag,
     check_number,
     check_workspace,
+    recomputing,
     scale_tensor,
     shown,
 )
@@ -120,6 +121,11 @@ class GlobalLoss(nn.Module):
 
     def _ranks(self) -> Ranks | None:
         """The ranks whose rows make up a batch."""
+        if self.training and recomputing():
+            raise RuntimeError(
+                f"{type(self).__name__}: called again by activation checkpointing, which would move the memory twice; "
+                "checkpoint the encoders alone"
+            )
         return ranks_of(**self.over)
 
     def _agreed(self, ranks: Ranks | None, x: Tensor, *about: tuple[str, Any]) -> Sizes:

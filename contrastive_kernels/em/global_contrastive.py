@@ -43,7 +43,7 @@ class SogCLRLoss(GlobalLoss):
     towers : int
         2, as of images and texts, or 1, as in SimCLR.
     gamma : float
-        The part that a visit replaces, in 0 ... 1. A first visit stores what it found.
+        The part that a visit replaces, above 0 and at most 1. A first visit stores what it found.
     gamma_schedule : {"constant", "cosine"}
         "cosine": from 1 in epoch 0 to ``gamma`` in epoch ``gamma_decay_epochs``, along half a cosine. The epoch is what
         :meth:`set_epoch` was told.
@@ -126,6 +126,13 @@ class SogCLRLoss(GlobalLoss):
         -------
         Tensor
             A scalar; float32 (float64 for float64 inputs).
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit.
+        RuntimeError
+            In training within the recomputation of activation checkpointing: the memory would move twice.
         """
         ranks = self._ranks()
         call_it = _apart if ranks is not None and torch.compiler.is_compiling() else SogCLRLoss._forward

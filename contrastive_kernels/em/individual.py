@@ -101,7 +101,7 @@ class ISogCLRLoss(GlobalLoss):
     ) -> None:
         super().__init__(num_samples, **options)
         self.rho: float = check_number(rho, "rho", positive=False)
-        temperature = check_number(temperature, "temperature", positive=True)
+        self.temperature = temperature = check_number(temperature, "temperature", positive=True)
         if not isinstance(temperature_bounds, (tuple, list)) or len(temperature_bounds) != 2:
             raise TypeError(f"temperature_bounds: expected a pair of numbers; got {shown(temperature_bounds)}")
         low, high = (check_number(v, "temperature_bounds", positive=True) for v in temperature_bounds)
@@ -137,7 +137,7 @@ class ISogCLRLoss(GlobalLoss):
 
     def extra_repr(self) -> str:
         """The options, as they print."""
-        names = ("rho", "temperature_bounds", "temperature_rate", "temperature_momentum",
+        names = ("rho", "temperature", "temperature_bounds", "temperature_rate", "temperature_momentum",
                  "temperature_betas", "temperature_clip")  # fmt: skip
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)!r}" for name in names)])
 
@@ -155,6 +155,13 @@ class ISogCLRLoss(GlobalLoss):
         -------
         Tensor
             A scalar; float32 (float64 for float64 inputs).
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that do not fit.
+        RuntimeError
+            In training within the recomputation of activation checkpointing: the memory would move twice.
         """
         ranks = self._ranks()
         call_it = _apart if ranks is not None and torch.compiler.is_compiling() else ISogCLRLoss._forward
@@ -165,7 +172,7 @@ class ISogCLRLoss(GlobalLoss):
         with told(ranks, x):
             x, y = check_features(x, y, ("x", "y"), self.normalize, matching=True)
             stored = self._stored(index, len(x))
-        rule = (self.rho, self.temperature_bounds, self.temperature_rate, self.temperature_momentum,
+        rule = (self.rho, self.temperature, self.temperature_bounds, self.temperature_rate, self.temperature_momentum,
                 self.temperature_betas, self.temperature_clip)  # fmt: skip
         sizes = self._agreed(ranks, x, ("rho and the rule of temperatures", rule))
         total = sum(sizes.rows)

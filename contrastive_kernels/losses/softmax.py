@@ -145,7 +145,8 @@ def info_nce(
         Another model's features of the rows [N, E] and of the candidates [M, E]: a candidate that it finds more alike
         than it finds the row's positive is a false negative, and left out of the row's denominator, as in
         :func:`multiple_negatives_ranking` (GIST). Not differentiated; normalised with ``normalize``. Not with
-        ``candidate_bias``, smoothing, a queue, corrections, and positives that are several or no candidates.
+        ``candidate_bias``, smoothing, a queue, corrections, ``weight_fn``, several positives and positives that are no
+        candidates.
     guided_margin : float or ("relative", float)
         Those above the guide's dot product with the positive less this are left out; ("relative", m): less m times its
         absolute value.
