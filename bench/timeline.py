@@ -22,7 +22,7 @@ MIB = 2**20
 #: (loss, N, workspaces in MiB; 0: the default)
 STEPS = (
     ("clip_loss", 65536, (64, 256, 512, 1024, 10240)),  # the last holds all exponentials
-    ("info_nce", 65536, (512,)),  # in bands of them
+    ("info_nce", 65536, (512, 1024)),  # the last in bands of them
     ("sigmoid", 65536, (512,)),
     ("decomposable", 65536, (512,)),
     ("clip_loss", 4096, (0,)),

@@ -24,6 +24,7 @@ from ..panels.size import (
     score_dtype,
     square_side,
     wave_shape,
+    workspace_for,
 )
 
 __all__ = ["Place", "Strategy", "choose", "one_walk_with_scales", "panel_bytes", "panel_shape", "require_panel"]
@@ -202,10 +203,10 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
 
 
 def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
-    """Rows of a band, of which a GPU's backend keeps what its weights want; None: too few, or not worth it."""
+    """Rows of a band, of which a GPU's backend keeps what its weights want; None: not asked for, or not worth it."""
     if not backend.keeps(size.dtype, size.features) or size.features < KEPT_FEATURES:
         return None
-    if size.symmetric or not size.cols:
+    if size.symmetric or not size.cols or not asked_to_keep(size):
         return None
     taken = panel_bytes(backend, replace(size, band=True), True)
     steps = blocks_of(size.cols, STEP)  # (in whole numbers, which may be symbols)
@@ -216,6 +217,11 @@ def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
     if whole or most < STEP or KEPT_SHARE * gemm_tiles(most, size.features) < size.multiprocessors:
         return None
     return nearly_equal(size.rows, most)
+
+
+def asked_to_keep(size: Size) -> bool:
+    """Whether the workspace is larger than a GPU's default one: nobody has timed there what is kept."""
+    return size.device.type != "cuda" or size.workspace_bytes > workspace_for(size.device)
 
 
 def _band_panel_shape(backend: Backend, beside: PanelBytes, size: Size) -> tuple[int, int]:
