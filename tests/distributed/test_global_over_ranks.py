@@ -102,6 +102,7 @@ def mistaken() -> list[str]:
         "scale=2.5": lambda: sogclr(2.5 if last else 2.0),
         "uneven=True on rank 0": lambda: sogclr(uneven=not last),
         "SogCLRLoss": lambda: ck.ISogCLRLoss(SAMPLES)(x, y, index) if last else sogclr(),
+        "(6.0, 0.05, ": lambda: ck.ISogCLRLoss(SAMPLES, temperature=0.05 if last else 0.01)(x, y, index),
         "(7.0, ": lambda: ck.ISogCLRLoss(SAMPLES, rho=6.0 + last)(x, y, index),
         "rank 1 raised ValueError: backend": lambda: sogclr(backend="cuda" if last else None),
     }  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
@@ -231,6 +232,22 @@ def test_16_bits_and_autocast(kind, towers):
         value.backward()
         assert value.dtype == torch.float32 and value.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-4)
         assert a.grad.dtype == a.dtype and a.grad.isfinite().all() and a.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind, towers", KINDS)
+def test_a_recomputation_does_not_move_the_memory(kind, towers, reentrant):
+    """Activation checkpointing calls the loss again, which would weigh its rows by a memory that has moved."""
+    given: Any = () if kind == "ISogCLRLoss" else (7.0,)
+    (x, y), index, loss = batch(3), torch.arange(3), getattr(ck, kind)(3, towers=towers)
+    # (the temperatures' gradients are wanted in forward already)
+    with pytest.raises(RuntimeError, match=f"{kind}: called again by activation checkpointing"):
+        checkpoint(lambda x: loss(x, y, index, *given), x, use_reentrant=reentrant).backward()
+    assert (loss.memory.visits == 1).all()
+    loss.eval()
+    checkpoint(lambda x: loss(x, y, index, *given), x, use_reentrant=reentrant).backward()
+    (want,) = torch.autograd.grad(loss(x, y, index, *given), x)
+    assert torch.equal(x.grad, want)
 
 
 @pytest.mark.parametrize("kind, towers", KINDS)
