@@ -67,3 +67,13 @@ def test_the_clone_is_at_the_installed_version(clone, monkeypatch, capsys):
     assert "metric_learning: not run, expected the clone at v2.9.0" in capsys.readouterr().out
     own_tests.git(clone, "tag", "v2.9.0")
     assert own_tests.why_not(library, clone) is None
+
+
+def test_a_clone_without_such_tests_runs_no_others(clone, monkeypatch, capsys):
+    """pytest without a name would run whatever there is."""
+    monkeypatch.setattr(own_tests, "LIBRARIES", (own_tests.replace(own_tests.METRIC_LEARNING, folder=clone.name),))
+    monkeypatch.setattr(own_tests, "why_not", lambda library, clone: None)
+    monkeypatch.setattr(own_tests, "unpack", lambda library, clone, to: [])
+    monkeypatch.setattr(own_tests, "run", lambda *_: pytest.fail("something ran"))
+    assert own_tests.main([str(clone.parent)]) == 1
+    assert "not run, expected some of tests/losses/test_ntxent_loss.py" in capsys.readouterr().out
