@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,23 @@ import torch
 # time as torch itself takes); this, which torch.optim uses, when the first call comes.
 from torch._compile import _disable_dynamo as outside_graphs
 
-__all__ = ["constant_in_graphs", "define", "outside_graphs"]
+__all__ = ["break_in_graphs", "constant_in_graphs", "define", "outside_graphs"]
 
 _LIBRARY = torch.library.Library("contrastive_kernels", "DEF")
+
+
+def break_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: `outside_graphs` where something is compiled, and the function itself where nothing is.
+
+    The wrapper of the former takes as long as all that is done before a first message between ranks.
+    """
+    apart = outside_graphs(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return (apart if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return call
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

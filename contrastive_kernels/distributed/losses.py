@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import outside_graphs
+from .._library import break_in_graphs
 from ..arguments.checks import autocasts
 from ..arguments.reduction import row_gains
 from ..engine.driver import normalizer_of
@@ -159,12 +159,11 @@ def over_ranks(
     repeats : int
         Rows that a weight serves.
     """
-    # (a graph break; its wrapper takes as long as all else that is done before the first message)
-    call_it = _apart if torch.compiler.is_compiling() else _over_ranks
-    loss: Tensor = call_it(rule, ranks, call, problem, weight, reduction, about, repeats)
+    loss: Tensor = _over_ranks(rule, ranks, call, problem, weight, reduction, about, repeats)
     return loss
 
 
+@break_in_graphs
 def _over_ranks(
     rule: Rule,
     ranks: Ranks,
@@ -192,9 +191,6 @@ def _over_ranks(
     )
     rule.keep(shared, route)
     return loss
-
-
-_apart = outside_graphs(_over_ranks)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import outside_graphs
+from .._library import break_in_graphs
 from .group import Ranks, Sizes
 from .lines import Lines, among_all
 from .sums import once
@@ -131,11 +131,11 @@ def whole_over_ranks(
     repeats : int
         Losses that each row of x has, the first ones of all rows first.
     """
-    call_it = _apart if torch.compiler.is_compiling() else _whole_over_ranks
-    loss: Tensor = call_it(ranks, call, parts, scale, compute, about, repeats)
+    loss: Tensor = _whole_over_ranks(ranks, call, parts, scale, compute, about, repeats)
     return loss
 
 
+@break_in_graphs
 def _whole_over_ranks(
     ranks: Ranks,
     call: str,
@@ -176,6 +176,3 @@ def _whole_over_ranks(
 
     loss: Tensor = _Whole.apply(_Work(ranks, call, sizes, named, owns, repeats), found, *tensors)
     return loss
-
-
-_apart = outside_graphs(_whole_over_ranks)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import outside_graphs
+from .._library import break_in_graphs
 from ..arguments.checks import check_features, check_number, scale_tensor
 from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, Sizes, told
@@ -135,7 +135,7 @@ class SogCLRLoss(GlobalLoss):
             In training within the recomputation of activation checkpointing: the memory would move twice.
         """
         ranks = self._ranks()
-        call_it = _apart if ranks is not None and torch.compiler.is_compiling() else SogCLRLoss._forward
+        call_it = _over_ranks if ranks is not None else SogCLRLoss._forward
         loss: Tensor = call_it(self, ranks, x, y, index, logit_scale, temperature)
         return loss
 
@@ -209,7 +209,7 @@ class SogCLRLoss(GlobalLoss):
         return *side.value(log_u.T.reshape(-1), weight), log_u
 
 
-_apart = outside_graphs(SogCLRLoss._forward)
+_over_ranks = break_in_graphs(SogCLRLoss._forward)
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import outside_graphs
+from .._library import break_in_graphs
 from ..arguments.checks import check_features, check_number, shown
 from ..distributed.group import Ranks, Sizes, told
 from ..panels.size import score_dtype
@@ -164,7 +164,7 @@ class ISogCLRLoss(GlobalLoss):
             In training within the recomputation of activation checkpointing: the memory would move twice.
         """
         ranks = self._ranks()
-        call_it = _apart if ranks is not None and torch.compiler.is_compiling() else ISogCLRLoss._forward
+        call_it = _over_ranks if ranks is not None else ISogCLRLoss._forward
         loss: Tensor = call_it(self, ranks, x, y, index)
         return loss
 
@@ -257,7 +257,7 @@ class ISogCLRLoss(GlobalLoss):
         return ((mean / of_mean) / ((squares / of_squares).sqrt() + _ADAM_EPS)).to(mean.dtype)
 
 
-_apart = outside_graphs(ISogCLRLoss._forward)
+_over_ranks = break_in_graphs(ISogCLRLoss._forward)
 
 
 def _check_betas(betas: Any) -> tuple[float, float]:
