@@ -11,6 +11,7 @@ from torch import Tensor
 from .._library import break_in_graphs
 from ..arguments.checks import check_features, check_number, shown
 from ..distributed.group import Ranks, Sizes, told
+from ..losses.module import keeping_dtypes
 from ..panels.size import score_dtype
 from .expectation import wide
 from .global_base import GlobalLoss, nothing
@@ -127,12 +128,7 @@ class ISogCLRLoss(GlobalLoss):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ISogCLRLoss:
         """Moves, and keeps the tables' dtype."""
-
-        def keeping(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(keeping, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self
 
     def extra_repr(self) -> str:

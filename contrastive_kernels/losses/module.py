@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments.checks import (
     check_backend,
@@ -19,7 +20,7 @@ from ..arguments.pairs import check_smoothing
 from ..distributed.group import check_group, ranks_of, tell
 from .guide import check_guided_margin
 
-__all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss"]
+__all__ = ["PAIR_NAMES", "Loss", "SoftmaxLoss", "keeping_dtypes"]
 
 
 PAIR_NAMES = ("image_features", "text_features")
@@ -43,6 +44,16 @@ def _unknown(loss: str, option: str) -> str:
     if option in ("temperature", "logit_scale"):
         return f"{said}; the scale, 1 / temperature, is an argument of the call: loss(x, y, logit_scale)"
     return said
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``to``, ``half``, ``cuda`` do to a tensor, but for its dtype."""
+
+    def keeping(t: Tensor) -> Tensor:
+        moved = fn(t)
+        return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+    return keeping
 
 
 class Loss(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..arguments.checks import check_count, check_dense, check_device, check_flag, check_matrix
 from ..arguments.pairs import check_ids
 from ..distributed.group import check_group, ranks_of, told
+from .module import keeping_dtypes
 
 __all__ = ["FeatureQueue", "check_queue"]
 
@@ -202,12 +203,7 @@ class FeatureQueue(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
         """Moves, and keeps the features' dtype."""
-
-        def keeping(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(keeping, recurse)
+        super()._apply(keeping_dtypes(fn), recurse)
         return self
 
     def extra_repr(self) -> str:
