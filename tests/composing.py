@@ -149,5 +149,5 @@ class Given:
         found["y"] = (scale.abs() * x.abs().max() * carried[:, :m].sum(0))[:, None]
         found["features"] = (scale.abs() * x.abs().max() * carried[:, -1])[:, None]
         found["scale"] = (w * (UNITS * score_eps + logit) * scores.abs()).sum()
-        found["bias"] = (w * (UNITS * score_eps + logit))[:, :m].sum(0)
+        found["bias"] = carried[:, :m].sum(0)  # of the weights, which may be as wide as the features
         return found
