@@ -48,6 +48,7 @@ ISA_FLAGS = {
     "avx2": shlex.split("-mavx2 -mfma -mf16c"),
     "avx512": shlex.split("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"),
 }
+ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 #: From Turing (the tensor-core kernels from Ampere) to Blackwell, and PTX for what comes later.
 RELEASE_ARCHS = "75;80;86;89;90;100;+PTX"
@@ -61,6 +62,7 @@ class Toolchain(NamedTuple):
     cxx: list[str]  # the command and the user's own flags
     x86: bool
     openmp: list[str]  # empty where there is none (Apple's clang): one thread
+    bfloat16: bool  # knows AVX512_BF16 (gcc from 10, clang from 9 on)
 
 
 class Unit(NamedTuple):
@@ -93,6 +95,7 @@ def find_toolchain() -> Toolchain:
         cxx=cxx,
         x86=compiles(cxx, [], "#ifndef __x86_64__\n#error other\n#endif\nint main() {}\n"),
         openmp=["-fopenmp"] if compiles(cxx, ["-fopenmp"], "#include <omp.h>\nint main() {}\n") else [],
+        bfloat16=compiles(cxx, ISA_FLAGS["avx512bf16"], "#include <immintrin.h>\n__m512bh value;\nint main() {}\n"),
     )
 
 
@@ -180,12 +183,15 @@ def isa_of(source: Path) -> str:
 
 def cpu_units(toolchain: Toolchain) -> list[Unit]:
     """The torch-free, Python-free C++ of csrc/cpu."""
-    shared = [*(toolchain.openmp or ["-Wno-unknown-pragmas"]), *(["-DCK_X86=1"] if toolchain.x86 else [])]
+    known = ["-DCK_X86=1"] * toolchain.x86 + ["-DCK_BFLOAT16=1"] * toolchain.bfloat16
+    shared = [*(toolchain.openmp or ["-Wno-unknown-pragmas"]), *known]
+    left_out = set() if toolchain.x86 else set(ISA_FLAGS)
+    left_out |= set() if toolchain.bfloat16 else {"avx512bf16"}
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
     return [
         Unit(source, "cxx", [*shared, *ISA_FLAGS.get(isa_of(source), [])])
         for source in sources
-        if toolchain.x86 or isa_of(source) not in ISA_FLAGS
+        if isa_of(source) not in left_out
     ]
 
 

@@ -197,10 +197,25 @@ void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
   ck::weighted_matrix(m, term, row, col, relative, dots);
 }
 
+void read_operand(Arguments& arguments, ck::Operand& operand) {
+  arguments.read(operand.data), arguments.read(operand.dtype);
+  arguments.read(operand.line_stride), arguments.read(operand.depth_stride);
+}
+
+void multiply_bfloat16(PyObject* const* values, Py_ssize_t count, double*) {
+  Arguments arguments(values, count, 15);
+  ck::Product p;
+  read_operand(arguments, p.x), read_operand(arguments, p.y);
+  arguments.read(p.out), arguments.read(p.rows), arguments.read(p.cols), arguments.read(p.depth);
+  arguments.read(p.stride), arguments.read(p.add), arguments.read(p.threads);
+  py::gil_scoped_release release;
+  ck::multiply_bfloat16(p);
+}
+
 // One of them as Python calls it, with its exceptions as pybind11 would tell them: value, d/dscale, d/dbias.
 template <void (*Function)(PyObject* const*, Py_ssize_t, double*)>
 PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  double out[3];
+  double out[3] = {};
   try {
     Function(values, count, out);
   } catch (py::error_already_set& error) {
@@ -247,6 +262,8 @@ PYBIND11_MODULE(_C, m) {
   add<softmax_matrix>(m, "softmax_matrix");
   add<weighted_matrix>(m, "weighted_matrix");
   add<label_matrix>(m, "label_matrix");
+  add<multiply_bfloat16>(m, "multiply_bfloat16");
+  m.def("multiplies_bfloat16", &ck::multiplies_bfloat16);
   m.def("exp_array", &exp_array);
   m.def("gumbel_array", &gumbel_array);
   m.def("instruction_set", &ck::instruction_set);

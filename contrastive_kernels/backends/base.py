@@ -115,6 +115,14 @@ class Backend:
         """The dtype of its weights for operands of this dtype; one with float16 weights honours panel.factor."""
         raise NotImplementedError
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether it has a product of its own for features of this dtype, which is faster than torch's or more exact."""
+        return False
+
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+        """out [R, C] (+)= x [R, K] y [K, C], of 16-bit operands, or ones that it rounds to 16 bits; sums in float32."""
+        raise NotImplementedError
+
     def keeps(self, dtype: torch.dtype, features: int) -> bool:
         """Whether `reduce_panel` can leave behind what `weight_panel` wants, so that scores are not made twice."""
         return False

@@ -13,8 +13,8 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size, number
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
 from .base import Backend, WholeMatrix
-from .native import MISSING, common_fields, pair_fields, score_fields, search_fields, weight_fields
-from .products import default_weights_dtype, score_product
+from .native import DTYPES, MISSING, common_fields, pair_fields, score_fields, search_fields, weight_fields
+from .products import default_weights_dtype, on_amx_units, score_product
 
 if MISSING is None:
     from contrastive_kernels import _C
@@ -42,8 +42,15 @@ class CpuBackend(Backend):
     def weights_dtype(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         return default_weights_dtype(device, dtype)
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and _multiplies_bfloat16()
+
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+        _multiply(x, y, out, add)
+
     def route(self, size: Size) -> Route:
-        return _route(instruction_set())
+        own = self.multiplies(size.dtype)
+        return _route("a matrix product in bfloat16" if own else "torch's matrix product", instruction_set())
 
     def reduce_panel(self, term: PairTerm, panel: Panel) -> None:
         _C.reduce_panel(**_fields(term, panel))
@@ -120,17 +127,34 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether the extension multiplies bfloat16 here. AMX units, which torch knows, do that faster."""
+    return MISSING is None and not on_amx_units() and _C.multiplies_bfloat16()
+
+
 def instruction_set() -> str | None:
     """The instruction set that the C++ pass runs with, or None without the extension."""
     return None if MISSING is not None else _C.instruction_set()
 
 
 @functools.cache
-def _route(isa: str | None) -> Route:
-    return Route(f"torch's matrix product + one pass in {isa}")
+def _route(product: str, isa: str | None) -> Route:
+    return Route(f"{product} + one pass in {isa}")
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+    (rows, depth), cols = x.shape, y.shape[1]
+    x, y = (v if 1 in v.stride() else v.contiguous() for v in (x, y))
+    _C.multiply_bfloat16(
+        x.data_ptr(), DTYPES[x.dtype], *x.stride(), y.data_ptr(), DTYPES[y.dtype], *y.T.stride(),
+        out.data_ptr(), rows, cols, depth, out.stride(0), add, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _fields(term: PairTerm, panel: Panel) -> dict[str, int]:
     """Makes the scores; what every operation is told."""
-    score_product(panel)
+    if panel.bfloat16_values and not panel.scores_ready and _multiplies_bfloat16():
+        _multiply(panel.x, panel.y.T, panel.scores)
+    else:
+        score_product(panel)
     return common_fields(term, panel) | score_fields(panel.scores) | {"threads": torch.get_num_threads()}

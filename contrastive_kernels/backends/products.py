@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..panels.panel import Panel
 
-__all__ = ["ADDS_IN_FLOAT32", "default_weights_dtype", "score_product"]
+__all__ = ["ADDS_IN_FLOAT32", "default_weights_dtype", "on_amx_units", "score_product"]
 
 #: torch 2.10 adds 16-bit products to float32 sums without rounding them in between (on CUDA). 2.8 and 2.9 have the
 #: overload too, but want sums of the operands' dtype (pytorch#167931).
@@ -106,6 +106,11 @@ def _run(steps: tuple[partial[Any], ...]) -> None:
 _amx_products = _AmxProducts()
 
 
+def on_amx_units() -> bool:
+    """Whether float32 products of bfloat16 values run on AMX units."""
+    return _AmxProducts.available
+
+
 def score_product(panel: Panel) -> None:
     """scores = x yT in full precision [R, C], unless they are there already.
 
@@ -114,7 +119,7 @@ def score_product(panel: Panel) -> None:
     """
     if panel.scores_ready:
         return
-    if _AmxProducts.available and panel.bfloat16_values and panel.scores.device.type == "cpu":
+    if on_amx_units() and panel.bfloat16_values and panel.scores.device.type == "cpu":
         _amx_products.multiply(panel.x, panel.y.T, panel.scores)
     else:
         torch.mm(panel.x, panel.y.T, out=panel.scores)

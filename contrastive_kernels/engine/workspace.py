@@ -158,6 +158,8 @@ class Workspace:
             torch.addmm(sums, weights, block_in_operand_dtype.to(self.dtype), beta=beta, out=sums)
         elif weights.is_cuda and ADDS_IN_FLOAT32:
             torch.addmm(sums, weights, block, out_dtype=torch.float32, beta=beta, out=sums)
+        elif self.matrix.backend.multiplies(weights.dtype):
+            self.matrix.backend.multiply(weights, block, sums, not fresh)
         elif weights.dtype == torch.float16:  # their products pass float16's largest number
             torch.addmm(sums, weights.to(self.dtype), block.to(self.dtype), beta=beta, out=sums)
         elif fresh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,11 @@ def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor
 
 
 def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Both operands in the dtype of the scores, and all scores [N, M]."""
+    """Both operands as their products take them, in the dtype of the scores or as they are, and all scores [N, M]."""
     x, y = problem.x, problem.y
     if x.dtype.itemsize == 2:
+        if problem.backend().multiplies(x.dtype):
+            return x, y, _product(problem, x, y.t())
         x = x.float()
         y = x if problem.symmetric else y.float()
     return x, y, x.mm(y.t())
@@ -64,12 +67,20 @@ def whole_gradients(
     of_rows, of_cols = weights, weights.t()
     if call.own is not None:
         of_rows, of_cols = of_rows[call.own[0]], of_cols[call.own[1]]
+    multiply = Tensor.mm if x.dtype == weights.dtype else partial(_product, call.problem)
     return (
-        of_rows.mm(y) if want_x else None,
-        of_cols.mm(x) if want_y else None,
+        multiply(of_rows, y) if want_x else None,
+        multiply(of_cols, x) if want_y else None,
         number(weights, dscale) if want_scale else None,
         number(weights, dbias) if want_bias else None,
     )
+
+
+def _product(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
+    """x y in float32, by the backend's own product."""
+    out = torch.empty(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
+    problem.backend().multiply(x, y, out)
+    return out
 
 
 def wanted_of(call: Call) -> Wanted:

@@ -60,6 +60,19 @@ struct IsaTable {
   void (*run_scaled)(const Panel&, const Buffers&);  // of panels with scales by row and column
 };
 
+// A product's blocks: of kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the columns that
+// are packed at a time.
+constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 512, kProductCols = 1024;
+struct ProductBuffers {
+  uint32_t* rows;  // [threads, of_thread]: pairs along the depth, kProductRows
+  int64_t of_thread;
+  uint32_t* cols;  // blocks of columns, pairs along the depth, kProductWidth
+};
+
+namespace avx512bf16 {
+void multiply(const Product&, const ProductBuffers&);
+}
+
 namespace baseline {
 void run_scaled(const Panel&, const Buffers&);
 }

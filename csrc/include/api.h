@@ -93,6 +93,26 @@ void reduce_panel(const Panel& panel);
 // Writes the weights; with row.sum or col.sum also folds the panel into them, as reduce_panel does.
 void weight_panel(const Panel& panel);
 
+// One operand of a product: lines along its depth.
+struct Operand {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;  // or kBFloat16
+  int64_t line_stride = 0, depth_stride = 0;
+};
+
+// out[i, j] (+)= sum_k x[i, k] y[j, k], of values that are or become bfloat16, with sums in float32.
+struct Product {
+  Operand x, y;
+  float* out = nullptr;  // [rows, cols]
+  int64_t rows = 0, cols = 0, depth = 0, stride = 0;
+  bool add = false;  // to what is there
+  int threads = 1;
+};
+
+// On units for bfloat16; throws std::invalid_argument where the machine has none.
+void multiply_bfloat16(const Product& product);
+bool multiplies_bfloat16();
+
 // e^x elementwise with the pair terms' own exponential, for tests of its error.
 void exp_array(const float* x, float* out, int64_t n);
 

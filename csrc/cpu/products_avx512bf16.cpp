@@ -1,0 +1,194 @@
+// Matrix products in bfloat16 with float32 sums, where the machine multiplies them (AVX512_BF16). torch's round to
+// bfloat16 on the way out.
+//
+// Both operands are packed, in blocks of depth kDepth: kRows rows of the one, kCols columns of the other, in pairs
+// along the depth, as vdpbf16ps takes them. The kernel keeps kRows x kCols sums in registers.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../include/inline.h"
+#include "isa.h"
+
+namespace ck {
+namespace avx512bf16 {
+
+constexpr int64_t kRows = kProductRows, kCols = kProductWidth, kDepth = kProductDepth;
+
+// All of the sixteen. (The plain intrinsics of what follows make gcc 12 warn of what they leave undefined.)
+constexpr __mmask16 kAll = 0xFFFF;
+
+// A mask of the first so many, of at most `Most`.
+template <int Most>
+CK_INLINE uint32_t first_of(int64_t count) {
+  return count >= Most ? 0xFFFFFFFFu >> (32 - Most) : count <= 0 ? 0u : (1u << count) - 1u;
+}
+
+// Sixteen neighbours in bfloat16, which float32 is rounded to; and thirty-two. Zeros where the mask has none.
+CK_INLINE __m256i sixteen(const float* from, __mmask16 mask) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from));
+}
+CK_INLINE __m256i sixteen(const uint16_t* from, __mmask16 mask) { return _mm256_maskz_loadu_epi16(mask, from); }
+CK_INLINE __m512i thirty_two(const float* from, __mmask32 mask) {
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16), low);
+}
+CK_INLINE __m512i thirty_two(const uint16_t* from, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, from); }
+
+// Sixteen pairs of their low halves and their high ones.
+CK_INLINE __m512i sixteen_pairs(__m256i low, __m256i high) {
+  const __m512i lows = _mm512_maskz_cvtepu16_epi32(kAll, low), highs = _mm512_maskz_cvtepu16_epi32(kAll, high);
+  return _mm512_or_si512(lows, _mm512_maskz_slli_epi32(kAll, highs, 16));
+}
+
+// Sixteen lines of sixteen words become columns.
+CK_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_maskz_unpacklo_epi32(kAll, v[i], v[i + 1]);
+    t[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      u[i + 2 * half] = _mm512_maskz_unpacklo_epi64(0xFF, t[i + half], t[i + half + 2]);
+      u[i + 2 * half + 1] = _mm512_maskz_unpackhi_epi64(0xFF, t[i + half], t[i + half + 2]);
+    }
+  // u[4 g + c] has column 4 q + c of lines 4 g ... 4 g + 3 in its quarter q
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_maskz_shuffle_i32x4(kAll, u[c], u[4 + c], 0x88);
+    const __m512i even_high = _mm512_maskz_shuffle_i32x4(kAll, u[8 + c], u[12 + c], 0x88);
+    const __m512i odd_low = _mm512_maskz_shuffle_i32x4(kAll, u[c], u[4 + c], 0xDD);
+    const __m512i odd_high = _mm512_maskz_shuffle_i32x4(kAll, u[8 + c], u[12 + c], 0xDD);
+    v[c] = _mm512_maskz_shuffle_i32x4(kAll, even_low, even_high, 0x88);
+    v[4 + c] = _mm512_maskz_shuffle_i32x4(kAll, odd_low, odd_high, 0x88);
+    v[8 + c] = _mm512_maskz_shuffle_i32x4(kAll, even_low, even_high, 0xDD);
+    v[12 + c] = _mm512_maskz_shuffle_i32x4(kAll, odd_low, odd_high, 0xDD);
+  }
+}
+
+// Packs at most Width lines of an operand from `first` on along the depth: out[pair][line], zeros behind the last line
+// and the last depth. Neighbours in memory are the lines, or the depths.
+template <int64_t Width, typename T>
+static void pack_neighbouring_lines(const T* first, int64_t depth_stride, int64_t lines, int64_t depth, uint32_t* out) {
+  for (int64_t k = 0; k < depth; k += 2, out += Width) {
+    const T* const low = first + k * depth_stride;
+    for (int64_t line = 0; line < Width; line += 16) {
+      const __mmask16 there = first_of<16>(lines - line);
+      const __m256i high = k + 1 < depth ? sixteen(low + depth_stride + line, there) : _mm256_setzero_si256();
+      const __m512i pairs = sixteen_pairs(sixteen(low + line, there), high);
+      _mm512_mask_storeu_epi32(out + line, first_of<16>(Width - line), pairs);
+    }
+  }
+}
+
+template <int64_t Width, typename T>
+static void pack_neighbouring_depths(const T* first, int64_t line_stride, int64_t lines, int64_t depth, uint32_t* out) {
+  const int64_t pairs = (depth + 1) / 2;
+  for (int64_t line = 0; line < Width; line += 16)
+    for (int64_t k = 0; k < pairs; k += 16) {
+      const __mmask32 there = first_of<32>(depth - 2 * k);
+      __m512i v[16];
+      for (int i = 0; i < 16; ++i)
+        v[i] = line + i < lines ? thirty_two(first + (line + i) * line_stride + 2 * k, there) : _mm512_setzero_si512();
+      transpose(v);
+      for (int i = 0; i < 16 && k + i < pairs; ++i)
+        _mm512_mask_storeu_epi32(out + (k + i) * Width + line, first_of<16>(Width - line), v[i]);
+    }
+}
+
+template <int64_t Width, typename T>
+static void pack_from(const T* data, const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth,
+                      uint32_t* out) {
+  const T* const first = data + line * from.line_stride + k * from.depth_stride;
+  if (from.line_stride == 1)
+    pack_neighbouring_lines<Width>(first, from.depth_stride, lines, depth, out);
+  else
+    pack_neighbouring_depths<Width>(first, from.line_stride, lines, depth, out);
+}
+
+template <int64_t Width>
+static void pack(const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth, uint32_t* out) {
+  if (from.dtype == Dtype::kBFloat16)
+    pack_from<Width>(static_cast<const uint16_t*>(from.data), from, line, k, lines, depth, out);
+  else
+    pack_from<Width>(static_cast<const float*>(from.data), from, line, k, lines, depth, out);
+}
+
+CK_INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
+
+// out[kRows][kCols] (+)= a bT of packed blocks.
+static void multiply_block(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t pairs, bool add,
+                           float* __restrict out, int64_t stride) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 14
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < 2; ++j) sums[i][j] = add ? _mm512_loadu_ps(out + i * stride + 16 * j) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kCols) {
+    const __m512bh b0 = as_pairs(_mm512_loadu_si512(b)), b1 = as_pairs(_mm512_loadu_si512(b + 16));
+#pragma GCC unroll 14
+    for (int64_t i = 0; i < kRows; ++i) {
+      const __m512bh value = as_pairs(_mm512_set1_epi32(static_cast<int>(a[i])));
+      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], value, b0);
+      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, b1);
+    }
+  }
+#pragma GCC unroll 14
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < 2; ++j) _mm512_storeu_ps(out + i * stride + 16 * j, sums[i][j]);
+}
+
+// The same at the edges: `rows` x `cols` of it, by way of a block of its own.
+static void multiply_edge(const uint32_t* a, const uint32_t* b, int64_t pairs, bool add, float* out, int64_t stride,
+                          int64_t rows, int64_t cols) {
+  alignas(64) float block[kRows * kCols];
+  multiply_block(a, b, pairs, false, block, kCols);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j] + (add ? out[i * stride + j] : 0.0f);
+}
+
+void multiply(const Product& p, const ProductBuffers& buffers) {
+  const int64_t row_blocks = (p.rows + kRows - 1) / kRows;
+  for (int64_t j0 = 0; j0 < p.cols; j0 += kProductCols) {
+    const int64_t cols = p.cols - j0 < kProductCols ? p.cols - j0 : kProductCols;
+    const int64_t col_blocks = (cols + kCols - 1) / kCols;
+    for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth) {
+      const int64_t depth = p.depth - k0 < kDepth ? p.depth - k0 : kDepth, pairs = (depth + 1) / 2;
+      const bool add = p.add || k0 > 0;
+#pragma omp parallel num_threads(p.threads)
+      {
+#ifdef _OPENMP
+        const int64_t thread = omp_get_thread_num();
+#else
+        const int64_t thread = 0;
+#endif
+        uint32_t* const a = buffers.rows + thread * buffers.of_thread;
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < col_blocks; ++j) {
+          const int64_t left = cols - j * kCols;
+          pack<kCols>(p.y, j0 + j * kCols, k0, left < kCols ? left : kCols, depth, buffers.cols + j * kCols * pairs);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < row_blocks; ++i) {
+          const int64_t first = i * kRows, rows = p.rows - first < kRows ? p.rows - first : kRows;
+          pack<kRows>(p.x, first, k0, rows, depth, a);
+          for (int64_t j = 0; j < col_blocks; ++j) {
+            const int64_t left = cols - j * kCols;
+            float* const out = p.out + first * p.stride + j0 + j * kCols;
+            const uint32_t* const b = buffers.cols + j * kCols * pairs;
+            if (rows == kRows && left >= kCols)
+              multiply_block(a, b, pairs, add, out, p.stride);
+            else
+              multiply_edge(a, b, pairs, add, out, p.stride, rows, left < kCols ? left : kCols);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace avx512bf16
+}  // namespace ck

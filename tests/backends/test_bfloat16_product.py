@@ -1,0 +1,140 @@
+"""The product in bfloat16 with float32 sums that the extension has for CPUs with AVX512_BF16."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import contrastive_kernels as ck
+from contrastive_kernels.backends import cpu
+from contrastive_kernels.backends.native import MISSING
+from contrastive_kernels.backends.registry import ORDER
+
+pytestmark = pytest.mark.skipif(
+    MISSING is not None or not cpu._C.multiplies_bfloat16(), reason="no extension, or a CPU without AVX512_BF16"
+)
+CPU = next(backend for backend in ORDER if backend.name == "cpu")
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+#: Rows, depth, columns: one, those of the kernel's blocks, past them, and depths and columns past a packed block.
+SIZES = [(1, 1, 1), (14, 2, 32), (15, 3, 33), (13, 31, 47), (28, 512, 64), (29, 515, 1025), (3, 1030, 40), (130, 64, 5)]
+
+
+def drawn(rows: int, cols: int, dtype: torch.dtype, turned: bool, gap: int = 0) -> Tensor:
+    """[rows, cols] between -1 and 1, perhaps by columns, in lines with a gap of NaN behind."""
+    lines, length = (cols, rows) if turned else (rows, cols)
+    whole = torch.full((lines, length + gap), torch.nan, dtype=dtype)
+    whole[:, :length] = 2 * torch.rand(lines, length) - 1
+    return whole[:, :length].T if turned else whole[:, :length]
+
+
+def assert_product(x: Tensor, y: Tensor, out: Tensor, before: Tensor | float = 0.0) -> None:
+    """Within roundings to float32 of partial sums at random."""
+    x, y = (v.to(BFLOAT16).double() for v in (x, y))
+    bound = x.shape[1] ** 0.5 * torch.finfo(FLOAT32).eps * (x.abs() @ y.abs() + 2)
+    assert ((out.double() - (x @ y + before)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_operands_of_every_layout(size, threads, set_threads):
+    set_threads(threads)
+    rows, depth, cols = size
+    kinds = list(itertools.product((BFLOAT16, FLOAT32), (False, True), (0, 3)))
+    for (xd, xt, xg), (yd, yt, yg) in itertools.product(kinds, kinds[::-1]):
+        x, y = drawn(rows, depth, xd, xt, xg), drawn(depth, cols, yd, yt, yg)
+        out = torch.full((rows, cols + 7), torch.nan, dtype=FLOAT32)
+        CPU.multiply(x, y, out[:, :cols])
+        assert_product(x, y, out[:, :cols])
+        assert out[:, cols:].isnan().all()
+
+
+def test_values_in_float32_are_rounded_to_even():
+    x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8 + 2**-20)]])
+    found = torch.empty(1, 3)
+    CPU.multiply(x.T.contiguous().reshape(3, 1)[:, :1], torch.ones(1, 1), found.T)
+    assert found.tolist() == x.to(BFLOAT16).float().tolist()
+
+
+@pytest.mark.parametrize("depth", [7, 1500])
+def test_it_adds(depth):
+    x, y, before = drawn(20, depth, BFLOAT16, False), drawn(depth, 50, BFLOAT16, True), torch.randn(20, 50)
+    out = before.clone()
+    CPU.multiply(x, y, out, add=True)
+    assert_product(x, y, out, before.double())
+
+
+@pytest.mark.parametrize("rows, depth, cols", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
+def test_nothing(rows, depth, cols):
+    out = torch.ones(rows, cols)
+    CPU.multiply(torch.ones(rows, depth), torch.ones(depth, cols), out, add=True)
+    assert (out == 1).all()
+    CPU.multiply(torch.ones(rows, depth), torch.ones(depth, cols), out)
+    assert (out == depth).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_column(value):
+    x, y = drawn(17, 35, BFLOAT16, False), drawn(35, 37, BFLOAT16, False)
+    x[15, 34], y[3, 36] = value, value
+    out = torch.empty(17, 37)
+    CPU.multiply(x, y, out)
+    finite = torch.ones(17, 37, dtype=torch.bool)
+    finite[15], finite[:, 36] = False, False
+    assert torch.equal(out.isfinite(), finite)
+
+
+def test_two_lines_with_gaps_in_both_directions():
+    x, y = torch.randn(6, 9, 2)[:, :, 0], torch.randn(9, 8, 2)[..., 1]
+    out = torch.empty(6, 8)
+    CPU.multiply(x, y, out)
+    bound = 40 * torch.finfo(BFLOAT16).eps
+    assert (out - x @ y).abs().max() < bound
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: 0}, "operands must not be null"),
+        ({1: 2}, "float32 or bfloat16"),
+        ({2: 3}, "neighbours"),
+        ({8: 0}, "out must not be null"),
+        ({12: 1}, "sizes are ordered"),
+        ({14: 0}, "threads at least 1"),
+    ],
+)
+def test_wrong_calls_raise(change, message):
+    x, out = torch.ones(2, 2), torch.empty(2, 2)
+    given = [x.data_ptr(), 0, 2, 1, x.data_ptr(), 0, 1, 2, out.data_ptr(), 2, 2, 2, 2, False, 1]
+    if 2 in change:
+        given[3] = 3
+    for place, value in change.items():
+        given[place] = value
+    with pytest.raises(ValueError, match=message):
+        cpu._C.multiply_bfloat16(*given)
+
+
+@pytest.mark.parametrize("n, workspace", [(40, None), (300, 2**18)], ids=["whole", "panels"])
+def test_losses_take_it(n, workspace, monkeypatch):
+    """Scores and both gradients; none of it on machines where the pass is not AVX-512's."""
+    calls = []
+    multiply = cpu._multiply
+    monkeypatch.setattr(cpu, "_multiply", lambda *given: calls.append(given[:2]) or multiply(*given))
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 24), dim=1).to(BFLOAT16).requires_grad_() for _ in range(2))
+
+    def step() -> list[Tensor]:
+        calls.clear()
+        value = ck.clip_loss(x, y, 10.0, workspace_bytes=workspace, backend="cpu")
+        return [value.detach(), *torch.autograd.grad(value, (x, y))]
+
+    found = step()
+    assert len(calls) == 3 if workspace is None else len(calls) > 6
+    cpu._C.set_instruction_set("avx2")
+    try:
+        others = step()
+        assert not calls
+    finally:
+        cpu._C.set_instruction_set("auto")
+    torch.testing.assert_close(found[0], others[0], rtol=1e-6, atol=0.0)
+    for mine, other in zip(found[1:], others[1:]):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2 * other.abs().max().item())
