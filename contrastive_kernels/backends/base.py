@@ -116,7 +116,7 @@ class Backend:
         raise NotImplementedError
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether it has a product of its own for features of this dtype, which is faster than torch's or more exact."""
+        """Whether it has a product of its own for features of this dtype, faster than torch's or more exact."""
         return False
 
     def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:

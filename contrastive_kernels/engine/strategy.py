@@ -32,9 +32,9 @@ __all__ = ["Place", "Strategy", "choose", "one_walk_with_scales", "panel_bytes",
 #: Score matrices up to this size are kept from the forward to the backward pass, which saves one product of four where
 #: memory is no concern.
 KEPT_SCORES_BYTES = 4 * 2**20
-#: Matrices of at most so many scores are computed in one call, with weights in float32 in their place: 1 MiB stays in a
-#: core's own cache.
-WHOLE_SCORES = 2**18
+#: Matrices of at most so many scores are computed in one call, with weights in float32 in their place: 4 MiB stay in
+#: most caches.
+WHOLE_SCORES = 2**20
 
 
 #: A GPU's matrices of one panel and at most so many scores are computed by launches that are prepared: with more,
@@ -245,6 +245,8 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     if backend.native_operands:  # a block of sums
         block = (scores.itemsize if weighs else 0) * size.features
         return PanelBytes(per_score, block + route.scratch_per_row, route.scratch_per_row)
+    if backend.multiplies(size.dtype):
+        return PanelBytes(per_score, (scores.itemsize if weighs else 0) * size.features, 0)
     # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
     return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
 

@@ -47,7 +47,8 @@ class Workspace:
         self.matrix = matrix
         x, backend = matrix.x, matrix.backend
         self.dtype = score_dtype(x.dtype)
-        self.operand_dtype = x.dtype if backend.native_operands else self.dtype
+        as_they_are = backend.native_operands or backend.multiplies(x.dtype)
+        self.operand_dtype = x.dtype if as_they_are else self.dtype
         self.weights_dtype = backend.weights_dtype(x.device, x.dtype)
         self.rounded = self.weights_dtype != self.dtype
         size = matrix.size()

@@ -19,6 +19,7 @@ __all__ = [
     "add_positive_params",
     "bounded_ceilings",
     "gradients_of",
+    "multiply_into",
     "params_of",
     "part_of",
     "wanted_of",
@@ -81,6 +82,11 @@ def _product(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
     problem.backend().multiply(x, y, out)
     return out
+
+
+def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (+)= x y by torch, as a backend's own product is called."""
+    torch.addmm(out, x, y, out=out) if add else torch.mm(x, y, out=out)
 
 
 def wanted_of(call: Call) -> Wanted:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..engine.matrix import COL_BIAS, PROBLEM_TENSORS, Positives, Problem
-from ..panels.size import blocks
-from .parts import params_of, whole_gradients, whole_scores
+from ..panels.size import blocks, score_dtype
+from .parts import multiply_into, params_of, whole_gradients, whole_scores
 from .shared import Call, Outputs
 
 __all__ = ["LIFT", "bands_are_whole", "in_one_call", "in_one_call_a_band"]
@@ -47,19 +47,24 @@ def bands_are_whole(call: Call, backend: Backend) -> bool:
     """Whether a band is a matrix of its own that one call of the backend computes: rows depend on no other ones."""
     problem, (_, both, _, smoothing) = call.problem, call.settings
     one_way = not smoothing and not both and not problem.symmetric
-    return backend.whole_matrix and one_way and len(problem.x) > 0 and problem.x.dtype == torch.float32
+    served = problem.x.dtype == torch.float32 or backend.multiplies(problem.x.dtype)
+    return backend.whole_matrix and one_way and len(problem.x) > 0 and served
 
 
 def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) -> Outputs:
     """Bands of some rows: the backend gives each one's value and weights in one call."""
     problem, (gain, lift), (want_x, want_y, _) = call.problem, call.extras, call.wants
     x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
-    dx, dy = torch.empty_like(x) if want_x else None, torch.empty_like(y) if want_y else None
-    scores = torch.empty(min(rows, len(x)), len(y), dtype=x.dtype, device=x.device)
+    dtype, device = score_dtype(x.dtype), x.device
+    wanted = ((x, want_x), (y, want_y))
+    dx, dy = (torch.empty(v.shape, dtype=dtype, device=device) if want else None for v, want in wanted)
+    scores = torch.empty(min(rows, len(x)), len(y), dtype=dtype, device=device)
     dlift = None if lift is None else torch.empty_like(lift)
-    of_biases = torch.zeros(len(y), dtype=x.dtype, device=x.device) if call.needs[COL_BIAS] else None
+    of_biases = torch.zeros(len(y), dtype=dtype, device=device) if call.needs[COL_BIAS] else None
+    multiply = multiply_into if x.dtype == dtype else backend.multiply
     for i in blocks(len(x), rows):
-        weights, positives = torch.mm(x[i], y.T, out=scores[: i.stop - i.start]), problem.positives.band(i)
+        weights, positives = scores[: i.stop - i.start], problem.positives.band(i)
+        multiply(x[i], y.T, weights)
         band = _with_one_positive(
             replace(problem, x=x[i], y=y, offset=positives.offset, pairs=problem.pairs.of_rows(i)), positives
         )
@@ -72,12 +77,12 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         if of_biases is not None:
             of_biases += weights.sum(0)
         if dx is not None:
-            torch.mm(weights, y, out=dx[i])
+            multiply(weights, y, dx[i])
         if dy is not None:
-            torch.mm(weights.T, x[i], out=dy) if i.start == 0 else torch.addmm(dy, weights.T, x[i], out=dy)
+            multiply(weights.T, x[i], dy, i.start > 0)
     for gradient in (dx, dy):
         if of_biases is not None and gradient is not None:  # of weights that were not scaled
             gradient *= problem.scale
-    found = torch.tensor(totals, dtype=torch.float64, device=x.device)
+    found = torch.tensor(totals, dtype=torch.float64, device=device)
     made = (dx, dy, *params_of(call, found[1:]), of_biases, dlift if call.needs[LIFT] else None)
-    return found[0].to(x.dtype), *made, None, None, None, None
+    return found[0].to(dtype), *made, None, None, None, None
