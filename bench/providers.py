@@ -64,6 +64,9 @@ class Provider:
     normalizes : bool
         It normalises x and y inside. On our unit-norm inputs the value is the same; its gradients are compared with
         those of the loss of the normalised features.
+    rounds_logits : bool
+        In 16 bits its logits have 16 bits too, and in small batches its gradients few right ones. It is right if it is
+        so in float32.
     peak_bytes : callable
         (case) -> about what it allocates, for a refusal before the machine runs out of memory.
     refuses : callable
@@ -81,6 +84,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     learnable_scale: bool = True
     normalizes: bool = False
+    rounds_logits: bool = False
     peak_bytes: Callable[[Case], float] = lambda case: 0.0
     refuses: Callable[[Case], str | None] = lambda case: None
     by_default: Callable[[Case], bool] = _always
@@ -315,11 +319,12 @@ _PEERS = (
         by_default=lambda case: case.d == 512,
     ),
     # two matrices of logits, their log-softmax and its gradient; 4.1 GB measured at N = 16,384 in fp32
-    Provider("dense", _dense, _ALL, peak_bytes=_matrices(4), by_default=_up_to(16384)),
+    Provider("dense", _dense, _ALL, rounds_logits=True, peak_bytes=_matrices(4), by_default=_up_to(16384)),
     Provider(
         "dense-compiled",
         _compiled,
         _ALL,
+        rounds_logits=True,
         peak_bytes=_matrices(4),
         refuses=_compiled_refuses,
         by_default=lambda case: (case.loss, case.d, case.dtype) == CURVE and 1024 <= case.n <= 8192,

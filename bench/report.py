@@ -64,10 +64,17 @@ def _case_table(case: Case, rows: list[Row]) -> Table:
             f"{fraction:.2f}" if fraction else "-",
             f"{dense / best:.2f}x" if dense and best else "-",
             megabytes(row.get("peak_bytes")),
-            f"{row['error']:.0e} <= {row['tolerance']:.0e}" if "error" in row else "",
+            _error(row),
             style="bold green" if row["backend"] else "",
         )
     return table
+
+
+def _error(row: Row) -> str:
+    if "error" not in row:
+        return ""
+    right = row["error"] <= row["tolerance"]
+    return f"{row['error']:.0e} <= {row['tolerance']:.0e}" if right else f"{row['error']:.0e}, by rounded logits"
 
 
 def _floor(rows: list[Row]) -> str | None:

@@ -144,6 +144,13 @@ def test_a_wrong_provider_gets_no_time(what, registry):
     assert Session(1).memory_row(SMALL, get("liar"))["status"] == "wrong"
 
 
+def test_in_16_bits_logits_may_be_rounded():
+    case = Case("clip_loss", 8, 256, dtype="bfloat16")
+    liar = dataclasses.replace(_altered("liar", WRONG["value"]), rounds_logits=True)
+    right, wrong = (check.check_small(provider, case) for provider in (get("dense"), liar))
+    assert right.ok and right.error > right.tolerance and not wrong.ok
+
+
 def test_a_provider_that_raises_is_reported_with_its_reason(registry):
     def raises(case, inputs):
         raise RuntimeError("no kernel image\nand a long trace")
