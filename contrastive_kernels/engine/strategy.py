@@ -151,7 +151,7 @@ def panel_shape(backend: Backend, size: Size, weighs: bool) -> tuple[int, int]:
     if size.band:
         return _band_panel_shape(backend, both, size)
     if backend.score_tile and size.device.type != "cuda":
-        side = square_side(size.rows, size.cols, both, size.workspace_bytes)
+        side = square_side(size.rows, size.cols, both, size.workspace_bytes, size.symmetric)
         shape = None if side is None else (side, side)
     elif both.of(SMALLEST_PANEL, SMALLEST_PANEL) > size.workspace_bytes:
         shape = None

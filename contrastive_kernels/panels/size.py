@@ -94,6 +94,8 @@ def number(like: Tensor, value: float) -> Tensor:
 #: On a CPU panels are squares of at most this side: 4 MiB of float32 scores stay in a shared cache, and the gradient
 #: products are large enough for the vendor's GEMM to run at its rate.
 LARGEST_SQUARE = 1024
+#: ... and of a symmetric matrix of less: of the panels on its diagonal, one half is made for nothing.
+LARGEST_OF_SYMMETRIC = 768
 
 
 #: No side is smaller: a workspace that cannot hold such a square is refused.
@@ -166,10 +168,12 @@ def _round_up(n: int) -> int:
     return blocks_of(n, STEP) * STEP
 
 
-def square_side(n: int, m: int, size: PanelBytes, workspace_bytes: int) -> int | None:
+def square_side(n: int, m: int, size: PanelBytes, workspace_bytes: int, symmetric: bool = False) -> int | None:
     """The side of square panels for a CPU, as large as the workspace allows; None: it is too small."""
     side = largest_side(size, workspace_bytes)
-    return None if side is None else nearly_equal(max(n, m), side)
+    if side is None:
+        return None
+    return nearly_equal(max(n, m), min(side, LARGEST_OF_SYMMETRIC) if symmetric else side)
 
 
 def largest_side(size: PanelBytes, workspace_bytes: int) -> int | None:
