@@ -183,10 +183,10 @@ def isa_of(source: Path) -> str:
 
 def cpu_units(toolchain: Toolchain) -> list[Unit]:
     """The torch-free, Python-free C++ of csrc/cpu."""
-    known = ["-DCK_X86=1"] * toolchain.x86 + ["-DCK_BFLOAT16=1"] * toolchain.bfloat16
+    bfloat16 = toolchain.x86 and toolchain.bfloat16
+    known = ["-DCK_X86=1"] * toolchain.x86 + ["-DCK_BFLOAT16=1"] * bfloat16
     shared = [*(toolchain.openmp or ["-Wno-unknown-pragmas"]), *known]
-    left_out = set() if toolchain.x86 else set(ISA_FLAGS)
-    left_out |= set() if toolchain.bfloat16 else {"avx512bf16"}
+    left_out = set() if bfloat16 else {"avx512bf16"} if toolchain.x86 else set(ISA_FLAGS)
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
     return [
         Unit(source, "cxx", [*shared, *ISA_FLAGS.get(isa_of(source), [])])

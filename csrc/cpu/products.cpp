@@ -9,6 +9,11 @@
 namespace ck {
 namespace {
 
+// What the kernel loads at once.
+struct alignas(64) Line {
+  uint32_t words[16];
+};
+
 void check_operand(const Operand& operand) {
   check(operand.data, "multiply_bfloat16: operands must not be null");
   check(operand.line_stride == 1 || operand.depth_stride == 1, "multiply_bfloat16: lines or depths are neighbours");
@@ -43,9 +48,9 @@ void multiply_bfloat16(const Product& product) {
   const int64_t pairs = (std::min(p.depth, kProductDepth) + 1) / 2;
   const int64_t width = std::min((p.cols + kProductWidth - 1) / kProductWidth * kProductWidth, kProductCols);
   p.threads = static_cast<int>(std::min<int64_t>(p.threads, row_blocks));
-  std::unique_ptr<uint32_t[]> rows(new uint32_t[p.threads * kProductRows * pairs]);
-  std::unique_ptr<uint32_t[]> cols(new uint32_t[width * pairs]);
-  avx512bf16::multiply(p, {rows.get(), kProductRows * pairs, cols.get()});
+  const int64_t of_thread = (kProductRows * pairs + 15) / 16;
+  std::unique_ptr<Line[]> rows(new Line[p.threads * of_thread]), cols(new Line[width * pairs / 16]);
+  avx512bf16::multiply(p, {rows[0].words, 16 * of_thread, cols[0].words});
 #endif
 }
 

@@ -141,13 +141,15 @@ static void multiply_block(const uint32_t* __restrict a, const uint32_t* __restr
     for (int64_t j = 0; j < 2; ++j) _mm512_storeu_ps(out + i * stride + 16 * j, sums[i][j]);
 }
 
-// The same at the edges: `rows` x `cols` of it, by way of a block of its own.
+// The same at the edges, `rows` x `cols` of it, by way of a block of its own: a sum does not depend on where it lies.
 static void multiply_edge(const uint32_t* a, const uint32_t* b, int64_t pairs, bool add, float* out, int64_t stride,
                           int64_t rows, int64_t cols) {
-  alignas(64) float block[kRows * kCols];
-  multiply_block(a, b, pairs, false, block, kCols);
+  alignas(64) float block[kRows * kCols] = {};
+  for (int64_t i = 0; add && i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) block[i * kCols + j] = out[i * stride + j];
+  multiply_block(a, b, pairs, add, block, kCols);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j] + (add ? out[i * stride + j] : 0.0f);
+    for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j];
 }
 
 void multiply(const Product& p, const ProductBuffers& buffers) {

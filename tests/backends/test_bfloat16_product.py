@@ -64,6 +64,13 @@ def test_it_adds(depth):
     assert_product(x, y, out, before.double())
 
 
+def test_a_sum_does_not_depend_on_where_it_lies():
+    x, y = drawn(1, 1030, BFLOAT16, False).repeat(33, 1), drawn(1, 1030, BFLOAT16, False).repeat(1050, 1)
+    out = torch.ones(33, 1050)
+    CPU.multiply(x, y.T, out, add=True)
+    assert (out == out[0, 0]).all()
+
+
 @pytest.mark.parametrize("rows, depth, cols", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
 def test_nothing(rows, depth, cols):
     out = torch.ones(rows, cols)
