@@ -4,9 +4,8 @@ tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers
 machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices. Under
 ThreadSanitizer two callers run at once, with teams of threads that it can follow (teams.cpp).
 
-`make test` runs the baseline's code alone, a third of the cases: half the time of a build is optimisation, and most of
-it other instruction sets. `make sanitize` runs all: many rounds of other numbers, and the CUDA sources in their
-emulator.
+`make test` runs a third of the cases with the baseline's code alone, which is built in seconds. `make sanitize` runs
+all: many rounds of other numbers, and the CUDA sources in their emulator.
 """
 
 import os
