@@ -55,9 +55,11 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # of an open file
+            error.filename = str(path)
         raise
 
 

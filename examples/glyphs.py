@@ -441,7 +441,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=default_folder(), help="where it is kept")
     folder = parser.parse_args().folder
     print(summary(load_glyphs(folder)))
-    if any(folder.glob("glyphs-*.npz")):
+    if os.access(folder / _cache_name(_font_folder(), range(len(FACES))), os.R_OK):
         print(f"kept in {folder}")
 
 

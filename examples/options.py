@@ -108,7 +108,7 @@ def device_name(text: str) -> str:
 
 def _problem(folder: Path) -> str | None:
     """Why nothing can be written below a folder, there or still to be made; told before the work, not after it."""
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:  # (Path.exists raises where there is no access)
         folder = folder.parent
     if not folder.is_dir():
         return f"{folder} is no folder"
@@ -118,7 +118,7 @@ def _problem(folder: Path) -> str | None:
 def output_file(text: str) -> Path:
     """A file that can be written."""
     path = Path(text)
-    problem = f"{path} is a folder" if path.is_dir() else _problem(path.absolute().parent)
+    problem = f"{path} is a folder" if os.path.isdir(path) else _problem(path.absolute().parent)
     if problem:
         raise argparse.ArgumentTypeError(f"expected a file that can be written: {problem}")
     return path

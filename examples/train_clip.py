@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -271,7 +272,7 @@ def _save(trainer: Trainer, path: Path, console: Console) -> bool:
         trainer.save(path)
         return True
     except OSError as error:
-        left = "the older checkpoint stays" if path.exists() else "there is no checkpoint"
+        left = "the older checkpoint stays" if os.path.exists(path) else "there is no checkpoint"
         line = f"step {trainer.step}: {path} cannot be written ({reason(error)}); {left}"
         console.print(line, soft_wrap=True, markup=False, highlight=False)
         return False

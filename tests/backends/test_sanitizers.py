@@ -4,8 +4,8 @@ tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers
 machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices. Under
 ThreadSanitizer two callers run at once, with teams of threads that it can follow (teams.cpp).
 
-`make sanitize` runs them: many rounds of other numbers, and the CUDA sources in their emulator. `make test` only looks
-at what was linked.
+`make test` runs a third of the cases with the baseline's code alone, which is built in seconds. `make sanitize` runs
+all: many rounds of other numbers, and the CUDA sources in their emulator.
 """
 
 import os
@@ -25,12 +25,17 @@ ROUNDS = int(os.environ.get("SANITIZE_ROUNDS") or 0)
 sanitizing = pytest.mark.skipif(not ROUNDS, reason="minutes: make sanitize")
 #: The part of the problems that the emulator has, K/N: every day another one.
 PART = os.environ.get("SANITIZE_PART") or f"{date.today().toordinal() % 7}/7"
-COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-MEMORY, THREADS = "memory", "threads"
-FLAGS = {MEMORY: ["-fsanitize=address,undefined"], THREADS: ["-fsanitize=thread"]}
+COMMON = ["-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+#: What is looked for; in the short form with the baseline's code alone.
+SHORT, MEMORY, THREADS = "short", "memory", "threads"
+FLAGS = {
+    SHORT: ["-Og", "-g0", *COMMON, "-fsanitize=address,undefined"],
+    MEMORY: ["-O1", "-g1", *COMMON, "-fsanitize=address,undefined"],
+    THREADS: ["-O1", "-g1", *COMMON, "-fsanitize=thread"],
+}
 #: Callers at once; of how many cases a round takes one: the long form's rounds take all of them.
-CALLERS = {MEMORY: 1, THREADS: 2}
-EVERY = {MEMORY: 1, THREADS: 5}
+CALLERS = {SHORT: 1, MEMORY: 1, THREADS: 2}
+EVERY = {SHORT: 3, MEMORY: 1, THREADS: 5}
 #: The flags in /proc/cpuinfo that an instruction set needs.
 NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}}
 
@@ -44,12 +49,12 @@ def find_toolchain(sanitizer, folder):
         pytest.skip(str(error))
     source, program = folder / "main.cpp", folder / "main"
     source.write_text("int main() {}\n")
-    command = [*toolchain.cxx, *COMMON, *FLAGS[sanitizer], source, "-o", program]
+    command = [*toolchain.cxx, *FLAGS[sanitizer], source, "-o", program]
     if subprocess.run(command, capture_output=True).returncode or subprocess.run([program]).returncode:
-        pytest.skip(f"no program of this compiler runs with {FLAGS[sanitizer][0]}")
+        pytest.skip(f"no program of this compiler runs with {FLAGS[sanitizer][-1]}")
     if sanitizer == THREADS and (not toolchain.openmp or "clang" in " ".join(toolchain.cxx)):
         pytest.skip("teams.cpp stands in for gcc's OpenMP")
-    return setup, toolchain
+    return setup, toolchain._replace(x86=toolchain.x86 and sanitizer != SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +65,15 @@ def build(tmp_path_factory):
     def build_drivers(sanitizer):
         setup, toolchain = find_toolchain(sanitizer, tmp_path_factory.mktemp("sanitize"))
         folder = Path("build", f"sanitize-{sanitizer}")
-        watch = [*COMMON, *FLAGS[sanitizer]]
-        missing = set(NEEDS) - expected_instruction_sets()
+        watch = FLAGS[sanitizer]
+        missing = set(NEEDS) - expected_instruction_sets(sanitizer)
         units = [
             # what this machine cannot run is there to be linked
             unit._replace(flags=[*unit.flags, *([] if any(name in unit.source.stem for name in missing) else watch)])
             for unit in setup.cpu_units(toolchain)
         ]
         team = [setup.Unit(DRIVERS / "teams.cpp", "cxx", watch)] if sanitizer == THREADS else []
-        link = toolchain.openmp if sanitizer == MEMORY else ["-pthread"]
+        link = ["-pthread"] if sanitizer == THREADS else toolchain.openmp
         text = f"""
 ninja_required_version = 1.8
 builddir = {folder}
@@ -108,31 +113,33 @@ def run(program, sanitizer, rounds=1, *fault):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600 * rounds)
 
 
-def expected_instruction_sets():
+def expected_instruction_sets(sanitizer):
     """What this machine should be tested with, by /proc/cpuinfo."""
+    if sanitizer == SHORT:
+        return {"baseline"}
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     return {"baseline", *(name for name, needed in NEEDS.items() if needed <= flags)}
 
 
-@sanitizing
-@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
+@pytest.mark.parametrize("sanitizer", [SHORT, *(pytest.param(s, marks=sanitizing) for s in (MEMORY, THREADS))])
 @pytest.mark.parametrize(("driver", "what"), [("panel_driver", "panels"), ("matrix_driver", "matrices")])
 def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
-    result = run(build(driver, sanitizer), sanitizer, ROUNDS)
+    result = run(build(driver, sanitizer), sanitizer, ROUNDS or 1)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
-    assert tested == expected_instruction_sets()
+    assert tested == expected_instruction_sets(sanitizer)
 
 
-@sanitizing
 @pytest.mark.parametrize(
     ("sanitizer", "fault", "report"),
     [
-        (MEMORY, "overrun", "heap-buffer-overflow"),
-        (MEMORY, "undefined", "signed integer overflow"),
-        (THREADS, "race", "data race"),
+        (SHORT, "overrun", "heap-buffer-overflow"),
+        (SHORT, "undefined", "signed integer overflow"),
+        pytest.param(MEMORY, "overrun", "heap-buffer-overflow", marks=sanitizing),
+        pytest.param(MEMORY, "undefined", "signed integer overflow", marks=sanitizing),
+        pytest.param(THREADS, "race", "data race", marks=sanitizing),
     ],
 )
 def test_the_sanitizers_are_live(build, sanitizer, fault, report):
@@ -145,9 +152,8 @@ def test_the_sanitizers_are_live(build, sanitizer, fault, report):
 def test_the_cuda_sources_are_clean_in_their_emulator(tmp_path):
     """tests/backends/test_cuda_pass.py with all C++ of the extension under AddressSanitizer and UBSan."""
     _, toolchain = find_toolchain(MEMORY, tmp_path)
-    flags = [*COMMON, *FLAGS[MEMORY]]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["EMULATED_EXTENSION"] = str(emulated.build("emulated-sanitized", flags))
+    environment["EMULATED_EXTENSION"] = str(emulated.build("emulated-sanitized", FLAGS[MEMORY]))
     environment["EMULATED_PART"] = PART
     libraries = [
         subprocess.run([*toolchain.cxx, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()

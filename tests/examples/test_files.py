@@ -68,7 +68,7 @@ def test_a_refused_write_leaves_the_old_file_alone(tmp_path, monkeypatch, moment
     path = tmp_path / "a" / "file"
     files.write_sealed(path, b"old")
     monkeypatch.setattr(os, moment, refuse(error))
-    with pytest.raises(OSError, match=os.strerror(error)):
+    with pytest.raises(OSError, match=rf"{os.strerror(error)}: '{path}'"):
         files.write_sealed(path, b"new")
     assert files.read_sealed(path) == b"old"
     assert list(path.parent.iterdir()) == [path], "half a file stays behind"
@@ -221,6 +221,21 @@ def test_a_cache_that_cannot_be_read_is_drawn(load, data, monkeypatch, capsys):
     assert "cannot be read (Permission denied)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("refused", [None, "write", "all"])
+def test_what_is_not_kept_is_not_claimed(load, tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.setattr(sys, "argv", ["examples/glyphs.py", str(tmp_path / "cache")])
+    if refused == "write":
+        monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+    elif refused == "all":  # another user's folder
+        for name in ("open", "read_bytes", "stat", "mkdir"):
+            monkeypatch.setattr(Path, name, refuse(errno.EACCES))
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    options.run(glyphs.main)
+    said = capsys.readouterr().out
+    assert "in no class" in said
+    assert ("kept in" in said) == (refused is None)
+
+
 def test_a_user_without_a_home_has_a_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert glyphs.default_folder() == Path("/somewhere/contrastive-kernels")
@@ -331,6 +346,15 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_the_training(data, tmp_path,
     train_clip.train(trainer, tmp_path, save_every=2)
     assert train_clip.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_access_that_is_lost_costs_no_training(data, tmp_path, monkeypatch, capsys):
+    trainer = train_clip.Trainer(SETTINGS, data)
+    for name in ("open", "stat", "mkdir"):
+        monkeypatch.setattr(Path, name, refuse(errno.EACCES))
+    train_clip.train(trainer, tmp_path, save_every=2, until=2)
+    assert trainer.step == 2
+    assert "cannot be written (Permission denied); there is no checkpoint" in capsys.readouterr().out
 
 
 def test_results_that_cannot_be_written_end_in_a_line(data, tmp_path, monkeypatch, capsys):

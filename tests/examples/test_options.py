@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -134,3 +136,21 @@ def test_numbers_of_settings():
     assert [options.SIZE.has(v) for v in (1, 1.0, 0, None)] == [True, False, False, False]
     with pytest.raises(ValueError, match=r"drop: expected a number in \[0, 1\), got 1"):
         options.SHARE.check("drop", 1)
+
+
+def test_a_folder_without_access_is_named(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    stat, access = os.stat, os.access
+
+    def refusing(path, *rest, **options):
+        if secret in Path(path).parents:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != secret and access(path, mode))
+    with pytest.raises(options.Mistake, match=r"--out: .*secret cannot be written to"):
+        options.check_folder(secret / "run" / "x")
+    with pytest.raises(argparse.ArgumentTypeError, match="secret cannot be written to"):
+        options.output_file(str(secret / "x.json"))
