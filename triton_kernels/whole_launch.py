@@ -19,7 +19,7 @@ from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
 from .whole import (
     ratio_kernel,
-    relative_kernel,
+    relative_dots_kernel,
     scaled_gradients_kernel,
     sigmoid_kernel,
     softmax_kernel,
@@ -60,6 +60,8 @@ class Form(NamedTuple):
     both: bool
     #: gradients of x, y, scale, bias
     wants: tuple[bool, ...]
+    #: of WholeRatio: c, log k and what comes off every value
+    rule: tuple[float, ...] = ()
 
 
 class _Whole:
@@ -242,18 +244,23 @@ class WholeRatio(_Whole):
         form, take = self.form, self.room.take
         row = take(2 * form.rows), take(form.rows)
         col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
-        panel = _Panel(self, "fused")
+        panel, (c, log_k, excess) = _Panel(self, "fused"), form.rule
+        n, d = form.rows, form.features
         return [
-            self._dots(_NOTHING, centered=True),
             Launch(
-                relative_kernel, -(-form.rows // _TOTALS),
-                (self.dots, self.params, *self.extras[:3], *row, *col, number(form.rows), number(form.share)),
-                BLOCK=_TOTALS, **_OPTIONS,
+                relative_dots_kernel, -(-n // DOTS_ROWS),
+                (
+                    given(_X), given(_Y), given(_SCALE), given(_BIAS), self.dots, self.params, *self.extras[:3],
+                    *row, *col, *map(number, (n, form.offset, d, form.share, log_k)),
+                ),
+                SCALE_IS_TENSOR=form.dtypes[0] is not None, BIAS_IS_TENSOR=form.dtypes[1] is not None,
+                BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
             ),
             *panel.launches((*row, *col)),
             self._side_kernel(
-                ratio_kernel, panel.row_partials, panel.col_partials, self.dots, self.params, *row, *col,
-                self.coefficients, self.sums, *map(number, (form.rows, panel.row_blocks, panel.col_blocks)),
+                ratio_kernel, panel.row_partials, panel.col_partials, self.dots, self.params, *self.extras[:2],
+                *row, *col, self.coefficients, self.sums,
+                *map(number, (n, panel.row_blocks, panel.col_blocks, c, excess)),
             ),
             self._totals(panel),
         ]  # fmt: skip

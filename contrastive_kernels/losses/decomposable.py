@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import constant_in_graphs
 from ..arguments.checks import (
     check_engine,
     check_features,
@@ -32,7 +33,7 @@ from ..distributed.losses import over_ranks
 from ..distributed.rules import Ratio
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
-from ..operators.weighted_sum import exponential_sums
+from ..operators.weighted_sum import constants_of, exponential_sums, rests_of
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
@@ -192,39 +193,35 @@ def decomposable(
         tell(ranks, error, x)
         raise
 
-    log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
-    # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
-    rests = [-log_u if log_k == 0 else -log_u - log_k for log_u in log_us]
-    # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
-    constants = [_constant(log_u, c) for log_u in log_us]
-    constant = constants[0] if len(sides) == 1 else (constants[0] + constants[1]) / 2
-    excess = 1 + float(expected_excess(shape))
-    if gain is not None:  # a row that does not count must not overflow, however stale its normaliser
-        idle = gain == 0
-        constant = constant.masked_fill(idle, 0.0)
-        rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
+    # -log u of rows, and of columns; u_i k sum exp(h_ij) is a sum over exp(z - z_pos - rest)
+    given = [log_z if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides]
+    excess = _excess(shape)
     logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
-        rule = Ratio(rests, logits, constant - excess)
+        of_sides = [constants_of(each, c, excess, gain) for each in given]
+        constant = of_sides[0] if len(sides) == 1 else (of_sides[0] + of_sides[1]) / 2
+        rule = Ratio([rests_of(each, log_k, gain) for each in given], logits, constant)
         about = (
             ("directions", len(sides)), ("positive_logits given", logits is not None), ("normalize", normalize),
             ("shape", shape), ("positive_constant", c), ("negative_scale", k),
         )  # fmt: skip
         loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
         normalizers, dots = rule.normalizers, rule.dots
-        if not return_log_normalizer:
-            return loss
-        return loss, _own_log_normalizers(normalizers, problem, dots, sides, log_k, c)
-    sums = exponential_sums(problem, rests, logits, gain, reduction, values_alone=not return_log_normalizer)
-    if reduction == "none":
-        rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2
-        loss = rows + constant - excess
-        loss = loss if gain is None else gain * loss
     else:
-        loss = sums.values + _weighted(constant, excess, gain, reduction)
+        sums = exponential_sums(
+            problem, given, logits, gain, reduction, positive_constant=c, log_negative_scale=log_k, excess=excess,
+            values_alone=not return_log_normalizer,
+        )  # fmt: skip
+        loss, normalizers, dots = sums.values, sums.normalizers, sums.dots
     if not return_log_normalizer:
         return loss
-    return loss, _own_log_normalizers(sums.normalizers, problem, sums.dots, sides, log_k, c)
+    return loss, _own_log_normalizers(normalizers, problem, dots, sides, log_k, c)
+
+
+@constant_in_graphs
+def _excess(shape: float | None) -> float:
+    """What comes off u Z - log u: 1, and what drawing u adds to it."""
+    return 1.0 + float(expected_excess(shape))
 
 
 def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tuple[float | None, float, float]:
@@ -234,23 +231,6 @@ def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tupl
         check_number(positive_constant, "positive_constant", positive=False),
         check_number(negative_scale, "negative_scale", positive=False),
     )
-
-
-def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: str) -> Tensor:
-    """sum_i gain_i (constant_i - excess); without gains the mean, or the sum."""
-    if gain is not None:
-        return (gain * (constant - excess)).sum()
-    if reduction == "sum" or constant.shape[0] == 0:
-        return (constant - excess).sum()  # a row at a time: n would cost the digits of small losses
-    return constant.mean() - excess
-
-
-def _constant(log_u: Tensor, c: float) -> Tensor:
-    """u c - log u [N]; without a constant no u, however large, counts."""
-    if c == 0:
-        return -log_u
-    u = torch.exp(log_u)
-    return (u if c == 1 else u * c) - log_u
 
 
 def _own_log_normalizers(
