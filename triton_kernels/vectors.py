@@ -88,6 +88,7 @@ def dots_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
     index_ptr,  # int64 [N] or None
+    mirror_ptr,  # int64 [N] or None: the positive of row i is i + offset modulo N, and is left here
     scale,
     bias,
     dots_ptr,  # [N]
@@ -106,6 +107,9 @@ def dots_kernel(
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     partner, exists = _partner(index_ptr, rows, N, 0, offset)
+    if mirror_ptr is not None:
+        partner = tl.where(partner < N, partner, partner - N)
+        tl.store(mirror_ptr + rows, partner, mask=exists)
     dots = dots_of(x_ptr, y_ptr, rows, partner, exists, D, x_stride, y_stride, BLOCK, BLOCK_D)
     tl.store(dots_ptr + rows, dots, mask=rows < N)
     if row_gain_ptr is not None:

@@ -134,7 +134,7 @@ def relative_dots_kernel(
     log_k,
     SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dots_i = <x_i, y_(i + offset)>; normalisers that are known relative to their logits, as two numbers; and gains."""
+    """dots_i = <x_i, y_(i + offset)>; normalisers known relative to their logits, as two numbers; and gains."""
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N

@@ -26,7 +26,6 @@ class Prepared(Protocol):
         scale: Tensor | float,
         bias: Tensor | float,
         extras: Sequence[Tensor | None],
-        index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value, and what `backward` needs."""
         ...

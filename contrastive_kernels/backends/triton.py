@@ -109,7 +109,7 @@ class TritonBackend(Backend):
         """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
         if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
             return None
-        if (problem.index is not None) != problem.symmetric or problem.pairs is not EVERY_PAIR:
+        if problem.index is not None or problem.pairs is not EVERY_PAIR:
             return None
         if size.dtype != torch.float32 and size.device.type == "cuda" and not ADDS_IN_FLOAT32:
             return None

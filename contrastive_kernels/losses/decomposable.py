@@ -194,13 +194,13 @@ def decomposable(
         raise
 
     # -log u of rows, and of columns; u_i k sum exp(h_ij) is a sum over exp(z - z_pos - rest)
-    given = [log_z if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides]
+    minus_log_us = [log_z if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides]
     excess = _excess(shape)
     logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
-        of_sides = [constants_of(each, c, excess, gain) for each in given]
+        of_sides = [constants_of(each, c, excess, gain) for each in minus_log_us]
         constant = of_sides[0] if len(sides) == 1 else (of_sides[0] + of_sides[1]) / 2
-        rule = Ratio([rests_of(each, log_k, gain) for each in given], logits, constant)
+        rule = Ratio([rests_of(each, log_k, gain) for each in minus_log_us], logits, constant)
         about = (
             ("directions", len(sides)), ("positive_logits given", logits is not None), ("normalize", normalize),
             ("shape", shape), ("positive_constant", c), ("negative_scale", k),
@@ -208,10 +208,8 @@ def decomposable(
         loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
         normalizers, dots = rule.normalizers, rule.dots
     else:
-        sums = exponential_sums(
-            problem, given, logits, gain, reduction, positive_constant=c, log_negative_scale=log_k, excess=excess,
-            values_alone=not return_log_normalizer,
-        )  # fmt: skip
+        numbers, alone = (c, log_k, excess), not return_log_normalizer
+        sums = exponential_sums(problem, minus_log_us, logits, gain, reduction, numbers, values_alone=alone)
         loss, normalizers, dots = sums.values, sums.normalizers, sums.dots
     if not return_log_normalizer:
         return loss
@@ -277,7 +275,9 @@ def _decomposable_sides(
             )
     sides = []
     for value, logit, number in zip(values, logits, numbers):
-        log_z = check_vector(value, f"log_normalizer{number}", len(x), x, differentiable=True).detach()
+        log_z = check_vector(value, f"log_normalizer{number}", len(x), x, differentiable=True)
+        if log_z.requires_grad:
+            log_z = log_z.detach()
         z_pos = None
         if logit is not None:
             z_pos = check_vector(logit, f"positive_logits{number}", len(x), x, differentiable=True)

@@ -208,8 +208,11 @@ def nt_xent(
         tell(ranks, error, z1)
         raise
     views = torch.cat([z1, z2])
-    index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     mirrored = ranks is None and not pairs.adds and not by_row
+    index = None
+    prepares = engine.backend == "triton" or not views.is_cpu  # whoever does, of the loss alone, needs no index
+    if not (mirrored and prepares and margin is None and guided is None and weight_fn is None and not return_metrics):
+        index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     offset, anchors = n if mirrored else None, views
     if by_row:
         anchors, views = torch.cat([own, check_scales(z2, z1, logit_scale, None, padded)[0]]), views.to(own.dtype)

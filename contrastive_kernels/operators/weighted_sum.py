@@ -1,7 +1,7 @@
 """Sums of exponentials whose normalisers are known beforehand: value and gradients of a sum in one pass.
 
-value_i = k sum_j exp(z_ij - a_i) over negatives + c u_i - log u_i - e, of rows, and of columns with b_j; only the sum has
-gradients. With a_i = z_i,p(i) - log u_i it is the decomposable loss's row.
+value_i = k sum_j exp(z_ij - a_i) over negatives + c u_i - log u_i - e, of rows, and of columns with b_j; only the sum
+has gradients. With a_i = z_i,p(i) - log u_i it is the decomposable loss's row.
 """
 
 from __future__ import annotations
@@ -48,10 +48,8 @@ def exponential_sums(
     logits: list[Tensor] | None,
     gain: Tensor | None,
     reduction: str,
+    numbers: tuple[float, float, float],
     *,
-    positive_constant: float,
-    log_negative_scale: float,
-    excess: float,
     values_alone: bool = False,
 ) -> ExponentialSums:
     """u_i (c + k sum_j exp(z_ij - z_i,p(i))) - log u_i - excess, the sum over negatives.
@@ -67,9 +65,9 @@ def exponential_sums(
     gain : Tensor, optional
         Weights [N] of rows, and of columns; with a mean, as shares of 1. Of rows of weight 0 nothing is computed.
     reduction : {"mean", "sum", "none"}
-        A mean or a sum has gradients that come with it. With two directions it is the mean of both; so are "none", every
-        row's value.
-    positive_constant, log_negative_scale, excess : float
+        A mean or a sum has gradients that come with it. With two directions it is the mean of both; so is every row's
+        value ("none").
+    numbers : tuple of float
         c, log k and what comes off every value.
     values_alone : bool
         Nobody asks for the normalisers and dot products that are found on the way.
@@ -79,7 +77,7 @@ def exponential_sums(
     col_gain = halved.clone() if two and halved is not None else None
     extras = (*_padded(given), halved, col_gain, *_padded(logits))
     # (as text that keeps their bits: Dynamo takes no floats within what it prints)
-    rule = f"{positive_constant.hex()} {log_negative_scale.hex()} {excess.hex()}"
+    rule = " ".join([number.hex() for number in numbers])
     values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction, values_alone, rule))
     if reduction == "none":
         values = (values + col_values) / 2 if two else values
@@ -351,7 +349,7 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
-    """The same of some rows (turned: columns), or their weighted sum, in operations of torch; without what is constant."""
+    """The same of some rows (turned: columns), or their weighted sum, without constants, in operations of torch."""
     relative, reduction, *_ = call.settings
     rest, gain, logit = _rests(call)[turned], call.extras[2 + turned], call.extras[4 + turned]
     z, z_pos = dense_logits(call.problem, rows, turned)
