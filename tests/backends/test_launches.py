@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 MOST_LAUNCHES = {"clip_loss": 11, "info_nce": 11, "nt_xent": 12, "sigmoid": 9, "decomposable": 9}
 
 #: The host's time against that of CLIP's dense formula, with room for a machine that has other work.
-MOST_TIME = 1.5
+MOST_TIME = 1.3
 
 
 def test_a_small_step_is_few_launches():
