@@ -216,6 +216,8 @@ def mistaken() -> list[str]:
         lambda: (ck.sup_con if last else ck.multi_positive_nce)(x, b["labels"], 2.0, group="world"),
         lambda: ck.clip_loss(x[: 4 - last], y[: 4 - last], 2.0, margin=0.1, group="world"),
         lambda: ranking(x, y, 2.0, negatives=hard(b)[:, : 2 - last], directions=WAYS, group="world"),
+        lambda: ranking(x, y, 2.0, negatives=hard(b)[:, : 2 - last], uneven=True, group="world"),
+        lambda: ranking(x, y, 2.0, negatives=None if last else hard(b), uneven=True, group="world"),
         lambda: ranking(x, y, 2.0, directions=WAYS[: 4 - last], group="world"),
         lambda: ranking(x, y, 2.0, negatives=hard(b)[: 4 - last], group="world"),
         lambda: ranking(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
@@ -240,3 +242,5 @@ def mistaken() -> list[str]:
 def test_a_mistake_of_one_rank_is_an_error_on_all(tmp_path):
     one, other = succeeded(run(2, mistaken, tmp_path))
     assert one == other
+    of_negatives = [said for said in one if "got negatives=[2, 6] of" in said]
+    assert len(of_negatives) == 2 and of_negatives[0] == of_negatives[1]
