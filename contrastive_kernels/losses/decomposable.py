@@ -38,7 +38,7 @@ from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
 from .ratios import without_infinity
-from .scales import check_scales
+from .scales import check_scales, is_by_row
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -172,8 +172,9 @@ def decomposable(
             index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
-        if len(sides) == 1 and isinstance(logit_scale, Tensor):
-            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
+        by_row = len(sides) == 1 and is_by_row(logit_scale)
+        if by_row:
+            x, y, logit_scale = check_scales(x, y, logit_scale, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
@@ -193,8 +194,10 @@ def decomposable(
         tell(ranks, error, x)
         raise
 
-    # -log u of rows, and of columns; u_i k sum exp(h_ij) is a sum over exp(z - z_pos - rest)
-    minus_log_us = [log_z if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides]
+    # -log u of rows, and of columns, in memory of its own: what remembers log Zbar may move before the backward pass
+    minus_log_us = [
+        log_z.clone() if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides
+    ]
     excess = _excess(shape)
     logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
@@ -203,7 +206,7 @@ def decomposable(
         rule = Ratio([rests_of(each, log_k, gain) for each in minus_log_us], logits, constant)
         about = (
             ("directions", len(sides)), ("positive_logits given", logits is not None), ("normalize", normalize),
-            ("shape", shape), ("positive_constant", c), ("negative_scale", k),
+            ("shape", shape), ("positive_constant", c), ("negative_scale", k), ("scales by row", by_row),
         )  # fmt: skip
         loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
         normalizers, dots = rule.normalizers, rule.dots
