@@ -6,6 +6,7 @@ Beside kernels of microseconds, what a launch takes the host is the time of a sm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -97,8 +98,6 @@ class Launch:
         self.kernel, self.programs, self.places, self.constants = kernel, programs, places, constants
         #: the compiled kernel's members, once it is
         self.direct: tuple[Any, Any, Any] | None = None
-        #: (source, offset); what stands for None is never read: the compiled kernel has no such argument
-        self._raw = tuple([(p.source, 0 if p.offset is None else p.offset) for p in places])
         self._blocks = [(k, p.blocks, p.dtype) for k, p in enumerate(places) if p.blocks is not None]
         self._rest = tuple([constants[name] for name in kernel.arg_names[len(places) :]])
 
@@ -108,16 +107,23 @@ class Launch:
         made = launch._launch(self.kernel, self.programs, arguments, **self.constants)
         self.direct = compiled_members(made)
 
-    def ready(self, stream: int, bases: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-        """What starts it directly and with which arguments; `bases`: 0, then the addresses of the call's values."""
+    def ready(self, stream: int, raw: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """What starts it directly and with which arguments; `raw`: those of its places, addresses in tensors' stead."""
         assert self.direct is not None
         run, function, metadata = self.direct
-        arguments = [bases[source] + offset for source, offset in self._raw]
-        for position, blocks, dtype in self._blocks:
-            arguments[position] = blocks.of(_At(arguments[position], dtype))
+        if self._blocks:
+            arguments = list(raw)
+            for position, blocks, dtype in self._blocks:
+                arguments[position] = blocks.of(_At(raw[position], dtype))
+            raw = tuple(arguments)
         start, more = starter(run)
         own = (self.programs, 1, 1, stream, function, *more, metadata, None, None, None)
-        return start, (*own, *arguments, *self._rest)
+        return start, (*own, *raw, *self._rest)
+
+
+def _source_and_offset(place: Place) -> tuple[int, Any, type]:
+    offset = 0 if place.offset is None else place.offset
+    return place.source, offset, type(offset)
 
 
 class Launches:
@@ -125,6 +131,12 @@ class Launches:
 
     def __init__(self, device: torch.device, launches: Sequence[Launch]) -> None:
         self.device, self.launches = device, launches
+        # Each (source, offset) once, for launches share most of them; 1 and 1.0 are two. What stands for None is never
+        # read: a compiled kernel has no such argument.
+        raw = [[_source_and_offset(place) for place in each.places] for each in launches]
+        found = {key: k for k, key in enumerate(dict.fromkeys(key for each in raw for key in each))}
+        self._distinct = [(source, offset) for source, offset, _ in found]
+        self._pick = [itemgetter(*[found[key] for key in each]) for each in raw]
         #: what was started, by stream and addresses: memory is mostly where it was a step or two before
         self._ready: dict[tuple[Any, ...], Any] = {}
 
@@ -150,6 +162,11 @@ class Launches:
             return ()
         if len(self._ready) >= _REMEMBERED:
             self._ready.clear()
-        bases = [0, *key[1:]]
-        ready = self._ready[key] = [each.ready(key[0], bases) for each in self.launches]
+        stream, bases = key[0], (0, *key[1:])
+        ready = self._ready[key] = self.ready(stream, bases)
         return ready
+
+    def ready(self, stream: int, bases: Sequence[Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+        """What starts each of them and with which arguments; `bases`: 0, then the addresses of the call's values."""
+        table = [bases[source] + offset for source, offset in self._distinct]
+        return [each.ready(stream, pick(table)) for each, pick in zip(self.launches, self._pick)]

@@ -69,7 +69,7 @@ def positive_dots(
     launch._launch(
         dots_kernel, _programs(n, _ROWS),
         Arguments(
-            x, y, index, _detached(scale), _detached(bias), dots, params, None, None,
+            x, y, index, None, _detached(scale), _detached(bias), dots, params, None, None,
             n, offset or 0, d, x.stride(0), y.stride(0), 0.0,
         ),
         SCALE_IS_TENSOR=isinstance(scale, Tensor), BIAS_IS_TENSOR=isinstance(bias, Tensor), CENTERED=centered,

@@ -13,13 +13,17 @@ import triton.language as tl
 from .sigmoid import sigmoid_from, softplus_from
 
 __all__ = [
+    "center_of",
     "dots_kernel",
+    "dots_of",
     "finish_rows",
     "gains_kernel",
     "gradients_kernel",
     "losses_kernel",
     "normalizer_of",
+    "number",
     "softmax_exponent",
+    "store_params",
     "tf32_kernel",
 ]
 
@@ -27,7 +31,7 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _number(value, IS_TENSOR: tl.constexpr):
+def number(value, IS_TENSOR: tl.constexpr):
     """A number that the host knows, or a tensor of one element, in float32."""
     if IS_TENSOR:
         return tl.load(value).to(tl.float32)
@@ -36,7 +40,7 @@ def _number(value, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def _center(dots, rows, N):
+def center_of(dots, rows, N):
     """A number near the positives' dot products: the mean of the first ones, if it is finite."""
     count = tl.minimum(N, rows.shape[0])
     center = tl.sum(tl.where(rows < N, dots, 0.0), 0) / count
@@ -44,7 +48,7 @@ def _center(dots, rows, N):
 
 
 @triton.jit
-def _store_params(params_ptr, scale, bias, center):
+def store_params(params_ptr, scale, bias, center):
     tl.store(params_ptr, scale)
     tl.store(params_ptr + 1, bias)
     tl.store(params_ptr + 2, center)
@@ -62,11 +66,29 @@ def _partner(index_ptr, rows, N, first, offset):
     return tl.where(exists, partner, 0), exists
 
 
+@triton.jit
+def dots_of(
+    x_ptr, y_ptr, rows, partner, exists, D, x_stride, y_stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """<x_i, y_partner(i)> [BLOCK], 0 where there is none."""
+    features = tl.arange(0, BLOCK_D)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + features[None, :]
+    y_ptrs = y_ptr + partner[:, None] * y_stride + features[None, :]
+    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        mask = exists[:, None] & (features[None, :] < D - k)
+        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+        sums += x * y
+    return tl.sum(sums, 1)
+
+
 @triton.jit(do_not_specialize=["scale", "bias", "gain_ptr", "N", "offset", "share"])
 def dots_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [M, D]
     index_ptr,  # int64 [N] or None
+    mirror_ptr,  # int64 [N] or None: the positive of row i is i + offset modulo N, and is left here
     scale,
     bias,
     dots_ptr,  # [N]
@@ -84,17 +106,11 @@ def dots_kernel(
     """
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
-    features = tl.arange(0, BLOCK_D)
     partner, exists = _partner(index_ptr, rows, N, 0, offset)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + features[None, :]
-    y_ptrs = y_ptr + partner[:, None] * y_stride + features[None, :]
-    sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for k in range(0, D, BLOCK_D):
-        mask = exists[:, None] & (features[None, :] < D - k)
-        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptrs + k, mask=mask, other=0.0).to(tl.float32)
-        sums += x * y
-    dots = tl.sum(sums, 1)
+    if mirror_ptr is not None:
+        partner = tl.where(partner < N, partner, partner - N)
+        tl.store(mirror_ptr + rows, partner, mask=exists)
+    dots = dots_of(x_ptr, y_ptr, rows, partner, exists, D, x_stride, y_stride, BLOCK, BLOCK_D)
     tl.store(dots_ptr + rows, dots, mask=rows < N)
     if row_gain_ptr is not None:
         gain = tl.zeros([BLOCK], tl.float32) + share
@@ -104,8 +120,8 @@ def dots_kernel(
     if program == 0:
         center = 0.0
         if CENTERED:
-            center = _center(dots, rows, N)
-        _store_params(params_ptr, _number(scale, SCALE_IS_TENSOR), _number(bias, BIAS_IS_TENSOR), center)
+            center = center_of(dots, rows, N)
+        store_params(params_ptr, number(scale, SCALE_IS_TENSOR), number(bias, BIAS_IS_TENSOR), center)
 
 
 @triton.jit
@@ -202,8 +218,8 @@ def gains_kernel(
     """
     program = tl.program_id(0)
     first = tl.arange(0, CENTER_ROWS)
-    center = _center(tl.load(dots_ptr + first, mask=first < N, other=0.0), first, N)
-    factor = _number(scale, SCALE_IS_TENSOR)
+    center = center_of(tl.load(dots_ptr + first, mask=first < N, other=0.0), first, N)
+    factor = number(scale, SCALE_IS_TENSOR)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
     dots = tl.load(dots_ptr + rows, mask=inside, other=0.0)
@@ -228,7 +244,7 @@ def gains_kernel(
     tl.store(dparams_ptr + 2 * program, tl.sum(dscale.to(tl.float64), 0))
     tl.store(dparams_ptr + 2 * program + 1, tl.sum(dz.to(tl.float64), 0))
     if program == 0:
-        _store_params(params_ptr, factor, 0.0, center)
+        store_params(params_ptr, factor, 0.0, center)
 
 
 @triton.jit

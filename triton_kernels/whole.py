@@ -12,11 +12,11 @@ import triton.language as tl
 
 from .merge import merged
 from .sigmoid import sigmoid_from, softplus_from
-from .vectors import finish_rows, normalizer_of, softmax_exponent
+from .vectors import center_of, dots_of, finish_rows, normalizer_of, number, softmax_exponent, store_params
 
 __all__ = [
     "ratio_kernel",
-    "relative_kernel",
+    "relative_dots_kernel",
     "scaled_gradients_kernel",
     "sigmoid_kernel",
     "softmax_kernel",
@@ -103,62 +103,87 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _relative_side(rest_ptr, normalizer_ptr, gain_ptr, z, gain, rows, inside, N):
-    """Leaves the normaliser z + rest and the gain of a side."""
-    shift, rest = _two_sum(z, tl.load(rest_ptr + rows, mask=inside, other=0.0))
+def _relative_side(given_ptr, normalizer_ptr, gain_ptr, z, gain, log_k, rows, inside, N):
+    """Leaves the normaliser z + given - log k and the gain of a side; without negatives where a row does not count."""
+    rest = tl.load(given_ptr + rows, mask=inside, other=0.0) - log_k
+    shift, rest = _two_sum(z, tl.where(gain == 0, _INF, rest))
     tl.store(normalizer_ptr + rows, shift, mask=inside)
     tl.store(normalizer_ptr + N + rows, rest, mask=inside)
     tl.store(gain_ptr + rows, gain, mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_rest_ptr", "col_rest_ptr", "gain_ptr", "N", "share"])
-def relative_kernel(
+@triton.jit(
+    do_not_specialize=["scale", "bias", "row_given_ptr", "col_given_ptr", "gain_ptr", "N", "offset", "share", "log_k"]
+)
+def relative_dots_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [M, D]
+    scale,
+    bias,
     dots_ptr,  # [N]
     params_ptr,  # [3]
-    row_rest_ptr,  # [N]
-    col_rest_ptr,  # [N] or None
+    row_given_ptr,  # [N]
+    col_given_ptr,  # [N] or None
     gain_ptr,  # [N] or None
     row_normalizer_ptr,  # [2, N]
     row_gain_ptr,  # [N]
     col_normalizer_ptr,  # [2, N] or None
     col_gain_ptr,  # [N] or None
-    N,
+    N, offset, D,
     share,
-    BLOCK: tl.constexpr,
+    log_k,
+    SCALE_IS_TENSOR: tl.constexpr, BIAS_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalisers that are known relative to the positives' logits, as two numbers; and gains."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """dots_i = <x_i, y_(i + offset)>; normalisers known relative to their logits, as two numbers; and gains."""
+    program = tl.program_id(0)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
-    z = tl.load(dots_ptr + rows, mask=inside, other=0.0) * tl.load(params_ptr) + tl.load(params_ptr + 1)
+    partner = tl.where(inside, rows + offset, 0).to(tl.int64)
+    dots = dots_of(x_ptr, y_ptr, rows, partner, inside, D, D, D, BLOCK, BLOCK_D)
+    tl.store(dots_ptr + rows, dots, mask=inside)
+    factor = number(scale, SCALE_IS_TENSOR)
+    added = number(bias, BIAS_IS_TENSOR)
+    if program == 0:
+        store_params(params_ptr, factor, added, center_of(dots, rows, N))
+    z = dots * factor + added
     gain = tl.zeros([BLOCK], tl.float32) + share
     if gain_ptr is not None:
         gain *= tl.load(gain_ptr + rows, mask=inside, other=0.0)
-    _relative_side(row_rest_ptr, row_normalizer_ptr, row_gain_ptr, z, gain, rows, inside, N)
-    if col_rest_ptr is not None:
-        _relative_side(col_rest_ptr, col_normalizer_ptr, col_gain_ptr, z, gain, rows, inside, N)
+    _relative_side(row_given_ptr, row_normalizer_ptr, row_gain_ptr, z, gain, log_k, rows, inside, N)
+    if col_given_ptr is not None:
+        _relative_side(col_given_ptr, col_normalizer_ptr, col_gain_ptr, z, gain, log_k, rows, inside, N)
 
 
 @triton.jit
 def _ratio_side(
-    partials_ptr, normalizer_ptr, gain_ptr, rows, inside, N, blocks,
+    partials_ptr, given_ptr, normalizer_ptr, gain_ptr, rows, inside, N, blocks, c, excess,
     TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """gain * exp(found - given normaliser) [BLOCK]; nothing found gives 0."""
+    """gain * exp(found - given normaliser) [BLOCK], 0 where nothing is found; and gain * (c u - log u - excess).
+
+    The latter in float64, so that values near 0 keep their digits. Where c is 0 no u, however large, counts.
+    """
     shift, total = merged(partials_ptr, rows, inside, N, blocks, TERM, BLOCK, PARTS)
     given_shift = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
     given_rest = tl.load(normalizer_ptr + N + rows, mask=inside, other=_INF)
     nothing = total == 0
     rest = tl.log(tl.where(nothing, 1.0, total))
     ratio = tl.where(nothing, 0.0, tl.exp((tl.where(nothing, 0.0, shift) - given_shift) + (rest - given_rest)))
-    return ratio * tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    gain = tl.load(gain_ptr + rows, mask=inside, other=0.0)
+    given = tl.load(given_ptr + rows, mask=inside, other=0.0).to(tl.float64)
+    of_positive = tl.where(c == 0, 0.0, c * tl.exp(-given))
+    constant = tl.where(gain == 0, 0.0, gain * (of_positive + given - excess))
+    return ratio * gain, constant
 
 
-@triton.jit(do_not_specialize=["N", "row_blocks", "col_blocks"])
+@triton.jit(do_not_specialize=["row_given_ptr", "col_given_ptr", "N", "row_blocks", "col_blocks", "c", "excess"])
 def ratio_kernel(
     row_partials_ptr,  # [col_blocks, 2, N]
     col_partials_ptr,  # [row_blocks, 2, N] or None
     dots_ptr,  # [N]
     params_ptr,  # [3]
+    row_given_ptr,  # [N] -log u
+    col_given_ptr,  # [N] or None
     row_normalizer_ptr,  # [2, N]
     row_gain_ptr,  # [N]
     col_normalizer_ptr,  # [2, N] or None
@@ -166,23 +191,29 @@ def ratio_kernel(
     coefficients_ptr,  # [N] dL/d<x_i, y_p(i)>
     sums_ptr,  # float64 [programs, 3] of values, and of what the positives add to dL/d(scale, bias)
     N, row_blocks, col_blocks,
+    c,
+    excess,
     TERM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exponentials relative to the positives' logits, which take as much as the weights give."""
+    """Sums of exponentials relative to the positives' logits, which take as much as the weights give; and constants."""
     program = tl.program_id(0)
     rows = program * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
-    value = _ratio_side(
-        row_partials_ptr, row_normalizer_ptr, row_gain_ptr, rows, inside, N, col_blocks, TERM, BLOCK, PARTS
-    )
+    value, constant = _ratio_side(
+        row_partials_ptr, row_given_ptr, row_normalizer_ptr, row_gain_ptr, rows, inside, N, col_blocks, c, excess,
+        TERM, BLOCK, PARTS,
+    )  # fmt: skip
     if col_partials_ptr is not None:
-        value += _ratio_side(
-            col_partials_ptr, col_normalizer_ptr, col_gain_ptr, rows, inside, N, row_blocks, TERM, BLOCK, PARTS
-        )
+        of_col, beside = _ratio_side(
+            col_partials_ptr, col_given_ptr, col_normalizer_ptr, col_gain_ptr, rows, inside, N, row_blocks, c, excess,
+            TERM, BLOCK, PARTS,
+        )  # fmt: skip
+        value += of_col
+        constant += beside
     dots = tl.load(dots_ptr + rows, mask=inside, other=0.0)
     tl.store(coefficients_ptr + rows, -value * tl.load(params_ptr), mask=inside)
     dscale = -value * (dots - tl.load(params_ptr + 2))
-    _store_sums(sums_ptr + 3 * program, value, dscale, -value, inside)
+    _store_sums(sums_ptr + 3 * program, value + constant, dscale, -value, inside)
 
 
 @triton.jit(do_not_specialize=["N", "col_blocks"])

@@ -19,7 +19,7 @@ from .vector_launch import DOTS_ROWS, block_d
 from .vectors import dots_kernel
 from .whole import (
     ratio_kernel,
-    relative_kernel,
+    relative_dots_kernel,
     scaled_gradients_kernel,
     sigmoid_kernel,
     softmax_kernel,
@@ -35,7 +35,7 @@ _OPTIONS = {"num_warps": 4, "num_stages": 1}
 #: microseconds.
 PERSISTENT_SCORES = 2**24
 _NOTHING = number(None)
-#: The call's values in the forward pass; then extras and the index of positives, as far as there are any.
+#: The call's values in the forward pass; then extras, as far as there are any.
 _X, _Y, _VALUE, _KEPT, _WEIGHTS, _SCALE, _BIAS, _MORE = range(1, 9)
 
 
@@ -53,13 +53,15 @@ class Form(NamedTuple):
     extras: tuple[bool, ...]
     #: what each row's loss is multiplied by beside
     share: float
-    #: row i's positive is column i + offset; of a symmetric matrix modulo N = 2 * offset, and there is an index of them
+    #: row i's positive is column i + offset; of a symmetric matrix modulo N = 2 * offset
     offset: int
     symmetric: bool
     #: columns count too
     both: bool
     #: gradients of x, y, scale, bias
     wants: tuple[bool, ...]
+    #: of WholeRatio: c, log k and what comes off every value
+    rule: tuple[float, ...] = ()
 
 
 class _Whole:
@@ -81,7 +83,8 @@ class _Whole:
         self.sums = self.room.take(3 * self.programs, torch.float64)
         more = itertools.count(_MORE)
         self.extras = [given(next(more)) if there else _NOTHING for there in form.extras]
-        self.index = given(next(more)) if form.symmetric else _NOTHING
+        # of a symmetric matrix, where rows leave out their own column beside
+        self.mirror = self.room.take(form.rows, torch.int64) if form.symmetric else _NOTHING
         self.launches = Launches(form.device, self._forward_launches())
         self.finish = Launches(form.device, [self._last_launch()])
 
@@ -92,17 +95,13 @@ class _Whole:
         scale: Tensor | float,
         bias: Tensor | float,
         extras: Sequence[Tensor | None],
-        index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value; room with what `backward` needs, and the float32 sums of dx and dy, as far as they are wanted."""
         form, device = self.form, self.form.device
         value = torch.empty((), dtype=torch.float32, device=device)
         kept = torch.empty(self.room.bytes, dtype=torch.uint8, device=device)
         weights = torch.empty((form.rows, self.stride), dtype=form.dtype, device=device)
-        values: list[Any] = [x, y, value, kept, weights, scale, bias, *[v for v in extras if v is not None]]
-        if form.symmetric:
-            values.append(index)
-        self.launches(values)
+        self.launches([x, y, value, kept, weights, scale, bias, *[v for v in extras if v is not None]])
         if self.stride != form.cols:
             weights = weights[:, : form.cols]
         outputs = [value, kept]
@@ -145,7 +144,7 @@ class _Whole:
         return Launch(
             dots_kernel, -(-n // DOTS_ROWS),
             (
-                given(_X), given(_Y), self.index, given(_SCALE), given(_BIAS), self.dots, self.params,
+                given(_X), given(_Y), _NOTHING, self.mirror, given(_SCALE), given(_BIAS), self.dots, self.params,
                 _NOTHING if row_gain is _NOTHING else self.extras[0], row_gain,
                 *map(number, (n, form.offset, d, d, d, form.share)),
             ),
@@ -242,18 +241,23 @@ class WholeRatio(_Whole):
         form, take = self.form, self.room.take
         row = take(2 * form.rows), take(form.rows)
         col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
-        panel = _Panel(self, "fused")
+        panel, (c, log_k, excess) = _Panel(self, "fused"), form.rule
+        n, d = form.rows, form.features
         return [
-            self._dots(_NOTHING, centered=True),
             Launch(
-                relative_kernel, -(-form.rows // _TOTALS),
-                (self.dots, self.params, *self.extras[:3], *row, *col, number(form.rows), number(form.share)),
-                BLOCK=_TOTALS, **_OPTIONS,
+                relative_dots_kernel, -(-n // DOTS_ROWS),
+                (
+                    given(_X), given(_Y), given(_SCALE), given(_BIAS), self.dots, self.params, *self.extras[:3],
+                    *row, *col, *map(number, (n, form.offset, d, form.share, log_k)),
+                ),
+                SCALE_IS_TENSOR=form.dtypes[0] is not None, BIAS_IS_TENSOR=form.dtypes[1] is not None,
+                BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
             ),
             *panel.launches((*row, *col)),
             self._side_kernel(
-                ratio_kernel, panel.row_partials, panel.col_partials, self.dots, self.params, *row, *col,
-                self.coefficients, self.sums, *map(number, (form.rows, panel.row_blocks, panel.col_blocks)),
+                ratio_kernel, panel.row_partials, panel.col_partials, self.dots, self.params, *self.extras[:2],
+                *row, *col, self.coefficients, self.sums,
+                *map(number, (n, panel.row_blocks, panel.col_blocks, c, excess)),
             ),
             self._totals(panel),
         ]  # fmt: skip
@@ -288,7 +292,7 @@ class _Panel:
         whole, form, tile = self.whole, self.whole.form, self.tile
         n, m, d = form.rows, form.cols, form.features
         pairs = (
-            number(0 if form.symmetric else form.offset), whole.index, number(0),
+            number(0 if form.symmetric else form.offset), whole.mirror, number(0),
             *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 2,
         )  # fmt: skip
         outputs = self.row_partials, self.col_partials, self.params_partials, _NOTHING, _NOTHING, self.unusual

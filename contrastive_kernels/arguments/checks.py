@@ -82,8 +82,8 @@ def check_features(
     require_values(x, names[0])
     if check_flag(normalize, "normalize"):
         x, y = normalized(x, padded), normalized(y, padded)
-    dtype = _autocast_dtype(x.device.type)
-    if dtype is not None:  # (autocast leaves float64 alone, and so do we)
+    if autocasts(x.device.type):  # (which leaves float64 alone, and so do we)
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, y = (v if v.dtype == torch.float64 else v.to(dtype) for v in (x, y))
     if x.dtype != y.dtype:
         raise TypeError(f"{names[0]} and {names[1]}: expected one dtype; got {x.dtype} and {y.dtype}")
@@ -95,13 +95,15 @@ def check_features(
 
 
 def _need_no_change(x: Any, y: Any, matching: bool) -> bool:
-    """Whether two plain matrices on the CPU are what is asked for: overhead dominates small batches."""
-    if type(x) is not Tensor or type(y) is not Tensor or not x.is_cpu or not y.is_cpu:
+    """Whether two plain matrices are what is asked for: overhead dominates small batches."""
+    if type(x) is not Tensor or type(y) is not Tensor or x.device != y.device or not (x.is_cpu or x.is_cuda):
         return False
     dtype, strided = x.dtype, torch.strided
     if dtype not in _DTYPES or y.dtype is not dtype or x.layout is not strided or y.layout is not strided:
         return False
-    if x.is_nested or y.is_nested or x.dim() != 2 or y.dim() != 2 or torch.is_autocast_enabled("cpu"):
+    if x.is_nested or y.is_nested or x.dim() != 2 or y.dim() != 2:
+        return False
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
         return False
     (rows, features), (others, width) = x.shape, y.shape
     return bool(0 < features == width) and not (matching and rows != others)
@@ -158,11 +160,6 @@ def require_values(x: Tensor, name: str) -> None:
     """A tensor that holds values."""
     if x.is_meta:
         raise ValueError(f"{name}: expected a tensor that holds values; got one on the meta device")
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of autocast where it is on."""
-    return torch.get_autocast_dtype(device) if autocasts(device) else None
 
 
 def autocasts(device: str) -> bool:
@@ -223,7 +220,8 @@ def _columns(positives: Tensor, x: Tensor, columns: int, allow_missing: bool, *,
 def check_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> Tensor:
     """A vector [length] on x's device, in the dtype of the scores."""
     require_vector(value, name, length, x, differentiable)
-    return cast(Tensor, value).to(score_dtype(x.dtype)).contiguous()
+    dtype = score_dtype(x.dtype)
+    return value if value.dtype is dtype and value.is_contiguous() else value.to(dtype).contiguous()
 
 
 def require_vector(value: Any, name: str, length: int, x: Tensor, differentiable: bool = False) -> None:
@@ -356,6 +354,8 @@ def is_number(value: Any) -> bool:
 
 def check_number(value: Any, name: str, positive: bool) -> float:
     """A Python number: above 0, or at least 0."""
+    if type(value) is float and 0.0 < value < float("inf"):
+        return value
     if not is_number(value):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
     number = float("inf") if abs(value) > sys.float_info.max else float(value)

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-__all__ = ["look_at_lengths", "look_at_scale", "unseen"]
+__all__ = ["look_at_lengths", "look_at_scale", "readable", "unseen"]
 
 #: What no call has shown yet.
 unseen = {"lengths", "scale"}
@@ -22,7 +22,7 @@ _SHORTEST, _LONGEST = 0.5, 2.0
 
 def look_at_lengths(x: Tensor, name: str) -> None:
     """Warns of features [N, D] that are far from unit length, for losses that are defined on the sphere."""
-    if not _readable(x) or x.dim() != 2 or not x.is_floating_point() or x.numel() == 0:
+    if not readable(x) or x.dim() != 2 or not x.is_floating_point() or x.numel() == 0:
         return
     unseen.discard("lengths")
     length = torch.linalg.vector_norm(x.detach()[:_ROWS].float(), dim=1).nanmedian().item()
@@ -36,7 +36,7 @@ def look_at_lengths(x: Tensor, name: str) -> None:
 
 def look_at_scale(value: nn.Parameter) -> None:
     """Warns of a parameter that looks like the logarithm of the scale."""
-    if not value.requires_grad or not _readable(value):
+    if not value.requires_grad or not readable(value):
         return
     unseen.discard("scale")
     number = value.detach().item()
@@ -48,7 +48,7 @@ def look_at_scale(value: nn.Parameter) -> None:
         )
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """Whether the host may read a number: it waits for the device, once."""
     if torch.compiler.is_compiling() or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
         return False

@@ -23,6 +23,8 @@ __all__ = [
     "without_padding",
 ]
 
+#: More than a rank has views.
+_VIEWS = 2**40
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -72,10 +74,11 @@ def _checked_bias(value: Any, x: Tensor, y: Tensor) -> Tensor:
     return check_vector(value, "candidate_bias", y.shape[0], x, differentiable=True)
 
 
-def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor, by_row: bool = False) -> Pairs:
+def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor, by_row: bool = False, rank: int = 0) -> Pairs:
     """What ids and biases of samples x [N, D] say of the pairs of their 2 N views.
 
-    With biases, or scales by row, the matrix is not symmetric, and it is ids that leave out every view's own column.
+    With biases, or scales by row, the matrix is not symmetric, and it is ids that leave out every view's own column,
+    others on every rank.
     """
     if ids is not None and not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected None or a tensor of the samples' ids [N]; got {type(ids).__name__}")
@@ -83,7 +86,7 @@ def pairs_of_samples(ids: Any, candidate_bias: Any, x: Tensor, by_row: bool = Fa
     if of_views is not None:
         of_views = of_views.repeat(2)
     elif bias is not None or by_row:
-        of_views = torch.arange(2 * x.shape[0], dtype=torch.int64, device=x.device)
+        of_views = torch.arange(2 * x.shape[0], dtype=torch.int64, device=x.device) + rank * _VIEWS
     return Pairs.of((None if bias is None else bias.repeat(2), of_views, of_views))
 
 

@@ -26,7 +26,6 @@ class Prepared(Protocol):
         scale: Tensor | float,
         bias: Tensor | float,
         extras: Sequence[Tensor | None],
-        index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """The value, and what `backward` needs."""
         ...
@@ -201,13 +200,13 @@ class Backend:
         share: float,
         both: bool,
         wants: tuple[bool, ...],
+        rule: tuple[float, ...] = (),
     ) -> Prepared | None:
         """A sum of losses, prepared, whose matrix is one panel; None: there is none.
 
-        Its kind is "softmax" or "sigmoid", with weights of the rows, if any, as its extras; or "ratio", with
-        log-normalisers of rows and of columns relative to the positives' logits, and weights. It serves tensors of this
-        form that are contiguous and aligned to 16 bytes. In a symmetric matrix the positive of row i is i + offset
-        modulo N.
+        Its kind is "softmax" or "sigmoid", with weights of the rows, if any, as its extras; or "ratio", with -log u of
+        rows and of columns, and weights, and with c, log k and the excess as its rule. It serves tensors of this form
+        that are contiguous and aligned to 16 bytes. In a symmetric matrix the positive of row i is i + offset modulo N.
         """
         return None
 

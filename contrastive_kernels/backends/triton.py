@@ -104,11 +104,12 @@ class TritonBackend(Backend):
         share: float,
         both: bool,
         wants: tuple[bool, ...],
+        rule: tuple[float, ...] = (),
     ) -> Prepared | None:
         """float16 is left out, whose weights want a factor of their own, and TF32, which wants rounded operands."""
         if size.dtype == torch.float16 or _kernels().precision_of(size.dtype) == "tf32" or problem.offset is None:
             return None
-        if (problem.index is not None) != problem.symmetric or problem.pairs is not EVERY_PAIR:
+        if problem.index is not None or problem.pairs is not EVERY_PAIR:
             return None
         if size.dtype != torch.float32 and size.device.type == "cuda" and not ADDS_IN_FLOAT32:
             return None
@@ -117,7 +118,7 @@ class TritonBackend(Backend):
         scale, bias = (v.dtype if isinstance(v, Tensor) else None for v in (problem.scale, problem.bias))
         form = whole_launch.Form(
             size.rows, size.cols, size.features, size.dtype, size.device, (scale, bias), extras, share,
-            problem.offset, size.symmetric, both, wants,
+            problem.offset, size.symmetric, both, wants, rule,
         )  # fmt: skip
         kinds = {
             "softmax": whole_launch.WholeSoftmax, "sigmoid": whole_launch.WholeSigmoid, "ratio": whole_launch.WholeRatio

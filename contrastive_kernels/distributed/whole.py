@@ -18,7 +18,7 @@ from .lines import Lines, among_all
 from .sums import once
 from .transport import count_entries
 
-__all__ = ["OfRank", "whole_over_ranks"]
+__all__ = ["OfRank", "row_of", "whole_over_ranks"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class _Whole(torch.autograd.Function):
         return (None, None, *found)
 
 
+def row_of(tensor: Tensor) -> str:
+    """What is said of a tensor [n, ...] of which ranks may have different numbers of rows."""
+    return f"{list(tensor.shape[1:])} of {tensor.dtype}"
+
+
 def whole_over_ranks(
     ranks: Ranks,
     call: str,
@@ -150,7 +155,7 @@ def _whole_over_ranks(
     lines = Lines([(p.tensor.detach(), p.of_cols) for p in owns], n, m)
     said: list[tuple[str, Any]] = [("gradients", ranks.gradients), *about]
     for name, p in parts.items():
-        said.append((name, f"{list(p.tensor.shape[1:])} of {p.tensor.dtype}"))
+        said.append((name, row_of(p.tensor)))
     tensors = (*[p.tensor for p in owns], scale)
     names = [*parts, "scale"]
     wanting = [k for k, t in zip(names, tensors) if grad and isinstance(t, Tensor) and t.requires_grad]

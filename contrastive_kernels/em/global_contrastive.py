@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._library import break_in_graphs
 from ..arguments.checks import check_features, check_number, scale_tensor
+from ..arguments.hints import readable
 from ..arguments.temperature import scale_of
 from ..distributed.group import Ranks, Sizes, told
 from ..losses.decomposable import decomposable
@@ -51,7 +52,7 @@ class SogCLRLoss(GlobalLoss):
         Of the cosine.
     rho : float, optional
         With it, the temperature 1 / logit_scale multiplies the loss, and is learnt: ``rho`` times the temperature is
-        added (FastCLIP v3). Without it the loss is SogCLR's, of a given temperature.
+        added (FastCLIP v3); a scale of 0 has none. Without it the loss is SogCLR's, of a given temperature.
     normalize, backend, workspace_bytes
         As in :func:`contrastive_kernels.clip_loss`.
     device : torch.device or str, optional
@@ -152,6 +153,8 @@ class SogCLRLoss(GlobalLoss):
             logit_scale = scale_of(x, logit_scale, temperature)
             x, y = check_features(x, y, ("x", "y"), self.normalize, matching=True)
             scale = scale_tensor(x, logit_scale)
+            if self.rho is not None:
+                _require_temperature(logit_scale)
             stored = self._stored(index, len(x))
         sizes = self._agreed(ranks, x, ("rho", self.rho))
         total = sum(sizes.rows)
@@ -210,6 +213,16 @@ class SogCLRLoss(GlobalLoss):
 
 
 _over_ranks = break_in_graphs(SogCLRLoss._forward)
+
+
+def _require_temperature(logit_scale: Any) -> None:
+    """A scale with an inverse; nobody waits for a GPU to read it."""
+    if isinstance(logit_scale, Tensor):
+        if not logit_scale.is_cpu or not readable(logit_scale):
+            return
+        logit_scale = logit_scale.item()
+    if logit_scale == 0:
+        raise ValueError("logit_scale: expected a number other than 0 with rho, for the loss has its inverse; got 0")
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:

@@ -102,8 +102,9 @@ class Problem:
     scale: Tensor | float
     bias: Tensor | float = 0.0
     #: the positive of row i is column i + offset, or index[i] (int64 [N], -1: no column), or there is none; where
-    #: both are given, the index counts, and of a symmetric matrix it is i + offset modulo N. An index [N, P] gives rows
-    #: several, of whom the softmax losses of single rows take the first and leave out all
+    #: both are given, the index counts. Of a symmetric matrix it is i + offset modulo N, and `with_index` makes
+    #: the index for who wants it. An index [N, P] gives rows several, of whom the softmax losses of single rows take
+    #: the first and leave out all
     offset: int | None = None
     index: Tensor | None = None
     #: y is x, and no row is its own negative
@@ -135,6 +136,18 @@ class Problem:
             for v in (self.scale, self.bias)
         )
         return replace(self, scale=scale, bias=bias)
+
+    @property
+    def lacks_index(self) -> bool:
+        """Whether its positives are known by an offset modulo N alone."""
+        return self.symmetric and self.index is None and self.offset is not None
+
+    def with_index(self) -> Problem:
+        """The same with an index where it lacks one."""
+        if not self.lacks_index or self.offset is None:
+            return self
+        rows = torch.arange(self.x.shape[0], dtype=torch.int64, device=self.x.device)
+        return replace(self, index=rows.roll(-self.offset))
 
     def backend(self) -> Backend:
         """Who computes it."""

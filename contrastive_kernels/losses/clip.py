@@ -17,7 +17,7 @@ from ..arguments.checks import (
 )
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
-from ..arguments.pairs import check_smoothing, pairs_of, require_one_rank
+from ..arguments.pairs import check_smoothing, pairs_of
 from ..arguments.reduction import gains_or_weights, row_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
@@ -33,7 +33,7 @@ from .guide import check_guide, check_guided_margin, guided_loss, require_no_gui
 from .keywords import ClipKeywords
 from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import PAIR_NAMES, SoftmaxLoss
-from .scales import is_by_row, pairs_with_scales
+from .scales import check_scales_of_both, is_by_row, pairs_with_scales, pairs_with_scales_over_ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,7 +101,8 @@ def clip_loss(
     logit_scale : float, Tensor or pair of Tensor
         Multiplies the dot products: the inverse temperature, not its logarithm. A pair of [N], or one [N] for both, is
         every image's own and every text's, as in iSogCLR: of image i among the texts, and of text j among the images.
-        16-bit features are multiplied in float32 then; a GPU's kernels, which know one scale, make two passes of it.
+        16-bit features are multiplied in float32 then; a GPU's kernels, which know one scale, and the ranks of a group
+        make two passes of it.
     temperature : float or Tensor, optional
         1 / logit_scale, in its place: above 0.
     ids : Tensor or pair of Tensor, optional
@@ -125,7 +126,7 @@ def clip_loss(
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
     return_metrics : bool
-        As in :func:`info_nce`, of both directions; not with ``candidate_bias`` and scales of [N].
+        As in :func:`info_nce`, of both directions; not with ``candidate_bias``.
 
     Returns
     -------
@@ -164,9 +165,7 @@ def clip_loss(
     shared = is_shared(group, gradients, strategy, uneven)
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     if return_metrics is not False:
-        by_row = logit_scale if isinstance(logit_scale, (tuple, list)) or is_by_row(logit_scale) else None
-        members: dict[str, Any] = {"candidate_bias": candidate_bias, "logit_scale of shape [N]": by_row}
-        check_metrics(return_metrics, ranks, image_features, **members)
+        check_metrics(return_metrics, ranks, image_features, candidate_bias=candidate_bias)
     if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, guided)):
         rows: dict[str, Any] = {"ids": ids, "candidate_bias": candidate_bias, "weight": weight, "guided": guided}
         given: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
@@ -187,17 +186,17 @@ def clip_loss(
         by_row = isinstance(logit_scale, (tuple, list))
         if by_row or (isinstance(logit_scale, Tensor) and logit_scale.ndim == 1):
             by_row = by_row or is_by_row(logit_scale)
-        if by_row:
-            require_one_rank(ranks, "logit_scale of shape [N]")
         scale, engine = 1.0 if by_row else check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
         if guided is not None:
             require_no_guide(guided, candidate_bias=candidate_bias, label_smoothing=label_smoothing or None)
             require_no_guide(guided, **{"logit_scale of shape [N]": by_row or None})
-        if by_row:
+        if by_row and ranks is None:
             options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
+            options["return_metrics"] = return_metrics
             return pairs_with_scales(problem, logit_scale, candidate_bias, margin, weight, reduction, **options)
+        scales = check_scales_of_both(x, logit_scale) if by_row else None
         if margin is not None:
             problem = with_margin(problem, margin, both=True)
         guide = None if guided is None else check_guide(guided, x, y, normalize)
@@ -213,8 +212,13 @@ def clip_loss(
         options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)
     if ranks is not None:
+        about: tuple[tuple[str, Any], ...] = (("normalize", normalize), ("return_metrics", return_metrics))
+        about = (*about, ("scales by row", by_row))
+        if scales is not None:
+            options = {"include_positive": include_positive, "return_metrics": return_metrics}
+            return pairs_with_scales_over_ranks(problem, scales, gains, reduction, ranks, about, **options)
         rule = Softmax(both_ways=True, include_positive=include_positive)
-        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        about = (*rule.about, *about)
         loss = over_ranks(rule, ranks, "clip_loss", problem, gains, reduction, about)
         if not return_metrics:
             return loss

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import constant_in_graphs
 from ..arguments.checks import (
     check_engine,
     check_features,
@@ -32,12 +33,12 @@ from ..distributed.losses import over_ranks
 from ..distributed.rules import Ratio
 from ..draws.gamma import draw_log_weights, expected_excess, log_or_minus_infinity
 from ..engine.matrix import Problem
-from ..operators.weighted_sum import exponential_sums
+from ..operators.weighted_sum import constants_of, exponential_sums, rests_of
 from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .module import Loss
 from .ratios import without_infinity
-from .scales import check_scales
+from .scales import check_scales, is_by_row
 
 __all__ = ["DecomposableLoss", "decomposable"]
 
@@ -171,8 +172,9 @@ def decomposable(
             index, offset = check_positives(positives, x, y, allow_missing=positive_logits is not None)
         shape, c, k = _check_rule(shape, positive_constant, negative_scale)
         log_k = log_or_minus_infinity(k)
-        if len(sides) == 1 and isinstance(logit_scale, Tensor):
-            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
+        by_row = len(sides) == 1 and is_by_row(logit_scale)
+        if by_row:
+            x, y, logit_scale = check_scales(x, y, logit_scale, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         pairs = EVERY_PAIR if ids is None and candidate_bias is None else pairs_of(ids, candidate_bias, x, y)
         if pairs.adds:
@@ -192,39 +194,35 @@ def decomposable(
         tell(ranks, error, x)
         raise
 
-    log_us = [-log_z if shape is None else draw_log_weights(log_z, shape, generator) - log_z for log_z, _ in sides]
-    # a sum over exp(z - z_pos - rest) is u_i k sum exp(h_ij)
-    rests = [-log_u if log_k == 0 else -log_u - log_k for log_u in log_us]
-    # what the value holds beside the stream: u c - log u - 1, without the excess that drawing u adds
-    constants = [_constant(log_u, c) for log_u in log_us]
-    constant = constants[0] if len(sides) == 1 else (constants[0] + constants[1]) / 2
-    excess = 1 + float(expected_excess(shape))
-    if gain is not None:  # a row that does not count must not overflow, however stale its normaliser
-        idle = gain == 0
-        constant = constant.masked_fill(idle, 0.0)
-        rests = [rest.masked_fill(idle, torch.inf) for rest in rests]
+    # -log u of rows, and of columns, in memory of its own: what remembers log Zbar may move before the backward pass
+    minus_log_us = [
+        log_z.clone() if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides
+    ]
+    excess = _excess(shape)
     logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:
-        rule = Ratio(rests, logits, constant - excess)
+        of_sides = [constants_of(each, c, excess, gain) for each in minus_log_us]
+        constant = of_sides[0] if len(sides) == 1 else (of_sides[0] + of_sides[1]) / 2
+        rule = Ratio([rests_of(each, log_k, gain) for each in minus_log_us], logits, constant)
         about = (
             ("directions", len(sides)), ("positive_logits given", logits is not None), ("normalize", normalize),
-            ("shape", shape), ("positive_constant", c), ("negative_scale", k),
+            ("shape", shape), ("positive_constant", c), ("negative_scale", k), ("scales by row", by_row),
         )  # fmt: skip
         loss = over_ranks(rule, ranks, "decomposable", problem, gain, reduction, about)
         normalizers, dots = rule.normalizers, rule.dots
-        if not return_log_normalizer:
-            return loss
-        return loss, _own_log_normalizers(normalizers, problem, dots, sides, log_k, c)
-    sums = exponential_sums(problem, rests, logits, gain, reduction, values_alone=not return_log_normalizer)
-    if reduction == "none":
-        rows = sums.values if sums.col_values is None else (sums.values + sums.col_values) / 2
-        loss = rows + constant - excess
-        loss = loss if gain is None else gain * loss
     else:
-        loss = sums.values + _weighted(constant, excess, gain, reduction)
+        numbers, alone = (c, log_k, excess), not return_log_normalizer
+        sums = exponential_sums(problem, minus_log_us, logits, gain, reduction, numbers, values_alone=alone)
+        loss, normalizers, dots = sums.values, sums.normalizers, sums.dots
     if not return_log_normalizer:
         return loss
-    return loss, _own_log_normalizers(sums.normalizers, problem, sums.dots, sides, log_k, c)
+    return loss, _own_log_normalizers(normalizers, problem, dots, sides, log_k, c)
+
+
+@constant_in_graphs
+def _excess(shape: float | None) -> float:
+    """What comes off u Z - log u: 1, and what drawing u adds to it."""
+    return 1.0 + float(expected_excess(shape))
 
 
 def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tuple[float | None, float, float]:
@@ -234,23 +232,6 @@ def _check_rule(shape: Any, positive_constant: Any, negative_scale: Any) -> tupl
         check_number(positive_constant, "positive_constant", positive=False),
         check_number(negative_scale, "negative_scale", positive=False),
     )
-
-
-def _weighted(constant: Tensor, excess: float, gain: Tensor | None, reduction: str) -> Tensor:
-    """sum_i gain_i (constant_i - excess); without gains the mean, or the sum."""
-    if gain is not None:
-        return (gain * (constant - excess)).sum()
-    if reduction == "sum" or constant.shape[0] == 0:
-        return (constant - excess).sum()  # a row at a time: n would cost the digits of small losses
-    return constant.mean() - excess
-
-
-def _constant(log_u: Tensor, c: float) -> Tensor:
-    """u c - log u [N]; without a constant no u, however large, counts."""
-    if c == 0:
-        return -log_u
-    u = torch.exp(log_u)
-    return (u if c == 1 else u * c) - log_u
 
 
 def _own_log_normalizers(
@@ -297,7 +278,9 @@ def _decomposable_sides(
             )
     sides = []
     for value, logit, number in zip(values, logits, numbers):
-        log_z = check_vector(value, f"log_normalizer{number}", len(x), x, differentiable=True).detach()
+        log_z = check_vector(value, f"log_normalizer{number}", len(x), x, differentiable=True)
+        if log_z.requires_grad:
+            log_z = log_z.detach()
         z_pos = None
         if logit is not None:
             z_pos = check_vector(logit, f"positive_logits{number}", len(x), x, differentiable=True)

@@ -31,6 +31,7 @@ from ..engine.strategy import require_panel
 from .composed import check_corrections
 from .guide import check_guide, check_guided_margin
 from .queue import FeatureQueue, check_queue
+from .scales import check_scales_of_both, is_by_row
 
 __all__ = [
     "check_candidates",
@@ -88,8 +89,8 @@ def gathered_loss(
         The loss.
     features : tuple
         This rank's rows and columns.
-    logit_scale : float or Tensor
-        The same on all ranks.
+    logit_scale : float, Tensor or pair of Tensor
+        The same on all ranks, or of this one's rows [n].
     given : mapping
         Its arguments that have a row for each row or column, by name; None where there is none.
     options : mapping
@@ -102,10 +103,10 @@ def gathered_loss(
     with told(ranks, features[0]):
         require_gathering(ranks, because)
         x, y = check_features(*features, ("x", "y"), False, matching=matching, padded=True)
-        scale = check_scale(x, logit_scale)
+        scale, scales = _scales(x, logit_scale, pair=matching and not views)
         if views:
             _require_one_of_both_views(given)
-        parts = {"x": OfRank(x), "y": OfRank(y, True), **_given(x, y, given, matching=matching)}
+        parts = {"x": OfRank(x), "y": OfRank(y, True), **scales, **_given(x, y, given, matching=matching)}
         if given.get("guided") is not None:
             of_rows, of_cols = check_guide(given["guided"], x, y, False)
             parts |= {"guided.0": OfRank(of_rows), "guided.1": OfRank(of_cols, True)}
@@ -113,6 +114,7 @@ def gathered_loss(
 
     def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, y = all_.pop("x"), all_.pop("y")
+        of_scale = _scales_of_all(all_, of_scale)
         rows: dict[str, Any] = {name: all_[name] for name in all_ if "." not in name}
         if "guided.0" in all_:
             rows["guided"] = all_["guided.0"], all_["guided.1"]
@@ -122,6 +124,22 @@ def gathered_loss(
         return function(x, y, of_scale, **rows, **options)
 
     return _whole(ranks, function.__name__, parts, scale, compute, printed, options, repeats=2 if views else 1)
+
+
+def _scales(x: Tensor, logit_scale: Any, *, pair: bool = False) -> tuple[Any, dict[str, OfRank]]:
+    """The one scale of all ranks; or 1, and those of this rank's rows [n]. `pair`: there may be two of them."""
+    if pair and isinstance(logit_scale, (tuple, list)):
+        scales = check_scales_of_both(x, logit_scale)
+        return 1.0, {f"logit_scale.{i}": OfRank(each) for i, each in enumerate(scales)}
+    if not is_by_row(logit_scale):
+        return check_scale(x, logit_scale), {}
+    return 1.0, {"logit_scale.": OfRank(check_vector(logit_scale, "logit_scale", len(x), x, differentiable=True))}
+
+
+def _scales_of_all(all_: dict[str, Tensor], one: Any) -> Any:
+    """The same of all ranks' rows, taken out of what they have gathered."""
+    found = [all_.pop(name) for name in list(all_) if name.startswith("logit_scale.")]
+    return one if not found else found[0] if len(found) == 1 else tuple(found)
 
 
 def _whole(
@@ -254,8 +272,8 @@ def gathered_labels(
     with told(ranks, x):
         alone = check_candidates(given["y"], given["y_labels"])
         x, y = check_features(x, x if alone else given["y"], ("x", "x" if alone else "y"), False)
-        scale = check_scale(x, logit_scale)
-        parts = {"x": OfRank(x), "labels": OfRank(check_labels(given["labels"], "labels", x))}
+        scale, scales = (check_scale(x, logit_scale), {}) if alone else _scales(x, logit_scale)
+        parts = {"x": OfRank(x), **scales, "labels": OfRank(check_labels(given["labels"], "labels", x))}
         if not alone:
             parts["y"] = OfRank(y, True)
             parts["y_labels"] = OfRank(check_labels(given["y_labels"], "y_labels", y), True)
@@ -266,6 +284,7 @@ def gathered_labels(
 
     def compute(all_: dict[str, Tensor], of_scale: Any) -> Any:
         x, labels = all_.pop("x"), all_.pop("labels")
+        of_scale = _scales_of_all(all_, of_scale)
         return function(x, labels, of_scale, **all_, **options)
 
     return _whole(ranks, function.__name__, parts, scale, compute, printed, options)

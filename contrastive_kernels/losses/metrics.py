@@ -25,7 +25,14 @@ from ..panels.panel import present
 from ..panels.size import score_dtype
 from .ratios import negatives_of
 
-__all__ = ["LossMetrics", "check_metrics", "with_label_metrics", "with_metrics", "with_metrics_over_ranks"]
+__all__ = [
+    "LossMetrics",
+    "check_metrics",
+    "metrics_of_both",
+    "with_label_metrics",
+    "with_metrics",
+    "with_metrics_over_ranks",
+]
 
 
 class LossMetrics(NamedTuple):
@@ -119,6 +126,13 @@ def _metrics(
     elif reduction != "mean":
         loss = loss.sum() / _total(weight, n, x, repeats)
     return LossMetrics(top1, top5, *back, positive, loss + positive)
+
+
+def metrics_of_both(there: LossMetrics, back: LossMetrics) -> LossMetrics:
+    """Those of two directions that were found one after the other."""
+    positive = (there.positive_logit + back.positive_logit) / 2
+    log_sum_exp = (there.log_sum_exp + back.log_sum_exp) / 2
+    return LossMetrics(there.top1, there.top5, back.top1, back.top5, positive, log_sum_exp)
 
 
 def with_metrics_over_ranks(

@@ -125,7 +125,7 @@ def nt_xent(
     normalize, backend, workspace_bytes, group, gradients, strategy, uneven
         As in :func:`info_nce`.
     return_metrics : bool
-        As in :func:`info_nce`, of every view; not with ``candidate_bias``, ``weight_fn`` and scales of [N].
+        As in :func:`info_nce`, of every view; not with ``candidate_bias`` and ``weight_fn``.
 
     Returns
     -------
@@ -165,7 +165,6 @@ def nt_xent(
     ranks = ranks_of(group, gradients, strategy, uneven) if shared else None
     if return_metrics is not False:
         members: dict[str, Any] = {"candidate_bias": candidate_bias, "weight_fn": weight_fn}
-        members["logit_scale of shape [N]"] = logit_scale if is_by_row(logit_scale) else None
         check_metrics(return_metrics, ranks, z1, **members)
     weighted = () if weight_fn is None else ("weight_fn",)
     if ranks is not None and (because := wants_all(label_smoothing, candidate_bias, margin, guided, *weighted)):
@@ -194,10 +193,11 @@ def nt_xent(
         by_row = isinstance(logit_scale, Tensor) and is_by_row(logit_scale)
         if by_row:
             require_no_corrections(logit_scale, weight_fn=weight_fn)
-        own, _, scale = check_scales(z1, z2, logit_scale, ranks, padded)
+        own, _, scale = check_scales(z1, z2, logit_scale, padded)
         engine, n = check_engine(backend, workspace_bytes), z1.shape[0]
         alone = by_row or candidate_bias is not None
-        pairs = EVERY_PAIR if ids is None and not alone else pairs_of_samples(ids, candidate_bias, z1, by_row)
+        rank = 0 if ranks is None else ranks.rank
+        pairs = EVERY_PAIR if ids is None and not alone else pairs_of_samples(ids, candidate_bias, z1, by_row, rank)
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
         guide = None
         if guided is not None:
@@ -208,21 +208,25 @@ def nt_xent(
         tell(ranks, error, z1)
         raise
     views = torch.cat([z1, z2])
-    index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     mirrored = ranks is None and not pairs.adds and not by_row
+    index = None
+    prepares = engine.backend == "triton" or not views.is_cpu  # whoever does, of the loss alone, needs no index
+    if not (mirrored and prepares and margin is None and guided is None and weight_fn is None and not return_metrics):
+        index = torch.arange(2 * n, dtype=torch.int64, device=views.device).roll(n)
     offset, anchors = n if mirrored else None, views
     if by_row:
-        anchors, views = torch.cat([own, check_scales(z2, z1, logit_scale, None, padded)[0]]), views.to(own.dtype)
+        anchors, views = torch.cat([own, check_scales(z2, z1, logit_scale, padded)[0]]), views.to(own.dtype)
     problem = Problem(anchors, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if margin is not None:
         problem = with_margin(problem, margin)
     if ranks is not None:
-        rule = Softmax(mirrored=True, include_positive=include_positive)
-        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        rule = Softmax(mirrored=not by_row, include_positive=include_positive)
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics), ("scales by row", by_row))
         loss = over_ranks(rule, ranks, "nt_xent", problem, gains, reduction, about, repeats=2)
         if not return_metrics:
             return loss
-        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "nt_xent", mirrored=True, repeats=2)
+        over: dict[str, Any] = {"mirrored": not by_row, "repeats": 2}
+        return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "nt_xent", **over)
     if guide is not None:
         weights = row_weights(weight, n, z1)
         weights = None if weights is None else weights.repeat(2)
@@ -230,14 +234,12 @@ def nt_xent(
         return with_metrics(loss, problem, weight, reduction, repeats=2) if return_metrics else loss
     if weight_fn is not None:
         return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
+    options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
     if pairs.adds or by_row:
-        options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
-        return views_with_biases(problem, weight, reduction, **options)
-    loss = softmax_loss(problem, gains, reduction, include_positive=include_positive, smoothing=label_smoothing)
-    if not return_metrics:
-        return loss
-    said = (weight, reduction)
-    return with_metrics(loss, problem, *said, include_positive=include_positive, smoothing=label_smoothing, repeats=2)
+        loss = views_with_biases(problem, weight, reduction, **options)
+    else:
+        loss = softmax_loss(problem, gains, reduction, **options)
+    return with_metrics(loss, problem, weight, reduction, **options, repeats=2) if return_metrics else loss
 
 
 class NTXentLoss(SoftmaxLoss):

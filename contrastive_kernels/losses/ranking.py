@@ -21,7 +21,10 @@ from ..arguments.checks import (
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.reduction import reduce_losses, row_weights
 from ..arguments.temperature import scale_of
-from ..distributed.group import ranks_of, told
+from ..distributed.group import Ranks, ranks_of, told
+from ..distributed.losses import over_ranks
+from ..distributed.rules import Softmax
+from ..distributed.whole import row_of
 from ..engine.matrix import Problem
 from ..operators.guided import guided_log_sums
 from ..operators.second import dense_normalizer
@@ -102,8 +105,9 @@ def multiple_negatives_ranking(
     normalize, backend, workspace_bytes
         As in :func:`info_nce`.
     group, gradients, strategy, uneven
-        As in :func:`info_nce`: the queries and documents of all ranks. With other directions, a hardness or a guide
-        every rank computes all rows, and the strategy is "auto" or "replicated".
+        As in :func:`info_nce`: the queries and documents of all ranks, K negatives a row on each of them, also where
+        they have different numbers of rows. With other directions, a hardness or a guide every rank computes all rows,
+        and the strategy is "auto" or "replicated".
 
     Returns
     -------
@@ -161,9 +165,9 @@ def multiple_negatives_ranking(
     rows = Ranking(problem, hard, tuple(directions), hardness_mode if hardness else None, hardness, guide)
     engine: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
     if rows.is_plain:
-        over: dict[str, Any] = {"gradients": gradients, "strategy": strategy, "uneven": uneven}
-        over = {"group": group, **over} if ranks else {}
-        return info_nce(x, rows.documents(), logit_scale, weight=weight, reduction=reduction, **engine, **over)
+        if ranks is None:
+            return info_nce(x, rows.documents(), logit_scale, weight=weight, reduction=reduction, **engine)
+        return _plain_over_ranks(ranks, rows, weight, reduction, normalize)
     if ranks is not None:
         options = {"directions": tuple(directions), "partition": partition, "hardness_mode": hardness_mode,
                    "hardness_strength": hardness, "guided_margin": guided_margin, "reduction": reduction,
@@ -173,6 +177,15 @@ def multiple_negatives_ranking(
         pair, this = (anchor, positive), multiple_negatives_ranking
         return gathered_ranking(ranks, this, pair, problem.scale, given, guided, {**options, **engine}, because)
     return reduce_losses(rows.losses(partition), weight, reduction)
+
+
+def _plain_over_ranks(ranks: Ranks, rows: Ranking, weight: Tensor | None, reduction: str, normalize: bool) -> Tensor:
+    """InfoNCE of all ranks' queries and documents, of as many hard negatives a row on every rank."""
+    problem, rule = replace(rows.problem, y=rows.documents(), offset=0), Softmax()
+    about: list[tuple[str, Any]] = [*rule.about, ("normalize", normalize)]
+    if rows.hard is not None:  # in the words of the others, which gather them
+        about.append(("negatives", row_of(rows.hard)))
+    return over_ranks(rule, ranks, "multiple_negatives_ranking", problem, weight, reduction, tuple(about))
 
 
 def gist(

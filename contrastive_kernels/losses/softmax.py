@@ -257,11 +257,12 @@ def info_nce(
         if type(guided_margin) is not float or guided_margin != 0.0:
             check_guided_margin(guided_margin, used=guided is not None)
         x, y = check_features(x, y, ("x", "y"), normalize, padded=candidate_bias is not None)
-        if isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale):
+        by_row = isinstance(logit_scale, Tensor) and logit_scale.ndim == 1 and is_by_row(logit_scale)
+        if by_row:
             corrections: dict[str, Any] = {"debiased": debiased, "hardness_beta": hardness_beta}
             require_no_corrections(logit_scale, weight_fn=weight_fn, **corrections)
             given = (positive_logits, widened(positive_features, x), *given[2:])
-            x, y, logit_scale = check_scales(x, y, logit_scale, ranks, candidate_bias is not None)
+            x, y, logit_scale = check_scales(x, y, logit_scale, candidate_bias is not None)
         scale, engine = check_scale(x, logit_scale), check_engine(backend, workspace_bytes)
         if any(v is not None for v in given) or (isinstance(positives, Tensor) and positives.dim() == 2):
             members = Members(*given)
@@ -292,7 +293,7 @@ def info_nce(
         raise
     if ranks is not None:
         rule = Softmax(include_positive=include_positive)
-        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics))
+        about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics), ("scales by row", by_row))
         loss = over_ranks(rule, ranks, "info_nce", problem, gains, reduction, about)
         if not return_metrics:
             return loss

@@ -20,7 +20,9 @@ _prepared: dict[tuple[Any, ...], Prepared | None] = {}
 _MOST = 1024
 
 
-def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Prepared | None:
+def prepared_for(
+    call: Call, kind: str, share: float, both: bool = False, rule: tuple[float, ...] = ()
+) -> Prepared | None:
     """A sum of losses, prepared, if it can be.
 
     Parameters
@@ -33,6 +35,8 @@ def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Pre
         What every row's loss is multiplied by beside.
     both : bool
         Columns have losses too.
+    rule : tuple of float
+        Further numbers of a "ratio": c, log k and the excess.
     """
     problem = call.problem
     x, y, engine = problem.x, problem.y, problem.engine
@@ -40,7 +44,7 @@ def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Pre
         return None
     dtype, extras = x.dtype, tuple([v is not None for v in call.extras])
     key = (
-        kind, share, both, x.shape, y.shape, dtype, x.device, _dtype(problem.scale), _dtype(problem.bias), extras,
+        kind, share, both, rule, x.shape, y.shape, dtype, x.device, _dtype(problem.scale), _dtype(problem.bias), extras,
         problem.offset, problem.index is None, problem.symmetric, problem.pairs is EVERY_PAIR, engine, call.needs,
         _float32_setting() if dtype is torch.float32 else None,
     )  # fmt: skip
@@ -49,17 +53,17 @@ def prepared_for(call: Call, kind: str, share: float, both: bool = False) -> Pre
     except KeyError:
         if len(_prepared) >= _MOST:
             _prepared.clear()
-        made = _prepared[key] = _prepare(call, kind, share, both)
+        made = _prepared[key] = _prepare(call, kind, share, both, rule)
         return made
 
 
-def _prepare(call: Call, kind: str, share: float, both: bool) -> Prepared | None:
+def _prepare(call: Call, kind: str, share: float, both: bool, rule: tuple[float, ...]) -> Prepared | None:
     problem = call.problem
     backend, size = problem.backend(), problem.size()
     if not strategy.can_be_prepared(backend, size):
         return None
     extras = tuple([v is not None for v in call.extras])
-    return backend.prepare(kind, problem, size, extras, share, both, call.needs[:4])
+    return backend.prepare(kind, problem, size, extras, share, both, call.needs[:4], rule)
 
 
 def _dtype(value: Tensor | float) -> torch.dtype | None:

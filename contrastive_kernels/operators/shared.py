@@ -77,7 +77,7 @@ class Primitive:
             needs = tuple([grad and isinstance(t, Tensor) and t.requires_grad for t in tensors])
             if problem.symmetric:
                 needs = (needs[0], False, *needs[2:])
-            return self._read(self._by_operator(Call(problem, extras, settings, needs)))
+            return self._read(self._by_operator(Call(problem.with_index(), extras, settings, needs)))
         needing, wanting, lazy = [], [], False
         for t in tensors:  # overhead dominates small batches: once
             need = False
@@ -95,13 +95,18 @@ class Primitive:
         if lazy:  # the engine reads memory as it is
             tensors = tuple([t.resolve_neg() if isinstance(t, Tensor) else t for t in tensors])
             call = Call.of(tensors, problem.offset, call.statics)
-        if torch._C._are_functorch_transforms_active():
+        transformed = torch._C._are_functorch_transforms_active()
+        on_cpu = problem.x.is_cpu and problem.engine.backend != "triton"  # whose backends prepare nothing
+        if wanting and not on_cpu and not transformed:
+            prepared = self.prepared(call)
+            if prepared is not None:
+                value = _apply_prepared(self, call, prepared, tensors, *wanting)
+                return (value, *[None] * (self.results - 1 + self.found))
+        if problem.lacks_index:
+            return self(problem.with_index(), extras, settings)
+        if transformed:
             return self._read(_Transformable.apply(self, problem.offset, call.statics, *tensors))
         if wanting:
-            on_cpu = problem.x.is_cpu and problem.engine.backend != "triton"  # whose backends prepare nothing
-            prepared = None if on_cpu else self.prepared(call)
-            if prepared is not None:
-                return (_Prepared.apply(self, call, prepared, *wanting), *[None] * (self.results - 1 + self.found))
             return _apply_eager(self, call, tensors, *wanting)
         with torch.no_grad():
             return self._read(_without_autocast(self.forward, call))
@@ -224,19 +229,15 @@ def _with_numbers(numbers: tuple[float | None, ...], tensors: Sequence[Tensor | 
     return (*tensors[:2], scale, bias, *tensors[4:])
 
 
-#: Function.apply without its search for functorch's wrappers, which takes as long as all checks of a loss's arguments:
-#: none is active here, and those that outlive theirs are taken off before.
-_apply_eager = super(torch.autograd.Function, _Eager).apply
-_unwrapped = torch._C._functorch.unwrap_if_dead
-
-
 class _Prepared(torch.autograd.Function):
     """The same of what is prepared, which gives one result."""
 
     @staticmethod
-    def forward(ctx: Any, primitive: Primitive, call: Call, prepared: Prepared, *wanting: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, primitive: Primitive, call: Call, prepared: Prepared, tensors: Outputs, *wanting: Tensor
+    ) -> Tensor:
         value, *kept = _without_autocast(_run, call, prepared)
-        ctx.numbers, tensors = _numbers_apart(call.tensors)
+        ctx.numbers, tensors = _numbers_apart(tensors)
         ctx.save_for_backward(*tensors, *kept)
         ctx.constants = primitive, prepared, call.problem.offset, call.statics, len(tensors)
         return value
@@ -248,13 +249,22 @@ class _Prepared(torch.autograd.Function):
         tensors, kept = _with_numbers(ctx.numbers, saved[:count]), list(saved[count:])
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
             with torch.no_grad():
-                outputs = _without_autocast(primitive.forward, Call.of(tensors, offset, statics))
+                call = Call.of(tensors, offset, statics)
+                call.problem = call.problem.with_index()
+                tensors, outputs = call.tensors, _without_autocast(primitive.forward, call)
             upstreams = (upstream, *[None] * (primitive.results - 1))
             found = _gradients(primitive, offset, statics, tensors, outputs[primitive.results :], upstreams)
         else:
             x, y = map(readable, tensors[:2])
             found = prepared.backward(x, y, *tensors[2:4], [readable(t) for t in kept], settled(upstream))
-        return (None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+        return (None, None, None, None, *[g for g, need in zip(found, statics[2]) if need])
+
+
+#: Function.apply without its search for functorch's wrappers, which takes as long as all checks of a loss's arguments:
+#: none is active here, and those that outlive theirs are taken off before.
+_apply_eager = super(torch.autograd.Function, _Eager).apply
+_apply_prepared = super(torch.autograd.Function, _Prepared).apply
+_unwrapped = torch._C._functorch.unwrap_if_dead
 
 
 def _refuse_tangents(tensors: Sequence[Any]) -> None:
@@ -267,7 +277,7 @@ def _refuse_tangents(tensors: Sequence[Any]) -> None:
 
 def _run(call: Call, prepared: Prepared) -> Outputs:
     problem = call.problem
-    return prepared.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras, problem.index)
+    return prepared.forward(problem.x, problem.y, problem.scale, problem.bias, call.extras)
 
 
 @lru_cache(maxsize=256)

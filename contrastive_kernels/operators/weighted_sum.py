@@ -1,11 +1,15 @@
 """Sums of exponentials whose normalisers are known beforehand: value and gradients of a sum in one pass.
 
-value_i = sum_j exp(z_ij - a_i) over negatives, of rows, and of columns with b_j.
+value_i = k sum_j exp(z_ij - a_i) over negatives + c u_i - log u_i - e, of rows, and of columns with b_j; only the sum
+has gradients. With a_i = z_i,p(i) - log u_i it is the decomposable loss's row.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +27,15 @@ from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive, like
 
-__all__ = ["ExponentialSums", "exponential_sums", "two_sum"]
+__all__ = ["ExponentialSums", "constants_of", "exponential_sums", "rests_of", "two_sum"]
 
 
 @dataclass(frozen=True)
 class ExponentialSums:
     """What :func:`exponential_sums` gives."""
 
-    #: a mean or a sum over rows, with two directions the mean of both; or the rows' values [N], unweighted
+    #: a mean or a sum over rows, with two directions the mean of both; or the rows' values [N], weighted
     values: Tensor
-    #: the columns' values [M], if every one is wanted
-    col_values: Tensor | None
     #: the log-sum-exps that were found, (shift, rest) [2, N] and [2, M]; not differentiable
     normalizers: list[Tensor]
     #: the positives' dot products [N]; not differentiable
@@ -42,39 +44,76 @@ class ExponentialSums:
 
 def exponential_sums(
     problem: Problem,
-    rests: list[Tensor],
+    given: list[Tensor],
     logits: list[Tensor] | None,
     gain: Tensor | None,
     reduction: str,
+    numbers: tuple[float, float, float],
     *,
     values_alone: bool = False,
 ) -> ExponentialSums:
-    """Sums of exp(z_ij - z_i,p(i) - rest_i) over negatives.
+    """u_i (c + k sum_j exp(z_ij - z_i,p(i))) - log u_i - excess, the sum over negatives.
 
     Parameters
     ----------
     problem : Problem
         The score matrix.
-    rests : list of Tensor
-        Of the rows [N], and perhaps of the columns [M]; not differentiated. +inf says that a row has no negatives.
+    given : list of Tensor
+        -log u of the rows [N], and perhaps of the columns [M]; not differentiated.
     logits : list of Tensor, optional
         The positives' logits, as many, differentiable; without them they are the matrix's own.
     gain : Tensor, optional
-        Weights [N] of rows, and of columns, of a sum; with a mean, as shares of 1.
+        Weights [N] of rows, and of columns; with a mean, as shares of 1. Of rows of weight 0 nothing is computed.
     reduction : {"mean", "sum", "none"}
-        A mean or a sum has gradients that come with it: with two directions, of the mean of both. "none": every row's
-        and column's value, unweighted.
+        A mean or a sum has gradients that come with it. With two directions it is the mean of both; so is every row's
+        value ("none").
+    numbers : tuple of float
+        c, log k and what comes off every value.
     values_alone : bool
         Nobody asks for the normalisers and dot products that are found on the way.
     """
-    two = len(rests) == 2
-    if two and gain is not None:
-        gain = gain / 2
-    col_gain = gain.clone() if two and gain is not None else None
-    extras = (*_padded(rests), gain, col_gain, *_padded(logits))
-    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction, values_alone))
-    each = col_values if two and reduction == "none" else None
-    return ExponentialSums(values, each, [row, col] if two else [row], dots)
+    two = len(given) == 2
+    halved = gain / 2 if two and gain is not None else gain
+    col_gain = halved.clone() if two and halved is not None else None
+    extras = (*_padded(given), halved, col_gain, *_padded(logits))
+    # (as text that keeps their bits: Dynamo takes no floats within what it prints)
+    rule = " ".join([number.hex() for number in numbers])
+    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction, values_alone, rule))
+    if reduction == "none":
+        values = (values + col_values) / 2 if two else values
+        values = values if gain is None else gain * values
+    return ExponentialSums(values, [row, col] if two else [row], dots)
+
+
+@lru_cache(maxsize=256)
+def _rule(settings: tuple[Any, ...]) -> tuple[float, float, float]:
+    """c, log k and the excess."""
+    c, log_k, excess = map(float.fromhex, settings[3].split())
+    return c, log_k, excess
+
+
+def rests_of(given: Tensor, log_negative_scale: float, gain: Tensor | None) -> Tensor:
+    """What u_i k sum_j exp(h_ij) = sum_j exp(h_ij - rest_i) counts from [n]; +inf: there are no negatives.
+
+    So it is where a row does not count, for it must not overflow, however stale its normaliser.
+    """
+    rests = given if log_negative_scale == 0 else given - log_negative_scale
+    return rests if gain is None else rests.masked_fill(gain == 0, math.inf)
+
+
+def constants_of(given: Tensor, positive_constant: float, excess: float, gain: Tensor | None) -> Tensor:
+    """c u - log u - excess [n], 0 where a row does not count; without a constant no u, however large, counts.
+
+    By u - 1, so that values near 0 keep their digits.
+    """
+    c = positive_constant
+    made = given
+    if c:
+        beside = torch.expm1(-given)
+        made = given + (beside if c == 1 else c * beside)
+    if c != excess:
+        made = made + (c - excess)
+    return made if gain is None else made.masked_fill(gain == 0, 0.0)
 
 
 def _padded(vectors: list[Tensor] | None) -> list[Tensor | None]:
@@ -117,10 +156,11 @@ def _in_one_call(call: Call) -> bool:
 
 def _prepared(call: Call) -> Prepared | None:
     """How a small matrix on a GPU is computed, gradients with the value."""
-    relative, reduction, values_alone = call.settings
+    relative, reduction, values_alone, _ = call.settings
     if not (relative and values_alone) or reduction == "none":
         return None
-    return prepared_for(call, "ratio", 1.0 if call.extras[2] is not None else _share(call), _two(call))
+    share = 1.0 if call.extras[2] is not None else _share(call)
+    return prepared_for(call, "ratio", share, _two(call), _rule(call.settings))
 
 
 def _forward(call: Call) -> Outputs:
@@ -135,8 +175,32 @@ def _forward(call: Call) -> Outputs:
     values = [_ratio(own, given) for own, given in zip(found, _given(call, matrix, dots))]
     if call.settings[1] != "none":
         total = torch.stack([(gain * each).sum() for gain, each in zip(_gains(call), values)]).sum()
-        return total, None, *(None,) * 7, *_both(found), dots
+        return total + _constant(call), None, *(None,) * 7, *_both(found), dots
+    values = [each + constant for each, constant in zip(values, _constants(call))]
     return *_both(values), *(None,) * 7, *_both(found), dots
+
+
+def _rests(call: Call) -> list[Tensor | None]:
+    """What exponentials of rows, and of columns, are relative to beside the positive's logit."""
+    _, log_k, _ = _rule(call.settings)
+    sides = zip(call.extras[:2], call.extras[2:4])
+    return [None if given is None else rests_of(given, log_k, gain) for given, gain in sides]
+
+
+def _constants(call: Call) -> list[Tensor]:
+    """What the values of rows [N], and of columns, hold beside the stream."""
+    c, _, excess = _rule(call.settings)
+    sides = zip(call.extras[:2], call.extras[2:4])
+    return [constants_of(given, c, excess, gain) for given, gain in sides if given is not None]
+
+
+def _constant(call: Call) -> Tensor:
+    """The same of a mean or a sum."""
+    made, gains = _constants(call), [gain for gain in call.extras[2:4] if gain is not None]
+    if gains:
+        made = [gain * each for gain, each in zip(gains, made)]
+    total = made[0].sum() if len(made) == 1 else made[0].sum() + made[1].sum()
+    return total if gains else _share(call) * total
 
 
 def _both(vectors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -166,7 +230,7 @@ def _dots(call: Call, matrix: ScoreMatrix) -> Tensor:
 def _given(call: Call, matrix: ScoreMatrix, dots: Tensor) -> list[Tensor]:
     """The given normalisers of rows, and of columns, as two numbers (shift, rest) [2, n]: nothing is rounded away."""
     logits = (positive_logits(matrix, dots),) * 2 if call.settings[0] else call.extras[4:]
-    return [_two_numbers(rest, logit) for rest, logit in zip(call.extras[:2], logits) if rest is not None]
+    return [_two_numbers(rest, logit) for rest, logit in zip(_rests(call), logits) if rest is not None]
 
 
 def _two_numbers(rest: Tensor, logit: Tensor | None) -> Tensor:
@@ -215,15 +279,17 @@ def _pass(call: Call, matrix: ScoreMatrix, dots: Tensor, gains: list[Tensor]) ->
     of_logits = [-each if need else None for each, need in zip([*weighted, *weighted], call.needs[-2:])]
     found = _both([normalizer_of(s) for s in states])
     params = params_of(call, made.dparams)
+    if call.settings[1] != "none":
+        total = total + _constant(call)
     return total, None, made.dx, made.dy, *params, made.dcandidates, *of_logits, *found, dots
 
 
 def _whole(call: Call) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, relative = call.problem, call.settings[0]
-    rests, row_gain, col_gain, logits = call.extras[:2], *call.extras[2:4], call.extras[4:]
+    rests, row_gain, col_gain, logits = _rests(call), *call.extras[2:4], call.extras[4:]
     x, y, scores = whole_scores(problem)
-    given = list(rests)
+    given = rests
     if not relative:
         given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
     value, dscale, dbias, found, dots = problem.backend().weighted_matrix(
@@ -234,6 +300,7 @@ def _whole(call: Call) -> Outputs:
         sides = zip(_gains(call), found, given, call.needs[-2:])
         of_logits = [-gain * _ratio(own, n) if need and n is not None else None for gain, own, n, need in sides]
     padded = [*of_logits, None, None][:2]
+    value = value + _constant(call)
     return value, None, *whole_gradients(call, scores, x, y, dscale, dbias), None, *padded, *_both(found), dots
 
 
@@ -282,13 +349,12 @@ def _gradients(call: Call, kept: Outputs, upstream: Outputs) -> Outputs:
 
 
 def _dense(call: Call, rows: slice, turned: bool) -> Outputs:
-    """The values of some rows (turned: columns), or their weighted sum, in operations of torch."""
-    relative, reduction, _ = call.settings
-    rests, gain, logit = call.extras[:2], call.extras[2 + turned], call.extras[4 + turned]
+    """The same of some rows (turned: columns), or their weighted sum, without constants, in operations of torch."""
+    relative, reduction, *_ = call.settings
+    rest, gain, logit = _rests(call)[turned], call.extras[2 + turned], call.extras[4 + turned]
     z, z_pos = dense_logits(call.problem, rows, turned)
     shift, found = dense_normalizer(z)
     start = z_pos if relative else torch.zeros_like(z_pos) if logit is None else logit[rows]
-    rest = rests[turned]
     assert rest is not None
     values = torch.exp((shift - start) + (found - rest[rows]))
     if reduction != "none":

@@ -265,6 +265,7 @@ class LatentStructureLoss(nn.Module):
         image_independent_aug: Tensor | None = None,
         text_independent_aug: Tensor | None = None,
         independent_logit_scale: float | Tensor | None = None,
+        independent_temperature: float | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and its parts.
 
@@ -285,6 +286,8 @@ class LatentStructureLoss(nn.Module):
         independent_logit_scale : float or Tensor, optional
             The inverse temperature of separation's contrast. Default: the value of ``logit_scale``, without a gradient
             to it: telling independent features apart is another task, whose best temperature is not the towers'.
+        independent_temperature : float or Tensor, optional
+            1 / independent_logit_scale, in its place: above 0.
 
         Returns
         -------
@@ -311,6 +314,8 @@ class LatentStructureLoss(nn.Module):
         values = {"base": base}
         parts: dict[str, Tensor] = {}
         if self.weights["separation"]:
+            own = independent_logit_scale, independent_temperature
+            independent_logit_scale = scale_of(image, *own, prefix="independent_")
             if independent_logit_scale is None:
                 independent_logit_scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
             with told(self._ranks(), image):

@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "gamma_decay_epochs": bad.positive_count,
     "epoch": bad.count,
     "rho": bad.amount,
-    "temperature": bad_ranking.temperature,
+    **dict.fromkeys(("temperature", "independent_temperature"), bad_ranking.temperature),
     "ISogCLRLoss.temperature": bad.positive_number,
     "temperature_bounds": bad_ranking.bounds,
     "temperature_rate": bad.amount,

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 TESTS = Path(__file__).resolve().parents[1]
 #: Launches of value and all gradients at N = 256, the upstream gradient's included.
-MOST_LAUNCHES = {"clip_loss": 11, "info_nce": 11, "nt_xent": 14, "sigmoid": 9, "decomposable": 23}
+MOST_LAUNCHES = {"clip_loss": 11, "info_nce": 11, "nt_xent": 12, "sigmoid": 9, "decomposable": 11}
 
 #: The host's time against that of CLIP's dense formula, with room for a machine that has other work.
-MOST_TIME = {"nt_xent": 2.0, "decomposable": 2.5}
+MOST_TIME = 1.3
 
 
 def test_a_small_step_is_few_launches():
@@ -34,7 +34,7 @@ def test_a_small_step_is_few_launches():
         )
         assert 5 < found[loss]["launches"] <= most, found[loss]
         assert found[loss]["ours"]["score_kernel"] == (1 if loss in ("sigmoid", "decomposable") else 2)
-        assert found[loss]["of_dense"] < MOST_TIME.get(loss, 1.5), found[loss]
+        assert found[loss]["of_dense"] < MOST_TIME, found[loss]
 
 
 #: Launches of torch's own of a band of rows: normalisers, losses, gains, and the two products.

@@ -148,18 +148,3 @@ def refused() -> list[str]:
 
 def test_what_ranks_cannot_share_is_refused_on_every_rank(tmp_path):
     assert all(len(found) == 4 for found in succeeded(run(2, refused, tmp_path)))
-
-
-def with_scales_by_row() -> list[str]:
-    x, scales, said = torch.eye(4), torch.ones(4), []
-    for loss, more in (("info_nce", ()), ("clip_loss", ()), ("nt_xent", ()), ("decomposable", (scales,))):
-        with pytest.raises(
-            NotImplementedError, match=r"logit_scale of shape \[N\]: not there over the ranks"
-        ) as caught:
-            getattr(ck, loss)(x, x, scales, *more, group="world")
-        said.append(str(caught.value))
-    return said
-
-
-def test_scales_by_row_are_refused_on_every_rank(tmp_path):
-    assert all(len(found) == 4 for found in succeeded(run(2, with_scales_by_row, tmp_path)))

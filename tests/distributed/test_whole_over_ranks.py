@@ -125,6 +125,31 @@ CASES: dict[str, Call] = {
         b["x"], b["y"], s, label_smoothing=0.1, return_metrics=True, **o
     ),
     "metrics sup_con": lambda b, s, **o: ck.sup_con(b["x"], b["labels"], s, return_metrics=True, **o),
+    "scales": lambda b, s, **o: ck.info_nce(b["x"], b["y"], s * b["logits"], ids=b["ids"], return_metrics=True, **o),
+    "scales decomposable": lambda b, s, **o: ck.decomposable(
+        b["x"], b["y"], s * b["logits"], b["weight"], strategy="ring", **o
+    ),
+    "scales clip": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], (s * b["logits"], b["bias"]), weight=b["weight"], return_metrics=True, **o
+    ),
+    "scales clip grid": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], s * b["logits"], ids=b["ids"], include_positive=False, strategy="grid", **o
+    ),
+    "scales views": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s * b["logits"], weight=b["weight"], return_metrics=True, **o
+    ),
+    "scales views ring": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s * b["logits"], ids=b["labels"], strategy="ring", return_metrics=True, **o
+    ),
+    "scales margin": lambda b, s, **o: ck.clip_loss(
+        b["x"], b["y"], (s * b["logits"], b["bias"]), margin=0.3, return_metrics=True, **o
+    ),
+    "scales smoothing": lambda b, s, **o: ck.nt_xent(
+        b["x"], b["y"], s * b["logits"], label_smoothing=0.1, return_metrics=True, **o
+    ),
+    "scales sup_con": lambda b, s, **o: ck.sup_con(
+        b["x"], b["labels"], s * b["logits"], y=b["y"], y_labels=b["ids"], return_metrics=True, **o
+    ),
 }  # fmt: skip
 LEAVES = ("x", "y", "bias", "logits")
 
@@ -216,12 +241,18 @@ def mistaken() -> list[str]:
         lambda: (ck.sup_con if last else ck.multi_positive_nce)(x, b["labels"], 2.0, group="world"),
         lambda: ck.clip_loss(x[: 4 - last], y[: 4 - last], 2.0, margin=0.1, group="world"),
         lambda: ranking(x, y, 2.0, negatives=hard(b)[:, : 2 - last], directions=WAYS, group="world"),
+        lambda: ranking(x, y, 2.0, negatives=hard(b)[:, : 2 - last], uneven=True, group="world"),
+        lambda: ranking(x, y, 2.0, negatives=None if last else hard(b), uneven=True, group="world"),
         lambda: ranking(x, y, 2.0, directions=WAYS[: 4 - last], group="world"),
         lambda: ranking(x, y, 2.0, negatives=hard(b)[: 4 - last], group="world"),
         lambda: ranking(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
         lambda: ranking(x, y, 2.0, guided=guide(b, last), group="world"),
         lambda: ranking(x, y, 2.0, guided=guide(b, False), workspace_bytes=8 if last else None, group="world"),
         lambda: ck.clip_loss(x, y, 2.0, return_metrics=last, group="world"),
+        lambda: ck.info_nce(x, y, b["logits"] if last else 1.0, group="world"),
+        lambda: ck.nt_xent(x, y, b["logits"] if last else 1.0, margin=0.1, group="world"),
+        lambda: ck.clip_loss(x, y, (b["logits"], b["bias"][: 4 - last]), group="world"),
+        lambda: ck.decomposable(x, y, b["logits"] if last else 1.0, b["bias"], group="world"),
         lambda: ck.clip_loss(x, y, 2.0, guided=guide(b, False) if last else None, group="world"),
         lambda: ck.info_nce(x, y, 2.0, guided=guide(b, False), guided_margin=0.1 * last, group="world"),
         lambda: ck.nt_xent(x, y, 2.0, guided=[v[: 4 - last] for v in guide(b, False)], group="world"),
@@ -240,3 +271,5 @@ def mistaken() -> list[str]:
 def test_a_mistake_of_one_rank_is_an_error_on_all(tmp_path):
     one, other = succeeded(run(2, mistaken, tmp_path))
     assert one == other
+    of_negatives = [said for said in one if "got negatives=[2, 6] of" in said]
+    assert len(of_negatives) == 2 and of_negatives[0] == of_negatives[1]

@@ -91,6 +91,19 @@ def batch(n: int = 6, d: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), y.requires_grad_()
 
 
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("zero", [0, 0.0, torch.zeros(()), torch.nn.Parameter(torch.zeros(1))], ids=type)
+def test_a_scale_of_zero_has_no_temperature(zero, towers):
+    """With rho, whose loss has the temperature for a factor, it is refused and moves no memory; else it is a scale."""
+    (x, y), index = batch(), torch.arange(6)
+    loss = ck.SogCLRLoss(6, towers=towers, rho=2.0)
+    with pytest.raises(ValueError, match="logit_scale: expected a number other than 0 with rho"):
+        loss(x, y, index, zero)
+    assert (loss.memory.visits == 0).all()
+    plain = ck.SogCLRLoss(6, towers=towers)(x, y, index, zero)
+    torch.testing.assert_close(plain, torch.zeros_like(plain))  # log g = 0
+
+
 @pytest.mark.parametrize("rho", [None, 2.0])
 def test_the_definition_and_the_scales_gradient(rho):
     """With rho, tau (mean log u + rho), whose gradient in tau takes the derivative of g over u for that of log u.

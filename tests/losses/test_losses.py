@@ -328,3 +328,17 @@ def test_a_sum_past_the_end_of_float32_is_infinite(backend):
         ck.sup_con(x.sign(), labels, 3.0, weight=torch.full((2,), 3e38), reduction="sum", y=x.sign(), y_labels=labels),
     ):
         assert loss == torch.inf
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_remembers_normalizers_may_move_before_the_backward_pass(backend, reduction):
+    x, y = (torch.randn(6, 4).requires_grad_() for _ in range(2))
+    tables = torch.linspace(0.5, 2.0, 6), torch.linspace(1.5, 1.0, 6)
+    found = []
+    for moves in (False, True):
+        loss = ck.decomposable(x, y, 2.0, tables, reduction=reduction, backend=backend).sum()
+        if moves:
+            for table in tables:
+                table.mul_(0.9)
+        found.append(torch.autograd.grad(loss, (x, y)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -137,6 +137,13 @@ def test_of_structures():
             with pytest.raises((TypeError, ValueError), match=f"temperature: .*{words}"):
                 made()(x, y, **{"temperature": 0.25, **wrong})
     assert len(got) == 2 and got[0] == 4.0
+    own = torch.tensor(0.5, requires_grad=True)
+    for how in ({"independent_temperature": own}, {"independent_temperature": 0.5}):
+        found, want = (made()(x, y, 4.0, **each, **views) for each in (how, {"independent_logit_scale": 2.0}))
+        assert all(torch.equal(value, want[name]) for name, value in found.items())
+    assert torch.autograd.grad(made()(x, y, 4.0, independent_temperature=own, **views)["loss"], own)[0] != 0
+    with pytest.raises(TypeError, match=r"^independent_temperature: expected None beside an independent_logit_scale"):
+        made()(x, y, 4.0, independent_logit_scale=2.0, independent_temperature=0.5, **views)
     with pytest.raises(ValueError, match=r"separation_options: expected some of .*; got 'temperature'"):
         ck.LatentStructureLoss(separation=1.0, separation_options={"temperature": 0.1})
 
