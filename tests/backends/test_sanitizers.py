@@ -1,7 +1,8 @@
 """The C++ pass under sanitizers, in programs of its own without Python or torch.
 
 tests/sanitize/panel_driver.cpp runs ragged panels in exactly sized heap buffers with every instruction set of this
-machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices. Under
+machine and compares them with a plain loop in double; matrix_driver.cpp does the same with whole matrices, and
+product_driver.cpp with products in bfloat16, where the machine has them. Under
 ThreadSanitizer two callers run at once, with teams of threads that it can follow (teams.cpp).
 
 `make test` runs a third of the cases with the baseline's code alone, which is built in seconds. `make sanitize` runs
@@ -38,6 +39,7 @@ CALLERS = {SHORT: 1, MEMORY: 1, THREADS: 2}
 EVERY = {SHORT: 3, MEMORY: 1, THREADS: 5}
 #: The flags in /proc/cpuinfo that an instruction set needs.
 NEEDS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}}
+PRODUCTS = NEEDS["avx512"] | {"avx512_bf16"}
 
 
 def find_toolchain(sanitizer, folder):
@@ -95,7 +97,7 @@ rule link
             return " ".join(objects)
 
         library = objects_of([*units, *team])
-        for name in ("panel_driver", "matrix_driver"):
+        for name in ("panel_driver", "matrix_driver", "product_driver"):
             driver = objects_of([setup.Unit((DRIVERS / name).with_suffix(".cpp"), "cxx", watch)])
             text += f"build {folder / name}: link {driver} {library}\n"
         with emulated.locked(ROOT / folder / "lock"):
@@ -117,9 +119,13 @@ def expected_instruction_sets(sanitizer):
     """What this machine should be tested with, by /proc/cpuinfo."""
     if sanitizer == SHORT:
         return {"baseline"}
+    return {"baseline", *(name for name, needed in NEEDS.items() if needed <= cpu_flags())}
+
+
+def cpu_flags():
+    """What the machine has, by /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return {"baseline", *(name for name, needed in NEEDS.items() if needed <= flags)}
+    return set(info.read_text().split()) if info.exists() else set()
 
 
 @pytest.mark.parametrize("sanitizer", [SHORT, *(pytest.param(s, marks=sanitizing) for s in (MEMORY, THREADS))])
@@ -130,6 +136,15 @@ def test_the_pass_is_clean_and_right(build, driver, what, sanitizer):
     assert result.stderr == ""
     tested = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(f"{what} are right")}
     assert tested == expected_instruction_sets(sanitizer)
+
+
+@sanitizing
+@pytest.mark.parametrize("sanitizer", [MEMORY, THREADS])
+def test_products_are_clean_and_right(build, sanitizer):
+    result = run(build("product_driver", sanitizer), sanitizer, ROUNDS)
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
+    here = cpu_flags() >= PRODUCTS
+    assert result.stdout.endswith("products are right\n" if here else "not on this machine\n")
 
 
 @pytest.mark.parametrize(
