@@ -39,7 +39,9 @@ from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import PairTerm
 
 #: Panels of thousands of columns, of which the unit matrix is too large.
-LARGE = ("two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart", "ceilings-biased")
+LARGE = (
+    "two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart", "ceilings-biased", "guide-of-rows",
+)  # fmt: skip
 #: Problem: its losses (None: all of them).
 SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "float32": {

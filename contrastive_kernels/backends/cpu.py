@@ -65,9 +65,10 @@ class CpuBackend(Backend):
         include: bool,
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, include, unscaled,
+            *_matrix_fields(scores, problem, guide), _address(gain), share, both, problem.symmetric, include, unscaled,
             *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
@@ -104,12 +105,12 @@ class CpuBackend(Backend):
         return number(scores, value), dscale, dbias, found, dots
 
 
-def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:
-    """A whole matrix, whose weights take the place of the scores, and what is left out of it."""
+def _matrix_fields(scores: Tensor, problem: WholeMatrix, guide: Tensor | None = None) -> Any:
+    """A whole matrix, whose weights take the place of the scores, and what is left out of it; a guide's scores."""
     rows, cols = scores.shape
     address, index, scale, bias = scores.data_ptr(), problem.index, problem.scale, problem.bias
     return (
-        address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs),
+        address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs, guide),
         0 if problem.symmetric else None, 0 if index is None else index.data_ptr(), problem.offset,
         scale.item() if isinstance(scale, Tensor) else scale, bias.item() if isinstance(bias, Tensor) else bias,
     )  # fmt: skip

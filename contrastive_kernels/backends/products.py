@@ -107,14 +107,23 @@ _amx_products = _AmxProducts()
 
 
 def score_product(panel: Panel) -> None:
-    """scores = x yT in full precision [R, C], unless they are there already.
+    """scores = x yT in full precision [R, C], and a guide's if there is one, unless they are there already."""
+    if panel.scores_ready:
+        return
+    _multiply(panel.x, panel.y, panel.bfloat16_values, panel.scores)
+    of_rows, of_cols = panel.pairs.row_guide, panel.pairs.col_guide
+    if panel.guide is not None and of_rows is not None and of_cols is not None:
+        rounded, dtype = of_rows.dtype == torch.bfloat16, panel.guide.dtype
+        _multiply(of_rows.to(dtype), of_cols.to(dtype), rounded, panel.guide)
+
+
+def _multiply(x: Tensor, y: Tensor, bfloat16_values: bool, out: Tensor) -> None:
+    """out = x yT.
 
     float32 copies of bfloat16 values are multiplied on the AMX units where there are some: products of bfloat16 values
     are exact in float32.
     """
-    if panel.scores_ready:
-        return
-    if _AmxProducts.available and panel.bfloat16_values and panel.scores.device.type == "cpu":
-        _amx_products.multiply(panel.x, panel.y.T, panel.scores)
+    if _AmxProducts.available and bfloat16_values and out.device.type == "cpu":
+        _amx_products.multiply(x, y.T, out)
     else:
-        torch.mm(panel.x, panel.y.T, out=panel.scores)
+        torch.mm(x, y.T, out=out)

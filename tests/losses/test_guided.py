@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import contrastive_kernels as ck
 from contrastive_kernels import reference
 
-N, M, D, SCALE = 33, 41, 16, 7.0
+N, M, D, SCALE = 70, 81, 16, 7.0
 LOSSES = ("info_nce", "clip_loss", "nt_xent")
 WEIGHT, IDS = torch.arange(N) % 3 / 2, torch.arange(N) // 2
 CASES: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ def found(module: Any, loss: str, leaves: list[Tensor], **options: Any) -> list[
     return [losses.detach(), *torch.autograd.grad(losses, [*leaves, scale], upstream)]
 
 
-@pytest.mark.parametrize("workspace", [None, 20_000], ids=["whole", "blocks"])
+@pytest.mark.parametrize("workspace", [None, 170_000], ids=["whole", "panels"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float64(loss, case, workspace):
@@ -144,7 +144,7 @@ def test_what_a_guide_does_not_go_with(loss):
         call(*leaves, SCALE, guided=guide, label_smoothing=0.1)
     with pytest.raises(ValueError, match="guided_margin: expected 0 without guided"):
         call(*leaves, SCALE, guided_margin=0.1)
-    with pytest.raises(ValueError, match="guided: expected 33 and 33 rows; got 33 and 32"):
+    with pytest.raises(ValueError, match="guided: expected 70 and 70 rows; got 70 and 69"):
         call(*leaves, SCALE, guided=(guide[0], guide[1][1:]))
     others: dict[str, dict[str, Any]] = {
         "info_nce": {"positive_logits": vector, "debiased": 0.1, "queue": ck.FeatureQueue(4, D, dtype=torch.float64)},
