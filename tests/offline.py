@@ -56,6 +56,15 @@ MOST_INSTRUCTIONS_CAPPED = {
     "exponential-weights+statistics-rows": 24,
     "exponential-weights+statistics-both": 54,
 }
+#: ... or a guide.
+MOST_INSTRUCTIONS_GUIDED = {
+    "exponential-statistics-rows": 15,
+    "exponential-statistics-both": 35,
+    "exponential-weights-rows": 19,
+    "exponential-weights-both": 51,
+    "exponential-weights+statistics-rows": 26,
+    "exponential-weights+statistics-both": 65,
+}
 _POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 
 
@@ -79,6 +88,8 @@ class Case:
     ceilings: bool = False
     #: with the statistics, exponentials are kept in the weights' place
     keeps: bool = False
+    #: ... and what a guide's features of this dtype make alike, beside ceilings
+    guide: str | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +104,7 @@ class Case:
             + "-ragged" * (not self.even)
             + "-labels" * self.labels
             + "-ceilings" * self.ceilings
+            + (f"-guide-{self.guide}" if self.guide else "")
         )
 
 
@@ -160,6 +172,17 @@ def capped_cases(capability: int) -> Iterator[Case]:
             tile = configs.persistent_tile_for(capability, "16-bit", work, case.term, capped=True)
         if tile is not None:
             yield replace(case, tile=tile, ceilings=True)
+
+
+def guided_cases(capability: int) -> Iterator[Case]:
+    """The same with a guide, of bfloat16 or, with weights of both sides, of float32; none is persistent."""
+    for case in cases(capability):
+        if case.dtype != "bf16" or case.term != "exponential":
+            continue
+        work = work_of(case.weights, case.statistics, case.two_sided)
+        tile = configs.tile_for(capability, "16-bit", work, guided=True)
+        for guide in ("bf16", "fp32") if work == "both" else ("bf16",):
+            yield replace(case, tile=tile, ceilings=case.weights, guide=guide)
 
 
 def compile_score(case: Case) -> Compiled:
@@ -235,9 +258,11 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
         "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0, "EQUAL_IDS": int(case.labels),
         "BLOCK_M": tile.block_m, "BLOCK_N": case.tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "EVEN_K": case.even, "INPUT_PRECISION": "ieee" if case.precision == "ieee" else "tf32", "UPCAST": False,
-        **more,
+        "EVEN_E": True, "BLOCK_E": 16 if case.guide == "fp32" else tile.block_k,
+        "GUIDE_PRECISION": "ieee" if case.guide == "fp32" else "tf32", **more,
     }  # fmt: skip
     aligned = {"C", "D", "x_stride", "y_stride", "weights_stride"} if case.even else set()
+    aligned |= {"E", "row_guide_stride", "col_guide_stride"}
     return _compile(kernel, case.capability, pointers, constants, aligned, tile)
 
 
@@ -246,7 +271,14 @@ def _pointers_of_pairs(case: Case) -> dict[str, str | None]:
     labels = ("i64", "i64", "fp32", "fp32" if cols else None) if case.labels else (None,) * 4
     names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
     ceilings = {"row_ceiling_ptr": "fp32", "col_ceiling_ptr": "fp32" if cols else None}
-    return dict(zip(names, labels)) | (ceilings if case.ceilings else dict.fromkeys(ceilings))
+    guide = dict.fromkeys(("row_guide_ptr", "col_guide_ptr"), case.guide)
+    thresholds = {"row_threshold_ptr": "fp32", "col_threshold_ptr": "fp32" if cols else None}
+    return (
+        dict(zip(names, labels))
+        | (ceilings if case.ceilings else dict.fromkeys(ceilings))
+        | guide
+        | (thresholds if case.guide else dict.fromkeys(thresholds))
+    )
 
 
 def _pointers_of_moments(case: Case) -> dict[str, str | None]:
@@ -382,7 +414,8 @@ def broken(case: Case, made: Compiled) -> str | None:
         return "nobody multiplies while a program finishes its tile"
     if "wgmma.mma_async" not in made.ptx:
         return "not on the tensor cores"
-    most = (MOST_INSTRUCTIONS_CAPPED if case.ceilings else MOST_INSTRUCTIONS)[case.name]
+    of_limits = MOST_INSTRUCTIONS_GUIDED if case.guide else MOST_INSTRUCTIONS_CAPPED
+    most = (of_limits if case.guide or case.ceilings else MOST_INSTRUCTIONS)[case.name]
     if persistent_tile and not case.ceilings:
         most = MOST_INSTRUCTIONS.get(f"{case.name}-persistent", most)
     return None if made.per_score <= most else f"{made.per_score:.1f} instructions a score, {most} at most"
@@ -394,12 +427,13 @@ def all_cases(capability: int) -> Iterator[Case]:
     yield from persistent_cases(capability)
     yield from kept_cases(capability)
     yield from capped_cases(capability)
+    yield from guided_cases(capability)
 
 
 def check(capability: int) -> int:
     """How many 16-bit cases break their bounds; prints each. In the short form, of those that are seldom, a few."""
     wrong = 0
-    seldom = [*kept_cases(capability), *capped_cases(capability)]
+    seldom = [*kept_cases(capability), *capped_cases(capability), *guided_cases(capability)]
     for case in (*cases(capability), *persistent_cases(capability), *seldom[:: every(4)]):
         if case.dtype == "bf16":
             reason = broken(case, compile_score(case))

@@ -198,7 +198,8 @@ def tile_for(
         return _IEEE
     if capped or guided:
         deep = _SMALL_TF32.block_k if precision == "tf32" else 64
-        return Tile(64, 64 if work == "fused" or guided else 128, deep, 4, 2)
+        narrow = work == "fused" or (guided and (work == "both" or family(capability) != 90))
+        return Tile(64, 64 if narrow else 128, deep, 4, 2)
     tile = _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
     odd = work != "reduce" and features % tile.block_k
     return replace(tile, block_m=128, block_n=64, block_k=32, num_warps=8) if odd else tile

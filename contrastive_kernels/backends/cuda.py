@@ -83,8 +83,9 @@ class CudaBackend(Backend):
         return dtype
 
     def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
-        """The weights of a band have no product of their own."""
-        return (3, 2) if size.band else self.route(size).launches
+        """The weights of a band have no product of their own; a guide's scores have one."""
+        first, second = (3, 2) if size.band else self.route(size).launches or (0, 0)
+        return first + (size.guide > 0), second + (size.guide > 0)
 
     def keeps(self, dtype: torch.dtype, features: int) -> bool:
         """The scores, of operands that never go to the tensor cores' kernel; float16 weights want one factor."""
