@@ -30,8 +30,8 @@ __all__ = ["Member", "members", "run"]
 GOAL = 1.1
 #: The same of sup_con with 10 classes, beside info_nce of the same matrix.
 GOAL_OF_LABELS = 1.3
-#: The features' width of the guide that is measured, as of many a small model, and the largest ratio with it by how many
-#: products the loss has: its scores are a product of that width in each of two passes; in bands they are made once.
+#: The width of the guide's features that are measured, as of many a small model, and the largest ratio with it: its
+#: scores are a product of that width in each of two passes, beside four of the features; in bands one, beside three.
 GUIDE_FEATURES, FEATURES = 128, 256
 GOALS_OF_GUIDE = {
     "info_nce": GOAL * (3 * FEATURES + GUIDE_FEATURES) / (3 * FEATURES),

@@ -104,6 +104,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "nearly-solved": ("info_nce", "sup_con"),
         "wide-panels": ("info_nce",),
         "margin-relative": ("clip_loss",),
+        "guide": ("clip_loss",),
         "d123": ("sigmoid",),
         "t0.001": ("decomposable_pair",),
     },
@@ -296,7 +297,7 @@ def whole() -> list[str]:
     failures = []
     # (ids, biases, smoothing and denominators without the positive are never prepared: the other programs have them)
     usual = [p for p in PROBLEMS if p.ids is None and p.candidate_bias is None and p.include_positive]
-    usual = [p for p in usual if not p.label_smoothing and p.margin is None]
+    usual = [p for p in usual if not p.label_smoothing and p.margin is None and p.guide is None]
     for number, problem in enumerate(p for p in usual if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
         for dtype in one_of(number // 2, (torch.float32, torch.bfloat16)):
             inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]

@@ -98,6 +98,7 @@ def pairs_with_scales(
         for each, number in zip(pair, numbers)
     ]
     dtype = score_dtype(x.dtype)
+    problem = replace(problem, pairs=problem.pairs.guide_in(dtype))
     wide = replace(problem, x=x.to(dtype), y=y.to(dtype), scale=1.0)
     one_call = reduction != "none" and not options["smoothing"]
     backend = registry.get(registry.chosen_name(problem.engine.backend or None, x.device, dtype))

@@ -120,6 +120,12 @@ class Pairs(NamedTuple):
             part(self.col_threshold, cols),
         )
 
+    def guide_in(self, dtype: torch.dtype) -> Pairs:
+        """The same with a guide's features in this dtype."""
+        if self.row_guide is None or self.col_guide is None:
+            return self
+        return self._replace(row_guide=self.row_guide.to(dtype), col_guide=self.col_guide.to(dtype))
+
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
         """The same without these as well, which count in the whole matrix; one of both may be left out already."""
         diagonal = self.diagonal if diagonal is None else diagonal
