@@ -203,8 +203,10 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
     if whole:
         return max(size.rows, 1) if per_row * size.rows <= share else None
     rounded = backend.weights_dtype(size.device, size.dtype) != score
-    rows = nearly_equal(size.rows, 2 * BAND if rounded else BAND)
-    return rows if per_row * rows <= size.workspace_bytes - beside.of(side, side) else None
+    most, room = 2 * BAND if rounded else BAND, size.workspace_bytes - beside.of(side, side)
+    # with a guide a band saves more, and half of its rows fit wherever all of them do without
+    choices = (nearly_equal(size.rows, count) for count in ((most, most // 2) if size.guide else (most,)))
+    return next((rows for rows in choices if per_row * rows <= room), None)
 
 
 def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
