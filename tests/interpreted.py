@@ -39,7 +39,9 @@ from contrastive_kernels.panels.size import Size
 from contrastive_kernels.panels.terms import PairTerm
 
 #: Panels of thousands of columns, of which the unit matrix is too large.
-LARGE = ("two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart", "ceilings-biased")
+LARGE = (
+    "two-chunks", "three-chunks", "diagonal-of-a-block", "column-biases-far-apart", "ceilings-biased", "guide-of-rows",
+)  # fmt: skip
 #: Problem: its losses (None: all of them).
 SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "float32": {
@@ -102,6 +104,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "nearly-solved": ("info_nce", "sup_con"),
         "wide-panels": ("info_nce",),
         "margin-relative": ("clip_loss",),
+        "guide": ("clip_loss",),
         "d123": ("sigmoid",),
         "t0.001": ("decomposable_pair",),
     },
@@ -294,7 +297,7 @@ def whole() -> list[str]:
     failures = []
     # (ids, biases, smoothing and denominators without the positive are never prepared: the other programs have them)
     usual = [p for p in PROBLEMS if p.ids is None and p.candidate_bias is None and p.include_positive]
-    usual = [p for p in usual if not p.label_smoothing and p.margin is None]
+    usual = [p for p in usual if not p.label_smoothing and p.margin is None and p.guide is None]
     for number, problem in enumerate(p for p in usual if max(p.n, p.m or p.n) <= 130 and not p.small_panels):
         for dtype in one_of(number // 2, (torch.float32, torch.bfloat16)):
             inputs, reduction = make_inputs(problem, dtype), ("mean", "sum")[number % 2]

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from offline_cases import Case, all_cases, capped_cases, cases, guided_cases, kept_cases, persistent_cases
 from thorough import every
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_kernels._triton import configs, kept, launch, merge, persistent, score
-from contrastive_kernels._triton.configs import PersistentTile, Tile, rest_of, shipped, work_of
+from contrastive_kernels._triton import kept, launch, merge, persistent, score
+from contrastive_kernels._triton.configs import PersistentTile, Tile, rest_of
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs/performance.md"
 
@@ -56,44 +57,15 @@ MOST_INSTRUCTIONS_CAPPED = {
     "exponential-weights+statistics-rows": 24,
     "exponential-weights+statistics-both": 54,
 }
-_POINTERS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel: what it leaves, for which sides, in which dtype, for which architecture."""
-
-    capability: int
-    precision: str
-    dtype: str
-    term: str
-    weights: bool
-    statistics: bool
-    two_sided: bool
-    tile: Tile
-    #: a number of features that is a multiple of the tile's, and rows of whole vectors
-    even: bool = True
-    #: pairs of equal ids count like others and have targets of their own
-    labels: bool = False
-    #: rows, and columns where they take part, leave out what lies above ceilings of theirs
-    ceilings: bool = False
-    #: with the statistics, exponentials are kept in the weights' place
-    keeps: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its term, its outputs and its sides."""
-        outputs = "+".join(name for name in ("weights", "statistics") if getattr(self, name))
-        outputs = "kept+statistics" if self.keeps else outputs
-        return f"{self.term}-{outputs}-{'both' if self.two_sided else 'rows'}"
-
-    def __str__(self) -> str:
-        return (
-            f"sm{self.capability}-{self.dtype}-{self.precision}-{self.name}"
-            + "-ragged" * (not self.even)
-            + "-labels" * self.labels
-            + "-ceilings" * self.ceilings
-        )
+#: ... or a guide.
+MOST_INSTRUCTIONS_GUIDED = {
+    "exponential-statistics-rows": 15,
+    "exponential-statistics-both": 35,
+    "exponential-weights-rows": 19,
+    "exponential-weights-both": 51,
+    "exponential-weights+statistics-rows": 26,
+    "exponential-weights+statistics-both": 65,
+}
 
 
 @dataclass(frozen=True)
@@ -113,53 +85,6 @@ class Compiled:
         """How many run on a multiprocessor at once."""
         registers = -(-self.registers // 8) * 8 * self.threads
         return min(_REGISTERS // registers, SHARED_MEMORY[capability] // (self.shared + 1024), 2048 // self.threads)
-
-
-def cases(capability: int) -> Iterator[Case]:
-    """Every shipped configuration of an architecture x pair term x outputs x dtype."""
-    outputs = [(False, True, False), (False, True, True), (True, False, False), (True, False, True)]
-    outputs += [(True, True, False), (True, True, True)]
-    tiles = {(precision, work): tile for member, precision, work, tile in shipped() if member == capability}
-    for precision, dtypes in _POINTERS.items():
-        for dtype in dtypes:
-            for term in ("exponential", "sigmoid"):
-                for weights, statistics, two_sided in outputs:
-                    if term == "sigmoid" and two_sided:
-                        continue  # its columns have no part
-                    tile = tiles[precision, work_of(weights, statistics, two_sided)]
-                    yield Case(capability, precision, dtype, term, weights, statistics, two_sided, tile)
-
-
-def persistent_cases(capability: int) -> Iterator[Case]:
-    """The same of persistent tiles."""
-    for (member, precision, work, term), tile in configs._PERSISTENT.items():
-        weights, statistics = work != "reduce", work in ("reduce", "fused")
-        two_sided = term == "exponential" and work != "weights"
-        if member == capability:
-            for dtype in _POINTERS[precision]:
-                yield Case(capability, precision, dtype, term, weights, statistics, two_sided, tile)
-
-
-def kept_cases(capability: int) -> Iterator[Case]:
-    """Statistics, and exponentials kept in 16 bits, of rows and of both sides; persistent where there is a tile."""
-    tiles: list[Tile | None] = [configs.tile_for(capability, "16-bit", "fused")]
-    tiles.append(configs.persistent_tile_for(capability, "16-bit", "fused", "exponential"))
-    for tile in filter(None, tiles):
-        for two_sided in (False, True):
-            yield Case(capability, "16-bit", "bf16", "exponential", True, True, two_sided, tile, keeps=True)
-
-
-def capped_cases(capability: int) -> Iterator[Case]:
-    """Those of the exponential term in bfloat16, with ceilings of rows and columns and the tiles that they have."""
-    for case in (*cases(capability), *persistent_cases(capability)):
-        if case.dtype != "bf16" or case.term != "exponential":
-            continue
-        work = work_of(case.weights, case.statistics, case.two_sided)
-        tile: Tile | None = configs.tile_for(capability, "16-bit", work, capped=True)
-        if isinstance(case.tile, PersistentTile):
-            tile = configs.persistent_tile_for(capability, "16-bit", work, case.term, capped=True)
-        if tile is not None:
-            yield replace(case, tile=tile, ceilings=True)
 
 
 def compile_score(case: Case) -> Compiled:
@@ -235,9 +160,11 @@ def _compile_tile(kernel: Any, case: Case, tile: Tile, more: dict[str, Any]) -> 
         "TERM": launch.TERMS[case.term], "ROW": True, "COL": cols, "COLUMNS": 0, "EQUAL_IDS": int(case.labels),
         "BLOCK_M": tile.block_m, "BLOCK_N": case.tile.block_n, "BLOCK_K": tile.block_k, "GROUP": tile.group,
         "EVEN_K": case.even, "INPUT_PRECISION": "ieee" if case.precision == "ieee" else "tf32", "UPCAST": False,
-        **more,
+        "EVEN_E": True, "BLOCK_E": 16 if case.guide == "fp32" else tile.block_k,
+        "GUIDE_PRECISION": "ieee" if case.guide == "fp32" else "tf32", **more,
     }  # fmt: skip
     aligned = {"C", "D", "x_stride", "y_stride", "weights_stride"} if case.even else set()
+    aligned |= {"E", "row_guide_stride", "col_guide_stride"}
     return _compile(kernel, case.capability, pointers, constants, aligned, tile)
 
 
@@ -246,7 +173,14 @@ def _pointers_of_pairs(case: Case) -> dict[str, str | None]:
     labels = ("i64", "i64", "fp32", "fp32" if cols else None) if case.labels else (None,) * 4
     names = ("row_ids_ptr", "col_ids_ptr", "row_target_ptr", "col_target_ptr")
     ceilings = {"row_ceiling_ptr": "fp32", "col_ceiling_ptr": "fp32" if cols else None}
-    return dict(zip(names, labels)) | (ceilings if case.ceilings else dict.fromkeys(ceilings))
+    guide = dict.fromkeys(("row_guide_ptr", "col_guide_ptr"), case.guide)
+    thresholds = {"row_threshold_ptr": "fp32", "col_threshold_ptr": "fp32" if cols else None}
+    return (
+        dict(zip(names, labels))
+        | (ceilings if case.ceilings else dict.fromkeys(ceilings))
+        | guide
+        | (thresholds if case.guide else dict.fromkeys(thresholds))
+    )
 
 
 def _pointers_of_moments(case: Case) -> dict[str, str | None]:
@@ -382,24 +316,17 @@ def broken(case: Case, made: Compiled) -> str | None:
         return "nobody multiplies while a program finishes its tile"
     if "wgmma.mma_async" not in made.ptx:
         return "not on the tensor cores"
-    most = (MOST_INSTRUCTIONS_CAPPED if case.ceilings else MOST_INSTRUCTIONS)[case.name]
+    of_limits = MOST_INSTRUCTIONS_GUIDED if case.guide else MOST_INSTRUCTIONS_CAPPED
+    most = (of_limits if case.guide or case.ceilings else MOST_INSTRUCTIONS)[case.name]
     if persistent_tile and not case.ceilings:
         most = MOST_INSTRUCTIONS.get(f"{case.name}-persistent", most)
     return None if made.per_score <= most else f"{made.per_score:.1f} instructions a score, {most} at most"
 
 
-def all_cases(capability: int) -> Iterator[Case]:
-    """All of them."""
-    yield from cases(capability)
-    yield from persistent_cases(capability)
-    yield from kept_cases(capability)
-    yield from capped_cases(capability)
-
-
 def check(capability: int) -> int:
     """How many 16-bit cases break their bounds; prints each. In the short form, of those that are seldom, a few."""
     wrong = 0
-    seldom = [*kept_cases(capability), *capped_cases(capability)]
+    seldom = [*kept_cases(capability), *capped_cases(capability), *guided_cases(capability)]
     for case in (*cases(capability), *persistent_cases(capability), *seldom[:: every(4)]):
         if case.dtype == "bf16":
             reason = broken(case, compile_score(case))

@@ -31,6 +31,34 @@ def instruction_sets():
     return found
 
 
+def made_guide(rows, cols, sides="rows, cols"):
+    """A guide's features and thresholds, as members of pairs; its scores are whole numbers, and thresholds none."""
+    g = torch.Generator().manual_seed(rows * 7 + cols)
+    features = [torch.randint(-3, 4, (n, 5), generator=g).float() for n in (rows, cols)]
+    made = dict(zip(("row_guide", "col_guide"), features))
+    scores = features[0] @ features[1].T
+    for name, dim, share in (("row", 1, 0.7), ("col", 0, 0.8)):
+        if name in sides:
+            threshold = scores.quantile(share, dim).floor() + 0.5
+            threshold[3::7], threshold[5::11] = torch.inf, -torch.inf
+            made[f"{name}_threshold"] = threshold
+    return made
+
+
+def guide_of(pairs):
+    """A guide's scores, in rows that lie apart; None without one."""
+    if pairs is None or pairs.row_guide is None:
+        return None
+    scores = pairs.row_guide @ pairs.col_guide.T
+    return torch.nn.functional.pad(scores, (0, 3), value=torch.nan)[:, : scores.shape[1]]
+
+
+def guided_out(pairs, dim):
+    """Which pairs a guide's scores leave out of the rows' parts (dim 1), or of the columns'; None: it has no say."""
+    threshold = pairs.row_threshold if dim else pairs.col_threshold
+    return None if threshold is None else guide_of(pairs) > threshold.unsqueeze(dim)
+
+
 def make_panel(scores, params, pairs=None, weights=None, row=None, col=None, dparams=None):
     """A panel whose scores are there already. `params`: scale, bias and perhaps the center."""
     empty = torch.zeros(0, 0)
@@ -45,6 +73,7 @@ def make_panel(scores, params, pairs=None, weights=None, row=None, col=None, dpa
         row=row or Side(),
         col=col or Side(),
         dparams=dparams,
+        guide=guide_of(pairs),
     )
 
 
@@ -62,7 +91,7 @@ class Case:
     def __init__(
         self, rows, cols, *, spread=1.0, excluded=0, diagonal=None, first_row=0, first_column=0, params=(1.3, 0.0, 0.0),
         sides="both", deep=False, stale=0.0, level=0.0, biased=False, ids=0, equal_ids=0,
-        targets=False, capped="",
+        targets=False, capped="", guided="",
     ):  # fmt: skip
         g = torch.Generator().manual_seed(rows * 10_007 + cols)
 
@@ -86,7 +115,8 @@ class Case:
         self.gains = normal(rows), normal(cols)
         self.targets = (normal(2, rows), normal(2, cols)) if targets else (None, None)
         of_rows, of_cols = (self._ceilings(dim) if side in capped else None for dim, side in ((1, "rows"), (0, "cols")))
-        self.pairs = self.pairs._replace(row_ceiling=of_rows, col_ceiling=of_cols)
+        of_guide = made_guide(rows, cols, guided) if guided else {}
+        self.pairs = self.pairs._replace(row_ceiling=of_rows, col_ceiling=of_cols, **of_guide)
         # near the log-sums, as they are in use
         self.normalizers = tuple(
             split((torch.logsumexp(z, dim) + 0.5 * normal(n) - stale).nan_to_num(neginf=0.0), z.amax(dim))
@@ -134,12 +164,15 @@ class Case:
         """z in float64 of what a backend makes in float32: scale * score is exact in it; excluded pairs at -inf.
 
         Pairs of equal ids are among these or, if `signed`, have -z. dim 1: those above the rows' ceilings are among
-        them; 0: above the columns'.
+        them; 0: above the columns'; and those that a guide leaves out.
         """
-        ceiling = self.pairs.row_ceiling if dim else self.pairs.col_ceiling
-        if dim is not None and ceiling is not None:
+        if dim is not None:
+            ceiling, out = self.pairs.row_ceiling if dim else self.pairs.col_ceiling, guided_out(self.pairs, dim)
+            z = self.logits() if out is None else self.logits().masked_fill(out, -torch.inf)
+            if ceiling is None:
+                return z
             too_high = self.scores * torch.tensor(self.params[0]) > ceiling.unsqueeze(dim)
-            return self.logits().masked_fill(too_high, -torch.inf)
+            return z.masked_fill(too_high, -torch.inf)
         z = self.scores.double() * torch.tensor(self.params[0]).double() + torch.tensor(self.params[1]).double()
         if self.pairs.col_bias is not None:
             z = z + self.pairs.col_bias.double()
@@ -217,6 +250,12 @@ CASES = {
     "ceilings-of-one-side": lambda: Case(65, 70, capped="cols", diagonal=0),
     "ceilings-high": lambda: Case(65, 131, capped="rows, cols", level=1e4, params=(1.0, 0.0, 1e4)),
     "ceilings-stale": lambda: Case(65, 131, capped="rows, cols", stale=60.0, spread=90.0),
+    # pairs that a guide leaves out, alone and beside ceilings
+    "guide": lambda: Case(65, 131, guided="rows, cols", excluded=1, diagonal=3),
+    "guide-far-apart": lambda: Case(130, 264, guided="rows, cols", spread=90.0, ids=4),
+    "guide-and-ceilings": lambda: Case(130, 264, guided="rows, cols", capped="rows, cols", spread=12.0, deep=True),
+    "guide-of-rows": lambda: Case(66, 2051, guided="rows", sides="rows", biased=True, params=(-0.7, 11.0, 0.0)),
+    "guide-of-one-side": lambda: Case(65, 70, guided="cols", capped="rows", diagonal=0),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,13 +9,13 @@ from typing import Any
 
 import labelled
 import torch
+from given import guide_of, normalizers_of
 from made import biases_of, features_of, ids_of, lay_out, weights_of
 from margins import margin_of
 from outcomes import Outcome, smallest_workspace
 from torch import Tensor
 
 import contrastive_kernels
-from contrastive_kernels import reference
 
 SOFTMAX = ("info_nce", "clip_loss", "nt_xent")
 #: Losses of rectangular score matrices with positives anywhere.
@@ -69,6 +68,8 @@ class Problem:
     candidate_bias: str | None = None
     #: a number or ("relative", number), moved so that no candidate lies at it: see `margin_of`
     margin: Any = None
+    #: of a softmax loss: the margin of a guide whose scores are whole numbers: no candidate lies at its threshold
+    guide: Any = None
     #: of a softmax loss: the denominator has the positive
     include_positive: bool = True
     #: of a softmax loss
@@ -116,6 +117,8 @@ class Inputs:
     ids: tuple[Tensor, Tensor] | None = None
     candidate_bias: Tensor | None = None
     margin: Any = None
+    #: guided and guided_margin
+    guide: dict[str, Any] = field(default_factory=dict)
     log_normalizer: tuple[Tensor, Tensor] | None = None
     positive_logits: tuple[Tensor, Tensor] | None = None
     decomposable: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +129,7 @@ class Inputs:
         """The loss as `module` (the package, or its reference) computes it, in the dtype of x."""
         if loss in labelled.LABELLED:
             return labelled.call(self, module, loss, x, y, scale, options)
-        options["weight"] = self.weight
+        options |= {"weight": self.weight, **self.guide}
         if self.problem.label_smoothing:
             options["label_smoothing"] = self.problem.label_smoothing
         if self.ids is not None:
@@ -301,6 +304,16 @@ PROBLEMS = (
             losses=RATIOS, **COMMON),
     Problem("margin-alone", "all are left out: 0", n=33, margin=-1e6, losses=SOFTMAX),
     Problem("margin-block", "above given logits", block="some", m=33, margin=-9.0, losses=("decomposable",)),
+    # those that a guide finds more alike
+    Problem("guide", "of rows and of columns", guide=0.5, weight="sparse", losses=SOFTMAX),
+    Problem("guide-panels", "across panels, beside ids and a margin", n=257, ids="shared", margin=-4.0,
+            guide=("relative", 0.25), small_panels=True, losses=SOFTMAX),
+    Problem("guide-band", "in bands", n=550, d=16, guide=-2.5, include_positive=False, losses=SOFTMAX[:2]),
+    Problem("guide-kept", "no scores are kept", n=257, d=1000, guide=1.5, workspace_bytes=16 * 257**2, losses=SOFTMAX),
+    Problem("guide-padded", "biases of both sides", n=130, candidate_bias="padded", guide=0.5, losses=SOFTMAX),
+    Problem("guide-far-apart", "what it leaves out lies far above the rest, which weighs 1", n=130, scale=1.0,
+            guide=3.5, features="outliers", include_positive=False, losses=SOFTMAX),
+    Problem("guide-alone", "all are left out: 0", n=33, guide=100.5, losses=SOFTMAX),
     Problem("dcl-alone", "no negatives: 0", n=5, include_positive=False, ids="equal", losses=SOFTMAX),
     # a share of the target lies on all candidates
     Problem("smoothed", "in one call of a backend without it", label_smoothing=0.1, losses=SOFTMAX),
@@ -353,6 +366,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
         weight=weights_of(problem, g),
         ids=ids_of(problem, n, m, g),
         candidate_bias=biases_of(problem, m, g),
+        guide=guide_of(problem, n, m, dtype),
         decomposable=dict(problem.decomposable),
     )
     if problem.block is not None:
@@ -365,21 +379,8 @@ def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
     if problem.margin is not None:
         inputs.margin = margin_of(inputs)
     if set(problem.losses) & set(DECOMPOSABLE):
-        inputs.log_normalizer = _normalizers(problem, inputs, g)
+        inputs.log_normalizer = normalizers_of(inputs, g)
     return inputs
-
-
-def _normalizers(problem: Problem, inputs: Inputs, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The batch's own log Z by rows and by columns (or something as long), made stale."""
-    x, y, scale = inputs.x.double(), inputs.y.double(), inputs.scale.double()
-    inputs.log_normalizer = (torch.zeros(len(x)), torch.zeros(len(y)))
-    pair = "decomposable_pair" in problem.losses and len(x) == len(y)
-    loss = "decomposable_pair" if pair else "decomposable"
-    _, log_z = inputs.call(reference, loss, x, y, scale, 0.0, return_log_normalizer=True)
-    rows, cols = log_z if pair else (log_z, torch.zeros(len(y)))
-    noise = [0.3 * bool(problem.staleness) * torch.randn(len(v), generator=g) for v in (rows, cols)]
-    made = [(v + problem.staleness + e).to(inputs.scale.dtype) for v, e in zip((rows, cols), noise)]
-    return tuple(v.masked_fill(v == -math.inf, 0.0) for v in made)
 
 
 #: The arguments that a loss has gradients to.

@@ -270,7 +270,9 @@ def from_scores(
         ids = None if inputs.ids is None else inputs.ids[0].repeat(2)
         bias = None if inputs.candidate_bias is None else inputs.candidate_bias.double().repeat(2)
         options = {"positives": positives, "ids": ids, "candidate_bias": bias, "weight": weight}
-        options |= {"include_positive": inputs.problem.include_positive, "margin": inputs.margin}
+        options |= {"include_positive": inputs.problem.include_positive, "margin": inputs.margin, **inputs.guide}
+        if inputs.guide:
+            options["guided"] = (torch.cat(inputs.guide["guided"]),) * 2
         value = reference.info_nce(z, itself, 1.0, **options, reduction=reduction)
     else:
         value = inputs.call(reference, loss, z, itself, 1.0, inputs.bias.double(), reduction=reduction)

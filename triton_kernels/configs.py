@@ -186,17 +186,20 @@ def work_of(weights: bool, statistics: bool, two_sided: bool) -> str:
     return "both" if two_sided else "weights"
 
 
-def tile_for(capability: int, precision: str, work: str, features: int = 0, capped: bool = False) -> Tile:
+def tile_for(
+    capability: int, precision: str, work: str, features: int = 0, capped: bool = False, guided: bool = False
+) -> Tile:
     """The tile for a compute capability, a precision and a kind of work.
 
     Features that are no whole blocks are loaded with masks, which take registers: then the tile is narrow. So do
-    ceilings of rows and columns.
+    ceilings of rows and columns, and more so a guide, whose scores stand beside the others.
     """
     if precision == "ieee":
         return _IEEE
-    if capped:
+    if capped or guided:
         deep = _SMALL_TF32.block_k if precision == "tf32" else 64
-        return Tile(64, 64 if work == "fused" else 128, deep, 4, 2)
+        narrow = work == "fused" or (guided and (work == "both" or family(capability) != 90))
+        return Tile(64, 64 if narrow else 128, deep, 4, 2)
     tile = _TABLE[(family(capability) or 80, precision)][WORKS.index(work)]
     odd = work != "reduce" and features % tile.block_k
     return replace(tile, block_m=128, block_n=64, block_k=32, num_warps=8) if odd else tile

@@ -102,7 +102,7 @@ def _refer(row, col, scale, bias, factor, ROW: tl.constexpr, COL: tl.constexpr):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, ids, ceilings, referred, scale, bias,
+    scores, pairs, of_cols, ids, limits, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     scores = leave_out_alike(scores, NEVER, pairs, ids)
@@ -113,10 +113,10 @@ def _usual(
     else:
         highest = with_columns(scores, scale, pairs, of_cols)
         if ROW and COL:
-            by_row = below(highest, NEVER, scores, scale, pairs, ceilings, True)
-            highest = tl.maximum(by_row, below(highest, NEVER, scores, scale, pairs, ceilings, False))
+            by_row = below(highest, NEVER, scores, scale, pairs, limits, True)
+            highest = tl.maximum(by_row, below(highest, NEVER, scores, scale, pairs, limits, False))
         else:
-            highest = below(highest, NEVER, scores, scale, pairs, ceilings, ROW)
+            highest = below(highest, NEVER, scores, scale, pairs, limits, ROW)
         shift = tl.max(tl.max(highest, 1), 0) * scale + bias
         slope, offset, unit = _line(scale, bias, shift)
     e = exp2(multiply_add(scores, slope, offsets(-offset, pairs, of_cols)))
@@ -124,8 +124,8 @@ def _usual(
     cols = tl.zeros([scores.shape[1]], tl.float32)
     row_sum = rows
     col_sum = cols
-    by_row = below(e, 0.0, scores, scale, pairs, ceilings, True)  # (far above, it may be infinite)
-    by_col = below(e, 0.0, scores, scale, pairs, ceilings, False)
+    by_row = below(e, 0.0, scores, scale, pairs, limits, True)  # (far above, it may be infinite)
+    by_col = below(e, 0.0, scores, scale, pairs, limits, False)
     if STATISTICS and ROW:
         row_sum = tl.sum(by_row, 1) * unit
     if STATISTICS and COL:
@@ -134,7 +134,7 @@ def _usual(
     if not WEIGHTS:
         pass  # nobody weighs: what is kept is the exponential itself
     elif ROW and COL:
-        if pairs[11] is None and pairs[12] is None:
+        if pairs[11] is None and pairs[12] is None and pairs[13] is None:
             w = e * (row_gain[:, None] + col_gain[None, :])
         else:
             w = by_row * row_gain[:, None] + by_col * col_gain[None, :]

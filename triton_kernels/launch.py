@@ -44,6 +44,7 @@ __all__ = [
     "Vectors",
     "forget_tiles",
     "gpu_name",
+    "guide_constants",
     "measure",
     "measure_all",
     "multiprocessors",
@@ -63,6 +64,8 @@ MERGE_BLOCK, MERGE_PARTS = 32, 32
 REST_PROGRAMS, REST_TILES = 1024, 32
 #: The pair terms by name.
 TERMS = {"exponential": EXPONENTIAL, "sigmoid": SIGMOID}
+#: A guide's float32 features that are multiplied at a time without the tensor cores, beside 16-bit operands.
+_IEEE_BLOCK = 16
 #: A tile of unequal sides, so that the interpreter's tests tell rows from columns.
 _INTERPRETED_TILE = Tile(64, 128, 32, 4, 1)
 
@@ -131,16 +134,18 @@ def gpu_name(device: torch.device) -> str:
 
 
 @cache
-def tile_of(device: torch.device, precision: str, work: str, features: int, capped: bool = False) -> Tile:
+def tile_of(
+    device: torch.device, precision: str, work: str, features: int, capped: bool = False, guided: bool = False
+) -> Tile:
     """The tile for panels on this device: the measured one, if someone has measured, or the table's.
 
-    capped: the table's for ceilings of rows and columns, which nobody measures.
+    capped, guided: the table's for ceilings of rows and columns, and for a guide, which nobody measures.
     """
     if INTERPRETED:
         return _INTERPRETED_TILE
     capability = _capability(device)
-    if capped:
-        return tile_for(capability, precision, work, features, capped)
+    if capped or guided:
+        return tile_for(capability, precision, work, features, capped, guided)
     measured = tuning.tiles.get(tuning.key(gpu_name(device), triton.__version__, precision, work, features))
     if measured is not None and legality(measured, capability, precision) is None:
         return measured
@@ -165,18 +170,21 @@ def persistent_of(
 
 def scratch_floats(
     rows: int, cols: int, device: torch.device, dtype: torch.dtype, features: int, kept: bool = False,
-    capped: bool = False,
+    capped: bool = False, guided: bool = False,
 ) -> int:  # fmt: skip
-    """float32 that the partial results of a panel take at most; kept: beside exponentials; capped: with ceilings."""
-    return _scratch_floats(rows, cols, device, precision_of(dtype), features, kept, capped)
+    """float32 that the partial results of a panel take at most.
+
+    kept: beside exponentials; capped: with ceilings, or guided.
+    """
+    return _scratch_floats(rows, cols, device, precision_of(dtype), features, kept, capped, guided)
 
 
 @lru_cache(maxsize=256)
 def _scratch_floats(
-    rows: int, cols: int, device: torch.device, precision: str, features: int, kept: bool, capped: bool
+    rows: int, cols: int, device: torch.device, precision: str, features: int, kept: bool, capped: bool, guided: bool
 ) -> int:
-    tiles = {tile_of(device, precision, work, features, capped) for work in WORKS}
-    if not INTERPRETED:
+    tiles = {tile_of(device, precision, work, features, capped, guided) for work in WORKS}
+    if not INTERPRETED and not guided:
         tiles |= {tile.part for tile in persistent_tiles(_capability(device), precision, capped)}
         measured = (persistent_of(device, precision, work, "exponential", features, capped) for work in WORKS)
         tiles |= {tile.part for tile in measured if tile is not None}
@@ -212,14 +220,17 @@ def run_panel(
     statistics = row.state is not None or col.state is not None
     work = "fused" if kept else work_of(weighs, statistics, has_row and has_col)
     if tile is None:
-        chosen = precision, work, pairs.capped
-        tile = _persistent_tile(x, y, weights, *chosen, term) or tile_of(x.device, *chosen[:2], d, pairs.capped)
+        guided = pairs.row_guide is not None
+        tile = None if guided else _persistent_tile(x, y, weights, precision, work, pairs.capped, term)
+        tile = tile or tile_of(x.device, precision, work, d, pairs.capped, guided)
     persistent = tile if isinstance(tile, PersistentTile) else None
     tile = tile if persistent is None else persistent.part
     blocks = -(-n // tile.block_m) * -(-m // tile.block_n)
     sizes = Scratch.of(tile, n, m, kept)
     parts = scratch[: sum(sizes)].split_with_sizes(sizes)
     row_partials, col_partials, params_partials, unusual, referred, row_moments, col_moments = parts
+    if INTERPRETED and pairs.row_guide is not None and pairs.col_guide is not None:  # see UPCAST
+        pairs = pairs._replace(row_guide=pairs.row_guide.float(), col_guide=pairs.col_guide.float())
     of_pairs = pairs.arguments(n, m, row.target, col.target)
     values = params, *of_pairs, row.normalizer, row.gain, col.normalizer, col.gain
     outputs = (
@@ -239,7 +250,7 @@ def run_panel(
         "TERM": TERMS[term], "ROW": has_row, "COL": has_col, "COLUMNS": pairs.width, "EQUAL_IDS": pairs.equal_ids,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tile.group,
         "INPUT_PRECISION": "ieee" if precision == "ieee" else "tf32",
-        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16, **guide_constants(pairs.row_guide, tile),
     }  # fmt: skip
     if kept and weights is not None and not keeps:
         kept_parts = row_partials, col_partials, row_moments, col_moments, outputs[2], unusual
@@ -258,6 +269,18 @@ def run_panel(
         TILES=REST_TILES, num_warps=rest.num_warps, num_stages=rest.num_stages,
     )  # fmt: skip
     _merge(term, tile, row, col, row_partials, col_partials, dparams, params_partials, n, m)
+
+
+def guide_constants(guide: Tensor | None, tile: Tile) -> dict[str, Any]:
+    """How a guide's features [R, E] are multiplied; None: there are none."""
+    if guide is None:
+        return {"BLOCK_E": tile.block_k, "EVEN_E": True, "GUIDE_PRECISION": "tf32"}
+    precision = precision_of(guide.dtype)
+    block = _IEEE_BLOCK if precision == "ieee" else tile.block_k
+    return {
+        "BLOCK_E": block, "EVEN_E": guide.shape[1] % block == 0,
+        "GUIDE_PRECISION": "ieee" if precision == "ieee" else "tf32",
+    }  # fmt: skip
 
 
 def _merge(

@@ -34,7 +34,7 @@ class PairTerm(NamedTuple):
     line: Any
     #: (a side's vectors, shift) -> its gains referred to the shift, infinite where they cannot be
     refer_gain: Any
-    #: (scores, pairs, what is loaded of the columns, ids, ceilings, referred, scale, bias, flags) -> w * factor, row
+    #: (scores, pairs, what is loaded of the columns, ids, limits, referred, scale, bias, flags) -> w * factor, row
     #: shift, row sum, col shift, col sum, which are right if they are fair
     usual: Any
     #: (z as rows have it, as columns do, row side, col side, flags) -> w, row shift, row sum, col shift, col sum: any

@@ -1,11 +1,12 @@
 """Which pairs of a tile count, and how a logit is made of a score: all that the kernels know of it.
 
 `pairs` is the kernels' (diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr, row_target_ptr,
-row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS, row_ceiling_ptr, col_ceiling_ptr), with None for what
-is not said, which then costs nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids, `ceilings` of
-its ceilings. Kernels hand all through, and pair terms
-ask here. A further member that leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to
-the logits of a column into what stands beside `load_columns`.
+row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS, row_ceiling_ptr, col_ceiling_ptr, row_guide_ptr,
+col_guide_ptr, row_threshold_ptr, col_threshold_ptr, E, row_guide_stride, col_guide_stride), with None for what is not
+said, which then costs nothing; `of_cols` is what was loaded of a tile's columns, `ids` of its ids, `limits` of its
+ceilings and thresholds, with a guide's scores. Kernels hand all through, and pair terms ask here. A further member that
+leaves out single pairs goes into `every_pair_counts` and `leave_out`; one that adds to the logits of a column into what
+stands beside `load_columns`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ __all__ = [
     "leave_out",
     "leave_out_alike",
     "less_targets",
-    "load_ceilings",
     "load_columns",
     "load_ids",
+    "load_limits",
     "logits",
     "offsets",
     "turn_alike",
@@ -61,20 +62,26 @@ class Pairs(NamedTuple):
     #: [R], [C]: pairs whose scale * score lies above are left out of the row's, of the column's
     row_ceiling: Tensor | None = None
     col_ceiling: Tensor | None = None
+    #: [R, E], [C, E] a guide's features, their rows dense, and [R], [C]: so are pairs whose dot product lies above
+    row_guide: Tensor | None = None
+    col_guide: Tensor | None = None
+    row_threshold: Tensor | None = None
+    col_threshold: Tensor | None = None
 
     @classmethod
     def of(cls, pairs: Any) -> Pairs:
         """What is said of a panel, with the diagonal counted from its own rows and columns."""
         diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
+        of_rows, of_cols = (None if v is None else v.contiguous() for v in (pairs.row_guide, pairs.col_guide))
         return cls(
             diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids, pairs.equal_ids,
-            pairs.row_ceiling, pairs.col_ceiling,
+            pairs.row_ceiling, pairs.col_ceiling, of_rows, of_cols, pairs.row_threshold, pairs.col_threshold,
         )  # fmt: skip
 
     @property
     def capped(self) -> bool:
-        """Whether scores may be too high to count."""
-        return self.row_ceiling is not None or self.col_ceiling is not None
+        """Whether scores, or a guide's, may be too high to count."""
+        return self.row_ceiling is not None or self.col_ceiling is not None or self.row_guide is not None
 
     @property
     def width(self) -> int:
@@ -90,7 +97,10 @@ class Pairs(NamedTuple):
         columns = self.columns if self.width else None
         of_sides = [v for target in targets for v in (target, 0 if target is None else target.stride(0))]
         said = diagonal, columns, self.first_column, self.col_bias, self.row_ids, self.col_ids
-        return *said, *of_sides, self.row_ceiling, self.col_ceiling
+        guide = self.row_guide, self.col_guide, self.row_threshold, self.col_threshold
+        features = 0 if self.row_guide is None else self.row_guide.shape[1]
+        strides = (0 if v is None else v.stride(0) for v in guide[:2])
+        return *said, *of_sides, self.row_ceiling, self.col_ceiling, *guide, features, *strides
 
 
 @triton.jit
@@ -148,25 +158,38 @@ def load_ids(pairs, rows, cols, R, C):
 
 
 @triton.jit
-def load_ceilings(pairs, rows, cols, R, C):
-    """The ceilings of these rows [M] and columns [N]; [1] of zero where a side has none."""
-    row_ceiling = tl.zeros([1], tl.float32)
-    col_ceiling = row_ceiling
-    if pairs[11] is not None:
-        row_ceiling = tl.load(pairs[11] + rows, mask=rows < R, other=0.0)
-    if pairs[12] is not None:
-        col_ceiling = tl.load(pairs[12] + cols, mask=cols < C, other=0.0)
-    return row_ceiling, col_ceiling
+def _load_limit(ptr, index, n):
+    """One side's ceilings or thresholds; [1] of zero where it has none."""
+    if ptr is None:
+        return tl.zeros([1], tl.float32)
+    else:  # noqa: RET505 (the compiler would see both)
+        return tl.load(ptr + index, mask=index < n, other=0.0)
 
 
 @triton.jit
-def below(values, never, scores, scale, pairs, ceilings, ROWS: tl.constexpr):
-    """A tile's values with `never` where scale * score lies above the row's (else the column's) ceiling."""
+def load_limits(pairs, rows, cols, R, C, guide):
+    """The ceilings of these rows [M] and columns [N], a guide's scores of the tile, and the thresholds of both."""
+    row_ceiling = _load_limit(pairs[11], rows, R)
+    col_ceiling = _load_limit(pairs[12], cols, C)
+    return row_ceiling, col_ceiling, guide, _load_limit(pairs[15], rows, R), _load_limit(pairs[16], cols, C)
+
+
+@triton.jit
+def below(values, never, scores, scale, pairs, limits, ROWS: tl.constexpr):
+    """A tile's values with `never` where scale * score lies above the row's (else the column's) ceiling.
+
+    ... or a guide's score above its threshold.
+    """
     if ROWS:
         if pairs[11] is not None:
-            values = tl.where(scores * scale > ceilings[0][:, None], never, values)
-    elif pairs[12] is not None:
-        values = tl.where(scores * scale > ceilings[1][None, :], never, values)
+            values = tl.where(scores * scale > limits[0][:, None], never, values)
+        if pairs[15] is not None:
+            values = tl.where(limits[2] > limits[3][:, None], never, values)
+    else:
+        if pairs[12] is not None:
+            values = tl.where(scores * scale > limits[1][None, :], never, values)
+        if pairs[16] is not None:
+            values = tl.where(limits[2] > limits[4][None, :], never, values)
     return values
 
 

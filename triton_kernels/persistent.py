@@ -98,6 +98,7 @@ def persistent_kernel(
     weights_desc,  # [R, C] in blocks of BLOCK_M x BLOCK_N / PARTS, or None
     params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, row_ceiling_ptr, col_ceiling_ptr,
+    row_guide_ptr, col_guide_ptr, row_threshold_ptr, col_threshold_ptr, E, row_guide_stride, col_guide_stride,  # None
     line_ptr,  # [LINE] and the referred gains, of refer_kernel; or None
     row_referred_ptr,  # [R] or None
     col_referred_ptr,  # [C] or None
@@ -116,7 +117,8 @@ def persistent_kernel(
     pairs = (
         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
-        row_ceiling_ptr, col_ceiling_ptr,
+        row_ceiling_ptr, col_ceiling_ptr, row_guide_ptr, col_guide_ptr, row_threshold_ptr, col_threshold_ptr,
+        E, row_guide_stride, col_guide_stride,
     )  # fmt: skip
     factor = 1.0
     shift = 0.0
@@ -196,7 +198,7 @@ def _finish_part(
         col_gain = tl.load(col_referred_ptr + cols, mask=cols < C, other=0.0)
     referred = (line[0], line[1], line[2], line[3], row_gain, col_gain)
     w = finish_tile(
-        scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor,
+        scores, tl.zeros([1, 1], tl.float32), complete, usual, pairs, of_cols, referred, scale, bias, center, factor,
         row_block, col_block, rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr,
         col_moments_ptr, unusual_ptr, R, C, TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip

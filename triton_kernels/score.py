@@ -17,9 +17,9 @@ from .pairs import (
     every_pair_counts,
     leave_out,
     less_targets,
-    load_ceilings,
     load_columns,
     load_ids,
+    load_limits,
     logits,
 )
 
@@ -53,6 +53,20 @@ def _tile_product(
         x_ptrs += BLOCK_K
         y_ptrs += BLOCK_K
     return scores
+
+
+@triton.jit
+def _guide_product(
+    pairs, rows, cols, R, C, E, BLOCK_E: tl.constexpr, EVEN_E: tl.constexpr, GUIDE_PRECISION: tl.constexpr
+):
+    """A guide's scores of these rows and columns [M, N], by E of its features; [1, 1] of zero without one."""
+    if pairs[13] is None:
+        return tl.zeros([1, 1], tl.float32)
+    else:  # noqa: RET505 (the compiler would see both)
+        return _tile_product(
+            pairs[13], pairs[14], rows, cols, R, C, E, pairs[18], pairs[19],
+            BLOCK_E, EVEN_E, GUIDE_PRECISION, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -110,7 +124,8 @@ def load_params(params_ptr):
 
 @triton.jit
 def finish_tile(
-    scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block, rows, cols,
+    scores, guide, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block,
+    rows, cols,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr, R, C,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
@@ -123,7 +138,7 @@ def finish_tile(
         scores = leave_out(scores, NEVER, pairs, rows, cols, R, C, COLUMNS)
     ids = load_ids(pairs, rows, cols, R, C)
     w, row_shift, row_sum, col_shift, col_sum = TERM.usual(
-        scores, pairs, of_cols, ids, load_ceilings(pairs, rows, cols, R, C), referred, scale, bias,
+        scores, pairs, of_cols, ids, load_limits(pairs, rows, cols, R, C, guide), referred, scale, bias,
         ROW, COL, WEIGHTS, STATISTICS,
     )  # fmt: skip
     block = row_block * tl.cdiv(C, cols.shape[0]) + col_block
@@ -171,6 +186,11 @@ def score_kernel(
     col_target_stride,
     row_ceiling_ptr,  # [R] or None: scale * score above it is left out of the row's sums and weights
     col_ceiling_ptr,  # [C] or None
+    row_guide_ptr,  # [R, E] or None: a guide's features
+    col_guide_ptr,  # [C, E] or None
+    row_threshold_ptr,  # [R] or None: what a guide scores higher is left out, too
+    col_threshold_ptr,  # [C] or None
+    E, row_guide_stride, col_guide_stride,
     row_normalizer_ptr,  # [2, R] or None
     row_gain_ptr,  # [R] or None
     col_normalizer_ptr,  # [2, C] or None
@@ -186,6 +206,7 @@ def score_kernel(
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_E: tl.constexpr, EVEN_E: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile: scores, then statistics for the sides that have partials, and weights where there is room for them."""
@@ -200,7 +221,8 @@ def score_kernel(
     pairs = (
         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
-        row_ceiling_ptr, col_ceiling_ptr,
+        row_ceiling_ptr, col_ceiling_ptr, row_guide_ptr, col_guide_ptr, row_threshold_ptr, col_threshold_ptr,
+        E, row_guide_stride, col_guide_stride,
     )  # fmt: skip
     of_cols = load_columns(pairs, cols, C)
     # what is left out is far below every score: with a positive scale
@@ -214,12 +236,13 @@ def score_kernel(
         narrow, referred = TERM.refer(row, col, scale, bias, factor, ROW, COL)
         usual = usual & narrow
     complete = every_pair_counts(pairs, rows, row0, cols, col0, R, C, COLUMNS)
+    guide = _guide_product(pairs, rows, cols, R, C, tl.where(usual, E, 0), BLOCK_E, EVEN_E, GUIDE_PRECISION)
     scores = _tile_product(
         x_ptr, y_ptr, rows, cols, R, C, tl.where(usual, D, 0), x_stride, y_stride,
         BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST,
     )  # fmt: skip
     w = finish_tile(
-        scores, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block,
+        scores, guide, complete, usual, pairs, of_cols, referred, scale, bias, center, factor, row_block, col_block,
         rows, cols, row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr,
         unusual_ptr, R, C, TERM, ROW, COL, COLUMNS, WEIGHTS, STATISTICS,
     )  # fmt: skip
@@ -231,11 +254,13 @@ def score_kernel(
 def rest_kernel(
     x_ptr, y_ptr, params_ptr, diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
     row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, row_ceiling_ptr, col_ceiling_ptr,
+    row_guide_ptr, col_guide_ptr, row_threshold_ptr, col_threshold_ptr, E, row_guide_stride, col_guide_stride,
     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
     row_partials_ptr, col_partials_ptr, params_partials_ptr, row_moments_ptr, col_moments_ptr, unusual_ptr,
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, EQUAL_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_E: tl.constexpr, EVEN_E: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     PIECE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -256,13 +281,15 @@ def rest_kernel(
                     (
                         diagonal, columns_ptr, first_column, col_bias_ptr, row_ids_ptr, col_ids_ptr,
                         row_target_ptr, row_target_stride, col_target_ptr, col_target_stride, EQUAL_IDS,
-                        row_ceiling_ptr, col_ceiling_ptr,
+                        row_ceiling_ptr, col_ceiling_ptr, row_guide_ptr, col_guide_ptr, row_threshold_ptr,
+                        col_threshold_ptr, E, row_guide_stride, col_guide_stride,
                     ),
                     row_normalizer_ptr, row_gain_ptr, col_normalizer_ptr, col_gain_ptr, weights_ptr, factor_ptr,
                     row_partials_ptr, col_partials_ptr, params_partials_ptr, block // col_blocks, block % col_blocks,
                     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
                     TERM, ROW, COL, COLUMNS, weights_ptr is not None and row_moments_ptr is None,
-                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST, PIECE,
+                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, EVEN_E, GUIDE_PRECISION, EVEN_K, INPUT_PRECISION, UPCAST,
+                    PIECE,
                 )  # fmt: skip
 
 
@@ -273,6 +300,7 @@ def _any_tile(
     R, C, D, x_stride, y_stride, weights_stride, row_normalizer_stride, col_normalizer_stride,
     TERM: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, EVEN_E: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One tile, with a shift for each row and each column."""
@@ -286,6 +314,7 @@ def _any_tile(
     dbias = 0.0
     for piece in range(0, BLOCK_N, PIECE):
         cols = col_block * BLOCK_N + piece + tl.arange(0, PIECE)
+        guide = _guide_product(pairs, rows, cols, R, C, pairs[17], BLOCK_E, EVEN_E, GUIDE_PRECISION)
         scores = _tile_product(
             x_ptr, y_ptr, rows, cols, R, C, D, x_stride, y_stride, BLOCK_K, EVEN_K, INPUT_PRECISION, UPCAST
         )
@@ -295,9 +324,9 @@ def _any_tile(
         z = TERM.alike(z, z, of_cols, pairs, ids, False)
         z = leave_out(z, -float("inf"), pairs, rows, cols, R, C, COLUMNS)
         col = load_side(col_normalizer_ptr, col_normalizer_stride, col_gain_ptr, cols, C, WEIGHTS and COL, PIECE)
-        ceilings = load_ceilings(pairs, rows, cols, R, C)
-        by_row = below(z, -float("inf"), scores, scale, pairs, ceilings, True)
-        by_col = below(z, -float("inf"), scores, scale, pairs, ceilings, False)
+        limits = load_limits(pairs, rows, cols, R, C, guide)
+        by_row = below(z, -float("inf"), scores, scale, pairs, limits, True)
+        by_col = below(z, -float("inf"), scores, scale, pairs, limits, False)
         w, row_shift, row_sum, col_shift, col_sum = TERM.tile(by_row, by_col, row, col, ROW, COL, WEIGHTS, STATISTICS)
         if WEIGHTS:
             w = TERM.alike(w, z, of_cols, pairs, ids, True)

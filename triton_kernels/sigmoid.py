@@ -90,7 +90,7 @@ def _refer_gain(side, shift):
 
 @triton.jit
 def _usual(
-    scores, pairs, of_cols, ids, ceilings, referred, scale, bias,
+    scores, pairs, of_cols, ids, limits, referred, scale, bias,
     ROW: tl.constexpr, COL: tl.constexpr, WEIGHTS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """In units of log 2; the logarithms of 1 + e are one of their product, a row's part of the tile at a time."""

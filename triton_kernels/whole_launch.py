@@ -293,7 +293,7 @@ class _Panel:
         n, m, d = form.rows, form.cols, form.features
         pairs = (
             number(0 if form.symmetric else form.offset), whole.mirror, number(0),
-            *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 2,
+            *(_NOTHING,) * 3, *(_NOTHING, number(0)) * 2, *(_NOTHING,) * 6, *(number(0),) * 3,
         )  # fmt: skip
         outputs = self.row_partials, self.col_partials, self.params_partials, _NOTHING, _NOTHING, self.unusual
         places = (
@@ -308,6 +308,7 @@ class _Panel:
             "INPUT_PRECISION": "ieee" if whole.precision == "ieee" else "tf32",
             "UPCAST": launch.INTERPRETED and form.dtype == torch.bfloat16,
         }  # fmt: skip
+        constants |= launch.guide_constants(None, tile)
         rest = rest_of(tile)
         first = [Launch(score_kernel, self.blocks, places, **constants, **_of_tile(tile, d))]
         if self.persistent is not None:

@@ -81,6 +81,8 @@ class Backend:
     score_tile: ClassVar[bool] = True
     #: it takes operands in their own dtype, not in that of the scores
     native_operands: ClassVar[bool] = False
+    #: it wants room for a panel's scores of a guide [R, C], and makes them there
+    guide_tile: ClassVar[bool] = True
     #: score-sized temporaries that its operations allocate beside the workspace's own, and those of a search
     temporaries: ClassVar[int] = 0
     search_temporaries: ClassVar[int] = 0
@@ -155,13 +157,14 @@ class Backend:
         include: bool,
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
         The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
         triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives' logits in
-        the losses, of rows alone; its gradient [N], the second, is written.
+        the losses, of rows alone; its gradient [N], the second, is written. guide: its scores [N, M], with thresholds.
         """
         raise NotImplementedError
 

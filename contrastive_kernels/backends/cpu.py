@@ -72,9 +72,10 @@ class CpuBackend(Backend):
         include: bool,
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem), _address(gain), share, both, problem.symmetric, include, unscaled,
+            *_matrix_fields(scores, problem, guide), _address(gain), share, both, problem.symmetric, include, unscaled,
             *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
@@ -111,12 +112,12 @@ class CpuBackend(Backend):
         return number(scores, value), dscale, dbias, found, dots
 
 
-def _matrix_fields(scores: Tensor, problem: WholeMatrix) -> Any:
-    """A whole matrix, whose weights take the place of the scores, and what is left out of it."""
+def _matrix_fields(scores: Tensor, problem: WholeMatrix, guide: Tensor | None = None) -> Any:
+    """A whole matrix, whose weights take the place of the scores, and what is left out of it; a guide's scores."""
     rows, cols = scores.shape
     address, index, scale, bias = scores.data_ptr(), problem.index, problem.scale, problem.bias
     return (
-        address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs),
+        address, address, rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs, guide),
         0 if problem.symmetric else None, 0 if index is None else index.data_ptr(), problem.offset,
         scale.item() if isinstance(scale, Tensor) else scale, bias.item() if isinstance(bias, Tensor) else bias,
     )  # fmt: skip
@@ -153,8 +154,5 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
 
 def _fields(term: PairTerm, panel: Panel) -> dict[str, int]:
     """Makes the scores; what every operation is told."""
-    if panel.bfloat16_values and not panel.scores_ready and _multiplies_bfloat16():
-        _multiply(panel.x, panel.y.T, panel.scores)
-    else:
-        score_product(panel)
+    score_product(panel, _multiply if _multiplies_bfloat16() else None)
     return common_fields(term, panel) | score_fields(panel.scores) | {"threads": torch.get_num_threads()}

@@ -83,8 +83,9 @@ class CudaBackend(Backend):
         return dtype
 
     def launches(self, size: Size, rows: int, cols: int) -> tuple[int, int] | None:
-        """The weights of a band have no product of their own."""
-        return (3, 2) if size.band else self.route(size).launches
+        """The weights of a band have no product of their own; a guide's scores have one."""
+        first, second = (3, 2) if size.band else self.route(size).launches or (0, 0)
+        return first + (size.guide > 0), second + (size.guide > 0)
 
     def keeps(self, dtype: torch.dtype, features: int) -> bool:
         """The scores, of operands that never go to the tensor cores' kernel; float16 weights want one factor."""
@@ -198,6 +199,7 @@ def _fields(term: PairTerm, panel: Panel, memory: Tensor, made: bool = False) ->
     made: the other operation has left the scores in the scratch.
     """
     rows, cols = _shape(panel)
+    _make_guide(panel)
     partial = _partial_floats(rows, cols)
     fields = {"scratch": memory.data_ptr(), "scratch_bytes": 4 * partial}
     if _on_tensor_cores(panel):
@@ -226,6 +228,13 @@ def _operand_fields(panel: Panel) -> dict[str, int]:
         "y": y.data_ptr(),
         "y_stride": y.stride(0),
     }
+
+
+def _make_guide(panel: Panel) -> None:
+    """A guide's scores, by the vendor's product; if there is one, and they are not there."""
+    of_rows, of_cols = panel.pairs.row_guide, panel.pairs.col_guide
+    if panel.guide is not None and of_rows is not None and of_cols is not None and not panel.scores_ready:
+        _product(of_rows, of_cols, panel.guide)
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ __all__ = [
 #: Numbers of the dtypes in csrc/include/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_PAIRS = Pairs._fields
+#: (A guide's features are multiplied before.)
+_PAIRS = tuple(name for name in Pairs._fields if name not in ("row_guide", "col_guide"))
 _SEARCH = tuple(field.name for field in fields(SearchPanel) if field.name not in {f.name for f in fields(Panel)})
 
 
@@ -47,7 +48,7 @@ def require_fresh(version: str) -> None:
 
 def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
     """What every operation needs beside the scores: the parameters, which pairs count, and the states."""
-    values = {"term": term.code, "params": panel.params.data_ptr(), **pair_fields(panel.pairs)}
+    values = {"term": term.code, "params": panel.params.data_ptr(), **pair_fields(panel.pairs, panel.guide)}
     for name, side in (("row", panel.row), ("col", panel.col)):
         if side.state is not None:  # a plain sum has no shift
             if term.state_rows == 2:
@@ -56,9 +57,12 @@ def common_fields(term: PairTerm, panel: Panel) -> dict[str, int]:
     return values
 
 
-def pair_fields(pairs: Pairs) -> dict[str, int]:
-    """What is said of pairs."""
-    return _members(pairs, _PAIRS)
+def pair_fields(pairs: Pairs, guide: Tensor | None = None) -> dict[str, int]:
+    """What is said of pairs; guide: its scores [R, C], in rows without gaps."""
+    fields = _members(pairs, _PAIRS)
+    if guide is not None:
+        fields |= {"guide": guide.data_ptr(), "guide_stride": guide.stride(0)}
+    return fields
 
 
 def score_fields(scores: Tensor) -> dict[str, int]:

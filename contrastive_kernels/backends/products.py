@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,15 +112,31 @@ def on_amx_units() -> bool:
     return _AmxProducts.available
 
 
-def score_product(panel: Panel) -> None:
-    """scores = x yT in full precision [R, C], unless they are there already.
+def score_product(panel: Panel, own: Callable[[Tensor, Tensor, Tensor], None] | None = None) -> None:
+    """scores = x yT in full precision [R, C], and a guide's if there is one, unless they are there already.
+
+    `own`: what writes x y of bfloat16 operands, in place of torch's float32 product of copies of them.
+    """
+    if panel.scores_ready:
+        return
+    _multiply(panel.x, panel.y, panel.bfloat16_values, panel.scores, own)
+    of_rows, of_cols = panel.pairs.row_guide, panel.pairs.col_guide
+    if panel.guide is not None and of_rows is not None and of_cols is not None:
+        rounded, dtype = of_rows.dtype == torch.bfloat16, panel.guide.dtype
+        _multiply(of_rows.to(dtype), of_cols.to(dtype), rounded, panel.guide, own)
+
+
+def _multiply(
+    x: Tensor, y: Tensor, bfloat16_values: bool, out: Tensor, own: Callable[[Tensor, Tensor, Tensor], None] | None
+) -> None:
+    """out = x yT.
 
     float32 copies of bfloat16 values are multiplied on the AMX units where there are some: products of bfloat16 values
     are exact in float32.
     """
-    if panel.scores_ready:
-        return
-    if on_amx_units() and panel.bfloat16_values and panel.scores.device.type == "cpu":
-        _amx_products.multiply(panel.x, panel.y.T, panel.scores)
+    if own is not None and bfloat16_values:
+        own(x, y.T, out)
+    elif on_amx_units() and bfloat16_values and out.device.type == "cpu":
+        _amx_products.multiply(x, y.T, out)
     else:
-        torch.mm(panel.x, panel.y.T, out=panel.scores)
+        torch.mm(x, y.T, out=out)

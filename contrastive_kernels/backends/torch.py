@@ -143,11 +143,19 @@ def _fold_exponential(panel: Panel, z: Tensor) -> None:
 
 
 def _below(panel: Panel, z: Tensor, dim: int) -> Tensor:
-    """z with -inf above the ceilings of rows (dim 1) or of columns [R, C]; z itself where there are none."""
-    ceiling = panel.pairs.row_ceiling if dim else panel.pairs.col_ceiling
-    if ceiling is None:
-        return z
-    return z.masked_fill(panel.scores * _scale(panel, dim) > ceiling.unsqueeze(dim), -torch.inf)
+    """z with -inf above the ceilings of rows (dim 1) or of columns [R, C], and where a guide's are above thresholds.
+
+    z itself where there are neither.
+    """
+    pairs = panel.pairs
+    ceiling, threshold = (pairs.row_ceiling, pairs.row_threshold) if dim else (pairs.col_ceiling, pairs.col_threshold)
+    out = None
+    if threshold is not None:
+        out = present(panel.guide) > threshold.unsqueeze(dim)
+    if ceiling is not None:
+        too_high = panel.scores * _scale(panel, dim) > ceiling.unsqueeze(dim)
+        out = too_high if out is None else out.logical_or_(too_high)
+    return z if out is None else z.masked_fill(out, -torch.inf)
 
 
 def _fold_side(panel: Panel, side: Side, z: Tensor, dim: int) -> None:

@@ -41,6 +41,7 @@ class TritonBackend(Backend):
     name = "triton"
     score_tile = False
     native_operands = True
+    guide_tile = False
     wants_scratch = True
     vectors = True
 
@@ -83,7 +84,8 @@ class TritonBackend(Backend):
     def scratch(self, rows: int, cols: int, size: Size) -> int:
         """float32 that a panel's partial results take."""
         of_panel = size.device, size.dtype, size.features
-        return int(_kernels().scratch_floats(rows, cols, *of_panel, kept=size.band, capped=size.capped))
+        limits = {"capped": size.capped, "guided": size.guide > 0}
+        return int(_kernels().scratch_floats(rows, cols, *of_panel, kept=size.band, **limits))
 
     def keeps(self, dtype: torch.dtype, features: int) -> bool:
         """Exponentials, in the weights' dtype; float16 has too few exponents."""

@@ -161,11 +161,11 @@ def band_passes(
     """
     sums = GradientSums(matrix, wanted, None if matrix.symmetric else rows)
     dtype, n = score_dtype(matrix.x.dtype), len(matrix.x)
-    scores, scratch = room_of_band(matrix, min(rows, n))
+    room = room_of_band(matrix, min(rows, n))
     coefficients: Tensor | None = None
     rescale: Tensor | None = None
     for i in blocks(n, rows):
-        band = matrix.band(i, scores, scratch)
+        band = matrix.band(i, *room)
         row, col, positive = sides(i, *statistics_pass(band, cols=cols))
         # (weights in float16, whose factor would differ from band to band, have no scores in memory)
         workspace = Workspace(band, weighs=True, unscaled=wanted.candidates)
@@ -174,7 +174,7 @@ def band_passes(
         if positive is not None:
             coefficients = torch.empty(n, dtype=dtype, device=matrix.x.device) if coefficients is None else coefficients
             coefficients[i] = positive
-    del scores, scratch
+    del room
     sums.rescale(rescale)
     _add_positives(matrix, sums, coefficients)
     return sums.finish()

@@ -183,7 +183,7 @@ class Problem:
         x, y = self.x, self.y
         return Size(
             x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
-            multiprocessors(x.device),
+            multiprocessors(x.device), guide=self.pairs.guide_features,
         )  # fmt: skip
 
 
@@ -215,6 +215,8 @@ class ScoreMatrix:
     is_band: bool = False
     #: ... or it is the weights' room, beside these float32: the backend keeps what it likes in both
     scratch: Tensor | None = None
+    #: [N, M] a guide's dot products, as `scores` of a band
+    guide: Tensor | None = None
     #: [N] the positives' dot products, where the backend has made them together with the parameters
     dots: Tensor | None = None
 
@@ -252,7 +254,9 @@ class ScoreMatrix:
         """Whether the backend does what surrounds the panels."""
         return self.backend.vectors and not self.is_band and self.x.shape[0] > 0 and self.y.shape[0] > 0
 
-    def band(self, rows: slice, scores: Tensor, scratch: Tensor | None = None) -> ScoreMatrix:
+    def band(
+        self, rows: slice, scores: Tensor, scratch: Tensor | None = None, guide: Tensor | None = None
+    ) -> ScoreMatrix:
         """Some rows of a matrix that leaves out positives alone, with room for their scores, or exponentials."""
         return replace(
             self,
@@ -262,6 +266,7 @@ class ScoreMatrix:
             scores=scores[: rows.stop - rows.start],
             is_band=True,
             scratch=scratch,
+            guide=None if guide is None else guide[: rows.stop - rows.start],
         )
 
     def negatives(self) -> Pairs:
@@ -278,7 +283,7 @@ class ScoreMatrix:
         return Size(
             x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, self.symmetric, self.workspace_bytes,
             multiprocessors(x.device), self.backend.native_operands and in_pieces(x) and in_pieces(y),
-            2 if self.overlap else 1, self.is_band, self.pairs.capped,
+            2 if self.overlap else 1, self.is_band, self.pairs.capped, self.pairs.guide_features,
         )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def choose(
     exponentials : bool
         A pair's weight is its exponential times a sum of factors of its row and of its column.
     """
-    if one_call and summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
+    if one_call and summed and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes, bool(size.guide)):
         return Strategy(Place.WHOLE)
     if summed and gradients:
         rows = kept_rows(backend, size, whole) if exponentials else None
@@ -111,13 +111,18 @@ def choose(
             return Strategy(Place.BAND, rows)
     if not backend.score_tile:
         return Strategy(Place.ON_CHIP)
-    kept = gradients and not summed and _score_bytes(size) <= min(KEPT_SCORES_BYTES, size.workspace_bytes // 4)
+    kept = gradients and not summed and not size.guide
+    kept = kept and _score_bytes(size) <= min(KEPT_SCORES_BYTES, size.workspace_bytes // 4)
     return Strategy(Place.KEPT if kept else Place.TILE)
 
 
-def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int) -> bool:
-    """Whether there are scores, and all of them, in float32, are few enough for one call of the backend."""
-    return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and 16 * rows * cols <= workspace_bytes
+def fits_one_call(backend: Backend, rows: int, cols: int, workspace_bytes: int, guided: bool = False) -> bool:
+    """Whether there are scores, and all of them, in float32, are few enough for one call of the backend.
+
+    guided: beside a guide's.
+    """
+    per_score = 20 if guided else 16
+    return backend.whole_matrix and 0 < rows * cols <= WHOLE_SCORES and per_score * rows * cols <= workspace_bytes
 
 
 def one_walk_with_scales(backend: Backend, rows: int, cols: int, *, biased: bool, one_call: bool) -> bool:
@@ -194,12 +199,14 @@ def band_rows(backend: Backend, size: Size, whole: bool) -> int | None:
     side = largest_side(beside, share)
     if side is None or (side < BAND and side < max(size.rows, size.cols)):
         return None
-    per_row = score.itemsize * size.cols
+    per_row = score.itemsize * size.cols * (2 if size.guide else 1)
     if whole:
         return max(size.rows, 1) if per_row * size.rows <= share else None
     rounded = backend.weights_dtype(size.device, size.dtype) != score
-    rows = nearly_equal(size.rows, 2 * BAND if rounded else BAND)
-    return rows if per_row * rows <= size.workspace_bytes - beside.of(side, side) else None
+    most, room = 2 * BAND if rounded else BAND, size.workspace_bytes - beside.of(side, side)
+    # with a guide a band saves more, and half of its rows fit wherever all of them do without
+    choices = (nearly_equal(size.rows, count) for count in ((most, most // 2) if size.guide else (most,)))
+    return next((rows for rows in choices if per_row * rows <= room), None)
 
 
 def kept_rows(backend: Backend, size: Size, whole: bool) -> int | None:
@@ -238,6 +245,8 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     weights_dtype = backend.weights_dtype(size.device, size.dtype)
     separate = weights_dtype != scores or not backend.score_tile
     tile = scores.itemsize * ((not size.band) + backend.temporaries) if backend.score_tile else 0
+    if size.guide and backend.guide_tile and not size.band:
+        tile += scores.itemsize
     route = backend.route(size)
     per_score = tile + (weights_dtype.itemsize * size.buffers if separate and weighs else 0) + route.scratch_per_score
     if size.dtype == scores:
@@ -245,10 +254,11 @@ def panel_bytes(backend: Backend, size: Size, weighs: bool) -> PanelBytes:
     if backend.native_operands:  # a block of sums
         block = (scores.itemsize if weighs else 0) * size.features
         return PanelBytes(per_score, block + route.scratch_per_row, route.scratch_per_row)
+    # copies of a guide's blocks; of the operands', a block of sums, and a product in the operands' dtype
+    copies = 2 * scores.itemsize * size.guide
     if backend.multiplies(size.dtype):
-        return PanelBytes(per_score, (scores.itemsize if weighs else 0) * size.features, 0)
-    # copies of the operands' blocks, a block of sums, and a product in the operands' dtype
-    return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2), 0)
+        return PanelBytes(per_score, (scores.itemsize if weighs else 0) * size.features + copies, 0)
+    return PanelBytes(per_score, size.features * (3 * scores.itemsize + 2) + copies, 0)
 
 
 #: Overhead dominates small batches, so the answers are remembered. (Not for a fake's sizes, which may be symbols.)

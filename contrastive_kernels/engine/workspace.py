@@ -56,6 +56,8 @@ class Workspace:
         rows, cols = min(self.rows, size.rows), min(self.cols, size.cols)
         holds_scores = backend.score_tile and matrix.scores is None
         self.scores = self._room(rows * cols if holds_scores else 0, self.dtype)
+        holds_guide = bool(size.guide) and backend.guide_tile and matrix.guide is None
+        self.guide = self._room(rows * cols if holds_guide else 0, self.dtype)
         # A last, ragged panel keeps the stride of the others: cuBLAS wants its rows aligned. (Not on the CPU: oneDNN's
         # bfloat16 product, as of torch 2.13, reads the gap behind a row, and NaN there reaches the result.)
         self.stride = self.cols if x.device.type == "cuda" else None
@@ -123,9 +125,8 @@ class Workspace:
         shape = (i.stop - i.start, j.stop - j.start)
         if matrix.scratch is not None:  # the weights of a band, all of them
             scores = present(matrix.scores)
-        elif matrix.scores is not None and matrix.is_band:  # panel by panel: products want rows without gaps
-            start = i.start * len(matrix.y) + shape[0] * j.start
-            scores = matrix.scores.view(-1)[start : start + shape[0] * shape[1]].view(shape)
+        elif matrix.scores is not None and matrix.is_band:
+            scores = self._of_band(matrix.scores, i, j)
         elif matrix.scores is not None:
             scores = matrix.scores[i, j]
         else:
@@ -142,7 +143,21 @@ class Workspace:
             factor=self.factor,
             scratch=self.scratch,
             keeps=matrix.scratch is not None,
+            guide=self._guide(i, j),
         )
+
+    def _of_band(self, band: Tensor, i: slice, j: slice) -> Tensor:
+        """A panel's part of what a band has for all of its pairs, panel by panel: products want rows without gaps."""
+        rows, cols = i.stop - i.start, j.stop - j.start
+        start = i.start * len(self.matrix.y) + rows * j.start
+        return band.view(-1)[start : start + rows * cols].view(rows, cols)
+
+    def _guide(self, i: slice, j: slice) -> Tensor | None:
+        """Room for a guide's dot products of a panel."""
+        if self.matrix.guide is not None:
+            return self._of_band(self.matrix.guide, i, j)
+        rows, cols = i.stop - i.start, j.stop - j.start
+        return self.guide[: rows * cols].view(rows, cols) if self.guide.shape[0] else None
 
     def _weights(self, shape: tuple[int, int], buffer: int) -> Tensor:
         """Room for the weights of a panel [R, C]."""
@@ -169,16 +184,20 @@ class Workspace:
             sums += weights @ block
 
 
-def room_of_band(matrix: ScoreMatrix, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Room for the scores of a band [rows, M]; or for its weights, and for the scratch of a backend that keeps."""
+def room_of_band(matrix: ScoreMatrix, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Room for the scores of a band [rows, M], and for a guide's, if there is one: scores, nothing, guide.
+
+    Or for its weights, and for the scratch of a backend that keeps: weights, scratch, nothing.
+    """
     backend, device, cols = matrix.backend, matrix.x.device, len(matrix.y)
     if not backend.keeps(matrix.x.dtype, matrix.x.shape[1]):
-        return torch.empty(rows, cols, dtype=score_dtype(matrix.x.dtype), device=device), None
+        scores = torch.empty(rows, cols, dtype=score_dtype(matrix.x.dtype), device=device)
+        return scores, None, torch.empty_like(scores) if matrix.pairs.guide_features else None
     # as wide as other panels' weights are; see Workspace
     stride = blocks_of(cols, STEP) * STEP if device.type == "cuda" else cols
     scratch = backend.scratch(rows, cols, replace(matrix.size(), band=True))
     weights = torch.empty(rows, stride, dtype=backend.weights_dtype(device, matrix.x.dtype), device=device)
-    return weights[:, :cols], torch.empty(scratch, dtype=torch.float32, device=device)
+    return weights[:, :cols], torch.empty(scratch, dtype=torch.float32, device=device), None
 
 
 @lru_cache(maxsize=64)

@@ -35,8 +35,7 @@ def with_margin(
 
 def with_ceilings(problem: Problem, rows: Tensor, cols: Tensor | None) -> Problem:
     """The same with these ceilings [N], [M]."""
-    bias, row_ids, col_ids, *_ = problem.pairs.tensors
-    return replace(problem, pairs=type(problem.pairs).of((bias, row_ids, col_ids, rows, cols)))
+    return replace(problem, pairs=problem.pairs._replace(row_ceiling=rows, col_ceiling=cols))
 
 
 def own_logits(problem: Problem) -> Tensor:

@@ -18,7 +18,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of
-from ..arguments.reduction import gains_or_weights, row_weights
+from ..arguments.reduction import gains_or_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -29,7 +29,7 @@ from ..panels.pairs import EVERY_PAIR
 from .biased import pairs_with_biases
 from .ceilings import with_margin
 from .gathered import gathered_loss, wants_all
-from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .guide import check_guide, check_guided_margin, require_no_guide, with_guide
 from .keywords import ClipKeywords
 from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import PAIR_NAMES, SoftmaxLoss
@@ -116,7 +116,7 @@ def clip_loss(
         negative, while the image is one of the text's.
     guided, guided_margin
         As in :func:`info_nce`: a guide's features of the images and of the texts [N, E]. Each direction leaves out its
-        own, by the one score of the pair. Not with scales of [N] either.
+        own, by the one score of the pair.
     include_positive, label_smoothing
         As in :func:`info_nce`.
     weight : Tensor, optional
@@ -190,8 +190,8 @@ def clip_loss(
         pairs = EVERY_PAIR if ids is None else pairs_of(ids, None, x, y)
         problem = Problem(x, y, scale, offset=0, pairs=pairs, engine=engine)
         if guided is not None:
-            require_no_guide(guided, candidate_bias=candidate_bias, label_smoothing=label_smoothing or None)
-            require_no_guide(guided, **{"logit_scale of shape [N]": by_row or None})
+            require_no_guide(guided, label_smoothing=label_smoothing or None)
+            problem = with_guide(problem, check_guide(guided, x, y, normalize), guided_margin, both=True)
         if by_row and ranks is None:
             options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}
             options["return_metrics"] = return_metrics
@@ -199,15 +199,10 @@ def clip_loss(
         scales = check_scales_of_both(x, logit_scale) if by_row else None
         if margin is not None:
             problem = with_margin(problem, margin, both=True)
-        guide = None if guided is None else check_guide(guided, x, y, normalize)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, image_features)
         raise
-    if guide is not None:
-        weights = row_weights(weight, x.shape[0], x)
-        loss = guided_loss(problem, guide, guided_margin, weights, reduction, include_positive, both=True)
-        return with_metrics(loss, problem, weight, reduction, both=True) if return_metrics else loss
     if candidate_bias is not None:
         options = {"include_positive": include_positive, "smoothing": label_smoothing}
         return pairs_with_biases(problem, candidate_bias, weight, reduction, **options)

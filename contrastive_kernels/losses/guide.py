@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments.checks import check_dense, check_features, check_pair, normalized, scale_tensor, shown
-from ..arguments.margin import check_margin
-from ..arguments.reduction import reduce_losses
+from ..arguments.checks import check_dense, check_features, check_pair, normalized, shown
+from ..arguments.margin import check_margin, scores_of
 from ..engine.matrix import Problem
-from ..operators.guided import guided_log_sums, guided_log_sums_of_both
 from ..panels.size import score_dtype
-from .ratios import pair_dots, relative_of, softplus
 
 __all__ = [
     "Guide",
     "check_guide",
     "check_guided_margin",
-    "guided_loss",
     "hard_negatives",
     "require_no_guide",
+    "with_guide",
+    "with_thresholds",
 ]
 
 
@@ -71,38 +69,42 @@ def require_no_guide(guided: Any, **members: Any) -> None:
             raise ValueError(f"guided: expected None with {name}; got {type(guided).__name__}")
 
 
-def guided_loss(
-    problem: Problem,
-    guide: tuple[Tensor, Tensor],
-    margin: Any,
-    weight: Tensor | None,
-    reduction: str,
-    include: bool,
-    *,
-    both: bool = False,
-) -> Tensor:
-    """InfoNCE of rows with one positive each, without the candidates that a guide finds too much alike.
+def with_guide(problem: Problem, guide: tuple[Tensor, Tensor], margin: Any, *, both: bool = False) -> Problem:
+    """The same problem, whose rows of one positive each leave out what a guide finds more alike.
 
-    `guide`: its features of rows and columns; `include`: the positive is in the denominator; `both`: the mean with the
-    columns', of matching rows.
+    `guide`: its features of rows and columns; `both`: the columns leave out theirs, of matching rows, as those of a
+    symmetric matrix always do.
     """
-    relative, number = check_guided_margin(margin)
-    n, device = problem.x.shape[0], problem.x.device
-    index = problem.index
+    guide = _in_one_dtype(problem, guide)
+    index, x = problem.index, problem.x
     if index is None:
-        index = torch.arange(n, dtype=torch.int64, device=device) + (problem.offset or 0)
-    own = pair_dots(*guide, index[:, None])[:, 0]
-    threshold = own - (own.abs() * number if relative else number)
-    y = problem.x if problem.symmetric else problem.y
-    z_pos = scale_tensor(problem.x, problem.scale) * pair_dots(problem.x, y, index[:, None])[:, 0]
-    of_both = guided_log_sums_of_both(problem, guide, threshold) if both else None
-    sides = of_both or (guided_log_sums(problem, guide, threshold),)
-    ratios = [relative_of(*side, z_pos) for side in sides]
-    if include:
-        losses = [softplus(ratio) for ratio in ratios]
-    else:
-        losses = [ratio.masked_fill(ratio.detach() == -torch.inf, 0.0) for ratio in ratios]
-    return reduce_losses(sum(losses[1:], losses[0]) / len(losses), weight, reduction)
+        index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (problem.offset or 0)
+    own = scores_of(*guide, index[:, None], score_dtype(x.dtype), problem.workspace_bytes)[:, 0]
+    return with_thresholds(problem, guide, _thresholds(own, margin), both=both)
+
+
+def with_thresholds(
+    problem: Problem, guide: tuple[Tensor, Tensor], threshold: Tensor, *, both: bool = False
+) -> Problem:
+    """The same with given thresholds of the rows [N] and, of `both` and of a symmetric matrix, of the columns."""
+    features = _in_one_dtype(problem, guide)
+    threshold = threshold.to(score_dtype(problem.x.dtype))
+    of_cols = threshold if both or problem.symmetric else None
+    return replace(problem, pairs=problem.pairs.with_guide(features, threshold, of_cols))
+
+
+def _in_one_dtype(problem: Problem, guide: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A guide's features in the dtype of the problem's, or of its scores."""
+    dtype = problem.x.dtype if guide[0].dtype == problem.x.dtype else score_dtype(problem.x.dtype)
+    of_rows, of_cols = guide
+    first = of_rows.to(dtype).contiguous()
+    return first, first if of_cols is of_rows else of_cols.to(dtype).contiguous()
+
+
+def _thresholds(own: Tensor, margin: Any) -> Tensor:
+    """Of rows [N] that a guide finds so much like their positives."""
+    relative, number = check_guided_margin(margin)
+    return own - (own.abs() * number if relative else number)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Guide:
     @classmethod
     def of(cls, guided: Any, margin: Any, x: Tensor, hard: Tensor | None, normalize: bool) -> Guide:
         """Those of rows x [N, D] and their hard negatives [N, K, D], if they have any."""
-        relative, number = check_guided_margin(margin)
+        check_guided_margin(margin)
         wanted = 2 if hard is None else 3
         if not isinstance(guided, (tuple, list)):
             raise TypeError(f"guided: expected a sequence of {wanted} tensors; got {type(guided).__name__}")
@@ -138,8 +140,7 @@ class Guide:
             documents = torch.cat([positive, own.reshape(-1, positive.shape[1])])
         dtype = score_dtype(anchor.dtype)
         own_score = (anchor.to(dtype) * positive.to(dtype)).sum(1)
-        threshold = own_score - (own_score.abs() * number if relative else number)
-        return cls(anchor, positive, documents, threshold)
+        return cls(anchor, positive, documents, _thresholds(own_score, margin))
 
     def named(self, name: str) -> Tensor:
         """The features of these rows or columns."""

@@ -18,7 +18,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss, require_no_margin
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of_samples
-from ..arguments.reduction import gains_or_weights, row_weights
+from ..arguments.reduction import gains_or_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -30,7 +30,7 @@ from .biased import views_with_biases
 from .ceilings import with_margin
 from .composed import WeightFunction, check_corrections, weighted_views
 from .gathered import gathered_loss, wants_all
-from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .guide import check_guide, check_guided_margin, require_no_guide, with_guide
 from .keywords import NTXentKeywords
 from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
@@ -201,8 +201,7 @@ def nt_xent(
         gains = None if weight is None else gains_or_weights(weight, n, z1, reduction, ranks, repeats=2)
         guide = None
         if guided is not None:
-            members = {"candidate_bias": candidate_bias, "weight_fn": weight_fn}
-            require_no_guide(guided, **members, label_smoothing=label_smoothing or None)
+            require_no_guide(guided, weight_fn=weight_fn, label_smoothing=label_smoothing or None)
             guide = torch.cat(check_guide(guided, z1, z2, normalize))
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, z1)
@@ -219,6 +218,8 @@ def nt_xent(
     problem = Problem(anchors, views, scale, offset=offset, index=index, symmetric=mirrored, pairs=pairs, engine=engine)
     if margin is not None:
         problem = with_margin(problem, margin)
+    if guide is not None:
+        problem = with_guide(problem, (guide, guide), guided_margin)
     if ranks is not None:
         rule = Softmax(mirrored=not by_row, include_positive=include_positive)
         about = (*rule.about, ("normalize", normalize), ("return_metrics", return_metrics), ("scales by row", by_row))
@@ -227,11 +228,6 @@ def nt_xent(
             return loss
         over: dict[str, Any] = {"mirrored": not by_row, "repeats": 2}
         return with_metrics_over_ranks(loss, problem, gains, reduction, ranks, "nt_xent", **over)
-    if guide is not None:
-        weights = row_weights(weight, n, z1)
-        weights = None if weights is None else weights.repeat(2)
-        loss = guided_loss(problem, (guide, guide), guided_margin, weights, reduction, include_positive)
-        return with_metrics(loss, problem, weight, reduction, repeats=2) if return_metrics else loss
     if weight_fn is not None:
         return weighted_views(problem, z1, z2, weight_fn, weight, reduction, include_positive)
     options: dict[str, Any] = {"include_positive": include_positive, "smoothing": label_smoothing}

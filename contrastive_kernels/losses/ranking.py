@@ -26,15 +26,14 @@ from ..distributed.losses import over_ranks
 from ..distributed.rules import Softmax
 from ..distributed.whole import row_of
 from ..engine.matrix import Problem
-from ..operators.guided import guided_log_sums
 from ..operators.second import dense_normalizer
 from ..operators.softmax_loss import softmax_loss
 from ..panels.pairs import EVERY_PAIR, Pairs
 from ..panels.size import score_dtype
 from .gathered import gathered_ranking
-from .guide import Guide, check_guided_margin, hard_negatives
+from .guide import Guide, check_guided_margin, hard_negatives, with_thresholds
 from .module import Loss
-from .ratios import negatives_of, relative_log_sum, relative_of, softplus
+from .ratios import negatives_of, relative_log_sum, softplus
 from .softmax import info_nce
 
 __all__ = ["MultipleNegativesRankingLoss", "gist", "multiple_negatives_ranking"]
@@ -124,9 +123,9 @@ def multiple_negatives_ranking(
     Notes
     -----
     A walk over the scores of every direction, as :func:`log_sum_exp` makes it, in O((1 + K) N D) memory; own hard
-    negatives whose logits differ from those of others take O(K N D) more. With `guided` the walk is one of torch on
-    every backend, and the guide's dot products are made in the same panels and never kept: those of equal documents
-    may differ in their last digits. A row is never its own negative, whatever the guide says. In a joint softmax with
+    negatives whose logits differ from those of others take O(K N D) more. With `guided` the guide's dot products are
+    made in the same panels, in the dtype of the scores, and never kept: those of equal documents may differ in their
+    last digits. A row is never its own negative, whatever the guide says. In a joint softmax with
     "doc_to_query" the positive's pair is there twice, and so the loss at least log 2. With a hardness there are no
     second derivatives.
 
@@ -164,10 +163,13 @@ def multiple_negatives_ranking(
         weight = row_weights(weight, x.shape[0], x)
     rows = Ranking(problem, hard, tuple(directions), hardness_mode if hardness else None, hardness, guide)
     engine: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
-    if rows.is_plain:
-        if ranks is None:
-            return info_nce(x, rows.documents(), logit_scale, weight=weight, reduction=reduction, **engine)
-        return _plain_over_ranks(ranks, rows, weight, reduction, normalize)
+    if rows.is_plain and (guide is None or ranks is None):
+        if ranks is not None:
+            return _plain_over_ranks(ranks, rows, weight, reduction, normalize)
+        of_guide: dict[str, Any] = {}
+        if guide is not None:
+            of_guide = {"guided": (guide.anchor, guide.documents), "guided_margin": guided_margin}
+        return info_nce(x, rows.documents(), logit_scale, weight=weight, reduction=reduction, **engine, **of_guide)
     if ranks is not None:
         options = {"directions": tuple(directions), "partition": partition, "hardness_mode": hardness_mode,
                    "hardness_strength": hardness, "guided_margin": guided_margin, "reduction": reduction,
@@ -269,8 +271,8 @@ class Ranking:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is InfoNCE."""
-        return len(self.directions) == 1 and self.hardness_mode is None and self.guide is None
+        """Whether it is InfoNCE, with a guide or without."""
+        return len(self.directions) == 1 and self.hardness_mode is None
 
     def losses(self, partition: str) -> Tensor:
         """[N]."""
@@ -348,10 +350,10 @@ class Ranking:
             found = softmax_loss(problem, None, "none", include_positive=False)
             return found.masked_fill(negatives_of(problem) == 0, -torch.inf)
         z_pos = scale * (self.problem.x.to(score_dtype(x.dtype)) * self.problem.y.to(score_dtype(x.dtype))).sum(1)
-        if self.guide is None:
-            return relative_log_sum(problem, z_pos)
-        guide, threshold = self.guide, self.guide.threshold
-        return relative_of(*guided_log_sums(problem, (guide.named(rows), guide.named(cols)), threshold), z_pos)
+        if self.guide is not None:
+            features = self.guide.named(rows), self.guide.named(cols)
+            problem = with_thresholds(problem, features, self.guide.threshold)
+        return relative_log_sum(problem, z_pos)
 
 
 class MultipleNegativesRankingLoss(Loss):

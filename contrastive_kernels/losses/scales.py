@@ -164,6 +164,7 @@ def _mean_of_both(
     if biases is not None:
         biases = check_pair(biases, "candidate_bias")
     dtype = score_dtype(x.dtype)
+    problem = replace(problem, pairs=problem.pairs.guide_in(dtype))
     wide = replace(problem, x=x.to(dtype), y=y.to(dtype), scale=1.0)
     one_call = reduction != "none" and not options["smoothing"]
     backend = registry.get(registry.chosen_name(problem.engine.backend or None, x.device, dtype))

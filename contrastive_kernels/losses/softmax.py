@@ -19,7 +19,7 @@ from ..arguments.checks import (
 from ..arguments.margin import Margin, check_margin_of_loss
 from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..arguments.pairs import check_smoothing, pairs_of, without_padding
-from ..arguments.reduction import gains_or_weights, row_weights
+from ..arguments.reduction import gains_or_weights
 from ..arguments.temperature import scale_of
 from ..distributed.group import ranks_of, tell
 from ..distributed.losses import over_ranks
@@ -30,7 +30,7 @@ from ..panels.pairs import EVERY_PAIR
 from .ceilings import with_margin
 from .composed import Members, WeightFunction, check_corrections, composed
 from .gathered import gathered_loss, wants_all
-from .guide import check_guide, check_guided_margin, guided_loss, require_no_guide
+from .guide import check_guide, check_guided_margin, require_no_guide, with_guide
 from .keywords import InfoNCEKeywords
 from .metrics import LossMetrics, check_metrics, with_metrics, with_metrics_over_ranks
 from .module import SoftmaxLoss
@@ -144,9 +144,9 @@ def info_nce(
     guided : pair of Tensor, optional
         Another model's features of the rows [N, E] and of the candidates [M, E]: a candidate that it finds more alike
         than it finds the row's positive is a false negative, and left out of the row's denominator, as in
-        :func:`multiple_negatives_ranking` (GIST). Not differentiated; normalised with ``normalize``. Not with
-        ``candidate_bias``, smoothing, a queue, corrections, ``weight_fn``, several positives and positives that are no
-        candidates.
+        :func:`multiple_negatives_ranking` (GIST). Not differentiated; normalised with ``normalize``. Its scores are
+        made beside those of the features: E/D of a product more in each pass. Not with smoothing, a queue, corrections,
+        ``weight_fn``, several positives and positives that are no candidates.
     guided_margin : float or ("relative", float)
         Those above the guide's dot product with the positive less this are left out; ("relative", m): less m times its
         absolute value.
@@ -283,10 +283,8 @@ def info_nce(
         if margin is not None:
             problem = with_margin(problem, margin)
         if guided is not None:
-            require_no_guide(guided, candidate_bias=candidate_bias, label_smoothing=label_smoothing or None)
-            guide, weights = check_guide(guided, x, y, normalize), row_weights(weight, x.shape[0], x)
-            loss = guided_loss(problem, guide, guided_margin, weights, reduction, include_positive)
-            return with_metrics(loss, problem, weight, reduction) if return_metrics else loss
+            require_no_guide(guided, label_smoothing=label_smoothing or None)
+            problem = with_guide(problem, check_guide(guided, x, y, normalize), guided_margin)
         gains = None if weight is None else gains_or_weights(weight, x.shape[0], x, reduction, ranks)
     except (TypeError, ValueError, NotImplementedError) as error:
         tell(ranks, error, x)

@@ -97,22 +97,25 @@ def wanted_of(call: Call) -> Wanted:
 def bounded_ceilings(problem: Problem, row: Tensor | None, col: Tensor | None) -> Problem:
     """The problem of a gradient pass that follows its statistics, the normalisers [2, N], [2, M] as two numbers.
 
-    A pass may make a score with other last digits than the one before: a pair that was above its ceiling there, and is
-    not here, might weigh anything where all others are far below. None that counted lies above its normaliser.
+    A pass may make a score, or a guide's, with other last digits than the one before: a pair that was above its ceiling
+    there, and is not here, might weigh anything where all others are far below. None that counted lies above its
+    normaliser.
     """
     pairs = problem.pairs
     if not pairs.capped:
         return problem
     lowest = pairs.least_added()  # which does not count for ceilings
 
-    def bounded(ceiling: Tensor | None, normalizer: Tensor | None) -> Tensor | None:
-        if ceiling is None or normalizer is None:
+    def bounded(ceiling: Tensor | None, threshold: Tensor | None, normalizer: Tensor | None) -> Tensor | None:
+        if (ceiling is None and threshold is None) or normalizer is None:
             return ceiling
         shift, rest = normalizer
         room = 1 + 4 * torch.finfo(shift.dtype).eps * shift.abs()
-        return torch.minimum(ceiling, (shift - lowest) + (rest + room))
+        bound = (shift - lowest) + (rest + room)
+        return bound if ceiling is None else torch.minimum(ceiling, bound)
 
-    of_rows, of_cols = bounded(pairs.row_ceiling, row), bounded(pairs.col_ceiling, row if problem.symmetric else col)
+    of_rows = bounded(pairs.row_ceiling, pairs.row_threshold, row)
+    of_cols = bounded(pairs.col_ceiling, pairs.col_threshold, row if problem.symmetric else col)
     return replace(problem, pairs=pairs._replace(row_ceiling=of_rows, col_ceiling=of_cols))
 
 

@@ -92,7 +92,8 @@ def _strategy(call: Call, find: Callable[..., Strategy] = strategy.remembered) -
     problem, (reduction, both, _, smoothing) = call.problem, call.settings
     backend, rows, cols = problem.backend(), problem.x.shape[0], problem.y.shape[0]
     summed = reduction != "none"
-    if summed and not smoothing and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes):
+    guided = problem.pairs.row_guide is not None
+    if summed and not smoothing and strategy.fits_one_call(backend, rows, cols, problem.workspace_bytes, guided):
         return backend, _WHOLE
     found = find(
         backend,

@@ -28,12 +28,21 @@ def in_one_call(call: Call, backend: Backend, gain: Tensor | None, share: float)
     biases = call.needs[COL_BIAS]
     dlift = None if lift is None else torch.empty_like(lift)
     lifts = None if lift is None or dlift is None else (lift, dlift)
-    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts)
+    guide = _guide_of(problem, scores)
+    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts, guide)
     of_biases = scores.sum(0) if biases else None
     if biases:  # whose gradients are of weights that are not scaled
         scores *= problem.scale
     made = whole_gradients(call, scores, x, y, *params)
     return value, *made, of_biases, dlift if call.needs[LIFT] else None, None, None, None, None
+
+
+def _guide_of(problem: Problem, scores: Tensor) -> Tensor | None:
+    """A guide's scores [N, M], if there is one."""
+    of_rows, of_cols = problem.pairs.row_guide, problem.pairs.col_guide
+    if of_rows is None or of_cols is None:
+        return None
+    return of_rows.to(scores.dtype).mm(of_cols.to(scores.dtype).t())
 
 
 def _with_one_positive(problem: Problem, positives: Positives) -> Problem:
@@ -59,6 +68,8 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
     wanted = ((x, want_x), (y, want_y))
     dx, dy = (torch.empty(v.shape, dtype=dtype, device=device) if want else None for v, want in wanted)
     scores = torch.empty(min(rows, len(x)), len(y), dtype=dtype, device=device)
+    of_cols, guide = problem.pairs.col_guide, None
+    room = None if of_cols is None else torch.empty_like(scores)
     dlift = None if lift is None else torch.empty_like(lift)
     of_biases = torch.zeros(len(y), dtype=dtype, device=device) if call.needs[COL_BIAS] else None
     multiply = multiply_into if x.dtype == dtype else backend.multiply
@@ -68,11 +79,15 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         band = _with_one_positive(
             replace(problem, x=x[i], y=y, offset=positives.offset, pairs=problem.pairs.of_rows(i)), positives
         )
+        of_guide = band.pairs.row_guide
+        if of_guide is not None and of_cols is not None and room is not None:
+            guide = torch.mm(of_guide.to(dtype), of_cols.to(dtype).T, out=room[: i.stop - i.start])
         of_rows, lifts = None if gain is None else gain[i], None
         if lift is not None and dlift is not None:
             lifts = lift[i], dlift[i]
         unscaled = of_biases is not None
-        value, *params = backend.softmax_matrix(weights, band, of_rows, share, False, call.settings[2], unscaled, lifts)
+        said = (of_rows, share, False, call.settings[2], unscaled, lifts)
+        value, *params = backend.softmax_matrix(weights, band, *said, guide)
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if of_biases is not None:
             of_biases += weights.sum(0)

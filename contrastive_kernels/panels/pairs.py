@@ -45,20 +45,32 @@ class Pairs(NamedTuple):
     #: place of the one; for a backend with `scales_by_row`
     row_scale: Tensor | None = None
     col_scale: Tensor | None = None
+    #: [N, E], [M, E], both or neither: another model's features, in their own dtype
+    row_guide: Tensor | None = None
+    col_guide: Tensor | None = None
+    #: [N], [M] in the dtype of the scores, with a guide: so is a pair whose dot product of these features lies above
+    row_threshold: Tensor | None = None
+    col_threshold: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Those that a differentiable problem may say of its pairs, as :meth:`of` takes them."""
-        return self.col_bias, self.row_ids, self.col_ids, self.row_ceiling, self.col_ceiling
+        return (
+            self.col_bias, self.row_ids, self.col_ids, self.row_ceiling, self.col_ceiling, self.row_guide,
+            self.col_guide, self.row_threshold, self.col_threshold,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Pairs:
-        """What these tensors say; the last two may be left away."""
-        col_bias, row_ids, col_ids, *ceilings = tensors
-        row_ceiling, col_ceiling = ceilings or (None, None)
-        if col_bias is None and row_ids is None and row_ceiling is None and col_ceiling is None:
+        """What these tensors say; all but the first three may be left away."""
+        col_bias, row_ids, col_ids, *limits = tensors
+        if col_bias is None and row_ids is None and not any(each is not None for each in limits):
             return EVERY_PAIR
-        return cls(None, None, col_bias, row_ids, col_ids, row_ceiling=row_ceiling, col_ceiling=col_ceiling)
+        row_ceiling, col_ceiling, row_guide, col_guide, row_threshold, col_threshold, *_ = *limits, *(None,) * 6
+        return cls(
+            None, None, col_bias, row_ids, col_ids, row_ceiling=row_ceiling, col_ceiling=col_ceiling,
+            row_guide=row_guide, col_guide=col_guide, row_threshold=row_threshold, col_threshold=col_threshold,
+        )  # fmt: skip
 
     def mapped(self, of_rows: Callable[[Any], Any], of_cols: Callable[[Any], Any]) -> Pairs:
         """The same of other rows and columns: what these functions make of the vectors of rows, and of columns."""
@@ -77,6 +89,10 @@ class Pairs(NamedTuple):
             col_ceiling=made(of_cols, self.col_ceiling),
             row_scale=made(of_rows, self.row_scale),
             col_scale=made(of_cols, self.col_scale),
+            row_guide=made(of_rows, self.row_guide),
+            col_guide=made(of_cols, self.col_guide),
+            row_threshold=made(of_rows, self.row_threshold),
+            col_threshold=made(of_cols, self.col_threshold),
         )
 
     def block(self, rows: slice, cols: slice) -> Pairs:
@@ -98,7 +114,17 @@ class Pairs(NamedTuple):
             part(self.col_ceiling, cols),
             part(self.row_scale, rows),
             part(self.col_scale, cols),
+            part(self.row_guide, rows),
+            part(self.col_guide, cols),
+            part(self.row_threshold, rows),
+            part(self.col_threshold, cols),
         )
+
+    def guide_in(self, dtype: torch.dtype) -> Pairs:
+        """The same with a guide's features in this dtype."""
+        if self.row_guide is None or self.col_guide is None:
+            return self
+        return self._replace(row_guide=self.row_guide.to(dtype), col_guide=self.col_guide.to(dtype))
 
     def leaving_out(self, diagonal: int | None, columns: Tensor | None) -> Pairs:
         """The same without these as well, which count in the whole matrix; one of both may be left out already."""
@@ -108,8 +134,22 @@ class Pairs(NamedTuple):
 
     @property
     def capped(self) -> bool:
-        """Whether scores may be too high to count."""
-        return self.row_ceiling is not None or self.col_ceiling is not None
+        """Whether scores, or a guide's, may be too high to count."""
+        return self.row_ceiling is not None or self.col_ceiling is not None or self.row_guide is not None
+
+    @property
+    def guide_features(self) -> int:
+        """The width of a guide's features; 0 without one."""
+        return 0 if self.row_guide is None else self.row_guide.shape[1]
+
+    def with_guide(
+        self, features: tuple[Tensor, Tensor], row_threshold: Tensor, col_threshold: Tensor | None = None
+    ) -> Pairs:
+        """The same with a guide's features of rows and columns, and its thresholds."""
+        row_guide, col_guide = features
+        return self._replace(
+            row_guide=row_guide, col_guide=col_guide, row_threshold=row_threshold, col_threshold=col_threshold
+        )
 
     @property
     def adds(self) -> bool:
@@ -135,16 +175,19 @@ class Pairs(NamedTuple):
         return z + added.masked_fill(added == -torch.inf, 0.0)
 
     def turned(self) -> Pairs:
-        """What ids and ceilings say of the transposed matrix."""
-        return Pairs.of((None, self.col_ids, self.row_ids, self.col_ceiling, self.row_ceiling))
+        """What ids, ceilings and a guide say of the transposed matrix."""
+        limits = self.col_ceiling, self.row_ceiling, self.col_guide, self.row_guide
+        return Pairs.of((None, self.col_ids, self.row_ids, *limits, self.col_threshold, self.row_threshold))
 
     def of_rows(self, rows: slice) -> Pairs:
         """The same of some rows of a whole matrix, which count from 0; no single pair is left out so far."""
-        of_rows = self.row_ids, self.row_ceiling, self.row_scale
-        if of_rows == (None, None, None):
+        of_rows = self.row_ids, self.row_ceiling, self.row_scale, self.row_guide, self.row_threshold
+        if all(v is None for v in of_rows):
             return self
-        row_ids, ceiling, scale = (None if v is None else v[rows] for v in of_rows)
-        return self._replace(row_ids=row_ids, row_ceiling=ceiling, row_scale=scale)
+        row_ids, ceiling, scale, guide, threshold = (None if v is None else v[rows] for v in of_rows)
+        return self._replace(
+            row_ids=row_ids, row_ceiling=ceiling, row_scale=scale, row_guide=guide, row_threshold=threshold
+        )
 
     def alike(self, rows: slice, turned: bool = False) -> Tensor | None:
         """Which pairs of these rows (turned: columns) have equal ids [R, M]; None where nobody has ids."""
@@ -154,12 +197,19 @@ class Pairs(NamedTuple):
         return own[rows, None] == others
 
     def too_high(self, scaled: Tensor, rows: slice, turned: bool = False) -> Tensor | None:
-        """Which pairs of these rows (turned: columns) lie above their ceilings [R, M]; None where there are none.
+        """Which pairs of these rows (turned: columns) lie above their ceilings or a guide's thresholds [R, M].
 
-        `scaled`: scale * score of these pairs.
+        None where there are neither. `scaled`: scale * score of these pairs.
         """
-        ceiling = self.col_ceiling if turned else self.row_ceiling
-        return None if ceiling is None else scaled > ceiling[rows, None]
+        ceiling, threshold = self.row_ceiling, self.row_threshold
+        own, others = self.row_guide, self.col_guide
+        if turned:
+            ceiling, threshold, own, others = self.col_ceiling, self.col_threshold, others, own
+        out = None if ceiling is None else scaled > ceiling[rows, None]
+        if threshold is None or own is None or others is None:
+            return out
+        alike = own[rows].detach() @ others.detach().T > threshold[rows, None]
+        return alike if out is None else out | alike
 
 
 #: Nothing is said: every pair counts, and its logit is scale * score + bias.

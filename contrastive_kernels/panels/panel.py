@@ -61,7 +61,7 @@ class Panel:
     params: Tensor
     #: which pairs count
     pairs: Pairs = field(default_factory=Pairs)
-    #: the scores were kept from an earlier pass
+    #: the scores, and the guide's, were kept from an earlier pass
     scores_ready: bool = False
     #: the statistics may leave behind, where the weights will be and in the scratch, what weights are made of
     keeps: bool = False
@@ -76,6 +76,8 @@ class Panel:
     factor: Tensor | None = None
     #: float32 for partial results, as many as the backend asked for
     scratch: Tensor | None = None
+    #: [R, C] workspace for a guide's dot products, as `scores` is for theirs; None without one
+    guide: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -56,6 +56,8 @@ class Size:
     band: bool = False
     #: scores may be too high to count
     capped: bool = False
+    #: the width of a guide's features, whose scores are made beside; 0: there is none
+    guide: int = 0
     #: of a GPU that is not there (90 for 9.0); None: the device is
     capability: int | None = None
 

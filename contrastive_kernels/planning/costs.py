@@ -75,7 +75,7 @@ SEARCH_SPECS: dict[str, LossSpec] = {
 _MEMBERS = {
     **dict.fromkeys(
         ("info_nce", "clip_loss", "nt_xent"),
-        ("ids", "candidate_bias", "margin", "label_smoothing", "include_positive", "logit_scale"),
+        ("ids", "candidate_bias", "margin", "guided", "label_smoothing", "include_positive", "logit_scale"),
     ),
     "sigmoid": ("ids", "candidate_bias"),
     "decomposable": ("ids", "candidate_bias", "margin", "logit_scale"),

@@ -172,10 +172,11 @@ def plan(
     loss : str
         The loss function's name.
     members : sequence of str
-        Arguments that the loss is given beside: "ids", "candidate_bias", "margin", "label_smoothing",
-        "include_positive", or "logit_scale" for scales by row. With biases, and with scales in a GPU's kernels or in
-        very small matrices, the directions of ``clip_loss`` are passes of their own; with either, ``nt_xent``'s matrix
-        is not symmetric.
+        Arguments that the loss is given beside: "ids", "candidate_bias", "margin", "guided", "label_smoothing",
+        "include_positive", or "logit_scale" for scales by row. A guide's features are taken to be as wide as the
+        others: its scores are a product more in each pass. With biases, and with scales in a GPU's kernels or in very
+        small matrices, the directions of ``clip_loss`` are passes of their own; with either, ``nt_xent``'s matrix is
+        not symmetric.
     backend : str, optional
         A backend's name; by default the first that can serve.
     workspace_bytes : int, optional
@@ -255,12 +256,13 @@ def plan(
     elif links is not None:
         raise ValueError(f"links: expected None without a world; got {shown(links)}")
     pieces = d * dtype.itemsize % 16 == 0
+    limits = said & {"margin", "guided"}
     size = Size(
-        rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capped="margin" in said,
-        capability=capability,
+        rows, cols, d, dtype, device, symmetric, workspace, count, pieces, capped=bool(limits),
+        guide=d if "guided" in said else 0, capability=capability,
     )  # fmt: skip
     where = str(device) if capability is None else f"{device} (compute capability {capability / 10:.1f})"
-    kept = not said & {"label_smoothing", "margin"} and world is None
+    kept = not limits and "label_smoothing" not in said and world is None
     route, (passes, band, place) = chosen.route(size).name, _passes(chosen, size, spec, one_call, kept)
     if one_way and loss == "clip_loss":
         passes = tuple(replace(_together([(each, 2)]), products=2 * each.products) for each in passes)
@@ -330,7 +332,7 @@ def _passes(
     backend: Backend, size: Size, spec: LossSpec, one_call: bool, exponentials: bool
 ) -> tuple[tuple[Pass, ...], int | None, Place]:
     """The passes, the rows of a band if they take turns on bands, and where the scores lie."""
-    if one_call and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes):
+    if one_call and fits_one_call(backend, size.rows, size.cols, size.workspace_bytes, bool(size.guide)):
         return (_one_call(size, spec),), None, Place.WHOLE
     if spec.passes == 1:
         place = Place.TILE if backend.score_tile else Place.ON_CHIP
@@ -339,15 +341,17 @@ def _passes(
         backend, size, whole=not spec.by_rows, summed=True, gradients=True, one_call=one_call, exponentials=exponentials
     )
     first, rest = spec.forward_products, spec.products - spec.forward_products
+    of_guide = first if size.guide else 0.0
     if how.place is not Place.BAND:
-        reduce = _pass(backend, size, first, weighs=False, scores=True)
-        weigh = _pass(backend, size, rest, weighs=True, scores=True)
+        reduce = _pass(backend, size, first + of_guide, weighs=False, scores=True)
+        weigh = _pass(backend, size, rest + of_guide, weighs=True, scores=True)
         return (reduce, weigh), None, how.place
     # all bands but the last have as many rows
     last = size.rows - (max(blocks_of(size.rows, how.rows), 1) - 1) * how.rows
     counts = [(how.rows, (size.rows - last) // how.rows), (last, 1)]
     sizes = [(replace(size, rows=rows, band=True), count) for rows, count in counts if count]
-    reduce = _together([(_pass(backend, each, first, weighs=False, scores=True), n) for each, n in sizes])
+    made = first + of_guide
+    reduce = _together([(_pass(backend, each, made, weighs=False, scores=True), n) for each, n in sizes])
     weigh = _together([(_pass(backend, each, rest - first, weighs=True, scores=False), n) for each, n in sizes])
     return (reduce, weigh), how.rows, how.place
 
@@ -359,8 +363,12 @@ def _one_call(size: Size, spec: LossSpec) -> Pass:
         products = 2.0
     scores, d, score = size.rows * size.cols, size.features, score_dtype(size.dtype).itemsize
     moved = 4 * scores * score + (size.rows + size.cols) * d * (2 * size.dtype.itemsize + score)
+    if size.guide:  # written once, read twice
+        products += 1
+        moved += 3 * scores * score + (size.rows + size.cols) * size.guide * size.dtype.itemsize
     flop = int(2 * scores * d * products)
-    return Pass("weigh", (size.rows, size.cols), 1, products, flop, moved, None, scores * score)
+    held = scores * score * (2 if size.guide else 1)
+    return Pass("weigh", (size.rows, size.cols), 1, products, flop, moved, None, held)
 
 
 def _together(passes: list[tuple[Pass, int]]) -> Pass:
@@ -382,6 +390,7 @@ def _pass(backend: Backend, size: Size, products: float, weighs: bool, scores: b
     panels = blocks[0] * (blocks[0] + 1) // 2 if size.symmetric else blocks[0] * blocks[1]
     kept = size.band and backend.keeps(size.dtype, size.features)  # in the weights' place and the scratch
     held = (size.band and not kept) * size.rows * size.cols * score_dtype(size.dtype).itemsize
+    held *= 2 if size.guide else 1
     launches = backend.launches(size, rows, cols)
     # a panel on the diagonal of a symmetric matrix has both products too: it adds wT x as any other does
     started = None if launches is None else panels * (launches[weighs] + (2 if weighs else 0))
@@ -406,6 +415,10 @@ def _panel_traffic(backend: Backend, size: Size, rows: int, cols: int, weighs: b
         total += (2 if scores else 1) * rows * cols * score
     elif size.band and backend.keeps(size.dtype, size.features):  # exponentials, written once and read once
         total += rows * cols * weights
+    if size.guide and scores:
+        total += (rows + cols) * size.guide * operand
+    if size.guide and backend.guide_tile:
+        total += (2 if scores else 1) * rows * cols * score
     if weighs:
         total += 3 * rows * cols * weights  # written once, read by two products
         total += (rows + cols) * d * (operand + 2 * score)  # operands again; sums read and written

@@ -159,15 +159,16 @@ def clip_loss(
             back = (ids[1], ids[0])
         x, y = image_features, text_features
         options: dict[str, Any] = {"include_positive": include_positive, "label_smoothing": label_smoothing}
-        options |= {"weight": weight, "reduction": reduction, "margin": margin}
-        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, **options)
-        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, **options)
+        options |= {"weight": weight, "reduction": reduction, "margin": margin, "guided_margin": guided_margin}
+        first = info_nce(x, y, logit_scale, ids=there, candidate_bias=of_texts, guided=guided, **options)
+        turned = guided and guided[::-1]
+        second = info_nce(y, x, logit_scale, ids=back, candidate_bias=of_images, guided=turned, **options)
         return (first + second) / 2
     z = logit_scale * (image_features @ text_features.T)
     p = _positive_indices(image_features, None)
     alike = _alike(ids)
-    turned = None if alike is None else alike.T
-    masks = _either(alike, _too_high(z, p, None, margin)), _either(turned, _too_high(z.T, p, None, margin))
+    alike_turned = None if alike is None else alike.T
+    masks = _either(alike, _too_high(z, p, None, margin)), _either(alike_turned, _too_high(z.T, p, None, margin))
     known = _too_alike(guided, p, guided_margin), _too_alike(guided and guided[::-1], p, guided_margin)
     masks = _either(masks[0], known[0]), _either(masks[1], known[1])
     there, back = (_softmax_losses(v, p, m, include_positive, label_smoothing) for v, m in zip((z, z.T), masks))

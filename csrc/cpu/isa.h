@@ -23,7 +23,7 @@ struct alignas(64) Scratch {
   float z[kStripe * kChunk];  // rows with excluded pairs
   float row_shift[kStripe], row_sum[kStripe], row_gain[kStripe], row_moment[kStripe];
   float col_shift[kChunk], col_sum[kChunk], col_gain[kChunk], col_moment[kChunk];
-  float col_ceiling[kChunk];
+  float col_ceiling[kChunk], col_threshold[kChunk];
   RowSource rows[kStripe];
 };
 

@@ -120,7 +120,7 @@ void softmax_matrix(const Matrix& m, bool both, bool symmetric, bool include) {
   check(!m.lift || !(both || symmetric), "softmax_matrix: rows alone have lifts");
   m.out[0] = m.out[1] = m.out[2] = 0.0;
   Work w(m, true);
-  const bool columns = both || symmetric, capped = m.pairs.row_ceiling || m.pairs.col_ceiling;
+  const bool columns = both || symmetric, capped = is_capped(m.pairs);
   const bool visited = m.cols <= kChunk && !capped;  // one exponential does not serve both sides of a pair then
   Panel statistics = w.panel(PairTerm::kExponential);
   use_state(statistics.row, w.row);

@@ -36,24 +36,41 @@ static float row_ceiling(const Panel& p, int64_t row) {
   return p.pairs.row_ceiling ? p.pairs.row_ceiling[row] : kNoCeiling;
 }
 
-// row_shift and col_shift become the chunk's maxima (NaN is passed over here and kept by the sums). CAPPED: of the
-// pairs below the ceilings.
-template <bool CAPPED>
+static float row_threshold(const Panel& p, int64_t row) {
+  return p.pairs.row_threshold ? p.pairs.row_threshold[row] : kNoCeiling;
+}
+
+// A guide's scores of one row of a chunk.
+static const float* guide_of(const Panel& p, const Chunk& c, int64_t i) {
+  return p.pairs.guide + (c.row0 + i) * p.pairs.guide_stride + c.col0;
+}
+
+// row_shift and col_shift become the chunk's maxima (NaN is passed over here and kept by the sums), of the pairs within
+// their LIMITS.
+template <Limits LIMITS>
 static void find_maxima(const Panel& p, const Chunk& c, Scratch& s) {
+  constexpr bool kCapped = LIMITS != Limits::kNone, kGuided = LIMITS == Limits::kGuide;
   for (int64_t j = 0; j < c.cols; ++j) s.col_shift[j] = -__builtin_inff();
   for (int64_t i = 0; i < c.rows; ++i) {
     const RowSource row = s.rows[i];
     float* __restrict col = s.col_shift;
     const float* __restrict col_ceiling = s.col_ceiling;
+    const float* __restrict col_limit = s.col_threshold;
     const float* score = p.scores + (c.row0 + i) * p.stride + c.col0;
-    const float scale = p.params[0], ceiling = CAPPED ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float* guide = kGuided ? guide_of(p, c, i) : nullptr;
+    const float scale = p.params[0], ceiling = kCapped ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float limit = kGuided ? row_threshold(p, c.row0 + i) : kNoCeiling;
     float best = -__builtin_inff();
 #pragma omp simd reduction(max : best)
     for (int64_t j = 0; j < c.cols; ++j) {
       const float z = row.source[j] * row.scale + row.bias;
-      const float scaled = CAPPED ? score[j] * scale : z;
-      const float by_row = CAPPED && scaled > ceiling ? -__builtin_inff() : z;
-      const float by_col = CAPPED && scaled > col_ceiling[j] ? -__builtin_inff() : z;
+      const float scaled = kCapped ? score[j] * scale : z;
+      float by_row = kCapped && scaled > ceiling ? -__builtin_inff() : z;
+      float by_col = kCapped && scaled > col_ceiling[j] ? -__builtin_inff() : z;
+      if (kGuided) {
+        by_row = guide[j] > limit ? -__builtin_inff() : by_row;
+        by_col = guide[j] > col_limit[j] ? -__builtin_inff() : by_col;
+      }
       best = by_row > best ? by_row : best;
       col[j] = by_col > col[j] ? by_col : col[j];
     }
@@ -97,12 +114,17 @@ static void make_finite(float* shift, const float* normalizer, int64_t n) {
   }
 }
 
-// The ceilings of a chunk's columns.
-static void find_ceilings(const Panel& p, const Chunk& c, Scratch& s) {
-  if (p.pairs.col_ceiling)
-    copy(p.pairs.col_ceiling + c.col0, c.cols, s.col_ceiling);
+// The ceilings or thresholds of a chunk's columns; null: they have none.
+static void find_limits(const float* of_cols, const Chunk& c, float* limit) {
+  if (of_cols)
+    copy(of_cols + c.col0, c.cols, limit);
   else
-    fill(s.col_ceiling, c.cols, kNoCeiling);
+    fill(limit, c.cols, kNoCeiling);
+}
+
+static void find_limits(const Panel& p, const Chunk& c, Scratch& s) {
+  find_limits(p.pairs.col_ceiling, c, s.col_ceiling);
+  if (p.pairs.guide) find_limits(p.pairs.col_threshold, c, s.col_threshold);
 }
 
 // The range of shifts, a row of nothing as 0.
@@ -147,17 +169,19 @@ struct Targets {
 };
 
 // Sweep 2: the pairs' parts of row_sum and col_sum, where SUMS wants them, and the weights. Out: void for a reduce
-// panel. IDS: pairs of equal ids are the term's positives, or have targets of their own. CAPPED: pairs above the
-// ceilings of rows and columns are left out of these.
-template <class Term, bool SUMS, typename Out, bool IDS = false, bool CAPPED = false>
+// panel. IDS: pairs of equal ids are the term's positives, or have targets of their own. LIMITS: pairs above those of
+// rows and columns are left out of these.
+template <class Term, bool SUMS, typename Out, bool IDS = false, Limits LIMITS = Limits::kNone>
 static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   using Store = typename std::conditional<kWeights, Out, float>::type;
-  using Weights = typename WeightsOf<Term, CAPPED>::Type;
+  constexpr bool kCapped = LIMITS != Limits::kNone, kGuided = LIMITS == Limits::kGuide;
+  using Weights = typename WeightsOf<Term, kCapped>::Type;
   const float factor = p.factor ? *p.factor : p.params[0], center = p.params[2];
   const float* __restrict col_shift = s.col_shift;
   const float* __restrict col_gain = s.col_gain;
   const float* __restrict col_ceiling = s.col_ceiling;
+  const float* __restrict col_limit = s.col_threshold;
   float* __restrict col_sum = s.col_sum;
   if (SUMS && Term::kCol) fill(col_sum, c.cols, 0.0f);
   for (int64_t i = 0; i < c.rows; ++i) {
@@ -168,7 +192,9 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
     const float row_shift = Term::kHasShift ? s.row_shift[i] : 0.0f;
     const float row_gain = kWeights && Term::kRow ? s.row_gain[i] : 0.0f;
     const Targets targets = Term::kTargets ? Targets(p, c, i) : Targets();
-    const float scale = p.params[0], ceiling = CAPPED ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float scale = p.params[0], ceiling = kCapped ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float* guide = kGuided ? guide_of(p, c, i) : nullptr;
+    const float limit = kGuided ? row_threshold(p, c.row0 + i) : kNoCeiling;
     float sum = 0.0f, dscale = 0.0f, dbias = 0.0f;
     // `out` may be `score` itself, element by element: no restrict here.
 #pragma omp simd reduction(+ : sum, dscale, dbias)
@@ -176,10 +202,14 @@ static __attribute__((noinline)) void sweep(const Panel& p, const Chunk& c, Scra
       const float z = source.source[j] * source.scale + source.bias;
       float row_score = Term::row_score(z, row_shift);
       float col_score = Term::col_score(z, row_score, Term::kHasShift && Term::kCol ? col_shift[j] : 0.0f);
-      if (CAPPED) {  // (what lies far above may be infinite)
+      if (kCapped) {  // (what lies far above may be infinite)
         const float scaled = score[j] * scale;
         row_score = scaled > ceiling ? 0.0f : row_score;
         col_score = Term::kCol && scaled > col_ceiling[j] ? 0.0f : col_score;
+      }
+      if (kGuided) {
+        row_score = guide[j] > limit ? 0.0f : row_score;
+        col_score = Term::kCol && guide[j] > col_limit[j] ? 0.0f : col_score;
       }
       if (SUMS && Term::kRow) sum += Term::row_part(z, row_score);
       if (SUMS && Term::kCol) col_sum[j] += col_score;
@@ -230,11 +260,11 @@ static bool choose_shifts(const Panel& p, const Chunk& c, Scratch& s) {
   return common;
 }
 
-template <class Term, bool SUMS, typename Out, bool IDS, bool CAPPED = false>
+template <class Term, bool SUMS, typename Out, bool IDS, Limits LIMITS = Limits::kNone>
 static void sweep_of(bool common, const Panel& p, const Chunk& c, Scratch& s, ParamSums& params) {
   if constexpr (Term::kHasShift)
-    if (common) return sweep<typename Term::WithCommonShift, SUMS, Out, IDS, CAPPED>(p, c, s, params);
-  sweep<Term, SUMS, Out, IDS, CAPPED>(p, c, s, params);
+    if (common) return sweep<typename Term::WithCommonShift, SUMS, Out, IDS, LIMITS>(p, c, s, params);
+  sweep<Term, SUMS, Out, IDS, LIMITS>(p, c, s, params);
 }
 
 // Makes one chunk's sources, shifts and gains, and sweeps over it.
@@ -243,18 +273,21 @@ static void run_chunk(const Panel& p, const Chunk& c, Scratch& s, ParamSums& par
   constexpr bool kWeights = !std::is_same<Out, void>::value;
   find_sources<Term>(p, c, s);
   bool common = false;
-  const bool capped = p.pairs.row_ceiling || p.pairs.col_ceiling;
-  if (capped) find_ceilings(p, c, s);
+  const bool guided = p.pairs.guide != nullptr, capped = guided || p.pairs.row_ceiling || p.pairs.col_ceiling;
+  if (capped) find_limits(p, c, s);
   if constexpr (Term::kHasShift) {
-    if (SUMS) capped ? find_maxima<true>(p, c, s) : find_maxima<false>(p, c, s);
+    if (SUMS && !capped) find_maxima<Limits::kNone>(p, c, s);
+    if (SUMS && capped) guided ? find_maxima<Limits::kGuide>(p, c, s) : find_maxima<Limits::kCeilings>(p, c, s);
     common = choose_shifts<Term, SUMS, kWeights>(p, c, s);
   } else if constexpr (kWeights) {
     copy(p.row.gain + c.row0, c.rows, s.row_gain);
   }
   if constexpr ((Term::kSigned || Term::kTargets) && kWeights)
     if (p.pairs.row_ids) return sweep_of<Term, SUMS, Out, true>(common, p, c, s, params);
-  if constexpr (Term::kHasShift && !Term::kTargets)
-    if (capped) return sweep_of<Term, SUMS, Out, false, true>(common, p, c, s, params);
+  if constexpr (Term::kHasShift && !Term::kTargets) {
+    if (guided) return sweep_of<Term, SUMS, Out, false, Limits::kGuide>(common, p, c, s, params);
+    if (capped) return sweep_of<Term, SUMS, Out, false, Limits::kCeilings>(common, p, c, s, params);
+  }
   sweep_of<Term, SUMS, Out, false>(common, p, c, s, params);
 }
 

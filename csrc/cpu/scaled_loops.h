@@ -23,24 +23,32 @@ CK_INLINE float logit_of(float score, float scale, float bias) {
   return score == -__builtin_inff() ? score : score * scale + bias;
 }
 
-// row_shift and col_shift become the chunk's maxima of the logits below the ceilings, as find_maxima's.
-template <bool CAPPED>
+// row_shift and col_shift become the chunk's maxima of the logits within their LIMITS, as find_maxima's.
+template <Limits LIMITS>
 static void find_scaled_maxima(const Panel& p, const Chunk& c, Scratch& s) {
+  constexpr bool kCapped = LIMITS != Limits::kNone, kGuided = LIMITS == Limits::kGuide;
   const float bias = p.params[1];
   const float* __restrict col_scale = p.pairs.col_scale + c.col0;
   const float* __restrict col_ceiling = s.col_ceiling;
+  const float* __restrict col_limit = s.col_threshold;
   float* __restrict col = s.col_shift;
   fill(col, c.cols, -__builtin_inff());
   for (int64_t i = 0; i < c.rows; ++i) {
     const float* __restrict score = s.rows[i].source;
-    const float scale = p.pairs.row_scale[c.row0 + i], ceiling = CAPPED ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float* guide = kGuided ? guide_of(p, c, i) : nullptr;
+    const float scale = p.pairs.row_scale[c.row0 + i], ceiling = kCapped ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float limit = kGuided ? row_threshold(p, c.row0 + i) : kNoCeiling;
     float best = -__builtin_inff();
 #pragma omp simd reduction(max : best)
     for (int64_t j = 0; j < c.cols; ++j) {
       float by_row = logit_of(score[j], scale, bias), by_col = logit_of(score[j], col_scale[j], bias);
-      if (CAPPED) {
+      if (kCapped) {
         by_row = score[j] * scale > ceiling ? -__builtin_inff() : by_row;
         by_col = score[j] * col_scale[j] > col_ceiling[j] ? -__builtin_inff() : by_col;
+      }
+      if (kGuided) {
+        by_row = guide[j] > limit ? -__builtin_inff() : by_row;
+        by_col = guide[j] > col_limit[j] ? -__builtin_inff() : by_col;
       }
       best = by_row > best ? by_row : best;
       col[j] = by_col > col[j] ? by_col : col[j];
@@ -50,16 +58,18 @@ static void find_scaled_maxima(const Panel& p, const Chunk& c, Scratch& s) {
 }
 
 // The sums of a reduce panel (Out: void), or the weights with their parts of the scales' gradients. TARGETS, IDS,
-// CAPPED: as in sweep.
-template <typename Out, bool TARGETS, bool IDS, bool CAPPED>
+// LIMITS: as in sweep.
+template <typename Out, bool TARGETS, bool IDS, Limits LIMITS>
 static __attribute__((noinline)) void sweep_scaled(const Panel& p, const Chunk& c, Scratch& s) {
   constexpr bool kWeights = !std::is_same<Out, void>::value;
+  constexpr bool kCapped = LIMITS != Limits::kNone, kGuided = LIMITS == Limits::kGuide;
   using Store = typename std::conditional<kWeights, Out, float>::type;
   const float factor = p.factor ? *p.factor : p.params[0], bias = p.params[1], center = p.params[2];
   const float* __restrict col_scale = p.pairs.col_scale + c.col0;
   const float* __restrict col_shift = s.col_shift;
   const float* __restrict col_gain = s.col_gain;
   const float* __restrict col_ceiling = s.col_ceiling;
+  const float* __restrict col_limit = s.col_threshold;
   float* __restrict col_sum = kWeights ? s.col_moment : s.col_sum;
   fill(col_sum, c.cols, 0.0f);
   for (int64_t i = 0; i < c.rows; ++i) {
@@ -68,7 +78,9 @@ static __attribute__((noinline)) void sweep_scaled(const Panel& p, const Chunk& 
     Store* out = kWeights ? static_cast<Store*>(p.weights) + (c.row0 + i) * p.weights_stride + c.col0 : nullptr;
     const float row_scale = p.pairs.row_scale[c.row0 + i], row_shift = s.row_shift[i];
     const float row_gain = kWeights ? s.row_gain[i] : 0.0f;
-    const float ceiling = CAPPED ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float ceiling = kCapped ? row_ceiling(p, c.row0 + i) : kNoCeiling;
+    const float* guide = kGuided ? guide_of(p, c, i) : nullptr;
+    const float limit = kGuided ? row_threshold(p, c.row0 + i) : kNoCeiling;
     const Targets targets = TARGETS ? Targets(p, c, i) : Targets();
     float sum = 0.0f;
     // `out` may be `score` itself, element by element: no restrict here.
@@ -76,9 +88,13 @@ static __attribute__((noinline)) void sweep_scaled(const Panel& p, const Chunk& 
     for (int64_t j = 0; j < c.cols; ++j) {
       const float by_row = logit_of(source[j], row_scale, bias), by_col = logit_of(source[j], col_scale[j], bias);
       float of_row = exp_term(by_row - row_shift), of_col = exp_term(by_col - col_shift[j]);
-      if (CAPPED) {
+      if (kCapped) {
         of_row = source[j] * row_scale > ceiling ? 0.0f : of_row;
         of_col = source[j] * col_scale[j] > col_ceiling[j] ? 0.0f : of_col;
+      }
+      if (kGuided) {
+        of_row = guide[j] > limit ? 0.0f : of_row;
+        of_col = guide[j] > col_limit[j] ? 0.0f : of_col;
       }
       if (kWeights) {
         of_row *= row_gain, of_col *= col_gain[j];
@@ -107,21 +123,21 @@ static void choose_scaled_shifts(const Panel& p, const Chunk& c, Scratch& s) {
   refer_gains(p.col, c.col0, s.col_shift, s.col_gain, c.cols);
 }
 
-template <typename Out, bool TARGETS, bool IDS, bool CAPPED>
+template <typename Out, bool TARGETS, bool IDS, Limits LIMITS>
 static void run_scaled_chunk(const Panel& p, const Chunk& c, Scratch& s) {
   find_scores(p, c, s);
-  if (CAPPED) find_ceilings(p, c, s);
+  if (LIMITS != Limits::kNone) find_limits(p, c, s);
   if constexpr (std::is_same<Out, void>::value) {
-    find_scaled_maxima<CAPPED>(p, c, s);
+    find_scaled_maxima<LIMITS>(p, c, s);
     make_finite(s.row_shift, c.rows);
     make_finite(s.col_shift, c.cols);
   } else {
     choose_scaled_shifts(p, c, s);
   }
-  sweep_scaled<Out, TARGETS, IDS, CAPPED>(p, c, s);
+  sweep_scaled<Out, TARGETS, IDS, LIMITS>(p, c, s);
 }
 
-template <typename Out, bool TARGETS, bool IDS, bool CAPPED>
+template <typename Out, bool TARGETS, bool IDS, Limits LIMITS>
 static void run_scaled_stripes(const Panel& p, const Buffers& buffers) {
   using Term = Exponential<false, true, true>;
   for_stripes<Term>(p, buffers, [&](int64_t stripe, Scratch& s) {
@@ -129,7 +145,7 @@ static void run_scaled_stripes(const Panel& p, const Buffers& buffers) {
     for (; c.col0 < p.cols; c.col0 += kChunk) {
       c.cols = smaller(kChunk, p.cols - c.col0);
       const int64_t first = stripe * p.cols + c.col0;
-      run_scaled_chunk<Out, TARGETS, IDS, CAPPED>(p, c, s);
+      run_scaled_chunk<Out, TARGETS, IDS, LIMITS>(p, c, s);
       if (p.row.sum) merge_states<Term>(p.row.shift + c.row0, p.row.sum + c.row0, s.row_shift, s.row_sum, c.rows);
       if (p.col.sum)
         copy(s.col_shift, c.cols, buffers.col_shift + first), copy(s.col_sum, c.cols, buffers.col_sum + first);
@@ -144,18 +160,20 @@ static void run_scaled_stripes(const Panel& p, const Buffers& buffers) {
 }
 
 template <typename Out>
-static void run_scaled_weights(const Panel& p, const Buffers& buffers, bool capped) {
-  if (capped) return run_scaled_stripes<Out, false, false, true>(p, buffers);
-  if (!p.row.target) return run_scaled_stripes<Out, false, false, false>(p, buffers);
-  p.pairs.row_ids ? run_scaled_stripes<Out, true, true, false>(p, buffers)
-                  : run_scaled_stripes<Out, true, false, false>(p, buffers);
+static void run_scaled_weights(const Panel& p, const Buffers& buffers) {
+  if (p.pairs.guide) return run_scaled_stripes<Out, false, false, Limits::kGuide>(p, buffers);
+  if (p.pairs.row_ceiling || p.pairs.col_ceiling)
+    return run_scaled_stripes<Out, false, false, Limits::kCeilings>(p, buffers);
+  if (!p.row.target) return run_scaled_stripes<Out, false, false, Limits::kNone>(p, buffers);
+  p.pairs.row_ids ? run_scaled_stripes<Out, true, true, Limits::kNone>(p, buffers)
+                  : run_scaled_stripes<Out, true, false, Limits::kNone>(p, buffers);
 }
 
 void run_scaled(const Panel& p, const Buffers& buffers) {
-  const bool capped = p.pairs.row_ceiling || p.pairs.col_ceiling;
+  if (!p.weights && p.pairs.guide) return run_scaled_stripes<void, false, false, Limits::kGuide>(p, buffers);
   if (!p.weights)
-    return capped ? run_scaled_stripes<void, false, false, true>(p, buffers)
-                  : run_scaled_stripes<void, false, false, false>(p, buffers);
-  p.weights_dtype == Dtype::kFloat32 ? run_scaled_weights<float>(p, buffers, capped)
-                                     : run_scaled_weights<uint16_t>(p, buffers, capped);
+    return p.pairs.row_ceiling || p.pairs.col_ceiling
+               ? run_scaled_stripes<void, false, false, Limits::kCeilings>(p, buffers)
+               : run_scaled_stripes<void, false, false, Limits::kNone>(p, buffers);
+  p.weights_dtype == Dtype::kFloat32 ? run_scaled_weights<float>(p, buffers) : run_scaled_weights<uint16_t>(p, buffers);
 }

@@ -39,7 +39,7 @@ static __attribute__((noinline)) void keep_exponentials(const Panel& p, const Ch
 template <class Term>
 static void keep_stripe(const Panel& p, const Chunk& c, int64_t stripe, Scratch& s, const Buffers& buffers) {
   find_sources<Term>(p, c, s);
-  find_maxima<false>(p, c, s);
+  find_maxima<Limits::kNone>(p, c, s);
   const bool common = choose_shifts<Term, true, false>(p, c, s), kept = p.weights && (common || !Term::kCol);
   ParamSums none;
   if (kept)

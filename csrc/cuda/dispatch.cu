@@ -56,7 +56,7 @@ void run(const Panel& p) {
   const DeviceGuard guard(p.device);
   const bool sums = p.row.sum || p.col.sum;
   const bool weights = p.weights != nullptr;
-  const bool targets = p.row.target || p.col.target, capped = p.pairs.row_ceiling || p.pairs.col_ceiling;
+  const bool targets = p.row.target || p.col.target, capped = is_capped(p.pairs);
   const Kind kind = {p.term, p.pairs.row_ids != nullptr, targets, capped};
   const TileKernel tile = p.scores ? panel_pass(kind, sums, weights) : tensor_cores(kind, p.operands, sums, weights);
   launch(p.scores ? "panel_pass_kernel" : "tensor_core_kernel", tile.kernel,

@@ -102,6 +102,8 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
   for (int i = 0; i < kRows; ++i) {
     const int row = mine.row + i * kRowStep;
     const float row_shift = Term::kHasShift ? m.shift[row] : 0.0f, row_gain = WEIGHTS ? m.gain[row] : 0.0f;
+    const uint32_t row_above = CAPPED ? above_in_row<false>(m, i) : 0u;
+    const uint32_t col_above = CAPPED ? above_in_row<true>(m, i) : 0u;
     float row_sum = 0.0f, out[kCols];
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
@@ -110,8 +112,8 @@ __device__ __forceinline__ ParamSums sweep(const Panel& p, const TilePlace& tile
       float by_col = Term::col_score(z, by_row, Term::kCol ? col_shift[j] : 0.0f);
       if (CAPPED) {  // (what lies far above may be infinite)
         const float scaled = s.score[i][j] * logits.scale;
-        by_row = scaled > ceiling[row] ? 0.0f : by_row;
-        by_col = scaled > ceiling[kTile + mine.col + j] ? 0.0f : by_col;
+        by_row = scaled > ceiling[row] || (row_above >> j & 1u) ? 0.0f : by_row;
+        by_col = scaled > ceiling[kTile + mine.col + j] || (col_above >> j & 1u) ? 0.0f : by_col;
       }
       if (SUMS) row_sum += Term::row_part(z, by_row);
       if (SUMS && Term::kCol) col_sum[j] += by_col;
@@ -172,10 +174,11 @@ __device__ __forceinline__ void leave_sums(const Panel& p, const TilePlace& tile
 }
 
 // Everything that is done with a tile once its scores are in registers. IDS: its pairs have ids; CAPPED: its rows and
-// columns have ceilings.
+// columns have ceilings, or a guide's thresholds.
 template <class Term, bool IDS, bool CAPPED, bool SUMS, bool WEIGHTS>
 __device__ __forceinline__ void finish_tile(const Panel& p, const TilePlace& tile, const ThreadPlace& mine, Scores& s,
-                                            const Alike<IDS>& alike, EpilogueMemory& m) {
+                                            const Alike<IDS>& alike, const Guided<CAPPED>& guided, EpilogueMemory& m) {
+  leave_guided(guided, m);
   constexpr bool kZeros = SUMS && WEIGHTS, kSigned = IDS && Term::kSigned, kKeeps = kKeepsIds<Term, IDS>;
   const Logits<kSigned, kKeeps> logits = find_logits<IDS, kSigned, kKeeps, kZeros>(p, tile, mine, s, alike, m.pairs);
   const ParamSums params = sweep_with_shifts<Term, CAPPED, SUMS, WEIGHTS>(p, tile, mine, s, logits, m);

@@ -12,8 +12,8 @@ struct TileKernel {
   unsigned shared_bytes;
 };
 
-// The pair term, whether pairs have ids, weights have targets, and rows or columns have ceilings: these have kernels of
-// their own, for which the usual ones pay nothing.
+// The pair term, whether pairs have ids, weights have targets, and rows or columns have ceilings or a guide: these have
+// kernels of their own, for which the usual ones pay nothing.
 struct Kind {
   PairTerm term;
   bool ids, targets, capped = false;

@@ -34,6 +34,41 @@ struct Alike {
   }
 };
 
+// A bit for each of a thread's pairs whose guide's score lies above the threshold of its row, and of its column; where
+// there are LIMITS. Found before there are scores, as ids are; afterwards they lie in shared memory.
+template <bool LIMITS>
+struct Guided {
+  uint32_t row[2] = {0u, 0u}, col[2] = {0u, 0u};
+
+  __device__ __forceinline__ Guided(const Panel& p, const TilePlace& tile, const ThreadPlace& mine) {
+    if (!LIMITS || !p.pairs.guide) return;
+    const int64_t stride = p.pairs.guide_stride;
+    const float* from = p.pairs.guide + (tile.row0() + mine.row) * stride + tile.col0() + mine.col;
+    const bool aligned = reinterpret_cast<uintptr_t>(p.pairs.guide) % 16 == 0 && stride % 4 == 0;
+    const int valid = tile.cols - mine.col;
+    float col_limit[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j)
+      col_limit[j] =
+          p.pairs.col_threshold && j < valid ? p.pairs.col_threshold[tile.col0() + mine.col + j] : __builtin_inff();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int at = mine.row + i * kRowStep;
+      if (at >= tile.rows) break;
+      const float row_limit = p.pairs.row_threshold ? p.pairs.row_threshold[tile.row0() + at] : __builtin_inff();
+      float score[kCols];
+      load_row(from + i * kRowStep * stride, valid, aligned, score);
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        const uint32_t bit = 1u << (i % 4 * kCols + j);
+        row[i / 4] |= score[j] > row_limit ? bit : 0u;
+        col[i / 4] |= score[j] > col_limit[j] ? bit : 0u;
+      }
+    }
+    forget(row[0]), forget(row[1]), forget(col[0]), forget(col[1]);
+  }
+};
+
 // How a thread makes its logits. SIGNED: pairs of equal ids are positives, with -z in the place of z. KEEPS: it is kept
 // which pairs these are.
 template <bool SIGNED, bool KEEPS = SIGNED>

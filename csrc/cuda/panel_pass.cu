@@ -12,9 +12,10 @@ __global__ __launch_bounds__(kThreads, 2) void panel_pass_kernel(const __grid_co
   const TilePlace tile(p, blockIdx.x);
   const ThreadPlace mine;
   const Alike<IDS> alike(p, tile, mine);
+  const Guided<CAPPED> guided(p, tile, mine);
   Scores scores;
   load_scores(p, tile, mine, scores);
-  finish_tile<Term, IDS, CAPPED, SUMS, WEIGHTS>(p, tile, mine, scores, alike,
+  finish_tile<Term, IDS, CAPPED, SUMS, WEIGHTS>(p, tile, mine, scores, alike, guided,
                                                 *reinterpret_cast<EpilogueMemory*>(shared_memory));
 }
 

@@ -17,8 +17,23 @@ __device__ __forceinline__ void load_ceilings(const Panel& p, const TilePlace& t
   m.ceiling[threadIdx.x] = e.inside ? ceiling[e.at] : __builtin_inff();
 }
 
+// Leaves a thread's bits where only it reads them.
+template <bool CAPPED>
+__device__ __forceinline__ void leave_guided(const Guided<CAPPED>& guided, EpilogueMemory& m) {
+#pragma unroll
+  for (int k = 0; CAPPED && k < 2; ++k)
+    m.above[k][threadIdx.x] = guided.row[k], m.above[2 + k][threadIdx.x] = guided.col[k];
+}
+
+// The bits of the thread's i-th row: of pairs above the row's threshold or, of COLS, above the columns'.
+template <bool COLS>
+__device__ __forceinline__ uint32_t above_in_row(const EpilogueMemory& m, int i) {
+  const volatile uint32_t& bits = m.above[2 * COLS + i / 4][threadIdx.x];
+  return bits >> (i % 4 * kCols);
+}
+
 // Leaves each warp's maxima of its rows and columns in row_part and col_part. CAPPED: of what lies below their
-// ceilings.
+// ceilings, and a guide's thresholds.
 template <bool CAPPED>
 __device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Scores& s, const Logits<false>& logits,
                                             EpilogueMemory& m) {
@@ -27,12 +42,14 @@ __device__ __forceinline__ void find_maxima(const ThreadPlace& mine, const Score
   for (int j = 0; j < kCols; ++j) col_best[j] = -__builtin_inff();
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
+    const uint32_t row_above = CAPPED ? above_in_row<false>(m, i) : 0u;
+    const uint32_t col_above = CAPPED ? above_in_row<true>(m, i) : 0u;
     float best = -__builtin_inff();
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const float z = logits(s, i, j), scaled = s.score[i][j] * logits.scale;
-      const bool row_out = CAPPED && scaled > m.ceiling[mine.row + i * kRowStep];
-      const bool col_out = CAPPED && scaled > m.ceiling[kTile + mine.col + j];
+      const bool row_out = CAPPED && (scaled > m.ceiling[mine.row + i * kRowStep] || (row_above >> j & 1u));
+      const bool col_out = CAPPED && (scaled > m.ceiling[kTile + mine.col + j] || (col_above >> j & 1u));
       best = larger(best, row_out ? -__builtin_inff() : z);
       col_best[j] = larger(col_best[j], col_out ? -__builtin_inff() : z);
     }

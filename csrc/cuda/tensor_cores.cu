@@ -111,9 +111,10 @@ __global__ __launch_bounds__(kThreads, 2) void tensor_core_kernel(const __grid_c
     const TilePlace tile(p, blockIdx.x);
     const ThreadPlace mine;
     const Alike<IDS> alike(p, tile, mine);
+    const Guided<CAPPED> guided(p, tile, mine);
     Scores scores;
     multiply_tile<OPERANDS>(p, tile, mine, reinterpret_cast<Stage*>(shared_memory), scores);
-    finish_tile<Term, IDS, CAPPED, SUMS, WEIGHTS>(p, tile, mine, scores, alike,
+    finish_tile<Term, IDS, CAPPED, SUMS, WEIGHTS>(p, tile, mine, scores, alike, guided,
                                                   *reinterpret_cast<EpilogueMemory*>(shared_memory));
   }
 }

@@ -20,6 +20,7 @@ struct EpilogueMemory {
   float shift[2 * kTile], gain[2 * kTile];
   float target[2][2 * kTile];  // of pairs of other ids, of equal ids
   float ceiling[2 * kTile];
+  uint32_t above[4][kThreads];  // each thread's bits of Guided: two of rows, two of columns
   PairsMemory pairs;
   float low[kWarps], high[kWarps], lowest_normalizer[kWarps];
 };

@@ -21,9 +21,15 @@ inline void check_targets(const Panel& p) {
           "weight_panel: targets of every side with a gain, or of none");
 }
 
-// Ceilings are the exponential term's, and go without targets.
+// Whether a pair may be left out of its row's part and not of its column's.
+inline bool is_capped(const Pairs& pairs) { return pairs.row_ceiling || pairs.col_ceiling || pairs.guide; }
+
+// Ceilings and guides are the exponential term's, and go without targets.
 inline void check_ceilings(const Panel& p) {
-  if (!p.pairs.row_ceiling && !p.pairs.col_ceiling) return;
+  const bool thresholds = p.pairs.row_threshold || p.pairs.col_threshold;
+  check(!p.pairs.guide || p.pairs.guide_stride >= p.cols, "panel: the guide's stride must be at least cols");
+  check(p.pairs.guide || !thresholds || p.rows == 0 || p.cols == 0, "panel: thresholds need a guide's scores");
+  if (!is_capped(p.pairs)) return;
   check(p.term == PairTerm::kExponential && !p.row.target && !p.col.target, "panel: ceilings with targets or signs");
 }
 

@@ -3,19 +3,23 @@
 #pragma once
 
 // Which pairs count. Null pointers: nothing is said of them.
-#define CK_PAIRS_MEMBERS(X)                                                                                      \
-  X(int64_t, diagonal, kNoDiagonal, "of row i of the whole matrix, column i + diagonal is left out")             \
-  X(const int64_t*, columns, nullptr, "[rows, columns_count] columns of the whole matrix that a row leaves out") \
-  X(int64_t, columns_count, 0, "columns that a row leaves out, -1 for none")                                     \
-  X(const float*, col_bias, nullptr, "[cols] added to the logits of a column")                                   \
-  X(const int64_t*, row_ids, nullptr, "[rows] pairs of equal ids are left out; the sigmoid term's positives")    \
-  X(int, equal_ids, 0, "or: kAlikeCount, kAlikeAlone")                                                           \
-  X(const int64_t*, col_ids, nullptr, "[cols]")                                                                  \
-  X(const float*, row_ceiling, nullptr, "[rows] pairs whose scale * score is higher are left out of the row's")  \
-  X(const float*, col_ceiling, nullptr, "[cols] ... of the column's; or null")                                   \
-  X(const float*, row_scale, nullptr, "[rows] scale of a score's logit among its row's, in place of the one")    \
-  X(const float*, col_scale, nullptr, "[cols] ... among its column's; both or none")                             \
-  X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                         \
+#define CK_PAIRS_MEMBERS(X)                                                                                       \
+  X(int64_t, diagonal, kNoDiagonal, "of row i of the whole matrix, column i + diagonal is left out")              \
+  X(const int64_t*, columns, nullptr, "[rows, columns_count] columns of the whole matrix that a row leaves out")  \
+  X(int64_t, columns_count, 0, "columns that a row leaves out, -1 for none")                                      \
+  X(const float*, col_bias, nullptr, "[cols] added to the logits of a column")                                    \
+  X(const int64_t*, row_ids, nullptr, "[rows] pairs of equal ids are left out; the sigmoid term's positives")     \
+  X(int, equal_ids, 0, "or: kAlikeCount, kAlikeAlone")                                                            \
+  X(const int64_t*, col_ids, nullptr, "[cols]")                                                                   \
+  X(const float*, row_ceiling, nullptr, "[rows] pairs whose scale * score is higher are left out of the row's")   \
+  X(const float*, col_ceiling, nullptr, "[cols] ... of the column's; or null")                                    \
+  X(const float*, guide, nullptr, "[rows, cols] a guide's scores, or null")                                       \
+  X(int64_t, guide_stride, 0, "from one row of them to the next")                                                 \
+  X(const float*, row_threshold, nullptr, "[rows] pairs whose guide's score is higher are left out of the row's") \
+  X(const float*, col_threshold, nullptr, "[cols] ... of the column's; or null")                                  \
+  X(const float*, row_scale, nullptr, "[rows] scale of a score's logit among its row's, in place of the one")     \
+  X(const float*, col_scale, nullptr, "[cols] ... among its column's; both or none")                              \
+  X(int64_t, first_row, 0, "where the panel begins in the whole matrix")                                          \
   X(int64_t, first_column, 0, "")
 
 // A vector per row (or column) of the panel. Null pointers: this side is not wanted.

@@ -70,6 +70,10 @@ struct Exponential {
   }
 };
 
+// What may leave a pair out of its row's part and not of its column's: nothing; ceilings of scores; these and
+// thresholds of a guide's scores.
+enum class Limits { kNone, kCeilings, kGuide };
+
 // Whose weights a term has: with ceilings, rows and columns may share a shift and no exponential.
 template <class Term, bool CAPPED>
 struct WeightsOf {

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from panels import EPS
+from panels import EPS, made_guide
 
 from contrastive_kernels.panels.terms import EXPONENTIAL, SIGMOID
 
@@ -24,6 +24,7 @@ class Matrix:
     def __init__(
         self, rows, cols, *, offset=0, positives=None, diagonal=None, excluded=0, biased=False, symmetric=False,
         params=(1.3, 0.0), level=0.0, spread=1.0, gains=True, include=True, capped=False, lifted=False,
+        guided=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(1000 * rows + cols)
         self.scores = 3 * torch.randn(rows, cols, generator=g) + level
@@ -43,6 +44,12 @@ class Matrix:
             (self.scores * torch.tensor(params[0])).sort(dim).values.movedim(dim, 0)[-3:-1].mean(0) if capped else None
             for dim in (1, 0)
         ]
+
+        of_guide = made_guide(rows, cols) if guided else {}
+        if guided and symmetric:
+            of_guide.update(col_guide=of_guide["row_guide"], col_threshold=of_guide["row_threshold"])
+        self.thresholds = [of_guide.get(name) for name in ("row_threshold", "col_threshold")]
+        self.guide = of_guide["row_guide"] @ of_guide["col_guide"].T if guided else None
 
     def where(self):
         """The positives' columns [N], -1 for none."""
@@ -88,9 +95,12 @@ class Matrix:
     def arguments(self, scores, weights):
         said = {"columns": self.columns, "col_bias": self.col_bias}
         said |= dict(zip(("row_ceiling", "col_ceiling"), self.ceilings))
+        said |= {"guide": self.guide, **dict(zip(("row_threshold", "col_threshold"), self.thresholds))}
         pairs = {name: address(vector) for name, vector in said.items() if vector is not None}
         if self.columns is not None:
             pairs["columns_count"] = self.columns.shape[1]
+        if self.guide is not None:
+            pairs["guide_stride"] = self.guide.stride(0)
         return (
             address(scores), address(weights), *scores.shape, pairs or None, self.diagonal, address(self.positives),
             self.offset, *self.params,
@@ -127,6 +137,9 @@ class Matrix:
         ceiling = self.ceilings[1 - dim]
         if ceiling is not None:
             z = z.masked_fill(self.scores * torch.tensor(self.params[0]) > ceiling.unsqueeze(dim), -torch.inf)
+        threshold = self.thresholds[1 - dim]
+        if threshold is not None:
+            z = z.masked_fill(self.guide > threshold.unsqueeze(dim), -torch.inf)
         margins = torch.logsumexp(z, dim) - z_pos
         return torch.nn.functional.softplus(margins, threshold=1e9) if self.include else margins
 
@@ -167,6 +180,9 @@ MATRICES = {
     "dcl-beyond-a-chunk": lambda: Matrix(3, 2100, offset=2090, include=False),
     "ceilings": lambda: Matrix(65, 65, excluded=1, capped=True),
     "ceilings-dcl": lambda: Matrix(40, 70, offset=30, biased=True, capped=True, include=False, spread=50.0),
+    "guide": lambda: Matrix(65, 65, excluded=1, guided=True),
+    "guide-and-ceilings": lambda: Matrix(40, 70, offset=30, biased=True, guided=True, capped=True),
+    "guide-symmetric": lambda: Matrix(40, 40, symmetric=True, diagonal=0, positives=half(40), guided=True),
     "ceilings-symmetric": lambda: Matrix(40, 40, symmetric=True, diagonal=0, positives=half(40), capped=True),
     "threads": lambda: Matrix(257, 200, positives=[i % 200 for i in range(257)]),
     "lifted": lambda: Matrix(40, 70, offset=30, lifted=True),

@@ -118,7 +118,8 @@ def test_sigmoid_panels(backend, case):
     before = torch.linspace(0, 1, len(z))[None]
     want = before[0].double() + torch.nn.functional.softplus(z, threshold=1e9).sum(1)
     reduced, folded = Side(before.clone()), Side(before.clone(), None, case.gains[0])
-    arguments = (case.params, case.pairs._replace(row_ceiling=None, col_ceiling=None))  # which this term has not
+    limits = ("row_ceiling", "col_ceiling", "row_guide", "col_guide", "row_threshold", "col_threshold")
+    arguments = (case.params, case.pairs._replace(**dict.fromkeys(limits)))  # which this term has not
     backend.reduce_panel(SIGMOID, make_panel(case.scores.clone(), *arguments, row=reduced))
     scores, weights = case.scores.clone(), torch.empty_like(case.scores)
     dparams = torch.zeros(2, dtype=torch.float64)

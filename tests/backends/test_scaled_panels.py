@@ -6,7 +6,7 @@ import emulated
 import panels
 import pytest
 import torch
-from panels import EPS, make_panel
+from panels import EPS, guided_out, made_guide, make_panel
 
 from contrastive_kernels import backends
 from contrastive_kernels.backends import cuda
@@ -32,7 +32,7 @@ class Scaled:
     """A panel: scores, scales of either sign and 0, which pairs count, and vectors for both sides."""
 
     def __init__(self, rows, cols, *, highest=4.0, ids=0, equal_ids=0, excluded=0, diagonal=None, capped=False,
-                 targets=False, bias=0.0):  # fmt: skip
+                 targets=False, bias=0.0, guided=False):  # fmt: skip
         g = torch.Generator().manual_seed(rows + cols)
 
         def normal(*shape):
@@ -45,6 +45,7 @@ class Scaled:
         columns = torch.randint(-1, cols, (rows, excluded), generator=g) if excluded else None
         ceilings = [self.scaled(dim).amax(dim) * 0.7 - 1e-3 if capped else None for dim in (1, 0)]
         self.pairs = Pairs(diagonal, columns, None, of_rows, of_cols, 0, 0, equal_ids, *ceilings, *self.scales)
+        self.pairs = self.pairs._replace(**made_guide(rows, cols)) if guided else self.pairs
         self.gains = normal(rows), normal(cols)
         self.targets = (normal(2, rows), normal(2, cols)) if targets else (None, None)
         self.normalizers = []
@@ -73,7 +74,8 @@ class Scaled:
         """In float64, pairs that are left out at -inf: among the rows' (dim 1), or among the columns'."""
         z = self.scores.double() * (self.scales[0][:, None] if dim else self.scales[1]).double() + self.params[1]
         ceiling = self.pairs.row_ceiling if dim else self.pairs.col_ceiling
-        out = self.left_out()
+        out, known = self.left_out(), guided_out(self.pairs, dim)
+        out = out if known is None else out | known
         if ceiling is not None:
             out = out | (self.scaled(dim) > ceiling.unsqueeze(dim))
         return z.masked_fill(out, -torch.inf)
@@ -101,6 +103,8 @@ CASES = {
     "targets-beside-ids": lambda: Scaled(35, 70, targets=True, ids=4, excluded=1),
     "targets-of-ids": lambda: Scaled(35, 70, targets=True, ids=4, equal_ids=ALIKE_COUNT, diagonal=1),
     "ceilings": lambda: Scaled(65, 131, capped=True, ids=9, diagonal=0),
+    "guide": lambda: Scaled(65, 131, guided=True, ids=9, diagonal=0),
+    "guide-and-ceilings": lambda: Scaled(66, 2051, guided=True, capped=True),
 }
 
 

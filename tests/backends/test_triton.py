@@ -108,13 +108,13 @@ def test_persistent_compiled(case):
 
 
 def seldom():
-    """Exponentials that are kept, and ceilings: in the short form one of each."""
-    kept, capped = [*offline.kept_cases(90)], [*offline.capped_cases(90)]
-    return [*kept, *capped] if THOROUGH else [kept[-2], capped[1]]
+    """Exponentials that are kept, ceilings, and a guide: in the short form one of each."""
+    kept, capped, guided = [*offline.kept_cases(90)], [*offline.capped_cases(90)], [*offline.guided_cases(90)]
+    return [*kept, *capped, *guided] if THOROUGH else [kept[-2], capped[1], guided[1]]
 
 
 @pytest.mark.parametrize("case", seldom(), ids=str)
-def test_kept_and_capped_compile(case):
+def test_kept_capped_and_guided_compile(case):
     """As good as the others: no spills but of two sides at once, two programs a multiprocessor, vectors in and out."""
     require(90)
     assert offline.broken(case, offline.compile_score(case)) is None
@@ -304,6 +304,7 @@ def test_scratch_is_bounded():
     """What the driver counts per score and per row covers what a panel's partial results take, for every tile."""
     tiles = {tile for *_, tile in configs.shipped()}
     tiles |= {configs.tile_for(90, "16-bit", work, capped=True) for work in configs.WORKS}
+    tiles |= {configs.tile_for(90, "16-bit", work, guided=True) for work in configs.WORKS}
     tiles |= {tile.part for capped in (False, True) for tile in configs.persistent_tiles(90, "16-bit", capped)}
     sides = (1, 64, 65, 1000, 4416), (1, 64, 65, 1000, 5504), (False, True)
     for tile, rows, cols, kept in itertools.product(tiles, *sides):

@@ -51,6 +51,8 @@ def measure(loss, backend, dtype, n, d, workspace_bytes, work):
         options["label_smoothing"] = 0.1
     if "margin" in members:
         options["margin"] = -1.0
+    if "guide" in members:
+        options["guided"] = torch.randn(n, 8), torch.randn(n, 8)
     if "inside" in members:
         options["variant"] = "inside"
     if loss == "geometric_consistency":
@@ -161,6 +163,9 @@ MEMBERS = {
     "clip_loss with margin": 1,
     "clip_loss with scales": 1,
     "nt_xent with margin": 2,
+    "info_nce with guide": 1,
+    "clip_loss with guide": 1,
+    "nt_xent with guide": 2,
     "sup_con": 1,
     "sup_con with inside": 1,
     "multi_positive_nce": 1,
@@ -184,6 +189,24 @@ def test_every_member_takes_little(n, workspace_bytes):
     used = measured(*cases)
     most = dict.fromkeys(cases[:-1], n * n) | {cases[-1]: n * n // 4}
     over = {case: f"{used[case] / MIB:.1f} MiB" for case in cases if used[case] > most[case]}
+    assert not over
+
+
+def test_a_guide_stays_within_the_workspace():
+    """N = 4096: its scores, copies of its blocks and masks are counted, in bands and in panels, of either backend."""
+    cases = [
+        (f"{loss} with guide", backend, dtype, 4096, 16, size * MIB, "gradients")
+        for k, (loss, dtype, size) in enumerate(
+            (
+                ("info_nce", "float32", 40),
+                ("info_nce", "bfloat16", 8),
+                ("clip_loss", "float32", 8),
+                ("nt_xent", "float32", 16),
+            )
+        )
+        for backend in one_of(k, ("cpu", "torch"))
+    ]
+    over = {case: f"{size / MIB:.1f} MiB" for case, size in measured(*cases).items() if size > case[5] + SLACK}
     assert not over
 
 

@@ -85,6 +85,8 @@ def problems_of(draw: Any, loss: str) -> Problem:
         smoothing = draw(st.sampled_from((0.0, 0.0, 0.01, 0.1, 1.0)))
     # (rounding decides about no candidate: all count, or none)
     margins = (None, None, None, 1e30, -1e30) if loss in RATIOS and not smoothing else (None,)
+    # (of a guide's scores, whole numbers, any margin decides; rows match where it has two sides)
+    guides = (None, None, 0.5, -2.5, ("relative", 0.25), 1e9) if loss in SOFTMAX and not smoothing else (None,)
     return Problem(
         name=f"drawn-{draw(st.integers(0, 2**16))}",
         reason="drawn",
@@ -102,6 +104,7 @@ def problems_of(draw: Any, loss: str) -> Problem:
         include_positive=include_positive,
         label_smoothing=smoothing,
         margin=draw(st.sampled_from(margins)),
+        guide=draw(st.sampled_from(guides)),
         candidate_bias=draw(st.sampled_from((None, None, "normal", "padded"))) if loss in BIASED else None,
         staleness=draw(st.sampled_from((0.0, -3.0, 2.0))) if loss in DECOMPOSABLE else 0.0,
         block=block,

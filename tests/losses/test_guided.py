@@ -13,8 +13,12 @@ from torch.nn.functional import normalize
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
+from contrastive_kernels.engine.matrix import Problem
+from contrastive_kernels.losses.guide import with_guide
+from contrastive_kernels.operators.logsumexp import normalizers
+from contrastive_kernels.operators.parts import bounded_ceilings
 
-N, M, D, SCALE = 33, 41, 16, 7.0
+N, M, D, SCALE = 70, 81, 16, 7.0
 LOSSES = ("info_nce", "clip_loss", "nt_xent")
 WEIGHT, IDS = torch.arange(N) % 3 / 2, torch.arange(N) // 2
 CASES: list[dict[str, Any]] = [
@@ -24,6 +28,7 @@ CASES: list[dict[str, Any]] = [
     {"guided_margin": -0.3, "include_positive": False},
     {"ids": IDS, "margin": 0.5},
     {"ids": IDS, "margin": ("relative", 0.3), "include_positive": False, "weight": WEIGHT},
+    {"guided_margin": 0.1, "candidate_bias": torch.linspace(-1, 1, N, dtype=torch.float64), "weight": WEIGHT},
 ]
 
 
@@ -48,7 +53,7 @@ def found(module: Any, loss: str, leaves: list[Tensor], **options: Any) -> list[
     return [losses.detach(), *torch.autograd.grad(losses, [*leaves, scale], upstream)]
 
 
-@pytest.mark.parametrize("workspace", [None, 20_000], ids=["whole", "blocks"])
+@pytest.mark.parametrize("workspace", [None, 170_000], ids=["whole", "panels"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float64(loss, case, workspace):
@@ -107,6 +112,54 @@ def test_more_candidates_than_rows_and_scales_by_row():
     torch.testing.assert_close(ours, one, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("margin", [None, 0.5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_scales_by_row(loss, margin, reduction):
+    """Those of rows, and of columns; beside a margin, which goes by logits."""
+    leaves, guide = made()
+    scales = [torch.linspace(1, 9, N, dtype=torch.float64).roll(k).requires_grad_() for k in (0, 5)]
+    options: dict[str, Any] = {"guided": guide, "guided_margin": 0.1, "margin": margin, "reduction": "none"}
+    (x, y), given = leaves, tuple(scales) if loss == "clip_loss" else scales[0]
+    if loss == "clip_loss":
+        turned = {**options, "guided": guide[::-1]}
+        want = reference.info_nce(scales[0][:, None] * x, y, 1.0, **options)
+        want = (want + reference.info_nce(scales[1][:, None] * y, x, 1.0, **turned)) / 2
+    elif loss == "info_nce":
+        want = reference.info_nce(scales[0][:, None] * x, y, 1.0, **options)
+    else:  # of views, by ids that leave out each one's own column
+        views, of_views, own = torch.cat([x, y]), torch.cat(guide), torch.arange(2 * N)
+        want = reference.info_nce(
+            scales[0].repeat(2)[:, None] * views, views, 1.0, **{**options, "guided": (of_views, of_views)},
+            positives=own.roll(N), ids=own,
+        )  # fmt: skip
+    want = want.mean() if reduction == "mean" else want
+    ours = getattr(ck, loss)(x, y, given, **{**options, "reduction": reduction})
+    torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-12)
+    asked = scales if loss == "clip_loss" else scales[:1]
+    upstream = torch.linspace(-1, 2, ours.numel(), dtype=torch.float64).view_as(ours)
+    for mine, theirs in zip(*(torch.autograd.grad(v, asked, upstream) for v in (ours, want)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_by_row_in_float32(dtype, backend):
+    """One walk with two logits of a score, by every backend; a guide of 16 bits is exact in whole numbers."""
+    leaves, _ = made()
+    g = torch.Generator().manual_seed(4)
+    guide = tuple(torch.randint(-2, 3, (N, 6), generator=g).to(dtype) for _ in range(2))
+    x, y = (v.to(dtype) for v in leaves)
+    scales = tuple(torch.linspace(1, 9, N).roll(k) for k in (0, 5))
+    options: dict[str, Any] = {"guided": guide, "guided_margin": 1.5}
+    for n in (N, 30):  # a walk, and one call for each direction
+        (a, b), few = (v[:n] for v in (x, y)), {**options, "guided": tuple(v[:n] for v in guide)}
+        ours = ck.clip_loss(a, b, tuple(s[:n] for s in scales), backend=backend, **few)
+        there = reference.info_nce(scales[0][:n, None] * a.double(), b.double(), 1.0, **few)
+        few["guided"] = few["guided"][::-1]
+        back = reference.info_nce(scales[1][:n, None] * b.double(), a.double(), 1.0, **few)
+        torch.testing.assert_close(ours.double(), (there + back) / 2, rtol=2e-6, atol=1e-6)
+
+
 def test_by_hand():
     """Text 2 is what text 1 says, and the guide knows."""
     images, texts = torch.eye(3), torch.eye(3)[[0, 1, 1]]
@@ -138,17 +191,15 @@ def test_modules_metrics_and_reductions(loss):
 def test_what_a_guide_does_not_go_with(loss):
     leaves, guide = made()
     vector, call = torch.zeros(N, dtype=torch.float64), getattr(ck, loss)
-    with pytest.raises(ValueError, match="guided: expected None with candidate_bias"):
-        call(*leaves, SCALE, guided=guide, candidate_bias=vector)
     with pytest.raises(ValueError, match="guided: expected None with label_smoothing"):
         call(*leaves, SCALE, guided=guide, label_smoothing=0.1)
     with pytest.raises(ValueError, match="guided_margin: expected 0 without guided"):
         call(*leaves, SCALE, guided_margin=0.1)
-    with pytest.raises(ValueError, match="guided: expected 33 and 33 rows; got 33 and 32"):
+    with pytest.raises(ValueError, match="guided: expected 70 and 70 rows; got 70 and 69"):
         call(*leaves, SCALE, guided=(guide[0], guide[1][1:]))
     others: dict[str, dict[str, Any]] = {
         "info_nce": {"positive_logits": vector, "debiased": 0.1, "queue": ck.FeatureQueue(4, D, dtype=torch.float64)},
-        "clip_loss": {"logit_scale": vector + 2},
+        "clip_loss": {},
         "nt_xent": {"weight_fn": ck.von_mises_fisher_weights, "include_positive": False},
     }
     for name, value in others[loss].items():
@@ -166,3 +217,54 @@ def test_second_derivatives(loss):
     few = [v[:4].clone().requires_grad_() for v in leaves]
     options: dict[str, Any] = {"guided": [v[:4] for v in guide], "guided_margin": 0.1}
     assert torch.autograd.gradgradcheck(lambda x, y: getattr(ck, loss)(x, y, 2.0, **options), few, fast_mode=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_derivatives_beside_others(loss):
+    """With biases of the candidates, ids and a margin; and of the biases."""
+    leaves, guide = made()
+    few = [v[:5].clone().requires_grad_() for v in leaves]
+    bias = torch.tensor([0.3, -0.7, 1.1, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {
+        "guided": [v[:5] for v in guide],
+        "guided_margin": 0.1,
+        "ids": torch.tensor([3, 1, 3, 4, 5]),
+    }
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(
+            lambda *a: getattr(ck, loss)(*a[:2], 2.0, candidate_bias=a[2], **options), (*few, bias), fast_mode=True
+        )
+        assert check(lambda *a: getattr(ck, loss)(*a, 2.0, margin=-0.4, **options), few, fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_torch_func_and_compile(loss, reduction):
+    (x, y), guide = made()
+    x, y, guide = x[:9], y[:9], tuple(v[:9] for v in guide)
+
+    def scalar(x, guide):
+        return getattr(ck, loss)(x, y, SCALE, guided=guide, guided_margin=0.1, reduction=reduction).sum()
+
+    def plain(x):
+        return torch.autograd.functional.jacobian(lambda v: scalar(v, guide), x)
+
+    torch.testing.assert_close(torch.func.grad(scalar)(x, guide), plain(x))
+    batch = torch.stack([x, 2 * x])
+    want = torch.stack([plain(v) for v in batch])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(scalar), (0, None))(batch, guide), want)
+    compiled = torch.compile(scalar, fullgraph=True, backend="aot_eager", dynamic=True)
+    leaf = x.clone().requires_grad_()
+    compiled(leaf, guide).backward()
+    torch.testing.assert_close(leaf.grad, plain(x))
+
+
+def test_a_pass_that_rounds_otherwise_gives_bounded_weights():
+    """Without the positive a pair that was left out of the sums might weigh e^100 where it counts after all."""
+    x, y = torch.eye(2), torch.tensor([[1.0, 0.0], [0.99, -2.0]])
+    guide = torch.eye(2), torch.ones(2, 2)
+    problem = with_guide(Problem(x, y, 100.0, offset=0), guide, 0.5)
+    row, _ = normalizers(problem)
+    assert (row.sum(0) == -torch.inf).all()  # its scores are all alike
+    found = bounded_ceilings(problem, row, None).pairs
+    assert (found.row_ceiling == -torch.inf).all() and found.col_ceiling is None

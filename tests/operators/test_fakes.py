@@ -17,7 +17,6 @@ import contrastive_kernels as ck
 from contrastive_kernels import backends
 from contrastive_kernels.arguments.options import Engine
 from contrastive_kernels.engine.matrix import Call, Problem
-from contrastive_kernels.operators.guided import guided
 from contrastive_kernels.operators.label_loss import label_losses
 from contrastive_kernels.operators.logsumexp import log_sum_exps
 from contrastive_kernels.operators.multi_positive import multi_positive_losses
@@ -33,7 +32,7 @@ DEVICE = torch.device("cuda:0")
 BACKENDS = [name for name in ck.list_backends() if name != "cpu"]
 PRIMITIVES = (
     softmax_losses, scaled_softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses,
-    multi_positive_losses, guided,
+    multi_positive_losses,
 )  # fmt: skip
 #: N, M and D as compilers first see them, and a workspace: for all scores at once, a band, panels.
 SIZES = (((60, 90, 32), 2**26), ((1000, 1200, 128), 2**26), ((9000, 7000, 300), 2**22))
@@ -119,9 +118,12 @@ def calls(
         yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
-    guide = fakes.tensor(n, 8), fakes.tensor(m, 8), a
-    yield guided, Problem(x, other, scale, bias, offset=0, engine=engine), guide, (False,)
-    yield guided, square, (fakes.tensor(n, 8), fakes.tensor(n, 8), a), (True,)
+    guide = Pairs().with_guide((fakes.tensor(n, 8), fakes.tensor(m, 8)), a)
+    of_both = Pairs().with_guide((fakes.tensor(n, 8), fakes.tensor(n, 8)), a, b)
+    yield log_sum_exps, replace(biased, pairs=guide), (), (False,)
+    for reduction in ("mean", "none"):
+        yield softmax_losses, replace(square, pairs=of_both), (c, None), (reduction, True, reduction == "sum", "")
+        yield softmax_losses, replace(indexed, pairs=guide), (gain, None), (reduction, False, True, "")
     ids = Pairs(row_ids=fakes.tensor(n, dtype=torch.int64), col_ids=fakes.tensor(m, dtype=torch.int64))
     for reduction in ("mean", "none"):
         yield (

@@ -18,6 +18,7 @@ def given(name: str, loss: str, n: int) -> dict[str, object]:
         "ids": {"ids": torch.arange(n) % 50},
         "candidate_bias": {"candidate_bias": torch.linspace(-1, 1, n)},
         "margin": {"margin": 0.5},
+        "guided": {"guided": (torch.randn(n, 8), torch.randn(n, 8))},
         "label_smoothing": {"label_smoothing": 0.1},
         "include_positive": {"include_positive": False},
         "logit_scale": {"logit_scale": torch.linspace(1, 2, n)},
@@ -33,9 +34,12 @@ CASES = [
         ("logit_scale",),
         ("label_smoothing",),
         ("include_positive",),
+        ("guided",),
+        ("guided", "candidate_bias"),
+        ("guided", "logit_scale"),
     )
     for size in (2, 64)
-    if loss != "decomposable" or members[0] not in ("label_smoothing", "include_positive")
+    if loss != "decomposable" or members[0] not in ("label_smoothing", "include_positive", "guided")
 ]
 
 
@@ -60,6 +64,21 @@ def test_plan_counts_what_the_driver_does(loss, members, size, monkeypatch):
     plan = ck.plan(N, d=8, loss=loss, members=members, **workspace)
     assert {each.name: each.panels for each in plan.passes} == {k: v for k, v in counted.items() if v}
     assert plan.loss == loss
+
+
+def test_a_guide_takes_a_product_of_each_pass_or_of_a_band():
+    for loss, size, more in (("clip_loss", 1, 2.0), ("nt_xent", 1, 1.0), ("info_nce", 64, 1.0), ("clip_loss", 64, 1.0)):
+        n, options = (2048, {"loss": loss, "d": 64, "backend": "torch", "workspace_bytes": size * MIB})
+        if (loss, size) == ("clip_loss", 64):
+            n = 1024
+        plain, guided = (ck.plan(n, members=members, **options) for members in ((), ("guided",)))
+        assert guided.products == plain.products + more, loss
+        assert guided.place == plain.place and guided.workspace_bytes <= size * MIB
+        assert sum(each.bytes for each in guided.passes) > sum(each.bytes for each in plain.passes)
+    on_gpu = [ck.plan(4096, device="cuda", capability=90, members=members) for members in (("margin",), ("guided",))]
+    if on_gpu[0].backend == "triton":  # whose kernels make them in a tile
+        first, second = ([each.launches for each in plan.passes] for plan in on_gpu)
+        assert first == second
 
 
 def test_directions_and_scales_take_what_they_take():

@@ -32,6 +32,7 @@ struct Variant {
   bool dparams;           // the sums for the parameters' gradients are wanted
   bool diagonal, biased;  // left out; biases of columns
   bool capped, scaled;    // ceilings; scales by row and column
+  bool guided;            // thresholds of a guide's scores
   int64_t excluded, padding;
   int threads;
 };
@@ -50,7 +51,8 @@ struct Case {
   Variant v;
   int64_t rows, cols, stride, weights_stride, first_row = 4, first_column = 7, diagonal = 5;
   Buffer<float> scores, params, row_shift, row_sum, col_shift, col_sum, row_norm, row_rest, row_gain, col_norm,
-      col_rest, col_gain, col_bias, row_ceiling, col_ceiling, row_scale, col_scale, row_dscale, col_dscale;
+      col_rest, col_gain, col_bias, row_ceiling, col_ceiling, row_scale, col_scale, row_dscale, col_dscale, guide,
+      row_threshold, col_threshold;
   Buffer<int64_t> columns;
   Buffer<float> weights32;
   Buffer<uint16_t> weights16;
@@ -82,16 +84,19 @@ struct Case {
         col_scale(variant.scaled ? c : 0),
         row_dscale(variant.scaled ? r : 0),
         col_dscale(variant.scaled ? c : 0),
+        guide(variant.guided ? (r - 1) * (c + 3) + c : 0),
+        row_threshold(variant.guided ? r : 0),
+        col_threshold(variant.guided ? c : 0),
         columns(r * variant.excluded),
         weights32(variant.bfloat16 || variant.in_place ? 0 : (r - 1) * weights_stride + c),
         weights16(variant.bfloat16 ? (r - 1) * weights_stride + c : 0),
         dparams(2) {}
 };
 
-// A pair's logit by one side's scale, -inf above its ceiling.
-double logit(const Case& c, float score, float scale, const Buffer<float>& ceilings, int64_t k) {
+// A pair's logit by one side's scale, -inf above its ceiling, or where a guide's score is above the threshold.
+double logit(const Case& c, float score, float scale, const Buffer<float>& ceilings, int64_t k, bool above) {
   const float scaled = score * scale;
-  if (c.v.capped && scaled > ceilings.data[k]) return -kInfinity;
+  if (above || (c.v.capped && scaled > ceilings.data[k])) return -kInfinity;
   return static_cast<double>(score) * scale + c.params.data[1];
 }
 
@@ -106,22 +111,25 @@ void fill(Case& c, std::mt19937& random) {
   for (Buffer<float>* ceilings : {&c.row_ceiling, &c.col_ceiling})
     for (int64_t k = 0; k < ceilings->size; ++k)
       (*ceilings)[k] = k % 7 == 3 ? static_cast<float>(kInfinity) : 0.7f * c.params[0] * unit(random);
+  for (Buffer<float>* of_guide : {&c.guide, &c.row_threshold, &c.col_threshold})
+    for (int64_t k = 0; k < of_guide->size; ++k) (*of_guide)[k] = unit(random);
   for (Buffer<float>* scales : {&c.row_scale, &c.col_scale})
     for (int64_t k = 0; k < scales->size; ++k) (*scales)[k] = k % 11 == 5 ? 0.0f : c.params[0] * unit(random);
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t k = 0; k < c.v.excluded; ++k)  // some in the panel, some left and right of it
       c.columns[i * c.v.excluded + k] = c.first_column + static_cast<int64_t>(random() % (c.cols + 4)) - 2;
-  c.z.resize(c.rows * c.cols);
-  c.z_col.resize(c.rows * c.cols);
-  c.score.resize(c.rows * c.cols);
+  for (std::vector<double>* each : {&c.z, &c.z_col, &c.score}) each->resize(c.rows * c.cols);
   for (int64_t i = 0; i < c.rows; ++i) {
     for (int64_t j = 0; j < c.cols; ++j) {
       const int64_t at = std::min(i * c.stride + j, c.scores.size - 1);
       if (c.v.wide) c.scores[at] += i % 2 == 0 ? 1.0f : -1.0f;
       c.score[i * c.cols + j] = c.scores[at];
       double &z = c.z[i * c.cols + j], &z_col = c.z_col[i * c.cols + j];
-      z = logit(c, c.scores[at], c.v.scaled ? c.row_scale[i] : c.params[0], c.row_ceiling, i);
-      z_col = logit(c, c.scores[at], c.v.scaled ? c.col_scale[j] : c.params[0], c.col_ceiling, j);
+      const float* guide = c.v.guided ? &c.guide[i * (c.cols + 3) + j] : nullptr;
+      z = logit(c, c.scores[at], c.v.scaled ? c.row_scale[i] : c.params[0], c.row_ceiling, i,
+                guide && *guide > c.row_threshold[i]);
+      z_col = logit(c, c.scores[at], c.v.scaled ? c.col_scale[j] : c.params[0], c.col_ceiling, j,
+                    guide && *guide > c.col_threshold[j]);
       if (c.v.biased) z += c.col_bias[j], z_col += c.col_bias[j];
       if (c.v.diagonal && c.first_column + j == c.first_row + i + c.diagonal) z = z_col = -kInfinity;
     }
@@ -160,8 +168,8 @@ double from_bfloat16(uint16_t bits) {
   std::printf("  term %d row %d col %d weights %d sums %d bfloat16 %d in_place %d wide %d diagonal %d biased %d\n",
               static_cast<int>(c.v.term), c.v.row, c.v.col, c.v.weights, c.v.sums, c.v.bfloat16, c.v.in_place, c.v.wide,
               c.v.diagonal, c.v.biased);
-  std::printf("  excluded %lld threads %d capped %d scaled %d\n", static_cast<long long>(c.v.excluded), c.v.threads,
-              c.v.capped, c.v.scaled);
+  std::printf("  excluded %lld threads %d capped %d scaled %d guided %d\n", static_cast<long long>(c.v.excluded),
+              c.v.threads, c.v.capped, c.v.scaled, c.v.guided);
   std::exit(1);
 }
 
@@ -239,6 +247,8 @@ ck::Panel make_panel(Case& c) {
   if (c.v.biased) p.pairs.col_bias = c.col_bias.get();
   if (c.v.capped) p.pairs.row_ceiling = c.row_ceiling.get(), p.pairs.col_ceiling = c.col_ceiling.get();
   if (c.v.scaled) p.pairs.row_scale = c.row_scale.get(), p.pairs.col_scale = c.col_scale.get();
+  if (c.v.guided) p.pairs.row_threshold = c.row_threshold.get(), p.pairs.col_threshold = c.col_threshold.get();
+  if (c.v.guided) p.pairs.guide = c.guide.get(), p.pairs.guide_stride = c.cols + 3;
   p.threads = c.v.threads;
   if (c.v.sums && c.v.row) p.row.sum = c.row_sum.get();
   if (c.v.sums && c.v.col) p.col.sum = c.col_sum.get();
@@ -385,8 +395,9 @@ std::vector<Variant> all_variants() {
                 const bool dparams = !scaled && random() % 4 != 0;
                 const bool diagonal = random() % 3 == 0, biased = !scaled && random() % 3 == 0;
                 const bool capped = term == ck::PairTerm::kExponential && random() % 4 == 0;
+                const bool guided = term == ck::PairTerm::kExponential && random() % 4 == 0;
                 all.push_back({term, (sides & 1) != 0, (sides & 2) != 0, weights, sums, output == 2, output == 1, wide,
-                               dparams, diagonal, biased, capped, scaled, excluded, padding, threads});
+                               dparams, diagonal, biased, capped, scaled, guided, excluded, padding, threads});
               }
   return all;
 }
