@@ -61,6 +61,9 @@ def share(inputs: Inputs, loss: str, rows: Tensor, cols: Tensor) -> Inputs:
         of.weight = inputs.weight[rows]
     if inputs.ids is not None:
         of.ids = (inputs.ids[0][rows], inputs.ids[1][cols])
+    if inputs.guide:
+        of_rows, of_cols = inputs.guide["guided"]
+        of.guide = {**inputs.guide, "guided": (of_rows[rows], of_cols[cols])}
     if inputs.candidate_bias is not None:
         of.candidate_bias = inputs.candidate_bias[cols]
     if inputs.log_normalizer is not None:

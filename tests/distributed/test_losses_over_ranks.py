@@ -36,7 +36,7 @@ def check(cases, ranks, tmp_path):
 
 #: u is drawn on every rank for itself.
 SAME_DRAWS = [p for p in PROBLEMS if "shape" not in dict(p.decomposable)]
-SAME_DRAWS = [p for p in SAME_DRAWS if not p.label_smoothing and p.margin is None]
+SAME_DRAWS = [p for p in SAME_DRAWS if not p.label_smoothing and p.margin is None and p.guide is None]
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,14 @@ def test_every_problem(turn, dtype, strategy, tmp_path):
     check(cases, 3, tmp_path)
 
 
-ALL_ROWS = [p for p in PROBLEMS if p.label_smoothing or p.margin is not None or p.candidate_bias is not None]
+ALL_ROWS = [
+    p for p in PROBLEMS if p.label_smoothing or any(m is not None for m in (p.margin, p.candidate_bias, p.guide))
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_problem_for_which_every_rank_computes_all_rows(dtype, tmp_path):
-    """Smoothing, biases with their gradients, margins."""
+    """Smoothing, biases with their gradients, margins, guides."""
     cases = [
         Case(
             problem.name, loss, dtype, reduction, "sum" if dtype == torch.float32 else "average",
@@ -73,7 +75,7 @@ def test_every_problem_for_which_every_rank_computes_all_rows(dtype, tmp_path):
         )
         for problem in ALL_ROWS
         for loss in problem.losses
-        for reduction in (("mean", "none") if problem.name in ("smoothed", "candidate-bias", "margin") else ("mean",))
+        for reduction in (("mean", "none") if problem.name in ("smoothed", "candidate-bias", "margin", "guide") else ("mean",))
         if loss in ("info_nce", "clip_loss", "nt_xent")
     ]  # fmt: skip
     check(cases, 3, tmp_path)

@@ -49,7 +49,7 @@ def streamed(loss, problem, rest):
     if loss == "sigmoid":
         return sigmoid_loss(problem, None, "mean")
     if loss == "weighted":
-        return exponential_sums(problem, [rest], None, None, "mean").values
+        return exponential_sums(problem, [rest], None, None, "mean", (0.0, 0.0, 0.0)).values - rest.mean()
     return logsumexp(problem).mean()
 
 

@@ -335,15 +335,16 @@ def test_one_graph_of_labels(loss):
 def test_opcheck_of_weighted_sum(engine, layout, dtype):
     a, b, row, col = (vectors(7, seed) for seed in range(4))
     z, w = (vectors(7, seed).requires_grad_() for seed in (4, 5))
+    numbers = " ".join(number.hex() for number in (1.0, -0.5, 0.25))
     for needs in ((True,) * 4, X_ALONE, (False,) * 4):
         for extras, relative, reduction in (
             ((a, b, row, col, None, None), True, "sum"), ((a, b, None, None, z, w), False, "mean"),
             ((a, b, None, None, z, w), False, "none"),
         ):  # fmt: skip
             problem = problem_of(layout, dtype, m=7, offset=0, engine=engine)
-            check(weighted_sum, problem, extras, (relative, reduction), needs)
+            check(weighted_sum, problem, extras, (relative, reduction, relative, numbers), needs)
         given = problem_of(layout, dtype, index=SOME, pairs=biased(), engine=engine)
-        check(weighted_sum, given, (a, None, None, None, z, None), (False, "mean"), needs)
+        check(weighted_sum, given, (a, None, None, None, z, None), (False, "mean", False, numbers), needs)
 
 
 @OPERANDS
