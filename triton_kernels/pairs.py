@@ -72,10 +72,10 @@ class Pairs(NamedTuple):
     def of(cls, pairs: Any) -> Pairs:
         """What is said of a panel, with the diagonal counted from its own rows and columns."""
         diagonal = None if pairs.diagonal is None else pairs.diagonal + pairs.first_row - pairs.first_column
-        guide = (None if v is None else v.contiguous() for v in (pairs.row_guide, pairs.col_guide))
+        of_rows, of_cols = (None if v is None else v.contiguous() for v in (pairs.row_guide, pairs.col_guide))
         return cls(
             diagonal, pairs.columns, pairs.first_column, pairs.col_bias, pairs.row_ids, pairs.col_ids, pairs.equal_ids,
-            pairs.row_ceiling, pairs.col_ceiling, *guide, pairs.row_threshold, pairs.col_threshold,
+            pairs.row_ceiling, pairs.col_ceiling, of_rows, of_cols, pairs.row_threshold, pairs.col_threshold,
         )  # fmt: skip
 
     @property
