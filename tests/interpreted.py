@@ -79,6 +79,7 @@ SUBSETS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "smoothed": None,
         "margin": ("info_nce", "clip_loss", "nt_xent", "decomposable_pair"),
         "margin-panels": ("nt_xent",),
+        "guide-panels": ("info_nce", "nt_xent"),
         "smoothed-panels": ("nt_xent",),
         "smoothed-wide": None,
         "n3": ("clip_loss", "nt_xent", "sup_con_wide", "multi_positive_nce_wide"),

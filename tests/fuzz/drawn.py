@@ -85,7 +85,6 @@ def problems_of(draw: Any, loss: str) -> Problem:
         smoothing = draw(st.sampled_from((0.0, 0.0, 0.01, 0.1, 1.0)))
     # (rounding decides about no candidate: all count, or none)
     margins = (None, None, None, 1e30, -1e30) if loss in RATIOS and not smoothing else (None,)
-    # (of a guide's scores, whole numbers, any margin decides; rows match where it has two sides)
     guides = (None, None, 0.5, -2.5, ("relative", 0.25), 1e9) if loss in SOFTMAX and not smoothing else (None,)
     return Problem(
         name=f"drawn-{draw(st.integers(0, 2**16))}",
@@ -149,6 +148,8 @@ def _with_a_truth(case: tuple[str, Problem, Way]) -> tuple[str, Problem, Way]:
     Nor are normalisers those of large features that are normalised later.
     """
     loss, problem, way = case
+    if problem.guide is not None:  # whose scores, of unit vectors, would be no whole numbers
+        way = replace(way, normalize=False)
     if problem.features in LARGE:
         way = replace(way, normalize=False, dtype=torch.float32 if way.dtype == torch.float64 else way.dtype)
     return loss, problem, way
