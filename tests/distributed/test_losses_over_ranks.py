@@ -60,9 +60,13 @@ def test_every_problem(turn, dtype, strategy, tmp_path):
     check(cases, 3, tmp_path)
 
 
-ALL_ROWS = [
-    p for p in PROBLEMS if p.label_smoothing or any(m is not None for m in (p.margin, p.candidate_bias, p.guide))
-]
+def wants_all_rows(p):
+    """Whether it has a member that ranks cannot share."""
+    return p.label_smoothing or any(member is not None for member in (p.margin, p.candidate_bias, p.guide))
+
+
+ALL_ROWS = [p for p in PROBLEMS if wants_all_rows(p)]
+WITHOUT_REDUCTION = "smoothed", "candidate-bias", "margin", "guide"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -75,7 +79,7 @@ def test_every_problem_for_which_every_rank_computes_all_rows(dtype, tmp_path):
         )
         for problem in ALL_ROWS
         for loss in problem.losses
-        for reduction in (("mean", "none") if problem.name in ("smoothed", "candidate-bias", "margin", "guide") else ("mean",))
+        for reduction in (("mean", "none") if problem.name in WITHOUT_REDUCTION else ("mean",))
         if loss in ("info_nce", "clip_loss", "nt_xent")
     ]  # fmt: skip
     check(cases, 3, tmp_path)
