@@ -27,7 +27,7 @@ from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
-from .tensors import is_named_only, looped, readable, settled
+from .tensors import is_named_only, looped, readable, settled, with_copies, with_others
 
 __all__ = [
     "ABSENT_DIMS",
@@ -186,7 +186,7 @@ class _Eager(torch.autograd.Function):
         outputs, count = _without_autocast(primitive.forward, call), primitive.results
         ctx.numbers, tensors = _numbers_apart(tensors)
         if primitive.copied:
-            tensors = _with(tensors, primitive.copied, [_copy(tensors[k]) for k in primitive.copied])
+            tensors = with_copies(tensors, primitive.copied)
         ctx.save_for_backward(*outputs[count:], *tensors)
         ctx.constants = primitive, call.problem.offset, call.statics, len(outputs) - count
         places = _places(primitive.made, call.needs)
@@ -233,18 +233,6 @@ def _with_numbers(numbers: tuple[float | None, ...], tensors: Sequence[Tensor | 
     return (*tensors[:2], scale, bias, *tensors[4:])
 
 
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
-def _with(tensors: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> Outputs:
-    """The tensors with others in these places."""
-    changed = list(tensors)
-    for place, other in zip(places, others):
-        changed[place] = other
-    return tuple(changed)
-
-
 class _Prepared(torch.autograd.Function):
     """The same of what is prepared, which gives one result."""
 
@@ -255,7 +243,7 @@ class _Prepared(torch.autograd.Function):
         value, *kept = _without_autocast(_run, call, prepared)
         ctx.numbers, tensors = _numbers_apart(tensors)
         if primitive.copied:  # by the kernels
-            tensors = _with(tensors, primitive.copied, [None] * len(primitive.copied))
+            tensors = with_others(tensors, primitive.copied, [None] * len(primitive.copied))
         ctx.save_for_backward(*tensors, *kept)
         ctx.constants = primitive, prepared, call.problem.offset, call.statics, len(tensors)
         return value
@@ -268,7 +256,7 @@ class _Prepared(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
             with torch.no_grad():
                 if primitive.copied:
-                    tensors = _with(tensors, primitive.copied, prepared.copies(kept))
+                    tensors = with_others(tensors, primitive.copied, prepared.copies(kept))
                 call = Call.of(tensors, offset, statics)
                 call.problem = call.problem.with_index()
                 tensors, outputs = call.tensors, _without_autocast(primitive.forward, call)
