@@ -103,10 +103,11 @@ def _two_sum(a, b):
 
 
 @triton.jit
-def _relative_side(given_ptr, normalizer_ptr, gain_ptr, z, gain, log_k, rows, inside, N):
+def _relative_side(given_ptr, copy_ptr, normalizer_ptr, gain_ptr, z, gain, log_k, rows, inside, N):
     """Leaves the normaliser z + given - log k and the gain of a side; without negatives where a row does not count."""
-    rest = tl.load(given_ptr + rows, mask=inside, other=0.0) - log_k
-    shift, rest = _two_sum(z, tl.where(gain == 0, _INF, rest))
+    given = tl.load(given_ptr + rows, mask=inside, other=0.0)
+    tl.store(copy_ptr + rows, given, mask=inside)
+    shift, rest = _two_sum(z, tl.where(gain == 0, _INF, given - log_k))
     tl.store(normalizer_ptr + rows, shift, mask=inside)
     tl.store(normalizer_ptr + N + rows, rest, mask=inside)
     tl.store(gain_ptr + rows, gain, mask=inside)
@@ -125,6 +126,8 @@ def relative_dots_kernel(
     row_given_ptr,  # [N]
     col_given_ptr,  # [N] or None
     gain_ptr,  # [N] or None
+    row_copy_ptr,  # [N] of what is given
+    col_copy_ptr,  # [N] or None
     row_normalizer_ptr,  # [2, N]
     row_gain_ptr,  # [N]
     col_normalizer_ptr,  # [2, N] or None
@@ -149,9 +152,9 @@ def relative_dots_kernel(
     gain = tl.zeros([BLOCK], tl.float32) + share
     if gain_ptr is not None:
         gain *= tl.load(gain_ptr + rows, mask=inside, other=0.0)
-    _relative_side(row_given_ptr, row_normalizer_ptr, row_gain_ptr, z, gain, log_k, rows, inside, N)
+    _relative_side(row_given_ptr, row_copy_ptr, row_normalizer_ptr, row_gain_ptr, z, gain, log_k, rows, inside, N)
     if col_given_ptr is not None:
-        _relative_side(col_given_ptr, col_normalizer_ptr, col_gain_ptr, z, gain, log_k, rows, inside, N)
+        _relative_side(col_given_ptr, col_copy_ptr, col_normalizer_ptr, col_gain_ptr, z, gain, log_k, rows, inside, N)
 
 
 @triton.jit

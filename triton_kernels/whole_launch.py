@@ -134,6 +134,10 @@ class _Whole:
         self.finish(values)
         return tuple(made)
 
+    def copies(self, kept: list[Tensor]) -> Sequence[Tensor | None]:
+        """What the kernels have copied of the extras: nothing."""
+        return ()
+
     def _forward_launches(self) -> list[Launch]:
         raise NotImplementedError
 
@@ -242,13 +246,14 @@ class WholeRatio(_Whole):
         row = take(2 * form.rows), take(form.rows)
         col = (take(2 * form.cols), take(form.cols)) if form.both else (_NOTHING, _NOTHING)
         panel, (c, log_k, excess) = _Panel(self, "fused"), form.rule
+        self.copied = [take(form.rows) if there else _NOTHING for there in form.extras[:2]]
         n, d = form.rows, form.features
         return [
             Launch(
                 relative_dots_kernel, -(-n // DOTS_ROWS),
                 (
                     given(_X), given(_Y), given(_SCALE), given(_BIAS), self.dots, self.params, *self.extras[:3],
-                    *row, *col, *map(number, (n, form.offset, d, form.share, log_k)),
+                    *self.copied, *row, *col, *map(number, (n, form.offset, d, form.share, log_k)),
                 ),
                 SCALE_IS_TENSOR=form.dtypes[0] is not None, BIAS_IS_TENSOR=form.dtypes[1] is not None,
                 BLOCK=DOTS_ROWS, BLOCK_D=block_d(d), **_OPTIONS,
@@ -261,6 +266,11 @@ class WholeRatio(_Whole):
             ),
             self._totals(panel),
         ]  # fmt: skip
+
+    def copies(self, kept: list[Tensor]) -> Sequence[Tensor | None]:
+        """-log u of rows and of columns."""
+        values = [kept[0]] * _KEPT
+        return [None if each is _NOTHING else each.value(values)[: self.form.rows] for each in self.copied]
 
 
 class _Panel:

@@ -36,6 +36,10 @@ class Prepared(Protocol):
         """dx, dy, dscale, dbias, as far as they are wanted."""
         ...
 
+    def copies(self, kept: list[Tensor]) -> Sequence[Tensor | None]:
+        """Of a "ratio", what the kernels have copied of -log u of rows and of columns."""
+        ...
+
 
 class WholeMatrix(Protocol):
     """What is said of a small matrix beside its scores; see :class:`contrastive_kernels.engine.matrix.Problem`."""

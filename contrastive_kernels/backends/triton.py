@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -201,6 +202,9 @@ class _OnDevice:
             return self.prepared.backward(*arguments)
         with torch.cuda.device(self.device):
             return self.prepared.backward(*arguments)
+
+    def copies(self, kept: list[Tensor]) -> Sequence[Tensor | None]:
+        return self.prepared.copies(kept)
 
 
 @cache

@@ -194,10 +194,8 @@ def decomposable(
         tell(ranks, error, x)
         raise
 
-    # -log u of rows, and of columns, in memory of its own: what remembers log Zbar may move before the backward pass
-    minus_log_us = [
-        log_z.clone() if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides
-    ]
+    # -log u of rows, and of columns; u_i k sum exp(h_ij) is a sum over exp(z - z_pos - rest)
+    minus_log_us = [log_z if shape is None else log_z - draw_log_weights(log_z, shape, generator) for log_z, _ in sides]
     excess = _excess(shape)
     logits = [without_infinity(logit) for _, logit in sides if logit is not None] or None
     if ranks is not None:

@@ -27,7 +27,7 @@ from ..backends.base import Prepared
 from ..engine.matrix import Call, Outputs, Problem
 from ..panels.size import score_dtype
 from .second import second_gradients
-from .tensors import is_named_only, looped, readable, settled
+from .tensors import is_named_only, looped, readable, settled, with_copies, with_others
 
 __all__ = [
     "ABSENT_DIMS",
@@ -65,6 +65,8 @@ class Primitive:
     made: tuple[int, ...] = ()
     #: so many of the last outputs are read by callers; they are not differentiable
     found: int = 0
+    #: tensors whose memory may change before the backward pass
+    copied: tuple[int, ...] = ()
 
     def __call__(self, problem: Problem, extras: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> Outputs:
         """The results and what callers read beside; what is not wanted is None, or an empty tensor under a compiler."""
@@ -183,6 +185,8 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, primitive: Primitive, call: Call, tensors: Outputs, *wanting: Tensor) -> Outputs:
         outputs, count = _without_autocast(primitive.forward, call), primitive.results
         ctx.numbers, tensors = _numbers_apart(tensors)
+        if primitive.copied:
+            tensors = with_copies(tensors, primitive.copied)
         ctx.save_for_backward(*outputs[count:], *tensors)
         ctx.constants = primitive, call.problem.offset, call.statics, len(outputs) - count
         places = _places(primitive.made, call.needs)
@@ -238,6 +242,8 @@ class _Prepared(torch.autograd.Function):
     ) -> Tensor:
         value, *kept = _without_autocast(_run, call, prepared)
         ctx.numbers, tensors = _numbers_apart(tensors)
+        if primitive.copied:  # by the kernels
+            tensors = with_others(tensors, primitive.copied, [None] * len(primitive.copied))
         ctx.save_for_backward(*tensors, *kept)
         ctx.constants = primitive, prepared, call.problem.offset, call.statics, len(tensors)
         return value
@@ -249,6 +255,8 @@ class _Prepared(torch.autograd.Function):
         tensors, kept = _with_numbers(ctx.numbers, saved[:count]), list(saved[count:])
         if torch.is_grad_enabled():  # create_graph=True: they have a graph of their own
             with torch.no_grad():
+                if primitive.copied:
+                    tensors = with_others(tensors, primitive.copied, prepared.copies(kept))
                 call = Call.of(tensors, offset, statics)
                 call.problem = call.problem.with_index()
                 tensors, outputs = call.tensors, _without_autocast(primitive.forward, call)

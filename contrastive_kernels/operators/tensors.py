@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_named_only", "looped", "readable", "settled"]
+__all__ = ["is_named_only", "looped", "readable", "settled", "with_copies", "with_others"]
 
 
 def is_named_only(kind: type) -> bool:
@@ -30,6 +30,19 @@ def readable(saved: Tensor) -> Tensor:
     if not saved.is_contiguous():
         saved = saved.contiguous()
     return saved.clone() if saved.data_ptr() & 15 else saved
+
+
+def with_others(tensors: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors with others in these places."""
+    changed = list(tensors)
+    for place, other in zip(places, others):
+        changed[place] = other
+    return tuple(changed)
+
+
+def with_copies(tensors: Sequence[Any], places: Sequence[int]) -> tuple[Any, ...]:
+    """The tensors with copies of those in these places."""
+    return with_others(tensors, places, [None if tensors[k] is None else tensors[k].clone() for k in places])
 
 
 def looped(function: Callable[..., Any], info: Any, in_dims: Any, inputs: Any) -> Any:

@@ -7,6 +7,7 @@ has gradients. With a_i = z_i,p(i) - log u_i it is the decomposable loss's row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,7 +28,7 @@ from .registration import register
 from .second import dense_logits, dense_normalizer
 from .shared import Call, Outputs, Primitive, like
 
-__all__ = ["ExponentialSums", "constants_of", "exponential_sums", "rests_of", "two_sum"]
+__all__ = ["ExponentialSums", "constants_of", "exponential_sums", "printed", "rests_of", "two_sum"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def exponential_sums(
     problem : Problem
         The score matrix.
     given : list of Tensor
-        -log u of the rows [N], and perhaps of the columns [M]; not differentiated.
+        -log u of the rows [N], and perhaps of the columns [M]; not differentiated, and free to change before the
+        backward pass.
     logits : list of Tensor, optional
         The positives' logits, as many, differentiable; without them they are the matrix's own.
     gain : Tensor, optional
@@ -76,13 +78,17 @@ def exponential_sums(
     halved = gain / 2 if two and gain is not None else gain
     col_gain = halved.clone() if two and halved is not None else None
     extras = (*_padded(given), halved, col_gain, *_padded(logits))
-    # (as text that keeps their bits: Dynamo takes no floats within what it prints)
-    rule = " ".join([number.hex() for number in numbers])
-    values, col_values, row, col, dots = weighted_sum(problem, extras, (logits is None, reduction, values_alone, rule))
+    settings = logits is None, reduction, values_alone, printed(numbers)
+    values, col_values, row, col, dots = weighted_sum(problem, extras, settings)
     if reduction == "none":
         values = (values + col_values) / 2 if two else values
         values = values if gain is None else gain * values
     return ExponentialSums(values, [row, col] if two else [row], dots)
+
+
+def printed(numbers: Sequence[float]) -> str:
+    """Numbers as text that keeps their bits: Dynamo takes no floats within what it prints."""
+    return " ".join([number.hex() for number in numbers])
 
 
 @lru_cache(maxsize=256)
@@ -380,5 +386,6 @@ weighted_sum = register(
         prepared=_prepared,
         made=_MADE,
         found=3,
+        copied=(PROBLEM_TENSORS, PROBLEM_TENSORS + 1),
     )
 )

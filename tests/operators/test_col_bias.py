@@ -39,7 +39,7 @@ def dense(loss, x, y, scale, bias, rest):
     if loss == "sigmoid":
         return (torch.nn.functional.softplus(negatives).sum(1) + torch.nn.functional.softplus(-z_pos)).mean()
     if loss == "weighted":
-        return torch.exp(negatives - z_pos[:, None] - rest[:, None]).sum(1).mean()
+        return (torch.exp(negatives - z_pos[:, None] - rest[:, None]).sum(1) + rest).mean()  # less log u
     return negatives.logsumexp(1).mean()
 
 
@@ -49,7 +49,7 @@ def streamed(loss, problem, rest):
     if loss == "sigmoid":
         return sigmoid_loss(problem, None, "mean")
     if loss == "weighted":
-        return exponential_sums(problem, [rest], None, None, "mean", (0.0, 0.0, 0.0)).values - rest.mean()
+        return exponential_sums(problem, [rest], None, None, "mean", (0.0, 0.0, 0.0)).values
     return logsumexp(problem).mean()
 
 

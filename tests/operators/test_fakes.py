@@ -24,7 +24,7 @@ from contrastive_kernels.operators.shared import ABSENT_DIMS, operator_arguments
 from contrastive_kernels.operators.sigmoid_loss import sigmoid_losses
 from contrastive_kernels.operators.softmax_loss import softmax_losses
 from contrastive_kernels.operators.softmax_scaled import scaled_softmax_losses
-from contrastive_kernels.operators.weighted_sum import weighted_sum
+from contrastive_kernels.operators.weighted_sum import printed, weighted_sum
 from contrastive_kernels.panels.pairs import Pairs
 
 OPERATORS = torch.ops.contrastive_kernels
@@ -34,6 +34,8 @@ PRIMITIVES = (
     softmax_losses, scaled_softmax_losses, sigmoid_losses, weighted_sum, log_sum_exps, label_losses,
     multi_positive_losses,
 )  # fmt: skip
+#: Of a weighted sum: c, log k and the excess.
+RULE = printed((0.5, 0.7, 1.0))
 #: N, M and D as compilers first see them, and a workspace: for all scores at once, a band, panels.
 SIZES = (((60, 90, 32), 2**26), ((1000, 1200, 128), 2**26), ((9000, 7000, 300), 2**22))
 
@@ -114,8 +116,8 @@ def calls(
         yield softmax_losses, views, (gain, None), (reduction, False, True, "")
         yield softmax_losses, several, (gain, a), (reduction, False, True, "")
         yield sigmoid_losses, square, (gain,), (reduction,)
-        yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction)
-        yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction)
+        yield weighted_sum, square, (a, b, gain, gain, None, None), (True, reduction, False, RULE)
+        yield weighted_sum, indexed, (a, None, gain, None, z, None), (False, reduction, False, RULE)
     for cols in (False, True):
         yield log_sum_exps, biased, (), (cols,)
     guide = Pairs().with_guide((fakes.tensor(n, 8), fakes.tensor(m, 8)), a)
