@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from defaults import DEFAULTS, torch_default
+from defaults import DEFAULTS, depending, torch_default
 from torch import Tensor
 
 import contrastive_kernels as ck
@@ -104,6 +104,12 @@ def test_nothing_depends_on_defaults(name, expected, other_default):
     assert (dx is None) == (found_dx is None)
     if dx is not None:
         assert torch.equal(found_dx, dx)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_no_loss_depends_on_defaults(backend):
+    """The GPU's backends: tests/backends/test_cuda_pass.py, tests/interpreted.py."""
+    assert depending(backend) == []
 
 
 def test_plans_and_words(other_default):

@@ -294,6 +294,25 @@ def test_a_fork_neither_writes_nor_gives_the_lock_back(tmp_path):
     check(memory)
 
 
+def test_the_lock_is_given_back_while_a_fork_lives(tmp_path):
+    """Which has the locked file open, as a data loader's workers have."""
+    memory = make(tmp_path)
+    waits, ends = os.pipe()
+
+    def child():
+        os.close(ends)
+        os.read(waits, 1)
+
+    alive = faults.fork(child)
+    try:
+        memory.close()
+        check(ck.NormalizerMemory.open(tmp_path))
+    finally:
+        os.close(ends)
+        os.close(waits)
+        assert faults.wait(alive) == 0
+
+
 def test_a_closed_memory_says_so(tmp_path):
     memory = make(tmp_path)
     maps = Path("/proc/self/maps")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from folders import FILES, check, make, names, values
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
 
@@ -216,6 +217,44 @@ def test_a_death_while_growth_is_taken_back_does_not_matter(tmp_path):
         if not died:
             break
     assert number > 12
+
+
+class Dies(TorchDispatchMode):
+    """Within it the process is killed before its operation of that number; of -1 operations are only counted."""
+
+    def __init__(self, number=-1):
+        super().__init__()
+        self.number, self.done = number, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.done == self.number:
+            faults.kill()
+        self.done += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_death_at_any_operation_of_an_update_leaves_no_visit_without_its_mean(tmp_path):
+    def visit(memory, number):
+        memory.update(torch.arange(4), torch.full((4, 2), float(number)))
+
+    def die(folder, number):
+        memory = ck.NormalizerMemory.open(folder)
+        with Dies(number):
+            visit(memory, 2)
+
+    with Dies() as whole:
+        visit(ck.NormalizerMemory(4), 1)
+    visits = []
+    for number in range(whole.done - 16, whole.done + 1):  # from before the writes to the end
+        folder = tmp_path / f"{number}"
+        with ck.NormalizerMemory(4, storage=folder, floor=1.0) as memory:  # a visit replaces the mean
+            visit(memory, 1)
+        faults.in_child(lambda folder=folder, number=number: die(folder, number))
+        with ck.NormalizerMemory.open(folder) as memory:
+            behind = memory.log_mean - memory.visits
+            assert ((behind == 0) | (behind == 1)).all()
+            visits.append(memory.visits.unique().tolist())
+    assert [1] in visits and [2] in visits
 
 
 @pytest.mark.parametrize("what", ["update", "grow"])
