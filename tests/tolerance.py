@@ -81,7 +81,7 @@ def _rounded_alike(problem: Problem, loss: str, dtype: torch.dtype, reduction: s
     if loss in TWO_VIEWS:
         x = y = torch.cat([x, y])
     repeated_x, repeated_y = _repeated(x), _repeated(y)
-    if not (repeated_x.any() or repeated_y.any()):
+    if not (len(x) and len(y) and (repeated_x.any() or repeated_y.any())):
         return {}
     w = _pair_weights(inputs, loss, reduction, problems.upstream_like(value, problem.seed))
 
