@@ -11,7 +11,8 @@ would have without this package.
 
 for dx, and accordingly for the rest. The row's weight is sum_j |w_ij|, w = dL/dz in float64 with the upstream gradient
 in it: what scale * max|y| is multiplied by. The second term is the rounding of the logits themselves, each of which
-carries it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another.
+carries it into exp(z): where few pairs decide, torch's error is one throw of that die, and ours is another. (To every
+floor comes float32's smallest normal number: what is below it may be 0.)
 
 Where rows are equal, a gradient is a sum of equal numbers, and additions of equal numbers round alike: errors do not
 level out but add up, to anything between 0 and half a rounding of every partial sum. This too is one throw of a die,
@@ -146,6 +147,10 @@ def assert_outcome(inputs: Inputs, loss: str, reduction: str, ours: Outcome, pro
         assert_accurate(label, ours[name], truth[name], [errors[name] for errors in yardsticks], allowed[name])
 
 
+#: float32's smallest normal number: what lies below may be 0 (docs/reliability.md).
+SUBNORMAL = torch.finfo(torch.float32).tiny
+
+
 def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor | list[Tensor], floor: Tensor) -> None:
     """Asserts the rule for one result.
 
@@ -168,7 +173,7 @@ def assert_accurate(name: str, ours: Tensor, truth: Tensor, torch_error: Tensor 
     assert finite.all(), f"{name}: {int((~finite).sum())} of {ours.numel()} entries are not finite"
     if not ours.numel():
         return
-    error, floor = (ours.double() - truth).abs(), floor.expand_as(truth)
+    error, floor = (ours.double() - truth).abs(), floor.expand_as(truth) + SUBNORMAL
     torch_errors = [torch_error] if isinstance(torch_error, Tensor) else torch_error
     largest, largest_rms = max(float(e.max()) for e in torch_errors), max(map(rms, torch_errors))
     allowed = 2 * largest + floor
