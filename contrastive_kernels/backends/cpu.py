@@ -143,11 +143,16 @@ def _route(product: str, isa: str | None) -> Route:
     return Route(f"{product} + one pass in {isa}")
 
 
+def _strides(operand: Tensor) -> list[int]:
+    """Of its lines and depths; 1 of what there is but one."""
+    return [1 if size == 1 else stride for size, stride in zip(operand.shape, operand.stride())]
+
+
 def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
     (rows, depth), cols = x.shape, y.shape[1]
-    x, y = (v if 1 in v.stride() else v.contiguous() for v in (x, y))
+    x, y = (v if 1 in _strides(v) else v.contiguous() for v in (x, y.T))
     _C.multiply_bfloat16(
-        x.data_ptr(), DTYPES[x.dtype], *x.stride(), y.data_ptr(), DTYPES[y.dtype], *y.T.stride(),
+        x.data_ptr(), DTYPES[x.dtype], *_strides(x), y.data_ptr(), DTYPES[y.dtype], *_strides(y),
         out.data_ptr(), rows, cols, depth, out.stride(0), add, torch.get_num_threads(),
     )  # fmt: skip
 

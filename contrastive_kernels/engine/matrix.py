@@ -73,6 +73,18 @@ class Positives:
         else:  # index_add_ on a GPU adds in no fixed order
             sums.index_put_((index,), product, accumulate=True)
 
+    def take_out(self, weights: Tensor) -> Tensor:
+        """The positives' entries of weights [N, M], which become 0 there; 0 where a row has no positive."""
+        if self.index is None:
+            entries = weights.diagonal(self.offset or 0)
+            values = entries.clone()
+            entries.zero_()
+            return values
+        index = self.index.clamp(min=0)[:, None]
+        found = weights.gather(1, index)[:, 0]
+        weights.scatter_(1, index, found.masked_fill(self.index >= 0, 0.0)[:, None])
+        return self.coefficients(found)
+
     def add_values(self, sums: Tensor, values: Tensor) -> None:
         """sums[p(i)] += values_i [N] in one order, for the rows that have a positive."""
         if self.index is None:

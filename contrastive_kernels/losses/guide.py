@@ -80,7 +80,8 @@ def with_guide(problem: Problem, guide: tuple[Tensor, Tensor], margin: Any, *, b
     if index is None:
         index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) + (problem.offset or 0)
     own = scores_of(*guide, index[:, None], score_dtype(x.dtype), problem.workspace_bytes)[:, 0]
-    return with_thresholds(problem, guide, _thresholds(own, margin), both=both)
+    partners = guide[1].norm(dim=1, dtype=own.dtype)[index.clamp(min=0)] if guide[1].shape[0] else own
+    return with_thresholds(problem, guide, _thresholds(own, margin, guide[0], partners), both=both)
 
 
 def with_thresholds(
@@ -101,10 +102,14 @@ def _in_one_dtype(problem: Problem, guide: tuple[Tensor, Tensor]) -> tuple[Tenso
     return first, first if of_cols is of_rows else of_cols.to(dtype).contiguous()
 
 
-def _thresholds(own: Tensor, margin: Any) -> Tensor:
-    """Of rows [N] that a guide finds so much like their positives."""
+def _thresholds(own: Tensor, margin: Any, of_rows: Tensor, lengths: Tensor) -> Tensor:
+    """Of rows [N] that a guide finds so much like their positives, whose features have these lengths.
+
+    With room for what a dot product is off by from one sum to another: a candidate like the positive is not above it.
+    """
     relative, number = check_guided_margin(margin)
-    return own - (own.abs() * number if relative else number)
+    slack = 4 * torch.finfo(own.dtype).eps * of_rows.shape[1] ** 0.5 * of_rows.norm(dim=1, dtype=own.dtype) * lengths
+    return own - (own.abs() * number if relative else number) + slack.nan_to_num(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ class Guide:
             documents = torch.cat([positive, own.reshape(-1, positive.shape[1])])
         dtype = score_dtype(anchor.dtype)
         own_score = (anchor.to(dtype) * positive.to(dtype)).sum(1)
-        return cls(anchor, positive, documents, _thresholds(own_score, margin))
+        lengths = positive.norm(dim=1, dtype=dtype)
+        return cls(anchor, positive, documents, _thresholds(own_score, margin, anchor, lengths))
 
     def named(self, name: str) -> Tensor:
         """The features of these rows or columns."""

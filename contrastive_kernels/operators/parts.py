@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,19 +61,31 @@ def whole_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included.
 
-    Of a call's own rows and columns alone, if it has any.
+    Of a call's own rows and columns alone, if it has any. Weights that a product rounds to 16 bits lose those of the
+    positives before, which are as large as all others of a row: rounded, their sum would no longer be 0.
     """
     want_x, want_y, want_scale, want_bias = call.needs[:4]
     of_rows, of_cols = weights, weights.t()
     if call.own is not None:
         of_rows, of_cols = of_rows[call.own[0]], of_cols[call.own[1]]
-    multiply = Tensor.mm if x.dtype == weights.dtype else partial(_product, call.problem)
-    return (
-        multiply(of_rows, y) if want_x else None,
-        multiply(of_cols, x) if want_y else None,
-        number(weights, dscale) if want_scale else None,
-        number(weights, dbias) if want_bias else None,
-    )
+    params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
+    if x.dtype == weights.dtype:
+        return of_rows.mm(y) if want_x else None, of_cols.mm(x) if want_y else None, *params
+    positives, values = call.problem.with_index().positives, None
+    if positives.exist:
+        values = positives.take_out(weights)
+    dx = _product(call.problem, of_rows, y) if want_x else None
+    dy = _product(call.problem, of_cols, x) if want_y else None
+    if values is not None:
+        rows, all_ = slice(0, len(x)), call.own or (slice(None), slice(None))
+        if dx is not None:
+            dx += (values[:, None] * positives.select(y, rows))[all_[0]]
+        if dy is not None:
+            found = dy if call.own is None else torch.zeros(y.shape, dtype=dy.dtype, device=dy.device)
+            positives.add_to(found, rows, x.to(dy.dtype), values)
+            if call.own is not None:
+                dy += found[all_[1]]
+    return dx, dy, *params
 
 
 def _product(problem: Problem, x: Tensor, y: Tensor) -> Tensor:

@@ -91,10 +91,16 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if of_biases is not None:
             of_biases += weights.sum(0)
+        # (the weights of positives are as large as all others of their rows: rounded, they would leave a sum behind)
+        apart = positives.take_out(weights) if x.dtype != dtype else None
         if dx is not None:
             multiply(weights, y, dx[i])
+            if apart is not None:
+                dx[i] += apart[:, None] * positives.select(y, slice(0, len(apart)))
         if dy is not None:
             multiply(weights.T, x[i], dy, i.start > 0)
+            if apart is not None:
+                positives.add_to(dy, slice(0, len(apart)), x[i].to(dtype), apart)
     for gradient in (dx, dy):
         if of_biases is not None and gradient is not None:  # of weights that were not scaled
             gradient *= problem.scale

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import contrastive_kernels as ck
+from contrastive_kernels import reference
 from contrastive_kernels.backends import cpu
 from contrastive_kernels.backends.native import MISSING
 from contrastive_kernels.backends.registry import ORDER
@@ -145,3 +146,27 @@ def test_losses_take_it(n, workspace, monkeypatch):
     torch.testing.assert_close(found[0], others[0], rtol=1e-6, atol=0.0)
     for mine, other in zip(found[1:], others[1:]):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("workspace", [None, 2**17])
+@pytest.mark.parametrize("loss", ["clip_loss", "info_nce", "nt_xent"])
+def test_what_features_have_in_common_stays_out_of_gradients(loss, workspace):
+    """Weights of a row sum to 0; rounded with the positive's among them they would not."""
+    common = torch.randn(128)
+    near = (torch.nn.functional.normalize(common + 0.1 * torch.randn(70, 128), dim=1) for _ in range(2))
+    leaves = [v.to(BFLOAT16).requires_grad_() for v in near]
+    exact = [v.detach().double().requires_grad_() for v in leaves]
+    value = getattr(ck, loss)(*leaves, 14.0, backend="cpu", workspace_bytes=workspace or 2**26)
+    want = getattr(reference, loss)(*exact, 14.0)
+    for mine, right in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(want, exact)):
+        assert (mine.double() - right).norm() <= torch.finfo(BFLOAT16).eps * right.norm()
+
+
+def test_one_number_in_lines_of_any_stride():
+    b = torch.randn(4, 6).to(BFLOAT16)
+    x, y = b[::2][:1, ::2][:, :1], b[1::2][:1, ::2][:, :1]
+    assert x.stride() == (12, 2)
+    assert ck.info_nce(x, y, 1.0) == 0
+    out = torch.empty(1, 1)
+    CPU.multiply(x, y, out)
+    assert out.item() == x.item() * y.item()

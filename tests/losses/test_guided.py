@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import CPU_BACKENDS
 from tolerance import LOGIT_UNITS, UNITS, assert_accurate
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -268,3 +269,18 @@ def test_a_pass_that_rounds_otherwise_gives_bounded_weights():
     assert (row.sum(0) == -torch.inf).all()  # its scores are all alike
     found = bounded_ceilings(problem, row, None).pairs
     assert (found.row_ceiling == -torch.inf).all() and found.col_ceiling is None
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("workspace", [2**16, 2**26])
+def test_a_candidate_like_the_positive_stays(backend, workspace):
+    """A caption that is there twice, at a margin of 0: no rounding decides about it."""
+    generator = torch.Generator().manual_seed(0)
+    of_rows, captions = (torch.randn(k, 384, generator=generator) for k in (130, 65))
+    of_cols = captions.repeat_interleave(2, 0) + 0.1
+    x, y = (torch.randn(130, 16, generator=generator) for _ in range(2))
+    given = {"guided": (of_rows, of_cols), "reduction": "none"}
+    found = ck.info_nce(x, y, 1.0, **given, backend=backend, workspace_bytes=workspace)
+    left_out = (of_rows.double() @ of_cols.double().T) > (of_rows.double() * of_cols.double()).sum(1, True) + 1e-9
+    z = (x.double() @ y.double().T).masked_fill(left_out, -torch.inf)
+    torch.testing.assert_close(found.double(), z.logsumexp(1) - z.diagonal(), rtol=1e-5, atol=1e-5)
