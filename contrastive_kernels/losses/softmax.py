@@ -149,7 +149,7 @@ def info_nce(
         ``weight_fn``, several positives and positives that are no candidates.
     guided_margin : float or ("relative", float)
         Those above the guide's dot product with the positive less this are left out; ("relative", m): less m times its
-        absolute value.
+        absolute value. Those at it stay, copies of the positive say: a rounding, 4 eps sqrt(E) of the lengths, is none.
     include_positive : bool
         False leaves the positive out of the denominator, too: the loss is the log-sum-exp over the negatives less the
         positive's logit (DCL), which may be negative, and 0 for a row without negatives.

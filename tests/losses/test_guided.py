@@ -272,7 +272,7 @@ def test_a_pass_that_rounds_otherwise_gives_bounded_weights():
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("workspace", [2**16, 2**26])
+@pytest.mark.parametrize("workspace", [2**17, 2**26])
 def test_a_candidate_like_the_positive_stays(backend, workspace):
     """A caption that is there twice, at a margin of 0: no rounding decides about it."""
     generator = torch.Generator().manual_seed(0)
