@@ -56,6 +56,10 @@ def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, x.mm(y.t())
 
 
+#: So few multiplications are not worth rounding their weights for.
+_FEW_PRODUCTS = 2**21
+
+
 def whole_gradients(
     call: Call, weights: Tensor, x: Tensor, y: Tensor, dscale: float, dbias: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -69,6 +73,9 @@ def whole_gradients(
     if call.own is not None:
         of_rows, of_cols = of_rows[call.own[0]], of_cols[call.own[1]]
     params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
+    if x.dtype != weights.dtype and weights.numel() * x.shape[1] <= _FEW_PRODUCTS:
+        x = x.to(weights.dtype)
+        y = x if call.problem.symmetric else y.to(weights.dtype)
     if x.dtype == weights.dtype:
         return of_rows.mm(y) if want_x else None, of_cols.mm(x) if want_y else None, *params
     positives, values = call.problem.with_index().positives, None
@@ -79,10 +86,10 @@ def whole_gradients(
     if values is not None:
         rows, all_ = slice(0, len(x)), call.own or (slice(None), slice(None))
         if dx is not None:
-            dx += (values[:, None] * positives.select(y, rows))[all_[0]]
+            dx.addcmul_(positives.select(y, rows)[all_[0]], values[all_[0], None])
         if dy is not None:
             found = dy if call.own is None else torch.zeros(y.shape, dtype=dy.dtype, device=dy.device)
-            positives.add_to(found, rows, x.to(dy.dtype), values)
+            positives.add_to(found, rows, x, values)
             if call.own is not None:
                 dy += found[all_[1]]
     return dx, dy, *params

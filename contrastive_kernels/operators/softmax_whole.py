@@ -96,11 +96,11 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         if dx is not None:
             multiply(weights, y, dx[i])
             if apart is not None:
-                dx[i] += apart[:, None] * positives.select(y, slice(0, len(apart)))
+                dx[i].addcmul_(positives.select(y, slice(0, len(apart))), apart[:, None])
         if dy is not None:
             multiply(weights.T, x[i], dy, i.start > 0)
             if apart is not None:
-                positives.add_to(dy, slice(0, len(apart)), x[i].to(dtype), apart)
+                positives.add_to(dy, slice(0, len(apart)), x[i], apart)
     for gradient in (dx, dy):
         if of_biases is not None and gradient is not None:  # of weights that were not scaled
             gradient *= problem.scale
