@@ -148,12 +148,12 @@ def test_losses_take_it(n, workspace, monkeypatch):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2 * other.abs().max().item())
 
 
-@pytest.mark.parametrize("workspace", [None, 2**17])
+@pytest.mark.parametrize("rows, workspace", [(70, None), (140, None), (140, 2**18), (3000, None)])
 @pytest.mark.parametrize("loss", ["clip_loss", "info_nce", "nt_xent"])
-def test_what_features_have_in_common_stays_out_of_gradients(loss, workspace):
+def test_what_features_have_in_common_stays_out_of_gradients(loss, rows, workspace):
     """Weights of a row sum to 0; rounded with the positive's among them they would not."""
     common = torch.randn(128)
-    near = (torch.nn.functional.normalize(common + 0.1 * torch.randn(70, 128), dim=1) for _ in range(2))
+    near = (torch.nn.functional.normalize(common + 0.1 * torch.randn(rows, 128), dim=1) for _ in range(2))
     leaves = [v.to(BFLOAT16).requires_grad_() for v in near]
     exact = [v.detach().double().requires_grad_() for v in leaves]
     value = getattr(ck, loss)(*leaves, 14.0, backend="cpu", workspace_bytes=workspace or 2**26)
