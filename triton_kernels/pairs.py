@@ -104,13 +104,18 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def load_columns(pairs, cols, C):
-    """What is added to the logits of these columns [N]; [1] of zero where nothing is."""
-    col_bias_ptr = pairs[3]
-    if col_bias_ptr is None:
+def _load_vector(ptr, index, n):
+    """What is said of these rows or columns [M]; [1] of zero where nothing is."""
+    if ptr is None:
         return tl.zeros([1], tl.float32)
     else:  # noqa: RET505 (the compiler would see both)
-        return tl.load(col_bias_ptr + cols, mask=cols < C, other=0.0)
+        return tl.load(ptr + index, mask=index < n, other=0.0)
+
+
+@triton.jit
+def load_columns(pairs, cols, C):
+    """What is added to the logits of these columns [N]; [1] of zero where nothing is."""
+    return _load_vector(pairs[3], cols, C)
 
 
 @triton.jit
@@ -158,20 +163,11 @@ def load_ids(pairs, rows, cols, R, C):
 
 
 @triton.jit
-def _load_limit(ptr, index, n):
-    """One side's ceilings or thresholds; [1] of zero where it has none."""
-    if ptr is None:
-        return tl.zeros([1], tl.float32)
-    else:  # noqa: RET505 (the compiler would see both)
-        return tl.load(ptr + index, mask=index < n, other=0.0)
-
-
-@triton.jit
 def load_limits(pairs, rows, cols, R, C, guide):
     """The ceilings of these rows [M] and columns [N], a guide's scores of the tile, and the thresholds of both."""
-    row_ceiling = _load_limit(pairs[11], rows, R)
-    col_ceiling = _load_limit(pairs[12], cols, C)
-    return row_ceiling, col_ceiling, guide, _load_limit(pairs[15], rows, R), _load_limit(pairs[16], cols, C)
+    row_ceiling = _load_vector(pairs[11], rows, R)
+    col_ceiling = _load_vector(pairs[12], cols, C)
+    return row_ceiling, col_ceiling, guide, _load_vector(pairs[15], rows, R), _load_vector(pairs[16], cols, C)
 
 
 @triton.jit
