@@ -142,8 +142,8 @@ class Arguments {
   }
 
   void read_matrix(ck::Matrix& m) {
-    read(m.scores), read(m.weights), read(m.rows), read(m.cols), read_pairs(m.pairs), read_diagonal(m.pairs.diagonal);
-    read(m.positives), read_diagonal(m.offset), read(m.scale), read(m.bias);
+    read(m.scores), read(m.weights), read(m.apart), read(m.rows), read(m.cols), read_pairs(m.pairs);
+    read_diagonal(m.pairs.diagonal), read(m.positives), read_diagonal(m.offset), read(m.scale), read(m.bias);
   }
 
  private:
@@ -157,7 +157,7 @@ class Arguments {
 };
 
 void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 19);
+  Arguments arguments(values, count, 20);
   ck::Matrix m;
   bool both, symmetric, include;
   arguments.read_matrix(m);
@@ -170,7 +170,7 @@ void softmax_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
 }
 
 void label_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 14);
+  Arguments arguments(values, count, 15);
   ck::Matrix m;
   float* share;
   bool symmetric;
@@ -182,7 +182,7 @@ void label_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
 }
 
 void weighted_matrix(PyObject* const* values, Py_ssize_t count, double* out) {
-  Arguments arguments(values, count, 21);
+  Arguments arguments(values, count, 22);
   ck::PairTerm term;
   ck::Matrix m;
   ck::GivenSide row, col;
@@ -203,11 +203,13 @@ void read_operand(Arguments& arguments, ck::Operand& operand) {
 }
 
 void multiply_bfloat16(PyObject* const* values, Py_ssize_t count, double*) {
-  Arguments arguments(values, count, 15);
+  Arguments arguments(values, count, 19);
   ck::Product p;
   read_operand(arguments, p.x), read_operand(arguments, p.y);
   arguments.read(p.out), arguments.read(p.rows), arguments.read(p.cols), arguments.read(p.depth);
-  arguments.read(p.stride), arguments.read(p.add), arguments.read(p.threads);
+  arguments.read(p.stride), arguments.read(p.add);
+  arguments.read(p.apart.values), arguments.read(p.apart.places), arguments.read(p.apart.offset);
+  arguments.read(p.apart.turned), arguments.read(p.threads);
   py::gil_scoped_release release;
   ck::multiply_bfloat16(p);
 }

@@ -13,7 +13,7 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Backend", "Prepared", "SoftmaxGains", "WholeMatrix"]
+__all__ = ["Apart", "Backend", "Prepared", "SoftmaxGains", "WholeMatrix"]
 
 
 class Prepared(Protocol):
@@ -39,6 +39,17 @@ class Prepared(Protocol):
     def copies(self, kept: list[Tensor]) -> Sequence[Tensor | None]:
         """Of a "ratio", what the kernels have copied of -log u of rows and of columns."""
         ...
+
+
+class Apart(NamedTuple):
+    """Entries of a product's x [R, K] that come beside those in its memory, one a row, or `turned` one a column."""
+
+    #: float32 [R], turned [K]
+    values: Tensor
+    #: int64, the column (turned: the row) of entry e; None: e + offset. Those that lie outside of x do not count
+    index: Tensor | None = None
+    offset: int = 0
+    turned: bool = False
 
 
 class WholeMatrix(Protocol):
@@ -124,8 +135,11 @@ class Backend:
         """Whether it has a product of its own for features of this dtype, faster than torch's or more exact."""
         return False
 
-    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
-        """out [R, C] (+)= x [R, K] y [K, C], of 16-bit operands, or ones that it rounds to 16 bits; sums in float32."""
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
+        """out [R, C] (+)= x [R, K] y [K, C], of 16-bit operands, or ones that it rounds to 16 bits; sums in float32.
+
+        Entries of x that are apart are not rounded; beside them y has 16 bits.
+        """
         raise NotImplementedError
 
     def keeps(self, dtype: torch.dtype, features: int) -> bool:
@@ -162,18 +176,19 @@ class Backend:
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
         guide: Tensor | None = None,
+        apart: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
-        The scores [N, M] become scale * dL/dz, that of the positives included; of a symmetric matrix, the sum of both
-        triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives' logits in
+        The scores [N, M] become scale * dL/dz, that of the positives included, or `apart` [N] has theirs and they are 0;
+        of a symmetric matrix, the sum of both triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives' logits in
         the losses, of rows alone; its gradient [N], the second, is written. guide: its scores [N, M], with thresholds.
         """
         raise NotImplementedError
 
     def label_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor, apart: Tensor | None = None
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i (log-sum_i - mean_p z_ip), p the columns of the row's id; and the rest as above.
 
@@ -183,13 +198,20 @@ class Backend:
         raise NotImplementedError
 
     def sigmoid_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, apart: Tensor | None = None
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i (sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))), and the rest as above."""
         raise NotImplementedError
 
     def weighted_matrix(
-        self, scores: Tensor, problem: WholeMatrix, row: Side, col: Side, share: float, relative: bool
+        self,
+        scores: Tensor,
+        problem: WholeMatrix,
+        row: Side,
+        col: Side,
+        share: float,
+        relative: bool,
+        apart: Tensor | None = None,
     ) -> tuple[Tensor, float, float, list[Tensor], Tensor]:
         """sum_i gain_i sum_j exp(z_ij - a_i) over negatives with given normalisers, perhaps of columns too; its
         dL/dscale and dL/dbias, the normalisers found in rows (and columns) [2, n], and the positives' dot products [N].

@@ -45,7 +45,8 @@ def in_one_go(call: Call) -> bool:
 def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
     """The sum of the rows' losses; dx, dy, dscale, dbias as far as they are wanted. `function`: one of those below."""
     problem, (gain, *rest) = call.problem, map(present, call.extras)
-    x, y, scores = whole_scores(problem)
+    made = whole_scores(problem)
+    scores = made.scores
     alike = present(problem.pairs.alike(slice(None)))
     z = scores * problem.scale
     if not isinstance(problem.bias, float) or problem.bias:
@@ -62,7 +63,10 @@ def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
         center = torch.where(alike, scores, 0.0).sum() / alike.sum().clamp(min=1)
         sums = [v.sum(dtype=torch.float64).item() for v in (w * (scores - center), w)]
     w *= problem.scale
-    return value, *whole_gradients(call, w + w.T if problem.symmetric else w, x, y, *sums)
+    if problem.symmetric:
+        w = w + w.T
+    apart = None if made.apart is None else problem.positives.take_out(w)
+    return value, *whole_gradients(call, made._replace(scores=w, apart=apart), *sums)
 
 
 def inside(given: Scores, gain: Tensor, share: Tensor) -> Found:

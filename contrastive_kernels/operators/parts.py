@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..panels.size import number
 from .shared import Call, Outputs, Primitive, like
 
 __all__ = [
+    "WholeScores",
     "add_positive_params",
     "bounded_ceilings",
     "gradients_of",
@@ -45,65 +46,57 @@ def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor
     return dscale if call.needs[2] else None, dbias if call.needs[3] else None
 
 
-def whole_scores(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+class WholeScores(NamedTuple):
     """Both operands as their products take them, in the dtype of the scores or as they are, and all scores [N, M]."""
+
+    x: Tensor
+    y: Tensor
+    scores: Tensor
+    #: room for the positives' weights [N], where products would round them
+    apart: Tensor | None = None
+
+
+def whole_scores(problem: Problem) -> WholeScores:
+    """The scores of a small matrix."""
     x, y = problem.x, problem.y
     if x.dtype.itemsize == 2:
-        if problem.backend().multiplies(x.dtype):
-            return x, y, _product(problem, x, y.t())
+        backend = problem.backend()
+        if backend.multiplies(x.dtype):
+            scores = torch.empty(x.shape[0], y.shape[0], dtype=torch.float32, device=x.device)
+            backend.multiply(x, y.t(), scores)
+            return WholeScores(x, y, scores, scores.new_empty(x.shape[0]) if problem.positives.exist else None)
         x = x.float()
         y = x if problem.symmetric else y.float()
-    return x, y, x.mm(y.t())
-
-
-#: So few multiplications are not worth rounding their weights for.
-_FEW_PRODUCTS = 2**21
+    return WholeScores(x, y, x.mm(y.t()))
 
 
 def whole_gradients(
-    call: Call, weights: Tensor, x: Tensor, y: Tensor, dscale: float, dbias: float
+    call: Call, made: WholeScores, dscale: float, dbias: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dy, dscale, dbias, as far as they are wanted, from the weights [N, M] of all pairs, positives included.
+    """dx, dy, dscale, dbias, as far as they are wanted, from the weights of all pairs in the scores' place.
 
-    Of a call's own rows and columns alone, if it has any. Weights that a product rounds to 16 bits lose those of the
-    positives before, which are as large as all others of a row: rounded, their sum would no longer be 0.
+    Of a call's own rows and columns alone, if it has any. A product that rounds weights to 16 bits has those of the
+    positives apart, which are as large as all others of a row: rounded, their sum would no longer be 0.
     """
-    want_x, want_y, want_scale, want_bias = call.needs[:4]
-    of_rows, of_cols = weights, weights.t()
-    if call.own is not None:
-        of_rows, of_cols = of_rows[call.own[0]], of_cols[call.own[1]]
+    (x, y, weights, apart), (want_x, want_y, want_scale, want_bias) = made, call.needs[:4]
     params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
-    if x.dtype != weights.dtype and weights.numel() * x.shape[1] <= _FEW_PRODUCTS:
-        x = x.to(weights.dtype)
-        y = x if call.problem.symmetric else y.to(weights.dtype)
+    rows, cols = call.own or (slice(0, len(x)), slice(0, len(y)))
+    of_rows, of_cols = weights[rows], weights.t()[cols]
     if x.dtype == weights.dtype:
         return of_rows.mm(y) if want_x else None, of_cols.mm(x) if want_y else None, *params
-    positives, values = call.problem.with_index().positives, None
-    if positives.exist:
-        values = positives.take_out(weights)
-    dx = _product(call.problem, of_rows, y) if want_x else None
-    dy = _product(call.problem, of_cols, x) if want_y else None
-    if values is not None:
-        rows, all_ = slice(0, len(x)), call.own or (slice(None), slice(None))
-        if dx is not None:
-            dx.addcmul_(positives.select(y, rows)[all_[0]], values[all_[0], None])
-        if dy is not None:
-            found = dy if call.own is None else torch.zeros(y.shape, dtype=dy.dtype, device=dy.device)
-            positives.add_to(found, rows, x, values)
-            if call.own is not None:
-                dy += found[all_[1]]
+    multiply, positives = call.problem.backend().multiply, call.problem.with_index().positives
+    dx = dy = None
+    if want_x:
+        dx = weights.new_empty(len(of_rows), y.shape[1])
+        multiply(of_rows, y, dx, apart=None if apart is None else positives.of_rows(apart, rows))
+    if want_y:
+        dy = weights.new_empty(len(of_cols), x.shape[1])
+        multiply(of_cols, x, dy, apart=None if apart is None else positives.of_columns(apart, cols.start))
     return dx, dy, *params
 
 
-def _product(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
-    """x y in float32, by the backend's own product."""
-    out = torch.empty(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
-    problem.backend().multiply(x, y, out)
-    return out
-
-
-def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
-    """out (+)= x y by torch, as a backend's own product is called."""
+def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: None = None) -> None:
+    """out (+)= x y by torch, as a backend's own product is called; it rounds nothing, so that nothing is apart."""
     torch.addmm(out, x, y, out=out) if add else torch.mm(x, y, out=out)
 
 

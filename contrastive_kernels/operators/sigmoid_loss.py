@@ -80,9 +80,9 @@ def _forward(call: Call) -> Outputs:
     """The loss; dx, dy, dscale, dbias, dcandidates of a sum."""
     problem, (reduction,), backend = call.problem, call.settings, call.problem.backend()
     if _in_one_call(call):
-        x, y, scores = whole_scores(problem)
-        value, *params = backend.sigmoid_matrix(scores, problem, call.extras[0], _share(call))
-        return value, *whole_gradients(call, scores, x, y, *params), None
+        made = whole_scores(problem)
+        value, *params = backend.sigmoid_matrix(made.scores, problem, call.extras[0], _share(call), made.apart)
+        return value, *whole_gradients(call, made, *params), None
     matrix, gain = _matrix(call), _gains(call)
     if reduction != "none" and True in call.needs:
         return _pass(call, matrix, gain)

@@ -22,19 +22,22 @@ LIFT = PROBLEM_TENSORS + 1
 def in_one_call(call: Call, backend: Backend, gain: Tensor | None, share: float) -> Outputs:
     """A small matrix: the backend gives value and weights in one call; with these gains [N], or the share of all."""
     problem, (_, both, include, _), lift = call.problem, call.settings, call.extras[1]
-    x, y, scores = whole_scores(problem)
+    made = whole_scores(problem)
+    scores, apart = made.scores, made.apart
     if problem.index is not None and problem.index.dim() == 2:
         problem = _with_one_positive(problem, problem.positives)
     biases = call.needs[COL_BIAS]
     dlift = None if lift is None else torch.empty_like(lift)
     lifts = None if lift is None or dlift is None else (lift, dlift)
     guide = _guide_of(problem, scores)
-    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts, guide)
+    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts, guide, apart)
     of_biases = scores.sum(0) if biases else None
-    if biases:  # whose gradients are of weights that are not scaled
+    if of_biases is not None:  # whose gradients are of weights that are not scaled
         scores *= problem.scale
-    made = whole_gradients(call, scores, x, y, *params)
-    return value, *made, of_biases, dlift if call.needs[LIFT] else None, None, None, None, None
+        if apart is not None:
+            problem.positives.add_values(of_biases, apart)
+            apart *= problem.scale
+    return value, *whole_gradients(call, made, *params), of_biases, dlift if call.needs[LIFT] else None, None, None, None, None
 
 
 def _guide_of(problem: Problem, scores: Tensor) -> Tensor | None:
@@ -70,6 +73,7 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
     scores = torch.empty(min(rows, len(x)), len(y), dtype=dtype, device=device)
     of_cols, guide = problem.pairs.col_guide, None
     room = None if of_cols is None else torch.empty_like(scores)
+    rounded = x.dtype != dtype  # with the positives' weights apart, which are as large as all others of a row
     dlift = None if lift is None else torch.empty_like(lift)
     of_biases = torch.zeros(len(y), dtype=dtype, device=device) if call.needs[COL_BIAS] else None
     multiply = multiply_into if x.dtype == dtype else backend.multiply
@@ -87,20 +91,17 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
             lifts = lift[i], dlift[i]
         unscaled = of_biases is not None
         said = (of_rows, share, False, call.settings[2], unscaled, lifts)
-        value, *params = backend.softmax_matrix(weights, band, *said, guide)
+        apart = scores.new_empty(len(weights)) if rounded else None
+        value, *params = backend.softmax_matrix(weights, band, *said, guide, apart)
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if of_biases is not None:
             of_biases += weights.sum(0)
-        # (the weights of positives are as large as all others of their rows: rounded, they would leave a sum behind)
-        apart = positives.take_out(weights) if x.dtype != dtype else None
+            if apart is not None:
+                positives.add_values(of_biases, apart)
         if dx is not None:
-            multiply(weights, y, dx[i])
-            if apart is not None:
-                dx[i].addcmul_(positives.select(y, slice(0, len(apart))), apart[:, None])
+            multiply(weights, y, dx[i], False, None if apart is None else positives.of_rows(apart, slice(0, len(apart))))
         if dy is not None:
-            multiply(weights.T, x[i], dy, i.start > 0)
-            if apart is not None:
-                positives.add_to(dy, slice(0, len(apart)), x[i], apart)
+            multiply(weights.T, x[i], dy, i.start > 0, None if apart is None else positives.of_columns(apart))
     for gradient in (dx, dy):
         if of_biases is not None and gradient is not None:  # of weights that were not scaled
             gradient *= problem.scale

@@ -60,13 +60,17 @@ struct IsaTable {
   void (*run_scaled)(const Panel&, const Buffers&);  // of panels with scales by row and column
 };
 
-// A product's blocks: of kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the columns that
-// are packed at a time.
-constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 512, kProductCols = 1024;
+// A product's blocks: of at most kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the
+// columns that are packed at a time, which stay in a core's cache.
+constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 1024, kProductCols = 512;
 struct ProductBuffers {
-  uint32_t* rows;  // [threads, of_thread]: pairs along the depth, kProductRows
+  int64_t height;  // rows of a block, of which all threads have as many
+  uint32_t* rows;  // [threads, of_thread]: pairs along the depth, `height`
   int64_t of_thread;
   uint32_t* cols;  // blocks of columns, pairs along the depth, kProductWidth
+  // The entries beside x, row by row: those of row i from first[i] on; or null.
+  const int64_t *first = nullptr, *depths = nullptr;
+  const float* values = nullptr;
 };
 
 namespace avx512bf16 {

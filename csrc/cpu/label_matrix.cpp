@@ -79,7 +79,7 @@ void label_matrix(const Matrix& m, const float* share, bool symmetric) {
   p.dparams = m.out + 1;
   w.run(p);
   if (symmetric) m.out[1] *= 0.5, m.out[2] *= 0.5;  // each pair was counted from both of its ends
-  if (w.positives) w.place_positives(symmetric);
+  w.place_positives(symmetric);
 }
 
 }  // namespace ck

@@ -151,7 +151,7 @@ void weighted_matrix(const Matrix& m, PairTerm term, const GivenSide& row, const
   m.out[0] = m.out[1] = m.out[2] = 0.0;
   Work w(m, relative);
   term == PairTerm::kSigmoid ? sum_sigmoids(w, row) : sum_exponentials(w, row, col, relative);
-  if (m.weights && w.positives) w.place_positives(false);
+  if (m.weights) w.place_positives(false);
   for (int64_t i = 0; dots && i < m.rows; ++i) dots[i] = w.dots[i];
 }
 

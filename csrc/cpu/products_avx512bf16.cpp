@@ -70,25 +70,27 @@ CK_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Packs at most Width lines of an operand from `first` on along the depth: out[pair][line], zeros behind the last line
-// and the last depth. Neighbours in memory are the lines, or the depths.
-template <int64_t Width, typename T>
-static void pack_neighbouring_lines(const T* first, int64_t depth_stride, int64_t lines, int64_t depth, uint32_t* out) {
-  for (int64_t k = 0; k < depth; k += 2, out += Width) {
+// Packs at most `width` lines of an operand from `first` on along the depth: out[pair][line], zeros behind the last
+// line and the last depth. Neighbours in memory are the lines, or the depths.
+template <typename T>
+CK_INLINE void pack_neighbouring_lines(const T* first, int64_t depth_stride, int64_t lines, int64_t depth,
+                                       int64_t width, uint32_t* out) {
+  for (int64_t k = 0; k < depth; k += 2, out += width) {
     const T* const low = first + k * depth_stride;
-    for (int64_t line = 0; line < Width; line += 16) {
+    for (int64_t line = 0; line < width; line += 16) {
       const __mmask16 there = first_of<16>(lines - line);
       const __m256i high = k + 1 < depth ? sixteen(low + depth_stride + line, there) : _mm256_setzero_si256();
       const __m512i pairs = sixteen_pairs(sixteen(low + line, there), high);
-      _mm512_mask_storeu_epi32(out + line, first_of<16>(Width - line), pairs);
+      _mm512_mask_storeu_epi32(out + line, first_of<16>(width - line), pairs);
     }
   }
 }
 
-template <int64_t Width, typename T>
-static void pack_neighbouring_depths(const T* first, int64_t line_stride, int64_t lines, int64_t depth, uint32_t* out) {
+template <typename T>
+CK_INLINE void pack_neighbouring_depths(const T* first, int64_t line_stride, int64_t lines, int64_t depth,
+                                        int64_t width, uint32_t* out) {
   const int64_t pairs = (depth + 1) / 2;
-  for (int64_t line = 0; line < Width; line += 16)
+  for (int64_t line = 0; line < width; line += 16)
     for (int64_t k = 0; k < pairs; k += 16) {
       const __mmask32 there = first_of<32>(depth - 2 * k);
       __m512i v[16];
@@ -96,70 +98,92 @@ static void pack_neighbouring_depths(const T* first, int64_t line_stride, int64_
         v[i] = line + i < lines ? thirty_two(first + (line + i) * line_stride + 2 * k, there) : _mm512_setzero_si512();
       transpose(v);
       for (int i = 0; i < 16 && k + i < pairs; ++i)
-        _mm512_mask_storeu_epi32(out + (k + i) * Width + line, first_of<16>(Width - line), v[i]);
+        _mm512_mask_storeu_epi32(out + (k + i) * width + line, first_of<16>(width - line), v[i]);
     }
 }
 
-template <int64_t Width, typename T>
-static void pack_from(const T* data, const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth,
-                      uint32_t* out) {
+template <typename T>
+CK_INLINE void pack_from(const T* data, const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth,
+                         int64_t width, uint32_t* out) {
   const T* const first = data + line * from.line_stride + k * from.depth_stride;
   if (from.line_stride == 1)
-    pack_neighbouring_lines<Width>(first, from.depth_stride, lines, depth, out);
+    pack_neighbouring_lines(first, from.depth_stride, lines, depth, width, out);
   else
-    pack_neighbouring_depths<Width>(first, from.line_stride, lines, depth, out);
+    pack_neighbouring_depths(first, from.line_stride, lines, depth, width, out);
 }
 
-template <int64_t Width>
-static void pack(const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth, uint32_t* out) {
+CK_INLINE void pack(const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth, int64_t width,
+                    uint32_t* out) {
   if (from.dtype == Dtype::kBFloat16)
-    pack_from<Width>(static_cast<const uint16_t*>(from.data), from, line, k, lines, depth, out);
+    pack_from(static_cast<const uint16_t*>(from.data), from, line, k, lines, depth, width, out);
   else
-    pack_from<Width>(static_cast<const float*>(from.data), from, line, k, lines, depth, out);
+    pack_from(static_cast<const float*>(from.data), from, line, k, lines, depth, width, out);
 }
 
 CK_INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
 
-// out[kRows][kCols] (+)= a bT of packed blocks.
+// out[Rows][kCols] (+)= a bT of packed blocks.
+template <int Rows>
 static void multiply_block(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t pairs, bool add,
                            float* __restrict out, int64_t stride) {
-  __m512 sums[kRows][2];
+  __m512 sums[Rows][2];
 #pragma GCC unroll 14
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t j = 0; j < 2; ++j) sums[i][j] = add ? _mm512_loadu_ps(out + i * stride + 16 * j) : _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kCols) {
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 2; ++j) sums[i][j] = add ? _mm512_loadu_ps(out + i * stride + 16 * j) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k, a += Rows, b += kCols) {
     const __m512bh b0 = as_pairs(_mm512_loadu_si512(b)), b1 = as_pairs(_mm512_loadu_si512(b + 16));
 #pragma GCC unroll 14
-    for (int64_t i = 0; i < kRows; ++i) {
+    for (int i = 0; i < Rows; ++i) {
       const __m512bh value = as_pairs(_mm512_set1_epi32(static_cast<int>(a[i])));
       sums[i][0] = _mm512_dpbf16_ps(sums[i][0], value, b0);
       sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, b1);
     }
   }
 #pragma GCC unroll 14
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t j = 0; j < 2; ++j) _mm512_storeu_ps(out + i * stride + 16 * j, sums[i][j]);
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 2; ++j) _mm512_storeu_ps(out + i * stride + 16 * j, sums[i][j]);
 }
 
-// The same at the edges, `rows` x `cols` of it, by way of a block of its own: a sum does not depend on where it lies.
+using Block = void (*)(const uint32_t*, const uint32_t*, int64_t, bool, float*, int64_t);
+constexpr Block kBlocks[kRows] = {multiply_block<1>,  multiply_block<2>,  multiply_block<3>,  multiply_block<4>,
+                                  multiply_block<5>,  multiply_block<6>,  multiply_block<7>,  multiply_block<8>,
+                                  multiply_block<9>,  multiply_block<10>, multiply_block<11>, multiply_block<12>,
+                                  multiply_block<13>, multiply_block<14>};
+
+// The same at the right edge, `cols` of it, by way of a block of its own: a sum does not depend on where it lies.
 static void multiply_edge(const uint32_t* a, const uint32_t* b, int64_t pairs, bool add, float* out, int64_t stride,
                           int64_t rows, int64_t cols) {
   alignas(64) float block[kRows * kCols] = {};
   for (int64_t i = 0; add && i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) block[i * kCols + j] = out[i * stride + j];
-  multiply_block(a, b, pairs, add, block, kCols);
+  kBlocks[rows - 1](a, b, pairs, add, block, kCols);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j];
 }
 
+// out[i, j0 + j] += value * y[j0 + j, k] of a row's entries apart, for so many columns.
+static void add_apart(const Product& p, const ProductBuffers& buffers, int64_t i, int64_t j0, int64_t cols) {
+  float* const out = p.out + i * p.stride + j0;
+  for (int64_t e = buffers.first[i]; e < buffers.first[i + 1]; ++e) {
+    const uint16_t* const y = static_cast<const uint16_t*>(p.y.data) + buffers.depths[e] * p.y.depth_stride + j0;
+    const __m512 value = _mm512_set1_ps(buffers.values[e]);
+    for (int64_t j = 0; j < cols; j += 16) {
+      const __mmask16 there = first_of<16>(cols - j);
+      const __m512i wide = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, sixteen(y + j, there)), 16);
+      const __m512 sum = _mm512_fmadd_ps(value, _mm512_castsi512_ps(wide), _mm512_maskz_loadu_ps(there, out + j));
+      _mm512_mask_storeu_ps(out + j, there, sum);
+    }
+  }
+}
+
 void multiply(const Product& p, const ProductBuffers& buffers) {
-  const int64_t row_blocks = (p.rows + kRows - 1) / kRows;
+  const int64_t height = buffers.height, row_blocks = (p.rows + height - 1) / height;
   for (int64_t j0 = 0; j0 < p.cols; j0 += kProductCols) {
     const int64_t cols = p.cols - j0 < kProductCols ? p.cols - j0 : kProductCols;
     const int64_t col_blocks = (cols + kCols - 1) / kCols;
     for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth) {
       const int64_t depth = p.depth - k0 < kDepth ? p.depth - k0 : kDepth, pairs = (depth + 1) / 2;
-      const bool add = p.add || k0 > 0;
+      const bool add = p.add || k0 > 0, last = k0 + kDepth >= p.depth;
 #pragma omp parallel num_threads(p.threads)
       {
 #ifdef _OPENMP
@@ -171,21 +195,23 @@ void multiply(const Product& p, const ProductBuffers& buffers) {
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < col_blocks; ++j) {
           const int64_t left = cols - j * kCols;
-          pack<kCols>(p.y, j0 + j * kCols, k0, left < kCols ? left : kCols, depth, buffers.cols + j * kCols * pairs);
+          pack(p.y, j0 + j * kCols, k0, left < kCols ? left : kCols, depth, kCols, buffers.cols + j * kCols * pairs);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < row_blocks; ++i) {
-          const int64_t first = i * kRows, rows = p.rows - first < kRows ? p.rows - first : kRows;
-          pack<kRows>(p.x, first, k0, rows, depth, a);
+          const int64_t first = i * height, rows = p.rows - first < height ? p.rows - first : height;
+          pack(p.x, first, k0, rows, depth, rows, a);
           for (int64_t j = 0; j < col_blocks; ++j) {
             const int64_t left = cols - j * kCols;
             float* const out = p.out + first * p.stride + j0 + j * kCols;
             const uint32_t* const b = buffers.cols + j * kCols * pairs;
-            if (rows == kRows && left >= kCols)
-              multiply_block(a, b, pairs, add, out, p.stride);
+            if (left >= kCols)
+              kBlocks[rows - 1](a, b, pairs, add, out, p.stride);
             else
-              multiply_edge(a, b, pairs, add, out, p.stride, rows, left < kCols ? left : kCols);
+              multiply_edge(a, b, pairs, add, out, p.stride, rows, left);
           }
+          for (int64_t row = first; last && buffers.first && row < first + rows; ++row)
+            add_apart(p, buffers, row, j0, cols);
         }
       }
     }

@@ -177,14 +177,17 @@ struct Work {
             partials ? partials + stripes() * p.cols : nullptr};
   }
 
-  // Puts the positives' weights in their places, and adds their part of the gradients of scale and bias.
+  // Puts the positives' weights in their places or apart, and adds their part of the gradients of scale and bias.
   // `symmetric`: that of the mirrored pair lies in the same place.
   void place_positives(bool symmetric) const {
     for (int64_t i = 0; i < m.rows; ++i) {
-      const int64_t p = positives[i];
+      const int64_t p = positives ? positives[i] : -1;
+      if (m.apart) m.apart[i] = 0.0f;
       if (p < 0) continue;
       const double both = symmetric ? dz_pos[i] + dz_pos[p] : dz_pos[i];
-      m.weights[i * m.cols + p] = static_cast<float>(both * factor);
+      const float weight = static_cast<float>(both * factor);
+      if (m.apart) m.apart[i] = weight;
+      m.weights[i * m.cols + p] = m.apart ? 0.0f : weight;
       m.out[1] += dz_pos[i] * (static_cast<double>(dots[i]) - params[2]);
       m.out[2] += dz_pos[i];
     }

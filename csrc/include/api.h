@@ -41,6 +41,7 @@ struct SearchPanel {
 struct Matrix {
   const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
   float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
+  float* apart = nullptr;         // [rows] the positives' weights, which are 0 there then; null: they lie in their places
   bool unscaled = false;          // ... or dL/dz itself
   int64_t rows = 0, cols = 0;
   Pairs pairs;                         // of the whole matrix; the positives are left out beside
@@ -100,12 +101,22 @@ struct Operand {
   int64_t line_stride = 0, depth_stride = 0;
 };
 
+// Entries of a product's x that come beside those in its memory and are not rounded: n of them, each in a column or, if
+// it is `turned`, a row of its own. Those that lie outside of x do not count.
+struct Apart {
+  const float* values = nullptr;    // [n], or null for none
+  const int64_t* places = nullptr;  // [n] entry e lies at [e, places[e]], turned at [places[e], e]; null:
+  int64_t offset = 0;               // at e + offset
+  bool turned = false;
+};
+
 // out[i, j] (+)= sum_k x[i, k] y[j, k], of values that are or become bfloat16, with sums in float32.
 struct Product {
   Operand x, y;
   float* out = nullptr;  // [rows, cols]
   int64_t rows = 0, cols = 0, depth = 0, stride = 0;
   bool add = false;  // to what is there
+  Apart apart;       // with it, y is bfloat16 whose lines are neighbours
   int threads = 1;
 };
 

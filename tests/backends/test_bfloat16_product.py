@@ -8,7 +8,7 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
-from contrastive_kernels.backends import cpu
+from contrastive_kernels.backends import Apart, cpu
 from contrastive_kernels.backends.native import MISSING
 from contrastive_kernels.backends.registry import ORDER
 
@@ -72,6 +72,30 @@ def test_a_sum_does_not_depend_on_where_it_lies():
     assert (out == out[0, 0]).all()
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("how", ["index", "offset", "negative offset"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (70, 40, 33), (15, 1100, 20), (20, 9, 600)], ids=str)
+def test_entries_apart(size, how, turned):
+    """They are not rounded, and those that lie outside do not count."""
+    rows, depth, cols = size
+    x, y = drawn(rows, depth, FLOAT32, turned), drawn(depth, cols, BFLOAT16, False, gap=1)
+    count, last = (depth, rows) if turned else (rows, depth)
+    values, index = 1e3 * torch.randn(count), None
+    offset = {"offset": 2, "negative offset": -1}.get(how, 0)
+    places = torch.arange(count) + offset
+    if how == "index":
+        index = places = torch.randint(-1, last + 1, (count,))
+    inside = (places >= 0) & (places < last)
+    entries, lines = places[inside], inside.nonzero()[:, 0]
+    beside = torch.zeros(rows, depth, dtype=torch.float64)
+    beside[(entries, lines) if turned else (lines, entries)] = values[inside].double()
+    out = torch.randn(rows, cols)
+    want = out.double() + (x.to(BFLOAT16).double() + beside) @ y.double()
+    CPU.multiply(x, y, out, True, Apart(values, index, offset, turned))
+    size_of = x.abs().double() @ y.abs().double() + beside.abs() @ y.abs().double() + 4
+    assert ((out - want).abs() <= depth**0.5 * torch.finfo(FLOAT32).eps * size_of).all()
+
+
 @pytest.mark.parametrize("rows, depth, cols", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
 def test_nothing(rows, depth, cols):
     out = torch.ones(rows, cols)
@@ -108,12 +132,13 @@ def test_two_lines_with_gaps_in_both_directions():
         ({2: 3}, "neighbours"),
         ({8: 0}, "out must not be null"),
         ({12: 1}, "sizes are ordered"),
-        ({14: 0}, "threads at least 1"),
+        ({18: 0}, "threads at least 1"),
+        ({14: 1}, "y is bfloat16 whose lines are neighbours"),
     ],
 )
 def test_wrong_calls_raise(change, message):
     x, out = torch.ones(2, 2), torch.empty(2, 2)
-    given = [x.data_ptr(), 0, 2, 1, x.data_ptr(), 0, 1, 2, out.data_ptr(), 2, 2, 2, 2, False, 1]
+    given = [x.data_ptr(), 0, 2, 1, x.data_ptr(), 0, 1, 2, out.data_ptr(), 2, 2, 2, 2, False, 0, 0, 0, False, 1]
     if 2 in change:
         given[3] = 3
     for place, value in change.items():

@@ -33,13 +33,25 @@ class Labelled:
 
     def run(self, threads=1):
         """Value, weights and gradients of scale and bias."""
-        weights = torch.full_like(self.scores, torch.nan)
+        weights, others = (torch.full_like(self.scores, torch.nan) for _ in range(2))
+        apart = torch.full((len(weights),), torch.nan)
         row_ids, col_ids = (v.data_ptr() for v in self.labels)
         pairs = {"row_ids": row_ids, "col_ids": col_ids, "equal_ids": ALIKE_COUNT}
-        value, *dparams = _C.label_matrix(
-            self.scores.data_ptr(), weights.data_ptr(), *self.scores.shape, pairs, 0 if self.alone else None,
-            self.index.data_ptr(), None, 1.3, -0.5, self.gain.data_ptr(), self.share.data_ptr(), self.alone, threads,
-        )  # fmt: skip
+        found = [
+            _C.label_matrix(
+                self.scores.data_ptr(), *places, *self.scores.shape, pairs, 0 if self.alone else None,
+                self.index.data_ptr(), None, 1.3, -0.5, self.gain.data_ptr(), self.share.data_ptr(), self.alone,
+                threads,
+            )
+            for places in ((weights.data_ptr(), 0), (others.data_ptr(), apart.data_ptr()))
+        ]  # fmt: skip
+        value, *dparams = found[0]
+        assert found[1] == found[0]
+        single = self.index >= 0
+        places = (single.nonzero()[:, 0], self.index[single])
+        assert (others[places] == 0).all() and (apart[~single] == 0).all()
+        others[places] = apart[single]
+        assert torch.equal(others, weights)
         return torch.tensor(value, dtype=torch.float64), weights, torch.tensor(dparams, dtype=torch.float64)
 
     def in_float64(self, gain):

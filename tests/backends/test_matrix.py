@@ -92,7 +92,7 @@ class Matrix:
         weights, dparams = torch.autograd.grad(value, (scores, params), **options)
         return value.detach(), weights + weights.T if self.symmetric else weights, dparams
 
-    def arguments(self, scores, weights):
+    def arguments(self, scores, weights, apart=None):
         said = {"columns": self.columns, "col_bias": self.col_bias}
         said |= dict(zip(("row_ceiling", "col_ceiling"), self.ceilings))
         said |= {"guide": self.guide, **dict(zip(("row_threshold", "col_threshold"), self.thresholds))}
@@ -102,7 +102,7 @@ class Matrix:
         if self.guide is not None:
             pairs["guide_stride"] = self.guide.stride(0)
         return (
-            address(scores), address(weights), *scores.shape, pairs or None, self.diagonal, address(self.positives),
+            address(scores), address(weights), address(apart), *scores.shape, pairs or None, self.diagonal, address(self.positives),
             self.offset, *self.params,
         )  # fmt: skip
 
@@ -110,13 +110,30 @@ class Matrix:
         """Value, weights and gradients of the parameters, by one call; of lifts, too, where there are some."""
         scores, dlift = self.scores.clone(), None if self.lift is None else torch.full_like(self.lift, torch.nan)
         weights = scores if in_place else torch.full_like(scores, torch.nan)
-        out = _C.softmax_matrix(
-            *self.arguments(scores, weights if wanted else None), address(self.gain), self.share, both, self.symmetric,
-            self.include, unscaled, address(self.lift), address(dlift), threads,
-        )  # fmt: skip
-        out = torch.tensor(out, dtype=torch.float64)
+
+        def call(scores, weights, apart=None):
+            out = _C.softmax_matrix(
+                *self.arguments(scores, weights, apart), address(self.gain), self.share, both, self.symmetric,
+                self.include, unscaled, address(self.lift), address(dlift), threads,
+            )  # fmt: skip
+            return torch.tensor(out, dtype=torch.float64)
+
+        out = call(scores, weights if wanted else None)
+        if wanted:
+            self.assert_same_apart(call, out, weights)
         assert in_place or torch.equal(scores.nan_to_num(), self.scores.nan_to_num())
         return out[0], weights, out[1:], *([] if dlift is None else [dlift])
+
+    def assert_same_apart(self, call, out, weights):
+        """The positives' weights apart are those that lie in their places otherwise, and 0 there."""
+        apart, others = torch.full((len(weights),), torch.nan), self.scores.clone()
+        again = call(others, others, apart)
+        there = self.where() >= 0
+        places = (there.nonzero()[:, 0], self.where()[there])
+        assert (others[places] == 0).all() and (apart[~there] == 0).all()
+        others[places] = apart[there]
+        for mine, other in ((again, out), (others, weights)):
+            torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0, equal_nan=True)
 
     def softmax_in_float64(self, both, gains):
         """Value, weights and gradients of the parameters, by autograd."""
@@ -311,11 +328,17 @@ class Weighted:
         if self.term is SIGMOID:
             sides[0] = 0
         sides += [0] * (4 - len(sides))
-        out = _C.weighted_matrix(
-            self.term.code, *m.arguments(scores, weights if wanted else None), *sides, m.share, self.relative,
-            *[address(state) for state in (*states, None)[:2]], address(dots), threads,
-        )  # fmt: skip
-        out = torch.tensor(out, dtype=torch.float64)
+
+        def call(scores, weights, apart=None):
+            out = _C.weighted_matrix(
+                self.term.code, *m.arguments(scores, weights, apart), *sides, m.share, self.relative,
+                *[address(state) for state in (*states, None)[:2]], address(dots), threads,
+            )  # fmt: skip
+            return torch.tensor(out, dtype=torch.float64)
+
+        out = call(scores, weights if wanted else None)
+        if wanted:
+            m.assert_same_apart(call, out, weights)
         return out[0], weights, out[1:], states, dots
 
     def in_float64(self, absolute):

@@ -30,14 +30,15 @@ struct Buffer {
 
 // One way to call the two functions.
 struct Variant {
-  bool columns_too, symmetric, relative, positives_given, biased, gains, in_place;
+  bool columns_too, symmetric, relative, positives_given, biased, gains, in_place, apart;
   int64_t excluded, threads;
 };
 
 struct Case {
   Variant v;
   int64_t rows, cols;
-  Buffer<float> scores, weights, col_bias, gain, col_gain, row_normalizer, col_normalizer, row_state, col_state, dots;
+  Buffer<float> scores, weights, col_bias, gain, col_gain, row_normalizer, col_normalizer, row_state, col_state, dots,
+      apart;
   Buffer<int64_t> positives, columns;
   Buffer<double> out;
   std::vector<int64_t> where;
@@ -57,6 +58,7 @@ struct Case {
         row_state(2 * r),
         col_state(2 * c),
         dots(r),
+        apart(variant.apart ? r : 0),
         positives(variant.positives_given ? r : 0),
         columns(r * variant.excluded),
         out(3) {}
@@ -95,6 +97,7 @@ void fill(Case& c, std::mt19937& random) {
 ck::Matrix make_matrix(Case& c) {
   ck::Matrix m;
   m.scores = c.scores.get(), m.weights = c.v.in_place ? c.scores.get() : c.weights.get();
+  m.apart = c.apart.get();
   m.rows = c.rows, m.cols = c.cols;
   if (c.v.symmetric) m.pairs.diagonal = 0;
   m.pairs.columns = c.columns.get(), m.pairs.columns_count = c.v.excluded;
@@ -179,9 +182,10 @@ void expect(const Case& c, const char* call, const char* what, double got, doubl
   if (std::fabs(got - expected) <= 4e-5 * size + 1e-12) return;
   std::printf("FAILED %s: %s, %s of a %lld x %lld matrix: got %.9g, expected %.9g\n", ck::instruction_set(), call, what,
               static_cast<long long>(c.rows), static_cast<long long>(c.cols), got, expected);
-  std::printf("  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d excluded %d threads %d\n",
+  std::printf("  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d apart %d excluded %d "
+              "threads %d\n",
               c.v.columns_too, c.v.symmetric, c.v.relative, c.v.positives_given, c.v.biased, c.v.gains, c.v.in_place,
-              static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
+              c.v.apart, static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
   std::exit(1);
 }
 
@@ -192,7 +196,11 @@ void check(Case& c, const char* call, const Expected& e, double least = 0.0) {
       const int64_t at = i * c.cols + j;
       const double one = e.by_row[at] + e.by_col[at], mirrored = c.v.symmetric ? e.by_row[j * c.cols + i] : 0.0;
       const double parts = std::fabs(e.by_row[at]) + std::fabs(e.by_col[at]) + std::fabs(mirrored);
-      const double got = c.v.in_place ? c.scores[at] : c.weights[at];
+      double got = c.v.in_place ? c.scores[at] : c.weights[at];
+      if (c.v.apart && j == c.where[i]) {
+        if (c.apart[i] != 0.0f) expect(c, call, "place of a weight apart", got, 0.0, 0.0);
+        got += c.apart[i];
+      }
       expect(c, call, "weight", got, 1.5 * (one + mirrored), least + 1.5 * parts * (j == c.where[i] ? 10.0 : 1.0));
       dscale += one * c.score[at], dbias += one, size += 4.0 * parts;
     }
@@ -220,6 +228,7 @@ void run_lifted(const Variant& v, int64_t rows, int64_t cols, std::mt19937& rand
   ck::softmax_matrix(m, false, false, true);
   float* const weights = c.v.in_place ? c.scores.get() : c.weights.get();
   for (int64_t k = 0; k < rows * cols; ++k) weights[k] *= 1.5f;
+  for (int64_t i = 0; i < c.apart.size; ++i) c.apart[i] *= 1.5f;
   check(c, "lifted softmax", expected);
   for (int64_t i = 0; i < rows; ++i) {
     const double want = expected.by_row[i * cols + c.where[i]];
@@ -270,6 +279,7 @@ void run_labels(const Variant& v, int64_t rows, int64_t cols, std::mt19937& rand
   ck::Matrix m = make_matrix(c);
   m.pairs.row_ids = row_ids.get(), m.pairs.col_ids = col_ids.get(), m.pairs.equal_ids = ck::kAlikeCount;
   m.positives = single.get();
+  c.where.assign(single.get(), single.get() + rows);
   ck::label_matrix(m, share.get(), v.symmetric);
   check(c, "labels", expected, 0.1);  // differences of a softmax and a share
 }
@@ -310,12 +320,12 @@ int64_t run_instruction_set(unsigned seed) {
   int64_t matrices = 0;
   for (const int64_t rows : {1, 2, 8, 31, 32, 33, 66, 182})
     for (const int64_t cols : {rows, rows + 1, rows + 40})
-      for (int bits = 0; bits < 128; ++bits)
+      for (int bits = 0; bits < 256; ++bits)
         for (const int64_t excluded : {0, 1, 3}) {
           if ((rows > 40 && bits % 5 != excluded) || (bits + rows + excluded + seed) % options.every != 0) continue;
-          const Variant v = {(bits & 1) != 0,  (bits & 2) != 0,  (bits & 4) != 0,
-                             (bits & 8) != 0,  (bits & 16) != 0, (bits & 32) != 0,
-                             (bits & 64) != 0, excluded,         static_cast<int64_t>(random() % 3 + 1)};
+          const Variant v = {(bits & 1) != 0,  (bits & 2) != 0,   (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0,
+                             (bits & 32) != 0, (bits & 64) != 0, (bits & 128) != 0, excluded,
+                             static_cast<int64_t>(random() % 3 + 1)};
           matrices += run_case(v, rows, cols, random);
         }
   return matrices;

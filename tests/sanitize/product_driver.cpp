@@ -52,18 +52,45 @@ struct Made {
   }
 };
 
+// Entries beside those of x, and what they say of each of its elements; some lie outside.
+struct Beside {
+  std::vector<float> values;
+  std::vector<int64_t> places;
+  std::vector<double> all;
+  ck::Apart apart;
+
+  Beside(int64_t rows, int64_t depth, unsigned kind, std::mt19937& random) : all(rows * depth) {
+    apart.turned = (kind & 1) != 0;
+    const int64_t count = apart.turned ? depth : rows, last = apart.turned ? rows : depth;
+    apart.offset = static_cast<int64_t>(random() % 5) - 2;
+    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+    for (int64_t e = 0; e < count; ++e) {
+      values.push_back(uniform(random));
+      if ((kind & 2) != 0) places.push_back(static_cast<int64_t>(random() % (last + 2)) - 1);
+      const int64_t at = (kind & 2) != 0 ? places[e] : e + apart.offset;
+      if (at >= 0 && at < last) all[apart.turned ? at * depth + e : e * depth + at] += values[e];
+    }
+    values.shrink_to_fit(), places.shrink_to_fit();
+    apart.values = values.data(), apart.places = (kind & 2) != 0 ? places.data() : nullptr;
+  }
+};
+
 void run_case(int64_t rows, int64_t depth, int64_t cols, unsigned kinds, std::mt19937& random) {
   const Made x(rows, depth, kinds & 7, random), y(cols, depth, kinds >> 3 & 7, random);
   ck::Product p;
   p.x = x.operand, p.y = y.operand, p.rows = rows, p.cols = cols, p.depth = depth, p.stride = cols + kinds % 2;
   p.add = (kinds & 64) != 0, p.threads = static_cast<int>(random() % 3 + 1);
+  const Beside beside(rows, depth, static_cast<unsigned>(random()), random);
+  const bool neighbours = p.y.line_stride == 1 && p.y.dtype == ck::Dtype::kBFloat16;
+  if (neighbours && random() % 2) p.apart = beside.apart;
   std::vector<float> out((rows - 1) * p.stride + cols, 0.5f);
   p.out = out.data();
   ck::multiply_bfloat16(p);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) {
       double sum = p.add ? 0.5 : 0.0;
-      for (int64_t k = 0; k < depth; ++k) sum += x.at(i, k) * y.at(j, k);
+      for (int64_t k = 0; k < depth; ++k)
+        sum += (x.at(i, k) + (p.apart.values ? beside.all[i * depth + k] : 0.0)) * y.at(j, k);
       if (std::fabs(out[i * p.stride + j] - sum) <= 1e-6 * std::sqrt(depth) * (depth + 1.0)) continue;
       std::printf("%lld x %lld x %lld, kinds %u: [%lld, %lld] is %g, expected %g\n", static_cast<long long>(rows),
                   static_cast<long long>(depth), static_cast<long long>(cols), kinds, static_cast<long long>(i),
