@@ -203,10 +203,11 @@ void read_operand(Arguments& arguments, ck::Operand& operand) {
 }
 
 void multiply_bfloat16(PyObject* const* values, Py_ssize_t count, double*) {
-  Arguments arguments(values, count, 19);
+  Arguments arguments(values, count, 20);
   ck::Product p;
   read_operand(arguments, p.x), read_operand(arguments, p.y);
-  arguments.read(p.out), arguments.read(p.rows), arguments.read(p.cols), arguments.read(p.depth);
+  arguments.read(p.out), arguments.read(p.rounded), arguments.read(p.rows), arguments.read(p.cols),
+      arguments.read(p.depth);
   arguments.read(p.stride), arguments.read(p.add);
   arguments.read(p.apart.values), arguments.read(p.apart.places), arguments.read(p.apart.offset);
   arguments.read(p.apart.turned), arguments.read(p.threads);

@@ -47,7 +47,7 @@ class Apart(NamedTuple):
     #: float32 [R], turned [K]
     values: Tensor
     #: int64, the column (turned: the row) of entry e; None: e + offset. Those that lie outside of x do not count
-    index: Tensor | None = None
+    places: Tensor | None = None
     offset: int = 0
     turned: bool = False
 
@@ -138,7 +138,8 @@ class Backend:
     def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
         """out [R, C] (+)= x [R, K] y [K, C], of 16-bit operands, or ones that it rounds to 16 bits; sums in float32.
 
-        Entries of x that are apart are not rounded; beside them y has 16 bits.
+        out is float32, or of 16 bits if nothing is added to it. Entries of x that are apart are not rounded; beside
+        them y has 16 bits.
         """
         raise NotImplementedError
 
@@ -181,9 +182,10 @@ class Backend:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
-        The scores [N, M] become scale * dL/dz, that of the positives included, or `apart` [N] has theirs and they are 0;
-        of a symmetric matrix, the sum of both triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives' logits in
-        the losses, of rows alone; its gradient [N], the second, is written. guide: its scores [N, M], with thresholds.
+        The scores [N, M] become scale * dL/dz, that of the positives included, unless `apart` [N] takes theirs, which
+        are 0 there then; of a symmetric matrix, the sum of both triangles'; `unscaled`, dL/dz. Without gains, all are
+        `share`. A lift [N] is added to the positives' logits in the losses, of rows alone; its gradient [N], the
+        second, is written. guide: its scores [N, M], with thresholds.
         """
         raise NotImplementedError
 

@@ -78,8 +78,8 @@ class CpuBackend(Backend):
         apart: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem, apart, guide), _address(gain), share, both, problem.symmetric, include, unscaled,
-            *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
+            *_matrix_fields(scores, problem, apart, guide), _address(gain), share, both, problem.symmetric, include,
+            unscaled, *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
 
@@ -127,9 +127,10 @@ def _matrix_fields(scores: Tensor, problem: WholeMatrix, apart: Tensor | None, g
     rows, cols = scores.shape
     address, index, scale, bias = scores.data_ptr(), problem.index, problem.scale, problem.bias
     return (
-        address, address, _address(apart), rows, cols, None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs, guide),
-        0 if problem.symmetric else None, 0 if index is None else index.data_ptr(), problem.offset,
-        scale.item() if isinstance(scale, Tensor) else scale, bias.item() if isinstance(bias, Tensor) else bias,
+        address, address, _address(apart), rows, cols,
+        None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs, guide), 0 if problem.symmetric else None,
+        _address(index), problem.offset, scale.item() if isinstance(scale, Tensor) else scale,
+        bias.item() if isinstance(bias, Tensor) else bias,
     )  # fmt: skip
 
 
@@ -163,11 +164,12 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart
     if apart is not None:
         y = y.contiguous()
     x, y = (v if 1 in _strides(v) else v.contiguous() for v in (x, y.T))
-    values, index, offset, turned = _NOTHING_APART if apart is None else apart
+    values, places, offset, turned = _NOTHING_APART if apart is None else apart
+    results = (0, out.data_ptr()) if out.dtype == torch.bfloat16 else (out.data_ptr(), 0)
     _C.multiply_bfloat16(
         x.data_ptr(), DTYPES[x.dtype], *_strides(x), y.data_ptr(), DTYPES[y.dtype], *_strides(y),
-        out.data_ptr(), rows, cols, depth, out.stride(0), add,
-        _address(values), _address(index), offset, turned, torch.get_num_threads(),
+        *results, rows, cols, depth, out.stride(0), add,
+        _address(values), _address(places), offset, turned, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -220,8 +220,7 @@ def _fake(call: Call) -> Outputs:
     if True not in call.needs:
         return value, *(None,) * 7
     if how.gradients_come_with_the_value:
-        whole = how.place is Place.WHOLE
-        saved, of_params = (dtype, dtype) if whole else (saved, torch.float64)
+        of_params = dtype if how.place is Place.WHOLE else torch.float64
         want_x, want_y, _ = call.wants
         return (
             value,

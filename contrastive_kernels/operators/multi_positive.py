@@ -19,7 +19,7 @@ from ..engine.matrix import Problem, ScoreMatrix
 from ..engine.positive_blocks import PositiveBlock, PositiveBlocks
 from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Side, present
-from ..panels.size import score_dtype
+from ..panels.size import saved_dtype, score_dtype
 from ..panels.terms import EXPONENTIAL
 from .label_matrix import in_one_go, of_pairs, value_and_gradients
 from .parts import gradients_of
@@ -93,10 +93,11 @@ def _fake(call: Call) -> Outputs:
     if True not in call.needs:
         return value, *(None,) * 7
     if in_one_go(call):
-        shapes = x.shape, y.shape, (), ()
+        saved = saved_dtype(x.dtype)
+        kinds = (x.shape, saved), (y.shape, saved), ((), dtype), ((), dtype)
         return (
             value,
-            *(x.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, call.needs)),
+            *(x.new_empty(shape, dtype=of) if need else None for (shape, of), need in zip(kinds, call.needs)),
             None, None, None,
         )  # fmt: skip
     return (

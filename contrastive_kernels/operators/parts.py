@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import Apart
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
-from ..panels.size import number
+from ..panels.size import number, saved_dtype
 from .shared import Call, Outputs, Primitive, like
 
 __all__ = [
@@ -82,20 +83,21 @@ def whole_gradients(
     params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
     rows, cols = call.own or (slice(0, len(x)), slice(0, len(y)))
     of_rows, of_cols = weights[rows], weights.t()[cols]
+    saved = saved_dtype(call.problem.x.dtype)
     if x.dtype == weights.dtype:
-        return of_rows.mm(y) if want_x else None, of_cols.mm(x) if want_y else None, *params
+        return of_rows.mm(y).to(saved) if want_x else None, of_cols.mm(x).to(saved) if want_y else None, *params
     multiply, positives = call.problem.backend().multiply, call.problem.with_index().positives
     dx = dy = None
     if want_x:
-        dx = weights.new_empty(len(of_rows), y.shape[1])
+        dx = y.new_empty(len(of_rows), y.shape[1])
         multiply(of_rows, y, dx, apart=None if apart is None else positives.of_rows(apart, rows))
     if want_y:
-        dy = weights.new_empty(len(of_cols), x.shape[1])
+        dy = x.new_empty(len(of_cols), x.shape[1])
         multiply(of_cols, x, dy, apart=None if apart is None else positives.of_columns(apart, cols.start))
     return dx, dy, *params
 
 
-def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: None = None) -> None:
+def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
     """out (+)= x y by torch, as a backend's own product is called; it rounds nothing, so that nothing is apart."""
     torch.addmm(out, x, y, out=out) if add else torch.mm(x, y, out=out)
 

@@ -129,7 +129,7 @@ def _fake(call: Call) -> Outputs:
     x, y, dtype = problem.x, problem.y, score_dtype(problem.x.dtype)
     if reduction == "none":
         return x.new_empty(x.shape[0], dtype=dtype), *(None,) * 5
-    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    saved, of_params = saved_dtype(x.dtype), dtype if _in_one_call(call) else torch.float64
     want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),

@@ -282,8 +282,7 @@ def _fake(call: Call) -> Outputs:
     value = x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=dtype)
     want_x, want_y, _ = call.wants
     if how.gradients_come_with_the_value:
-        whole = how.place is Place.WHOLE
-        saved, of_params = (dtype, dtype) if whole else (saved, torch.float64)
+        of_params = dtype if how.place is Place.WHOLE else torch.float64
         return (
             value,
             x.new_empty(x.shape, dtype=saved) if want_x else None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..engine.matrix import COL_BIAS, PROBLEM_TENSORS, Positives, Problem
-from ..panels.size import blocks, score_dtype
+from ..panels.size import blocks, saved_dtype, score_dtype
 from .parts import multiply_into, params_of, whole_gradients, whole_scores
 from .shared import Call, Outputs
 
@@ -37,7 +37,8 @@ def in_one_call(call: Call, backend: Backend, gain: Tensor | None, share: float)
         if apart is not None:
             problem.positives.add_values(of_biases, apart)
             apart *= problem.scale
-    return value, *whole_gradients(call, made, *params), of_biases, dlift if call.needs[LIFT] else None, None, None, None, None
+    found = (*whole_gradients(call, made, *params), of_biases, dlift if call.needs[LIFT] else None)
+    return value, *found, None, None, None, None
 
 
 def _guide_of(problem: Problem, scores: Tensor) -> Tensor | None:
@@ -67,15 +68,15 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
     """Bands of some rows: the backend gives each one's value and weights in one call."""
     problem, (gain, lift), (want_x, want_y, _) = call.problem, call.extras, call.wants
     x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
-    dtype, device = score_dtype(x.dtype), x.device
-    wanted = ((x, want_x), (y, want_y))
-    dx, dy = (torch.empty(v.shape, dtype=dtype, device=device) if want else None for v, want in wanted)
+    dtype, saved, device, unscaled = score_dtype(x.dtype), saved_dtype(x.dtype), x.device, call.needs[COL_BIAS]
+    dx = torch.empty(x.shape, dtype=dtype if unscaled else saved, device=device) if want_x else None
+    dy = torch.empty(y.shape, dtype=dtype, device=device) if want_y else None
     scores = torch.empty(min(rows, len(x)), len(y), dtype=dtype, device=device)
     of_cols, guide = problem.pairs.col_guide, None
     room = None if of_cols is None else torch.empty_like(scores)
     rounded = x.dtype != dtype  # with the positives' weights apart, which are as large as all others of a row
     dlift = None if lift is None else torch.empty_like(lift)
-    of_biases = torch.zeros(len(y), dtype=dtype, device=device) if call.needs[COL_BIAS] else None
+    of_biases = torch.zeros(len(y), dtype=dtype, device=device) if unscaled else None
     multiply = multiply_into if x.dtype == dtype else backend.multiply
     for i in blocks(len(x), rows):
         weights, positives = scores[: i.stop - i.start], problem.positives.band(i)
@@ -89,9 +90,9 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         of_rows, lifts = None if gain is None else gain[i], None
         if lift is not None and dlift is not None:
             lifts = lift[i], dlift[i]
-        unscaled = of_biases is not None
         said = (of_rows, share, False, call.settings[2], unscaled, lifts)
         apart = scores.new_empty(len(weights)) if rounded else None
+        whole_band = slice(0, len(weights))
         value, *params = backend.softmax_matrix(weights, band, *said, guide, apart)
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if of_biases is not None:
@@ -99,12 +100,13 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
             if apart is not None:
                 positives.add_values(of_biases, apart)
         if dx is not None:
-            multiply(weights, y, dx[i], False, None if apart is None else positives.of_rows(apart, slice(0, len(apart))))
+            multiply(weights, y, dx[i], False, None if apart is None else positives.of_rows(apart, whole_band))
         if dy is not None:
             multiply(weights.T, x[i], dy, i.start > 0, None if apart is None else positives.of_columns(apart))
     for gradient in (dx, dy):
-        if of_biases is not None and gradient is not None:  # of weights that were not scaled
+        if unscaled and gradient is not None:
             gradient *= problem.scale
     found = torch.tensor(totals, dtype=torch.float64, device=device)
+    dx, dy = (None if g is None else g.to(saved) for g in (dx, dy))
     made = (dx, dy, *params_of(call, found[1:]), of_biases, dlift if call.needs[LIFT] else None)
     return found[0].to(dtype), *made, None, None, None, None

@@ -324,7 +324,7 @@ def _fake(call: Call) -> Outputs:
     if reduction == "none":
         col_values = x.new_empty(m, dtype=dtype) if two else None
         return x.new_empty(n, dtype=dtype), col_values, *(None,) * 7, *found
-    saved, of_params = (dtype, dtype) if _in_one_call(call) else (saved_dtype(x.dtype), torch.float64)
+    saved, of_params = saved_dtype(x.dtype), dtype if _in_one_call(call) else torch.float64
     want_x, want_y, _ = call.wants
     return (
         x.new_empty((), dtype=dtype),

@@ -63,18 +63,20 @@ struct IsaTable {
 // A product's blocks: of at most kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the
 // columns that are packed at a time, which stay in a core's cache.
 constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 1024, kProductCols = 512;
-struct ProductBuffers {
-  int64_t height;  // rows of a block, of which all threads have as many
-  uint32_t* rows;  // [threads, of_thread]: pairs along the depth, `height`
-  int64_t of_thread;
-  uint32_t* cols;  // blocks of columns, pairs along the depth, kProductWidth
+
+// A grid of parts, one for each thread, and what they need.
+struct ProductPlan {
+  int64_t row_parts, col_parts, rows, cols;  // a part's rows and columns, but for the last ones
+  int64_t height;                            // rows of a block
+  uint32_t* packed;                          // [threads, of_thread]: of_rows for a block of rows, then the columns',
+  int64_t of_thread, of_rows, sums;          // and from `sums` on, unless 0, those of a block that is only rounded
   // The entries beside x, row by row: those of row i from first[i] on; or null.
   const int64_t *first = nullptr, *depths = nullptr;
   const float* values = nullptr;
 };
 
 namespace avx512bf16 {
-void multiply(const Product&, const ProductBuffers&);
+void multiply(const Product&, const ProductPlan&);
 }
 
 namespace baseline {

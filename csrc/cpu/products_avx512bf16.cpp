@@ -1,8 +1,9 @@
 // Matrix products in bfloat16 with float32 sums, where the machine multiplies them (AVX512_BF16). torch's round to
 // bfloat16 on the way out.
 //
-// Both operands are packed, in blocks of depth kDepth: kRows rows of the one, kCols columns of the other, in pairs
-// along the depth, as vdpbf16ps takes them. The kernel keeps kRows x kCols sums in registers.
+// Both operands are packed, in blocks of depth kDepth: up to kRows rows of the one, kCols columns of the other, in
+// pairs along the depth, as vdpbf16ps takes them. The kernel keeps their sums in registers. A thread packs all that it
+// multiplies itself: packed by one and read by another, it would go from core to core at each product.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -161,60 +162,73 @@ static void multiply_edge(const uint32_t* a, const uint32_t* b, int64_t pairs, b
     for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j];
 }
 
-// out[i, j0 + j] += value * y[j0 + j, k] of a row's entries apart, for so many columns.
-static void add_apart(const Product& p, const ProductBuffers& buffers, int64_t i, int64_t j0, int64_t cols) {
-  float* const out = p.out + i * p.stride + j0;
-  for (int64_t e = buffers.first[i]; e < buffers.first[i + 1]; ++e) {
-    const uint16_t* const y = static_cast<const uint16_t*>(p.y.data) + buffers.depths[e] * p.y.depth_stride + j0;
-    const __m512 value = _mm512_set1_ps(buffers.values[e]);
+// sums[j] += value * y[j0 + j, k] of the entries apart of row i, for so many columns.
+static void add_apart(const Product& p, const ProductPlan& plan, int64_t i, int64_t j0, int64_t cols, float* sums) {
+  for (int64_t e = plan.first[i]; e < plan.first[i + 1]; ++e) {
+    const uint16_t* const y = static_cast<const uint16_t*>(p.y.data) + plan.depths[e] * p.y.depth_stride + j0;
+    const __m512 value = _mm512_set1_ps(plan.values[e]);
     for (int64_t j = 0; j < cols; j += 16) {
       const __mmask16 there = first_of<16>(cols - j);
       const __m512i wide = _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, sixteen(y + j, there)), 16);
-      const __m512 sum = _mm512_fmadd_ps(value, _mm512_castsi512_ps(wide), _mm512_maskz_loadu_ps(there, out + j));
-      _mm512_mask_storeu_ps(out + j, there, sum);
+      const __m512 sum = _mm512_fmadd_ps(value, _mm512_castsi512_ps(wide), _mm512_maskz_loadu_ps(there, sums + j));
+      _mm512_mask_storeu_ps(sums + j, there, sum);
     }
   }
 }
 
-void multiply(const Product& p, const ProductBuffers& buffers) {
-  const int64_t height = buffers.height, row_blocks = (p.rows + height - 1) / height;
-  for (int64_t j0 = 0; j0 < p.cols; j0 += kProductCols) {
-    const int64_t cols = p.cols - j0 < kProductCols ? p.cols - j0 : kProductCols;
-    const int64_t col_blocks = (cols + kCols - 1) / kCols;
+static void round_row(const float* sums, int64_t cols, uint16_t* out) {
+  for (int64_t j = 0; j < cols; j += 32) {
+    const __mmask32 there = first_of<32>(cols - j);
+    _mm512_mask_storeu_epi16(out + j, there, thirty_two(sums + j, there));
+  }
+}
+
+// Rows first ... last - 1, columns begin ... end - 1 of the result, in one thread.
+static void multiply_part(const Product& p, const ProductPlan& plan, int64_t first, int64_t last, int64_t begin,
+                          int64_t end, uint32_t* packed) {
+  uint32_t* const packed_cols = packed + plan.of_rows;
+  float* const tile = plan.sums ? reinterpret_cast<float*>(packed + plan.sums) : nullptr;
+  const int64_t stride = tile ? kProductCols : p.stride;
+  for (int64_t j0 = begin; j0 < end; j0 += kProductCols) {
+    const int64_t cols = end - j0 < kProductCols ? end - j0 : kProductCols;
     for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth) {
       const int64_t depth = p.depth - k0 < kDepth ? p.depth - k0 : kDepth, pairs = (depth + 1) / 2;
-      const bool add = p.add || k0 > 0, last = k0 + kDepth >= p.depth;
-#pragma omp parallel num_threads(p.threads)
-      {
-#ifdef _OPENMP
-        const int64_t thread = omp_get_thread_num();
-#else
-        const int64_t thread = 0;
-#endif
-        uint32_t* const a = buffers.rows + thread * buffers.of_thread;
-#pragma omp for schedule(static)
-        for (int64_t j = 0; j < col_blocks; ++j) {
-          const int64_t left = cols - j * kCols;
-          pack(p.y, j0 + j * kCols, k0, left < kCols ? left : kCols, depth, kCols, buffers.cols + j * kCols * pairs);
+      const bool add = p.add || k0 > 0, done = k0 + depth == p.depth;
+      for (int64_t j = 0; j < cols; j += kCols) {
+        const int64_t lines = cols - j < kCols ? cols - j : kCols;
+        pack(p.y, j0 + j, k0, lines, depth, kCols, packed_cols + j * pairs);
+      }
+      for (int64_t i = first; i < last; i += plan.height) {
+        const int64_t rows = last - i < plan.height ? last - i : plan.height;
+        float* const sums = tile ? tile : p.out + i * p.stride + j0;
+        pack(p.x, i, k0, rows, depth, rows, packed);
+        for (int64_t j = 0; j < cols; j += kCols) {
+          if (cols - j >= kCols)
+            kBlocks[rows - 1](packed, packed_cols + j * pairs, pairs, add, sums + j, stride);
+          else
+            multiply_edge(packed, packed_cols + j * pairs, pairs, add, sums + j, stride, rows, cols - j);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < row_blocks; ++i) {
-          const int64_t first = i * height, rows = p.rows - first < height ? p.rows - first : height;
-          pack(p.x, first, k0, rows, depth, rows, a);
-          for (int64_t j = 0; j < col_blocks; ++j) {
-            const int64_t left = cols - j * kCols;
-            float* const out = p.out + first * p.stride + j0 + j * kCols;
-            const uint32_t* const b = buffers.cols + j * kCols * pairs;
-            if (left >= kCols)
-              kBlocks[rows - 1](a, b, pairs, add, out, p.stride);
-            else
-              multiply_edge(a, b, pairs, add, out, p.stride, rows, left);
-          }
-          for (int64_t row = first; last && buffers.first && row < first + rows; ++row)
-            add_apart(p, buffers, row, j0, cols);
+        for (int64_t row = 0; done && row < rows; ++row) {
+          if (plan.first) add_apart(p, plan, i + row, j0, cols, sums + row * stride);
+          if (p.rounded) round_row(sums + row * stride, cols, p.rounded + (i + row) * p.stride + j0);
         }
       }
     }
+  }
+}
+
+void multiply(const Product& p, const ProductPlan& plan) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t part = 0; part < plan.row_parts * plan.col_parts; ++part) {
+#ifdef _OPENMP
+    uint32_t* const packed = plan.packed + omp_get_thread_num() * plan.of_thread;
+#else
+    uint32_t* const packed = plan.packed;
+#endif
+    const int64_t first = part / plan.col_parts * plan.rows, begin = part % plan.col_parts * plan.cols;
+    const int64_t last = p.rows - first < plan.rows ? p.rows : first + plan.rows;
+    const int64_t end = p.cols - begin < plan.cols ? p.cols : begin + plan.cols;
+    multiply_part(p, plan, first, last, begin, end, packed);
   }
 }
 

@@ -41,8 +41,8 @@ struct SearchPanel {
 struct Matrix {
   const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
   float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
-  float* apart = nullptr;         // [rows] the positives' weights, which are 0 there then; null: they lie in their places
-  bool unscaled = false;          // ... or dL/dz itself
+  float* apart = nullptr;  // [rows] the positives' weights, which are 0 there then; null: they lie in their places
+  bool unscaled = false;   // ... or dL/dz itself
   int64_t rows = 0, cols = 0;
   Pairs pairs;                         // of the whole matrix; the positives are left out beside
   const int64_t* positives = nullptr;  // [rows] the positives' columns, -1 for none; null:
@@ -113,9 +113,10 @@ struct Apart {
 // out[i, j] (+)= sum_k x[i, k] y[j, k], of values that are or become bfloat16, with sums in float32.
 struct Product {
   Operand x, y;
-  float* out = nullptr;  // [rows, cols]
+  float* out = nullptr;         // [rows, cols], or null and
+  uint16_t* rounded = nullptr;  // [rows, cols] in bfloat16
   int64_t rows = 0, cols = 0, depth = 0, stride = 0;
-  bool add = false;  // to what is there
+  bool add = false;  // to what is there in float32
   Apart apart;       // with it, y is bfloat16 whose lines are neighbours
   int threads = 1;
 };

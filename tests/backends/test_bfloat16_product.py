@@ -72,6 +72,19 @@ def test_a_sum_does_not_depend_on_where_it_lies():
     assert (out == out[0, 0]).all()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, (70, 1100, 520)], ids=str)
+def test_a_result_in_bfloat16_is_the_rounded_one(size, apart):
+    rows, depth, cols = size
+    x, y = drawn(rows, depth, FLOAT32, True), drawn(depth, cols, BFLOAT16, False)
+    beside = Apart(torch.randn(rows), torch.randint(0, depth, (rows,))) if apart else None
+    out, rounded = torch.empty(rows, cols), torch.full((rows, cols + 3), torch.nan, dtype=BFLOAT16)
+    CPU.multiply(x, y, out, apart=beside)
+    CPU.multiply(x, y, rounded[:, :cols], apart=beside)
+    assert torch.equal(rounded[:, :cols], out.to(BFLOAT16))
+    assert rounded[:, cols:].isnan().all()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("how", ["index", "offset", "negative offset"])
 @pytest.mark.parametrize("size", [(1, 1, 1), (70, 40, 33), (15, 1100, 20), (20, 9, 600)], ids=str)
@@ -101,8 +114,10 @@ def test_nothing(rows, depth, cols):
     out = torch.ones(rows, cols)
     CPU.multiply(torch.ones(rows, depth), torch.ones(depth, cols), out, add=True)
     assert (out == 1).all()
-    CPU.multiply(torch.ones(rows, depth), torch.ones(depth, cols), out)
-    assert (out == depth).all()
+    for dtype in (FLOAT32, BFLOAT16):
+        out = torch.ones(rows, cols, dtype=dtype)
+        CPU.multiply(torch.ones(rows, depth), torch.ones(depth, cols), out)
+        assert (out == depth).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -130,15 +145,17 @@ def test_two_lines_with_gaps_in_both_directions():
         ({0: 0}, "operands must not be null"),
         ({1: 2}, "float32 or bfloat16"),
         ({2: 3}, "neighbours"),
-        ({8: 0}, "out must not be null"),
-        ({12: 1}, "sizes are ordered"),
-        ({18: 0}, "threads at least 1"),
-        ({14: 1}, "y is bfloat16 whose lines are neighbours"),
+        ({8: 0}, "one result must not be null"),
+        ({9: 1}, "one result must not be null"),
+        ({8: 0, 9: 1, 14: True}, "it adds in float32"),
+        ({13: 1}, "sizes are ordered"),
+        ({19: 0}, "threads at least 1"),
+        ({15: 1}, "y is bfloat16 whose lines are neighbours"),
     ],
 )
 def test_wrong_calls_raise(change, message):
     x, out = torch.ones(2, 2), torch.empty(2, 2)
-    given = [x.data_ptr(), 0, 2, 1, x.data_ptr(), 0, 1, 2, out.data_ptr(), 2, 2, 2, 2, False, 0, 0, 0, False, 1]
+    given = [x.data_ptr(), 0, 2, 1, x.data_ptr(), 0, 1, 2, out.data_ptr(), 0, 2, 2, 2, 2, False, 0, 0, 0, False, 1]
     if 2 in change:
         given[3] = 3
     for place, value in change.items():

@@ -102,8 +102,8 @@ class Matrix:
         if self.guide is not None:
             pairs["guide_stride"] = self.guide.stride(0)
         return (
-            address(scores), address(weights), address(apart), *scores.shape, pairs or None, self.diagonal, address(self.positives),
-            self.offset, *self.params,
+            address(scores), address(weights), address(apart), *scores.shape, pairs or None, self.diagonal,
+            address(self.positives), self.offset, *self.params,
         )  # fmt: skip
 
     def softmax(self, both, in_place=False, wanted=True, threads=1, unscaled=False):

@@ -182,10 +182,11 @@ void expect(const Case& c, const char* call, const char* what, double got, doubl
   if (std::fabs(got - expected) <= 4e-5 * size + 1e-12) return;
   std::printf("FAILED %s: %s, %s of a %lld x %lld matrix: got %.9g, expected %.9g\n", ck::instruction_set(), call, what,
               static_cast<long long>(c.rows), static_cast<long long>(c.cols), got, expected);
-  std::printf("  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d apart %d excluded %d "
-              "threads %d\n",
-              c.v.columns_too, c.v.symmetric, c.v.relative, c.v.positives_given, c.v.biased, c.v.gains, c.v.in_place,
-              c.v.apart, static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
+  std::printf(
+      "  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d apart %d excluded %d "
+      "threads %d\n",
+      c.v.columns_too, c.v.symmetric, c.v.relative, c.v.positives_given, c.v.biased, c.v.gains, c.v.in_place, c.v.apart,
+      static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
   std::exit(1);
 }
 
@@ -323,9 +324,11 @@ int64_t run_instruction_set(unsigned seed) {
       for (int bits = 0; bits < 256; ++bits)
         for (const int64_t excluded : {0, 1, 3}) {
           if ((rows > 40 && bits % 5 != excluded) || (bits + rows + excluded + seed) % options.every != 0) continue;
-          const Variant v = {(bits & 1) != 0,  (bits & 2) != 0,   (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0,
-                             (bits & 32) != 0, (bits & 64) != 0, (bits & 128) != 0, excluded,
-                             static_cast<int64_t>(random() % 3 + 1)};
+          const Variant v = {(bits & 1) != 0,  (bits & 2) != 0,
+                             (bits & 4) != 0,  (bits & 8) != 0,
+                             (bits & 16) != 0, (bits & 32) != 0,
+                             (bits & 64) != 0, (bits & 128) != 0,
+                             excluded,         static_cast<int64_t>(random() % 3 + 1)};
           matrices += run_case(v, rows, cols, random);
         }
   return matrices;
