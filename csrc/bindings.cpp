@@ -142,7 +142,7 @@ class Arguments {
   }
 
   void read_matrix(ck::Matrix& m) {
-    read(m.scores), read(m.weights), read(m.apart), read(m.rows), read(m.cols), read_pairs(m.pairs);
+    read(m.scores), read(m.weights), read(m.positive_weights), read(m.rows), read(m.cols), read_pairs(m.pairs);
     read_diagonal(m.pairs.diagonal), read(m.positives), read_diagonal(m.offset), read(m.scale), read(m.bias);
   }
 
@@ -206,11 +206,10 @@ void multiply_bfloat16(PyObject* const* values, Py_ssize_t count, double*) {
   Arguments arguments(values, count, 20);
   ck::Product p;
   read_operand(arguments, p.x), read_operand(arguments, p.y);
-  arguments.read(p.out), arguments.read(p.rounded), arguments.read(p.rows), arguments.read(p.cols),
-      arguments.read(p.depth);
-  arguments.read(p.stride), arguments.read(p.add);
-  arguments.read(p.apart.values), arguments.read(p.apart.places), arguments.read(p.apart.offset);
-  arguments.read(p.apart.turned), arguments.read(p.threads);
+  arguments.read(p.out), arguments.read(p.out_dtype), arguments.read(p.rows), arguments.read(p.cols);
+  arguments.read(p.depth), arguments.read(p.stride), arguments.read(p.add), arguments.read(p.entries.values);
+  arguments.read(p.entries.places), arguments.read(p.entries.offset), arguments.read(p.entries.turned);
+  arguments.read(p.threads);
   py::gil_scoped_release release;
   ck::multiply_bfloat16(p);
 }

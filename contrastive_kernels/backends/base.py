@@ -13,7 +13,7 @@ from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size
 from ..panels.terms import EXPONENTIAL, SIGMOID, PairTerm
 
-__all__ = ["Apart", "Backend", "Prepared", "SoftmaxGains", "WholeMatrix"]
+__all__ = ["Backend", "Entries", "Prepared", "SoftmaxGains", "WholeMatrix"]
 
 
 class Prepared(Protocol):
@@ -41,8 +41,8 @@ class Prepared(Protocol):
         ...
 
 
-class Apart(NamedTuple):
-    """Entries of a product's x [R, K] that come beside those in its memory, one a row, or `turned` one a column."""
+class Entries(NamedTuple):
+    """A sparse matrix that is added to a product's x [R, K] and not rounded: an entry a row, or `turned` a column."""
 
     #: float32 [R], turned [K]
     values: Tensor
@@ -135,11 +135,10 @@ class Backend:
         """Whether it has a product of its own for features of this dtype, faster than torch's or more exact."""
         return False
 
-    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, entries: Entries | None = None) -> None:
         """out [R, C] (+)= x [R, K] y [K, C], of 16-bit operands, or ones that it rounds to 16 bits; sums in float32.
 
-        out is float32, or of 16 bits if nothing is added to it. Entries of x that are apart are not rounded; beside
-        them y has 16 bits.
+        out is float32, or bfloat16 unless it is added to. With entries, which are x's too, y has 16 bits.
         """
         raise NotImplementedError
 
@@ -177,20 +176,21 @@ class Backend:
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
         guide: Tensor | None = None,
-        apart: Tensor | None = None,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i softplus(n_i - z_i,p(i)), of rows and with `both` of columns; its dL/dscale and dL/dbias.
 
         Without `include`, whose denominator has no positive, gain_i (n_i - z_i,p(i)), and 0 for a row of no negatives.
-        The scores [N, M] become scale * dL/dz, that of the positives included, unless `apart` [N] takes theirs, which
-        are 0 there then; of a symmetric matrix, the sum of both triangles'; `unscaled`, dL/dz. Without gains, all are
-        `share`. A lift [N] is added to the positives' logits in the losses, of rows alone; its gradient [N], the
-        second, is written. guide: its scores [N, M], with thresholds.
+        The scores [N, M] become scale * dL/dz, that of the positives included; positive_weights [N], if they are there,
+        receive those instead (0 in a row without one), and their places become 0. Of a symmetric matrix they are the
+        sum of both triangles'; `unscaled`, dL/dz. Without gains, all are `share`. A lift [N] is added to the positives'
+        logits in the losses, of rows alone; its gradient [N], the second, is written. guide: its scores [N, M], with
+        thresholds.
         """
         raise NotImplementedError
 
     def label_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor, apart: Tensor | None = None
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor, positive_weights: Tensor | None = None
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i (log-sum_i - mean_p z_ip), p the columns of the row's id; and the rest as above.
 
@@ -200,7 +200,12 @@ class Backend:
         raise NotImplementedError
 
     def sigmoid_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, apart: Tensor | None = None
+        self,
+        scores: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         """sum_i gain_i (sum_j softplus(z_ij) over negatives + softplus(-z_i,p(i))), and the rest as above."""
         raise NotImplementedError
@@ -213,7 +218,7 @@ class Backend:
         col: Side,
         share: float,
         relative: bool,
-        apart: Tensor | None = None,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float, list[Tensor], Tensor]:
         """sum_i gain_i sum_j exp(z_ij - a_i) over negatives with given normalisers, perhaps of columns too; its
         dL/dscale and dL/dbias, the normalisers found in rows (and columns) [2, n], and the positives' dot products [N].

@@ -12,7 +12,7 @@ from ..panels.pairs import EVERY_PAIR
 from ..panels.panel import Panel, Route, SearchPanel, Side
 from ..panels.size import Size, number
 from ..panels.terms import EXPONENTIAL, SEARCHES, SIGMOID, PairTerm
-from .base import Apart, Backend, WholeMatrix
+from .base import Backend, Entries, WholeMatrix
 from .native import DTYPES, MISSING, common_fields, pair_fields, score_fields, search_fields, weight_fields
 from .products import default_weights_dtype, on_amx_units, score_product
 
@@ -21,7 +21,7 @@ if MISSING is None:
 
 __all__ = ["CpuBackend", "instruction_set"]
 
-_NOTHING_APART = (None, None, 0, False)
+_NO_ENTRIES = (None, None, 0, False)
 
 
 class CpuBackend(Backend):
@@ -47,8 +47,8 @@ class CpuBackend(Backend):
     def multiplies(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and _multiplies_bfloat16()
 
-    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
-        _multiply(x, y, out, add, apart)
+    def multiply(self, x: Tensor, y: Tensor, out: Tensor, add: bool = False, entries: Entries | None = None) -> None:
+        _multiply(x, y, out, add, entries)
 
     def route(self, size: Size) -> Route:
         own = self.multiplies(size.dtype)
@@ -75,29 +75,35 @@ class CpuBackend(Backend):
         unscaled: bool = False,
         lift: tuple[Tensor, Tensor] | None = None,
         guide: Tensor | None = None,
-        apart: Tensor | None = None,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.softmax_matrix(
-            *_matrix_fields(scores, problem, apart, guide), _address(gain), share, both, problem.symmetric, include,
-            unscaled, *((0, 0) if lift is None else map(_address, lift)), torch.get_num_threads(),
+            *_matrix_fields(scores, problem, positive_weights, guide), _address(gain), share, both,
+            problem.symmetric, include, unscaled, *((0, 0) if lift is None else map(_address, lift)),
+            torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
 
     def label_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor, apart: Tensor | None = None
+        self, scores: Tensor, problem: WholeMatrix, gain: Tensor, share: Tensor, positive_weights: Tensor | None = None
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.label_matrix(
-            *_matrix_fields(scores, problem, apart), _address(gain), _address(share), problem.symmetric,
+            *_matrix_fields(scores, problem, positive_weights), _address(gain), _address(share), problem.symmetric,
             torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
 
     def sigmoid_matrix(
-        self, scores: Tensor, problem: WholeMatrix, gain: Tensor | None, share: float, apart: Tensor | None = None
+        self,
+        scores: Tensor,
+        problem: WholeMatrix,
+        gain: Tensor | None,
+        share: float,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float]:
         value, dscale, dbias = _C.weighted_matrix(
-            SIGMOID.code, *_matrix_fields(scores, problem, apart), 0, _address(gain), 0, 0, share, False, 0, 0, 0,
-            torch.get_num_threads(),
+            SIGMOID.code, *_matrix_fields(scores, problem, positive_weights), 0, _address(gain), 0, 0, share, False,
+            0, 0, 0, torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias
 
@@ -109,25 +115,27 @@ class CpuBackend(Backend):
         col: Side,
         share: float,
         relative: bool,
-        apart: Tensor | None = None,
+        positive_weights: Tensor | None = None,
     ) -> tuple[Tensor, float, float, list[Tensor], Tensor]:
         sides = [row] if col.normalizer is None else [row, col]
         found = [scores.new_empty(2, n) for n, _ in zip(scores.shape, sides)]
         dots = scores.new_empty(len(scores))
         value, dscale, dbias = _C.weighted_matrix(
-            EXPONENTIAL.code, *_matrix_fields(scores, problem, apart), _address(row.normalizer), _address(row.gain),
-            _address(col.normalizer), _address(col.gain), share, relative, found[0].data_ptr(),
+            EXPONENTIAL.code, *_matrix_fields(scores, problem, positive_weights), _address(row.normalizer),
+            _address(row.gain), _address(col.normalizer), _address(col.gain), share, relative, found[0].data_ptr(),
             found[1].data_ptr() if len(found) == 2 else 0, dots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return number(scores, value), dscale, dbias, found, dots
 
 
-def _matrix_fields(scores: Tensor, problem: WholeMatrix, apart: Tensor | None, guide: Tensor | None = None) -> Any:
+def _matrix_fields(
+    scores: Tensor, problem: WholeMatrix, positive_weights: Tensor | None, guide: Tensor | None = None
+) -> Any:
     """A whole matrix, whose weights take the place of the scores, and what is left out of it; a guide's scores."""
     rows, cols = scores.shape
     address, index, scale, bias = scores.data_ptr(), problem.index, problem.scale, problem.bias
     return (
-        address, address, _address(apart), rows, cols,
+        address, address, _address(positive_weights), rows, cols,
         None if problem.pairs is EVERY_PAIR else pair_fields(problem.pairs, guide), 0 if problem.symmetric else None,
         _address(index), problem.offset, scale.item() if isinstance(scale, Tensor) else scale,
         bias.item() if isinstance(bias, Tensor) else bias,
@@ -159,17 +167,16 @@ def _strides(operand: Tensor) -> list[int]:
     return [1 if size == 1 else stride for size, stride in zip(operand.shape, operand.stride())]
 
 
-def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
+def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False, entries: Entries | None = None) -> None:
     (rows, depth), cols = x.shape, y.shape[1]
-    if apart is not None:
+    if entries is not None and y.stride(1) != 1:
         y = y.contiguous()
     x, y = (v if 1 in _strides(v) else v.contiguous() for v in (x, y.T))
-    values, places, offset, turned = _NOTHING_APART if apart is None else apart
-    results = (0, out.data_ptr()) if out.dtype == torch.bfloat16 else (out.data_ptr(), 0)
+    values, places, entry_offset, turned = _NO_ENTRIES if entries is None else entries
     _C.multiply_bfloat16(
         x.data_ptr(), DTYPES[x.dtype], *_strides(x), y.data_ptr(), DTYPES[y.dtype], *_strides(y),
-        *results, rows, cols, depth, out.stride(0), add,
-        _address(values), _address(places), offset, turned, torch.get_num_threads(),
+        out.data_ptr(), DTYPES[out.dtype], rows, cols, depth, out.stride(0), add,
+        _address(values), _address(places), entry_offset, turned, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..arguments.options import DEFAULT_ENGINE, Engine
-from ..backends import Apart, Backend
+from ..backends import Backend, Entries
 from ..panels.pairs import EVERY_PAIR, Pairs
 from ..panels.panel import in_pieces
 from ..panels.size import Size, multiprocessors, score_dtype, workspace_for
@@ -73,15 +73,16 @@ class Positives:
         else:  # index_add_ on a GPU adds in no fixed order
             sums.index_put_((index,), product, accumulate=True)
 
-    def of_rows(self, values: Tensor, rows: slice) -> Apart:
-        """values [N] at the positives of these rows, as entries apart of a matrix that has them alone."""
-        own = self.band(rows)
-        return Apart(values[rows], own.index, own.offset or 0)
+    def entries(self, values: Tensor | None) -> Entries | None:
+        """values [N], if there are any, as the positives' entries of a matrix of all pairs."""
+        return None if values is None else Entries(values, self.index, self.offset or 0)
 
-    def of_columns(self, values: Tensor, first: int = 0) -> Apart:
-        """values [N] at the positives, as entries apart of the transpose, from this column on."""
-        index = self.index - first if first and self.index is not None else self.index
-        return Apart(values, index, (self.offset or 0) - first, True)
+    def turned_entries(self, values: Tensor | None, first: int = 0) -> Entries | None:
+        """... of its transpose, from this row on."""
+        if values is None:
+            return None
+        index = self.index if self.index is None or not first else self.index - first
+        return Entries(values, index, (self.offset or 0) - first, True)
 
     def take_out(self, weights: Tensor) -> Tensor:
         """The positives' entries of weights [N, M], which become 0 there; 0 where a row has no positive."""

@@ -183,10 +183,10 @@ def _forward(call: Call) -> Outputs:
 def _in_one_call(call: Call, backend: Backend) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, (gain, share) = call.problem, _vectors(call)
-    made = whole_scores(problem)
+    whole = whole_scores(problem)
     problem = replace(problem, pairs=problem.pairs._replace(equal_ids=ALIKE_COUNT))
-    value, *params = backend.label_matrix(made.scores, problem, gain, share, made.apart)
-    return value, *whole_gradients(call, made, *params)
+    value, *params = backend.label_matrix(whole.scores, problem, gain, share, whole.positive_weights)
+    return value, *whole_gradients(call, whole, *params)
 
 
 def _forward_inside(call: Call, backend: Backend, dots: Tensor) -> Outputs:

@@ -45,8 +45,8 @@ def in_one_go(call: Call) -> bool:
 def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
     """The sum of the rows' losses; dx, dy, dscale, dbias as far as they are wanted. `function`: one of those below."""
     problem, (gain, *rest) = call.problem, map(present, call.extras)
-    made = whole_scores(problem)
-    scores = made.scores
+    whole = whole_scores(problem)
+    scores = whole.scores
     alike = present(problem.pairs.alike(slice(None)))
     z = scores * problem.scale
     if not isinstance(problem.bias, float) or problem.bias:
@@ -65,8 +65,8 @@ def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
     w *= problem.scale
     if problem.symmetric:
         w = w + w.T
-    apart = None if made.apart is None else problem.positives.take_out(w)
-    return value, *whole_gradients(call, made._replace(scores=w, apart=apart), *sums)
+    of_positives = None if whole.positive_weights is None else problem.positives.take_out(w)
+    return value, *whole_gradients(call, whole._replace(scores=w, positive_weights=of_positives), *sums)
 
 
 def inside(given: Scores, gain: Tensor, share: Tensor) -> Found:

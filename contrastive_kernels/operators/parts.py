@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Apart
+from ..backends import Entries
 from ..engine.gradients import Gradients, Wanted
 from ..engine.matrix import COL_BIAS, Problem, ScoreMatrix
 from ..panels.size import number, saved_dtype
@@ -48,13 +48,16 @@ def params_of(call: Call, dparams: Tensor | None) -> tuple[Tensor | None, Tensor
 
 
 class WholeScores(NamedTuple):
-    """Both operands as their products take them, in the dtype of the scores or as they are, and all scores [N, M]."""
+    """Both operands as their products take them, in the dtype of the scores or as they are, and all scores [N, M].
+
+    A backend's one call puts the weights in the scores' place.
+    """
 
     x: Tensor
     y: Tensor
     scores: Tensor
     #: room for the positives' weights [N], where products would round them
-    apart: Tensor | None = None
+    positive_weights: Tensor | None = None
 
 
 def whole_scores(problem: Problem) -> WholeScores:
@@ -72,33 +75,33 @@ def whole_scores(problem: Problem) -> WholeScores:
 
 
 def whole_gradients(
-    call: Call, made: WholeScores, dscale: float, dbias: float
+    call: Call, whole: WholeScores, dscale: float, dbias: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dy, dscale, dbias, as far as they are wanted, from the weights of all pairs in the scores' place.
+    """dx, dy, dscale, dbias, as far as they are wanted, from the weights of all pairs.
 
     Of a call's own rows and columns alone, if it has any. A product that rounds weights to 16 bits has those of the
-    positives apart, which are as large as all others of a row: rounded, their sum would no longer be 0.
+    positives beside, each as large as all others of its row: rounded, their sum would not be 0.
     """
-    (x, y, weights, apart), (want_x, want_y, want_scale, want_bias) = made, call.needs[:4]
+    (x, y, weights, of_positives), (want_x, want_y, want_scale, want_bias) = whole, call.needs[:4]
     params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
     rows, cols = call.own or (slice(0, len(x)), slice(0, len(y)))
-    of_rows, of_cols = weights[rows], weights.t()[cols]
-    saved = saved_dtype(call.problem.x.dtype)
+    of_rows, of_cols, saved = weights[rows], weights.t()[cols], saved_dtype(call.problem.x.dtype)
     if x.dtype == weights.dtype:
         return of_rows.mm(y).to(saved) if want_x else None, of_cols.mm(x).to(saved) if want_y else None, *params
-    multiply, positives = call.problem.backend().multiply, call.problem.with_index().positives
+    multiply, positives = call.problem.backend().multiply, call.problem.positives
     dx = dy = None
     if want_x:
-        dx = y.new_empty(len(of_rows), y.shape[1])
-        multiply(of_rows, y, dx, apart=None if apart is None else positives.of_rows(apart, rows))
+        dx = weights.new_empty(len(of_rows), y.shape[1], dtype=saved)
+        own = None if of_positives is None else of_positives[rows]
+        multiply(of_rows, y, dx, entries=positives.band(rows).entries(own))
     if want_y:
-        dy = x.new_empty(len(of_cols), x.shape[1])
-        multiply(of_cols, x, dy, apart=None if apart is None else positives.of_columns(apart, cols.start))
+        dy = weights.new_empty(len(of_cols), x.shape[1], dtype=saved)
+        multiply(of_cols, x, dy, entries=positives.turned_entries(of_positives, cols.start))
     return dx, dy, *params
 
 
-def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False, apart: Apart | None = None) -> None:
-    """out (+)= x y by torch, as a backend's own product is called; it rounds nothing, so that nothing is apart."""
+def multiply_into(x: Tensor, y: Tensor, out: Tensor, add: bool = False, entries: Entries | None = None) -> None:
+    """out (+)= x y by torch, as a backend's own product is called; it rounds nothing, and so takes no entries."""
     torch.addmm(out, x, y, out=out) if add else torch.mm(x, y, out=out)
 
 

@@ -80,9 +80,11 @@ def _forward(call: Call) -> Outputs:
     """The loss; dx, dy, dscale, dbias, dcandidates of a sum."""
     problem, (reduction,), backend = call.problem, call.settings, call.problem.backend()
     if _in_one_call(call):
-        made = whole_scores(problem)
-        value, *params = backend.sigmoid_matrix(made.scores, problem, call.extras[0], _share(call), made.apart)
-        return value, *whole_gradients(call, made, *params), None
+        whole = whole_scores(problem)
+        value, *params = backend.sigmoid_matrix(
+            whole.scores, problem, call.extras[0], _share(call), whole.positive_weights
+        )
+        return value, *whole_gradients(call, whole, *params), None
     matrix, gain = _matrix(call), _gains(call)
     if reduction != "none" and True in call.needs:
         return _pass(call, matrix, gain)

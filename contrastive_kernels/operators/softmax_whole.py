@@ -22,23 +22,28 @@ LIFT = PROBLEM_TENSORS + 1
 def in_one_call(call: Call, backend: Backend, gain: Tensor | None, share: float) -> Outputs:
     """A small matrix: the backend gives value and weights in one call; with these gains [N], or the share of all."""
     problem, (_, both, include, _), lift = call.problem, call.settings, call.extras[1]
-    made = whole_scores(problem)
-    scores, apart = made.scores, made.apart
+    whole = whole_scores(problem)
     if problem.index is not None and problem.index.dim() == 2:
         problem = _with_one_positive(problem, problem.positives)
     biases = call.needs[COL_BIAS]
     dlift = None if lift is None else torch.empty_like(lift)
     lifts = None if lift is None or dlift is None else (lift, dlift)
-    guide = _guide_of(problem, scores)
-    value, *params = backend.softmax_matrix(scores, problem, gain, share, both, include, biases, lifts, guide, apart)
-    of_biases = scores.sum(0) if biases else None
-    if of_biases is not None:  # whose gradients are of weights that are not scaled
-        scores *= problem.scale
-        if apart is not None:
-            problem.positives.add_values(of_biases, apart)
-            apart *= problem.scale
-    found = (*whole_gradients(call, made, *params), of_biases, dlift if call.needs[LIFT] else None)
+    guide = _guide_of(problem, whole.scores)
+    said = (gain, share, both, include, biases, lifts, guide)
+    value, *params = backend.softmax_matrix(whole.scores, problem, *said, whole.positive_weights)
+    of_biases = _bias_gradients(problem, whole.scores, whole.positive_weights) if biases else None
+    found = (*whole_gradients(call, whole, *params), of_biases, dlift if call.needs[LIFT] else None)
     return value, *found, None, None, None, None
+
+
+def _bias_gradients(problem: Problem, weights: Tensor, of_positives: Tensor | None) -> Tensor:
+    """The gradients of the columns' biases [M], from weights that are dL/dz and become scale * dL/dz."""
+    found = weights.sum(0)
+    weights *= problem.scale
+    if of_positives is not None:
+        problem.positives.add_values(found, of_positives)
+        of_positives *= problem.scale
+    return found
 
 
 def _guide_of(problem: Problem, scores: Tensor) -> Tensor | None:
@@ -68,18 +73,19 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
     """Bands of some rows: the backend gives each one's value and weights in one call."""
     problem, (gain, lift), (want_x, want_y, _) = call.problem, call.extras, call.wants
     x, y, totals = problem.x.contiguous(), problem.y.contiguous(), [0.0, 0.0, 0.0]
-    dtype, saved, device, unscaled = score_dtype(x.dtype), saved_dtype(x.dtype), x.device, call.needs[COL_BIAS]
-    dx = torch.empty(x.shape, dtype=dtype if unscaled else saved, device=device) if want_x else None
+    dtype, saved, device = score_dtype(x.dtype), saved_dtype(x.dtype), x.device
+    dx = torch.empty(x.shape, dtype=saved, device=device) if want_x else None
     dy = torch.empty(y.shape, dtype=dtype, device=device) if want_y else None
     scores = torch.empty(min(rows, len(x)), len(y), dtype=dtype, device=device)
     of_cols, guide = problem.pairs.col_guide, None
     room = None if of_cols is None else torch.empty_like(scores)
-    rounded = x.dtype != dtype  # with the positives' weights apart, which are as large as all others of a row
     dlift = None if lift is None else torch.empty_like(lift)
-    of_biases = torch.zeros(len(y), dtype=dtype, device=device) if unscaled else None
-    multiply = multiply_into if x.dtype == dtype else backend.multiply
+    of_biases = torch.zeros(len(y), dtype=dtype, device=device) if call.needs[COL_BIAS] else None
+    rounds = x.dtype != dtype
+    multiply = backend.multiply if rounds else multiply_into
     for i in blocks(len(x), rows):
         weights, positives = scores[: i.stop - i.start], problem.positives.band(i)
+        of_positives = weights.new_empty(len(weights)) if rounds else None
         multiply(x[i], y.T, weights)
         band = _with_one_positive(
             replace(problem, x=x[i], y=y, offset=positives.offset, pairs=problem.pairs.of_rows(i)), positives
@@ -90,23 +96,21 @@ def in_one_call_a_band(call: Call, backend: Backend, rows: int, share: float) ->
         of_rows, lifts = None if gain is None else gain[i], None
         if lift is not None and dlift is not None:
             lifts = lift[i], dlift[i]
-        said = (of_rows, share, False, call.settings[2], unscaled, lifts)
-        apart = scores.new_empty(len(weights)) if rounded else None
-        whole_band = slice(0, len(weights))
-        value, *params = backend.softmax_matrix(weights, band, *said, guide, apart)
+        said = (of_rows, share, False, call.settings[2], of_biases is not None, lifts, guide)
+        value, *params = backend.softmax_matrix(weights, band, *said, of_positives)
         totals = [total + part for total, part in zip(totals, (value.item(), *params))]
         if of_biases is not None:
-            of_biases += weights.sum(0)
-            if apart is not None:
-                positives.add_values(of_biases, apart)
+            of_biases += _bias_gradients(band, weights, of_positives)
         if dx is not None:
-            multiply(weights, y, dx[i], False, None if apart is None else positives.of_rows(apart, whole_band))
+            multiply(weights, y, dx[i], False, positives.entries(of_positives))
         if dy is not None:
-            multiply(weights.T, x[i], dy, i.start > 0, None if apart is None else positives.of_columns(apart))
-    for gradient in (dx, dy):
-        if unscaled and gradient is not None:
-            gradient *= problem.scale
+            multiply(weights.T, x[i], dy, i.start > 0, positives.turned_entries(of_positives))
     found = torch.tensor(totals, dtype=torch.float64, device=device)
-    dx, dy = (None if g is None else g.to(saved) for g in (dx, dy))
-    made = (dx, dy, *params_of(call, found[1:]), of_biases, dlift if call.needs[LIFT] else None)
+    made = (
+        dx,
+        None if dy is None else dy.to(saved),
+        *params_of(call, found[1:]),
+        of_biases,
+        dlift if call.needs[LIFT] else None,
+    )
     return found[0].to(dtype), *made, None, None, None, None

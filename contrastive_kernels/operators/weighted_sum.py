@@ -294,13 +294,13 @@ def _whole(call: Call) -> Outputs:
     """A small matrix: the backend gives value and weights in one call."""
     problem, relative = call.problem, call.settings[0]
     rests, row_gain, col_gain, logits = _rests(call), *call.extras[2:4], call.extras[4:]
-    made = whole_scores(problem)
+    whole = whole_scores(problem)
     given = rests
     if not relative:
         given = [None if rest is None else _two_numbers(rest, logit) for rest, logit in zip(rests, logits)]
     value, dscale, dbias, found, dots = problem.backend().weighted_matrix(
-        made.scores, problem, Side(None, given[0], row_gain), Side(None, given[1], col_gain), _share(call), relative,
-        made.apart,
+        whole.scores, problem, Side(None, given[0], row_gain), Side(None, given[1], col_gain), _share(call), relative,
+        whole.positive_weights,
     )  # fmt: skip
     of_logits: list[Tensor | None] = [None, None]
     if True in call.needs[-2:]:
@@ -308,7 +308,7 @@ def _whole(call: Call) -> Outputs:
         of_logits = [-gain * _ratio(own, n) if need and n is not None else None for gain, own, n, need in sides]
     padded = [*of_logits, None, None][:2]
     value = value + _constant(call)
-    return value, None, *whole_gradients(call, made, dscale, dbias), None, *padded, *_both(found), dots
+    return value, None, *whole_gradients(call, whole, dscale, dbias), None, *padded, *_both(found), dots
 
 
 def _fake(call: Call) -> Outputs:

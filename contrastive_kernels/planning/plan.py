@@ -21,7 +21,7 @@ from ..arguments.options import DEFAULT_WORKSPACE_BYTES
 from ..backends import Backend, registry
 from ..distributed.group import memory_of
 from ..engine.strategy import Place, choose, fits_one_call, one_walk_with_scales, panel_bytes, panel_shape
-from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, score_dtype, workspace_for
+from ..panels.size import MULTIPROCESSORS, Size, blocks_of, multiprocessors, saved_dtype, score_dtype, workspace_for
 from .costs import ALL_RANKS, LOSSES, ONE_WAY, LossSpec, checked_members
 from .ranks import MEMORY, SUSTAINED, RanksPlan, plan_ranks
 
@@ -362,7 +362,9 @@ def _one_call(size: Size, spec: LossSpec) -> Pass:
     if size.symmetric:  # whole, without its symmetry: the scores, and one product of two-sided weights
         products = 2.0
     scores, d, score = size.rows * size.cols, size.features, score_dtype(size.dtype).itemsize
-    moved = 4 * scores * score + (size.rows + size.cols) * d * (2 * size.dtype.itemsize + score)
+    moved = 4 * scores * score + (size.rows + size.cols) * d * (
+        2 * size.dtype.itemsize + saved_dtype(size.dtype).itemsize
+    )
     if size.guide:  # written once, read twice
         products += 1
         moved += 3 * scores * score + (size.rows + size.cols) * size.guide * size.dtype.itemsize

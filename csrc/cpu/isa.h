@@ -61,17 +61,22 @@ struct IsaTable {
 };
 
 // A product's blocks: of at most kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the
-// columns that are packed at a time, which stay in a core's cache.
+// columns that a thread packs at a time. Together they take at most 1 MiB, a core's L2 on the machine where the last
+// two were the best of seven pairs, two cores of an AMD EPYC.
 constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 1024, kProductCols = 512;
 
-// A grid of parts, one for each thread, and what they need.
+// How a product is done: a grid of parts, one for each thread, and their memory.
 struct ProductPlan {
-  int64_t row_parts, col_parts, rows, cols;  // a part's rows and columns, but for the last ones
-  int64_t height;                            // rows of a block
-  uint32_t* packed;                          // [threads, of_thread]: of_rows for a block of rows, then the columns',
-  int64_t of_thread, of_rows, sums;          // and from `sums` on, unless 0, those of a block that is only rounded
-  // The entries beside x, row by row: those of row i from first[i] on; or null.
-  const int64_t *first = nullptr, *depths = nullptr;
+  int64_t row_parts = 1, col_parts = 1;
+  int64_t rows = 0, cols = 0;  // of a part, but for the last ones
+  int64_t height = 0;          // rows of a block
+  int64_t of_rows = 0;         // words of a block of rows when it is packed
+  int64_t of_thread = 0;       // ... and of the columns behind it
+  uint32_t* packed = nullptr;  // [threads, of_thread]
+  int64_t of_sums = 0;         // sums of a thread, in rows of kProductCols
+  float* sums = nullptr;       // [threads, of_sums], if the result is not float32
+  // the entries of x, row by row: those of row i are row_start[i] ... row_start[i + 1] - 1; or null
+  const int64_t *row_start = nullptr, *depths = nullptr;
   const float* values = nullptr;
 };
 

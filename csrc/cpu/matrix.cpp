@@ -1,6 +1,6 @@
-// A whole matrix of scores at once, for matrices that stay in a cache: the loss's value, and the weights with the
-// positives' in their places, so that the gradients are two products. One or two of the panel's passes, and between
-// them what is O(N), in double.
+// A whole matrix of scores at once, for matrices that stay in a cache: the loss's value, and the weights, the
+// positives' in their places or beside them, so that the gradients are two products. One or two of the panel's passes,
+// and between them what is O(N), in double.
 #include "work.h"
 
 namespace ck {

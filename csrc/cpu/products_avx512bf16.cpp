@@ -23,6 +23,10 @@ constexpr int64_t kRows = kProductRows, kCols = kProductWidth, kDepth = kProduct
 // All of the sixteen. (The plain intrinsics of what follows make gcc 12 warn of what they leave undefined.)
 constexpr __mmask16 kAll = 0xFFFF;
 
+static_assert(kRows == 14, "blocks are unrolled, and listed, up to 14 rows");
+
+CK_INLINE int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+
 // A mask of the first so many, of at most `Most`.
 template <int Most>
 CK_INLINE uint32_t first_of(int64_t count) {
@@ -162,9 +166,9 @@ static void multiply_edge(const uint32_t* a, const uint32_t* b, int64_t pairs, b
     for (int64_t j = 0; j < cols; ++j) out[i * stride + j] = block[i * kCols + j];
 }
 
-// sums[j] += value * y[j0 + j, k] of the entries apart of row i, for so many columns.
-static void add_apart(const Product& p, const ProductPlan& plan, int64_t i, int64_t j0, int64_t cols, float* sums) {
-  for (int64_t e = plan.first[i]; e < plan.first[i + 1]; ++e) {
+// sums[j] += value * y[j0 + j, k] of the entries of row i, for so many columns.
+static void add_entries(const Product& p, const ProductPlan& plan, int64_t i, int64_t j0, int64_t cols, float* sums) {
+  for (int64_t e = plan.row_start[i]; e < plan.row_start[i + 1]; ++e) {
     const uint16_t* const y = static_cast<const uint16_t*>(p.y.data) + plan.depths[e] * p.y.depth_stride + j0;
     const __m512 value = _mm512_set1_ps(plan.values[e]);
     for (int64_t j = 0; j < cols; j += 16) {
@@ -183,34 +187,36 @@ static void round_row(const float* sums, int64_t cols, uint16_t* out) {
   }
 }
 
-// Rows first ... last - 1, columns begin ... end - 1 of the result, in one thread.
+// Rows first ... last - 1, columns begin ... end - 1 of the result, in one thread. `own_sums`: where its sums lie, if
+// not in the result.
 static void multiply_part(const Product& p, const ProductPlan& plan, int64_t first, int64_t last, int64_t begin,
-                          int64_t end, uint32_t* packed) {
+                          int64_t end, uint32_t* packed, float* own_sums) {
   uint32_t* const packed_cols = packed + plan.of_rows;
-  float* const tile = plan.sums ? reinterpret_cast<float*>(packed + plan.sums) : nullptr;
-  const int64_t stride = tile ? kProductCols : p.stride;
+  const int64_t stride = own_sums ? kProductCols : p.stride;
   for (int64_t j0 = begin; j0 < end; j0 += kProductCols) {
-    const int64_t cols = end - j0 < kProductCols ? end - j0 : kProductCols;
+    const int64_t cols = at_most(end - j0, kProductCols);
     for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth) {
-      const int64_t depth = p.depth - k0 < kDepth ? p.depth - k0 : kDepth, pairs = (depth + 1) / 2;
+      const int64_t depth = at_most(p.depth - k0, kDepth), pairs = (depth + 1) / 2;
       const bool add = p.add || k0 > 0, done = k0 + depth == p.depth;
-      for (int64_t j = 0; j < cols; j += kCols) {
-        const int64_t lines = cols - j < kCols ? cols - j : kCols;
-        pack(p.y, j0 + j, k0, lines, depth, kCols, packed_cols + j * pairs);
-      }
+      for (int64_t j = 0; j < cols; j += kCols)
+        pack(p.y, j0 + j, k0, at_most(cols - j, kCols), depth, kCols, packed_cols + j * pairs);
       for (int64_t i = first; i < last; i += plan.height) {
-        const int64_t rows = last - i < plan.height ? last - i : plan.height;
-        float* const sums = tile ? tile : p.out + i * p.stride + j0;
+        const int64_t rows = at_most(last - i, plan.height);
+        float* sums = own_sums;
+        if (!own_sums)
+          sums = static_cast<float*>(p.out) + i * stride + j0;
+        else if (p.depth > kDepth)
+          sums += (i - first) * stride;
         pack(p.x, i, k0, rows, depth, rows, packed);
         for (int64_t j = 0; j < cols; j += kCols) {
-          if (cols - j >= kCols)
+          if (own_sums || cols - j >= kCols)  // whose rows are whole blocks
             kBlocks[rows - 1](packed, packed_cols + j * pairs, pairs, add, sums + j, stride);
           else
             multiply_edge(packed, packed_cols + j * pairs, pairs, add, sums + j, stride, rows, cols - j);
         }
         for (int64_t row = 0; done && row < rows; ++row) {
-          if (plan.first) add_apart(p, plan, i + row, j0, cols, sums + row * stride);
-          if (p.rounded) round_row(sums + row * stride, cols, p.rounded + (i + row) * p.stride + j0);
+          if (plan.row_start) add_entries(p, plan, i + row, j0, cols, sums + row * stride);
+          if (own_sums) round_row(sums + row * stride, cols, static_cast<uint16_t*>(p.out) + (i + row) * p.stride + j0);
         }
       }
     }
@@ -221,14 +227,14 @@ void multiply(const Product& p, const ProductPlan& plan) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t part = 0; part < plan.row_parts * plan.col_parts; ++part) {
 #ifdef _OPENMP
-    uint32_t* const packed = plan.packed + omp_get_thread_num() * plan.of_thread;
+    const int64_t thread = omp_get_thread_num();
 #else
-    uint32_t* const packed = plan.packed;
+    const int64_t thread = 0;
 #endif
     const int64_t first = part / plan.col_parts * plan.rows, begin = part % plan.col_parts * plan.cols;
-    const int64_t last = p.rows - first < plan.rows ? p.rows : first + plan.rows;
-    const int64_t end = p.cols - begin < plan.cols ? p.cols : begin + plan.cols;
-    multiply_part(p, plan, first, last, begin, end, packed);
+    multiply_part(p, plan, first, first + at_most(p.rows - first, plan.rows), begin,
+                  begin + at_most(p.cols - begin, plan.cols), plan.packed + thread * plan.of_thread,
+                  plan.sums ? plan.sums + thread * plan.of_sums : nullptr);
   }
 }
 

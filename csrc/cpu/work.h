@@ -1,6 +1,7 @@
 // One call's whole matrix with what is made of it, for the sources of the functions on matrices that stay in a cache.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -177,17 +178,17 @@ struct Work {
             partials ? partials + stripes() * p.cols : nullptr};
   }
 
-  // Puts the positives' weights in their places or apart, and adds their part of the gradients of scale and bias.
+  // Puts the positives' weights where they are wanted, and adds their part of the gradients of scale and bias.
   // `symmetric`: that of the mirrored pair lies in the same place.
   void place_positives(bool symmetric) const {
-    for (int64_t i = 0; i < m.rows; ++i) {
-      const int64_t p = positives ? positives[i] : -1;
-      if (m.apart) m.apart[i] = 0.0f;
+    if (m.positive_weights) std::fill_n(m.positive_weights, m.rows, 0.0f);
+    for (int64_t i = 0; positives && i < m.rows; ++i) {
+      const int64_t p = positives[i];
       if (p < 0) continue;
       const double both = symmetric ? dz_pos[i] + dz_pos[p] : dz_pos[i];
       const float weight = static_cast<float>(both * factor);
-      if (m.apart) m.apart[i] = weight;
-      m.weights[i * m.cols + p] = m.apart ? 0.0f : weight;
+      if (m.positive_weights) m.positive_weights[i] = weight;
+      m.weights[i * m.cols + p] = m.positive_weights ? 0.0f : weight;
       m.out[1] += dz_pos[i] * (static_cast<double>(dots[i]) - params[2]);
       m.out[2] += dz_pos[i];
     }
@@ -207,6 +208,7 @@ void check_matrix(const Matrix& m) {
   check(m.rows >= 0 && m.cols >= 0 && m.threads >= 1, "matrix: sizes must be non-negative, threads at least 1");
   check(m.rows == 0 || m.cols == 0 || m.scores, "matrix: scores must not be null");
   check(m.out, "matrix: out must not be null");
+  check(!m.positive_weights || m.weights, "matrix: positive_weights come with weights");
   check(!m.pairs.row_scale && !m.pairs.col_scale, "matrix: no scales by row");
   check(m.pairs.columns_count == 0 || m.pairs.columns, "matrix: columns must not be null");
   for (int64_t i = 0; m.positives && i < m.rows; ++i)

@@ -41,8 +41,9 @@ struct SearchPanel {
 struct Matrix {
   const float* scores = nullptr;  // [rows, cols] dot products <x_i, y_j>
   float* weights = nullptr;       // [rows, cols] becomes scale * dL/dz; may be the scores; null: not wanted
-  float* apart = nullptr;  // [rows] the positives' weights, which are 0 there then; null: they lie in their places
-  bool unscaled = false;   // ... or dL/dz itself
+  bool unscaled = false;          // ... or dL/dz itself
+  // [rows] becomes the positives' weights, 0 in a row without one, and their places become 0; null: they lie there
+  float* positive_weights = nullptr;
   int64_t rows = 0, cols = 0;
   Pairs pairs;                         // of the whole matrix; the positives are left out beside
   const int64_t* positives = nullptr;  // [rows] the positives' columns, -1 for none; null:
@@ -101,11 +102,11 @@ struct Operand {
   int64_t line_stride = 0, depth_stride = 0;
 };
 
-// Entries of a product's x that come beside those in its memory and are not rounded: n of them, each in a column or, if
-// it is `turned`, a row of its own. Those that lie outside of x do not count.
-struct Apart {
-  const float* values = nullptr;    // [n], or null for none
-  const int64_t* places = nullptr;  // [n] entry e lies at [e, places[e]], turned at [places[e], e]; null:
+// A sparse matrix that is added to a product's x and not rounded: one entry in each row or, if `turned`, in each
+// column. Those that lie outside of x do not count.
+struct Entries {
+  const float* values = nullptr;    // [rows], turned [depth]; null: there are none
+  const int64_t* places = nullptr;  // entry e lies at [e, places[e]], turned at [places[e], e]; null:
   int64_t offset = 0;               // at e + offset
   bool turned = false;
 };
@@ -113,11 +114,11 @@ struct Apart {
 // out[i, j] (+)= sum_k x[i, k] y[j, k], of values that are or become bfloat16, with sums in float32.
 struct Product {
   Operand x, y;
-  float* out = nullptr;         // [rows, cols], or null and
-  uint16_t* rounded = nullptr;  // [rows, cols] in bfloat16
+  void* out = nullptr;                // [rows, cols]
+  Dtype out_dtype = Dtype::kFloat32;  // or kBFloat16
   int64_t rows = 0, cols = 0, depth = 0, stride = 0;
-  bool add = false;  // to what is there in float32
-  Apart apart;       // with it, y is bfloat16 whose lines are neighbours
+  bool add = false;  // to what is there, in float32
+  Entries entries;   // with them, y is bfloat16 and its line_stride 1
   int threads = 1;
 };
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 from contrastive_kernels import reference
-from contrastive_kernels.backends import Apart, cpu
+from contrastive_kernels.backends import Entries, cpu
 from contrastive_kernels.backends.native import MISSING
 from contrastive_kernels.backends.registry import ORDER
 
@@ -18,7 +18,16 @@ pytestmark = pytest.mark.skipif(
 CPU = next(backend for backend in ORDER if backend.name == "cpu")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 #: Rows, depth, columns: one, those of the kernel's blocks, past them, and depths and columns past a packed block.
-SIZES = [(1, 1, 1), (14, 2, 32), (15, 3, 33), (13, 31, 47), (28, 512, 64), (29, 515, 1025), (3, 1030, 40), (130, 64, 5)]
+SIZES = [
+    (1, 1, 1),
+    (14, 2, 32),
+    (15, 3, 33),
+    (13, 31, 47),
+    (28, 1024, 64),
+    (29, 1027, 515),
+    (3, 2050, 40),
+    (130, 64, 5),
+]
 
 
 def drawn(rows: int, cols: int, dtype: torch.dtype, turned: bool, gap: int = 0) -> Tensor:
@@ -72,15 +81,15 @@ def test_a_sum_does_not_depend_on_where_it_lies():
     assert (out == out[0, 0]).all()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("with_entries", [False, True])
 @pytest.mark.parametrize("size", [*SIZES, (70, 1100, 520)], ids=str)
-def test_a_result_in_bfloat16_is_the_rounded_one(size, apart):
+def test_a_result_in_bfloat16_is_the_rounded_one(size, with_entries):
     rows, depth, cols = size
     x, y = drawn(rows, depth, FLOAT32, True), drawn(depth, cols, BFLOAT16, False)
-    beside = Apart(torch.randn(rows), torch.randint(0, depth, (rows,))) if apart else None
+    entries = Entries(torch.randn(rows), torch.randint(0, depth, (rows,))) if with_entries else None
     out, rounded = torch.empty(rows, cols), torch.full((rows, cols + 3), torch.nan, dtype=BFLOAT16)
-    CPU.multiply(x, y, out, apart=beside)
-    CPU.multiply(x, y, rounded[:, :cols], apart=beside)
+    CPU.multiply(x, y, out, entries=entries)
+    CPU.multiply(x, y, rounded[:, :cols], entries=entries)
     assert torch.equal(rounded[:, :cols], out.to(BFLOAT16))
     assert rounded[:, cols:].isnan().all()
 
@@ -88,7 +97,7 @@ def test_a_result_in_bfloat16_is_the_rounded_one(size, apart):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("how", ["index", "offset", "negative offset"])
 @pytest.mark.parametrize("size", [(1, 1, 1), (70, 40, 33), (15, 1100, 20), (20, 9, 600)], ids=str)
-def test_entries_apart(size, how, turned):
+def test_entries(size, how, turned):
     """They are not rounded, and those that lie outside do not count."""
     rows, depth, cols = size
     x, y = drawn(rows, depth, FLOAT32, turned), drawn(depth, cols, BFLOAT16, False, gap=1)
@@ -100,13 +109,29 @@ def test_entries_apart(size, how, turned):
         index = places = torch.randint(-1, last + 1, (count,))
     inside = (places >= 0) & (places < last)
     entries, lines = places[inside], inside.nonzero()[:, 0]
-    beside = torch.zeros(rows, depth, dtype=torch.float64)
-    beside[(entries, lines) if turned else (lines, entries)] = values[inside].double()
+    dense = torch.zeros(rows, depth, dtype=torch.float64)
+    dense[(entries, lines) if turned else (lines, entries)] = values[inside].double()
     out = torch.randn(rows, cols)
-    want = out.double() + (x.to(BFLOAT16).double() + beside) @ y.double()
-    CPU.multiply(x, y, out, True, Apart(values, index, offset, turned))
-    size_of = x.abs().double() @ y.abs().double() + beside.abs() @ y.abs().double() + 4
+    want = out.double() + (x.to(BFLOAT16).double() + dense) @ y.double()
+    CPU.multiply(x, y, out, True, Entries(values, index, offset, turned))
+    size_of = (x.abs().double() + dense.abs()) @ y.abs().double() + 4
     assert ((out - want).abs() <= depth**0.5 * torch.finfo(FLOAT32).eps * size_of).all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("size", [(203, 1030, 97), (30, 300, 1100), (1100, 40, 70)], ids=str)
+def test_a_result_does_not_depend_on_threads(size, dtype, set_threads):
+    """Nor on the grid of parts that they do: of rows alone, of columns too, and of ragged ones."""
+    rows, depth, cols = size
+    x, y = drawn(rows, depth, FLOAT32, False), drawn(depth, cols, BFLOAT16, False)
+    entries = Entries(torch.randn(depth), torch.randint(-1, rows, (depth,)), turned=True)
+    found = []
+    for threads in (1, 2, 3, 5, 16):
+        set_threads(threads)
+        found.append(torch.full((rows, cols), torch.nan, dtype=dtype))
+        CPU.multiply(x, y, found[-1], entries=entries)
+    assert not found[0].isnan().any()
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.parametrize("rows, depth, cols", [(0, 5, 6), (5, 0, 6), (5, 6, 0)])
@@ -145,12 +170,12 @@ def test_two_lines_with_gaps_in_both_directions():
         ({0: 0}, "operands must not be null"),
         ({1: 2}, "float32 or bfloat16"),
         ({2: 3}, "neighbours"),
-        ({8: 0}, "one result must not be null"),
-        ({9: 1}, "one result must not be null"),
-        ({8: 0, 9: 1, 14: True}, "it adds in float32"),
+        ({8: 0}, "out must not be null"),
+        ({9: 2}, "out is float32, or bfloat16"),
+        ({9: 1, 14: True}, "unless it is added to"),
         ({13: 1}, "sizes are ordered"),
         ({19: 0}, "threads at least 1"),
-        ({15: 1}, "y is bfloat16 whose lines are neighbours"),
+        ({15: 1}, "y must be bfloat16 with line_stride 1"),
     ],
 )
 def test_wrong_calls_raise(change, message):
@@ -202,6 +227,21 @@ def test_what_features_have_in_common_stays_out_of_gradients(loss, rows, workspa
     want = getattr(reference, loss)(*exact, 14.0)
     for mine, right in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(want, exact)):
         assert (mine.double() - right).norm() <= torch.finfo(BFLOAT16).eps * right.norm()
+
+
+@pytest.mark.parametrize("rows, cols", [(70, 90), (2500, 3000)], ids=["whole", "bands"])
+def test_gradients_of_biases(rows, cols):
+    """Weights are dL/dz then, and scaled afterwards, those of the positives too."""
+    common = torch.randn(64)
+    near = (torch.nn.functional.normalize(common + torch.randn(k, 64), dim=1) for k in (rows, cols))
+    leaves = [*(v.to(BFLOAT16).requires_grad_() for v in near), torch.randn(cols).requires_grad_()]
+    exact = [v.detach().double().requires_grad_() for v in leaves]
+    index = torch.randint(0, cols, (rows,))
+    value = ck.info_nce(*leaves[:2], 14.0, positives=index, candidate_bias=leaves[2], backend="cpu")
+    want = reference.info_nce(*exact[:2], 14.0, positives=index, candidate_bias=exact[2])
+    for mine, right in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(want, exact)):
+        unit = torch.finfo(mine.dtype).eps * (1 if mine.dtype is BFLOAT16 else 14)  # logits, of this size, are rounded
+        assert (mine.double() - right).norm() <= unit * right.norm()
 
 
 def test_one_number_in_lines_of_any_stride():

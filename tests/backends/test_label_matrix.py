@@ -34,7 +34,7 @@ class Labelled:
     def run(self, threads=1):
         """Value, weights and gradients of scale and bias."""
         weights, others = (torch.full_like(self.scores, torch.nan) for _ in range(2))
-        apart = torch.full((len(weights),), torch.nan)
+        positive_weights = torch.full((len(weights),), torch.nan)
         row_ids, col_ids = (v.data_ptr() for v in self.labels)
         pairs = {"row_ids": row_ids, "col_ids": col_ids, "equal_ids": ALIKE_COUNT}
         found = [
@@ -43,14 +43,14 @@ class Labelled:
                 self.index.data_ptr(), None, 1.3, -0.5, self.gain.data_ptr(), self.share.data_ptr(), self.alone,
                 threads,
             )
-            for places in ((weights.data_ptr(), 0), (others.data_ptr(), apart.data_ptr()))
+            for places in ((weights.data_ptr(), 0), (others.data_ptr(), positive_weights.data_ptr()))
         ]  # fmt: skip
         value, *dparams = found[0]
         assert found[1] == found[0]
         single = self.index >= 0
         places = (single.nonzero()[:, 0], self.index[single])
-        assert (others[places] == 0).all() and (apart[~single] == 0).all()
-        others[places] = apart[single]
+        assert (others[places] == 0).all() and (positive_weights[~single] == 0).all()
+        others[places] = positive_weights[single]
         assert torch.equal(others, weights)
         return torch.tensor(value, dtype=torch.float64), weights, torch.tensor(dparams, dtype=torch.float64)
 

@@ -92,7 +92,7 @@ class Matrix:
         weights, dparams = torch.autograd.grad(value, (scores, params), **options)
         return value.detach(), weights + weights.T if self.symmetric else weights, dparams
 
-    def arguments(self, scores, weights, apart=None):
+    def arguments(self, scores, weights, positive_weights=None):
         said = {"columns": self.columns, "col_bias": self.col_bias}
         said |= dict(zip(("row_ceiling", "col_ceiling"), self.ceilings))
         said |= {"guide": self.guide, **dict(zip(("row_threshold", "col_threshold"), self.thresholds))}
@@ -102,7 +102,7 @@ class Matrix:
         if self.guide is not None:
             pairs["guide_stride"] = self.guide.stride(0)
         return (
-            address(scores), address(weights), address(apart), *scores.shape, pairs or None, self.diagonal,
+            address(scores), address(weights), address(positive_weights), *scores.shape, pairs or None, self.diagonal,
             address(self.positives), self.offset, *self.params,
         )  # fmt: skip
 
@@ -111,27 +111,27 @@ class Matrix:
         scores, dlift = self.scores.clone(), None if self.lift is None else torch.full_like(self.lift, torch.nan)
         weights = scores if in_place else torch.full_like(scores, torch.nan)
 
-        def call(scores, weights, apart=None):
+        def call(scores, weights, positive_weights=None):
             out = _C.softmax_matrix(
-                *self.arguments(scores, weights, apart), address(self.gain), self.share, both, self.symmetric,
-                self.include, unscaled, address(self.lift), address(dlift), threads,
+                *self.arguments(scores, weights, positive_weights), address(self.gain), self.share, both,
+                self.symmetric, self.include, unscaled, address(self.lift), address(dlift), threads,
             )  # fmt: skip
             return torch.tensor(out, dtype=torch.float64)
 
         out = call(scores, weights if wanted else None)
         if wanted:
-            self.assert_same_apart(call, out, weights)
+            self.assert_same_beside(call, out, weights)
         assert in_place or torch.equal(scores.nan_to_num(), self.scores.nan_to_num())
         return out[0], weights, out[1:], *([] if dlift is None else [dlift])
 
-    def assert_same_apart(self, call, out, weights):
-        """The positives' weights apart are those that lie in their places otherwise, and 0 there."""
-        apart, others = torch.full((len(weights),), torch.nan), self.scores.clone()
-        again = call(others, others, apart)
+    def assert_same_beside(self, call, out, weights):
+        """positive_weights receive what lies in the positives' places otherwise, which become 0."""
+        positive_weights, others = torch.full((len(weights),), torch.nan), self.scores.clone()
+        again = call(others, others, positive_weights)
         there = self.where() >= 0
         places = (there.nonzero()[:, 0], self.where()[there])
-        assert (others[places] == 0).all() and (apart[~there] == 0).all()
-        others[places] = apart[there]
+        assert (others[places] == 0).all() and (positive_weights[~there] == 0).all()
+        others[places] = positive_weights[there]
         for mine, other in ((again, out), (others, weights)):
             torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0, equal_nan=True)
 
@@ -329,16 +329,16 @@ class Weighted:
             sides[0] = 0
         sides += [0] * (4 - len(sides))
 
-        def call(scores, weights, apart=None):
+        def call(scores, weights, positive_weights=None):
             out = _C.weighted_matrix(
-                self.term.code, *m.arguments(scores, weights, apart), *sides, m.share, self.relative,
+                self.term.code, *m.arguments(scores, weights, positive_weights), *sides, m.share, self.relative,
                 *[address(state) for state in (*states, None)[:2]], address(dots), threads,
             )  # fmt: skip
             return torch.tensor(out, dtype=torch.float64)
 
         out = call(scores, weights if wanted else None)
         if wanted:
-            m.assert_same_apart(call, out, weights)
+            m.assert_same_beside(call, out, weights)
         return out[0], weights, out[1:], states, dots
 
     def in_float64(self, absolute):

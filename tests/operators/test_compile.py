@@ -173,15 +173,16 @@ def test_no_grad_compiles_without_gradient_work():
 # ---- the operators themselves ----
 
 OPERATORS = torch.ops.contrastive_kernels
-#: One call of the backend; a band; panels, whose scores "none" keeps.
+#: One call of the backend, whose gradients have 16 bits or not; a band; panels, whose scores "none" keeps.
 OPERANDS = pytest.mark.parametrize(
     "engine, layout, dtype",
     [
         (Engine("cpu"), "contiguous", torch.float32),
+        (Engine("cpu"), "permuted", torch.bfloat16),
         (Engine("torch"), "permuted", torch.bfloat16),
         (Engine("torch", 100_000), "permuted", torch.float32),
     ],
-    ids=["one-call", "band", "panels"],
+    ids=["one-call", "one-call-rounded", "band", "panels"],
 )
 
 

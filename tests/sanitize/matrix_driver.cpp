@@ -30,7 +30,7 @@ struct Buffer {
 
 // One way to call the two functions.
 struct Variant {
-  bool columns_too, symmetric, relative, positives_given, biased, gains, in_place, apart;
+  bool columns_too, symmetric, relative, positives_given, biased, gains, in_place, beside;
   int64_t excluded, threads;
 };
 
@@ -38,7 +38,7 @@ struct Case {
   Variant v;
   int64_t rows, cols;
   Buffer<float> scores, weights, col_bias, gain, col_gain, row_normalizer, col_normalizer, row_state, col_state, dots,
-      apart;
+      positive_weights;
   Buffer<int64_t> positives, columns;
   Buffer<double> out;
   std::vector<int64_t> where;
@@ -58,7 +58,7 @@ struct Case {
         row_state(2 * r),
         col_state(2 * c),
         dots(r),
-        apart(variant.apart ? r : 0),
+        positive_weights(variant.beside ? r : 0),
         positives(variant.positives_given ? r : 0),
         columns(r * variant.excluded),
         out(3) {}
@@ -97,7 +97,7 @@ void fill(Case& c, std::mt19937& random) {
 ck::Matrix make_matrix(Case& c) {
   ck::Matrix m;
   m.scores = c.scores.get(), m.weights = c.v.in_place ? c.scores.get() : c.weights.get();
-  m.apart = c.apart.get();
+  m.positive_weights = c.positive_weights.get();
   m.rows = c.rows, m.cols = c.cols;
   if (c.v.symmetric) m.pairs.diagonal = 0;
   m.pairs.columns = c.columns.get(), m.pairs.columns_count = c.v.excluded;
@@ -183,10 +183,10 @@ void expect(const Case& c, const char* call, const char* what, double got, doubl
   std::printf("FAILED %s: %s, %s of a %lld x %lld matrix: got %.9g, expected %.9g\n", ck::instruction_set(), call, what,
               static_cast<long long>(c.rows), static_cast<long long>(c.cols), got, expected);
   std::printf(
-      "  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d apart %d excluded %d "
+      "  columns %d symmetric %d relative %d given %d biased %d gains %d in_place %d beside %d excluded %d "
       "threads %d\n",
-      c.v.columns_too, c.v.symmetric, c.v.relative, c.v.positives_given, c.v.biased, c.v.gains, c.v.in_place, c.v.apart,
-      static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
+      c.v.columns_too, c.v.symmetric, c.v.relative, c.v.positives_given, c.v.biased, c.v.gains, c.v.in_place,
+      c.v.beside, static_cast<int>(c.v.excluded), static_cast<int>(c.v.threads));
   std::exit(1);
 }
 
@@ -198,9 +198,9 @@ void check(Case& c, const char* call, const Expected& e, double least = 0.0) {
       const double one = e.by_row[at] + e.by_col[at], mirrored = c.v.symmetric ? e.by_row[j * c.cols + i] : 0.0;
       const double parts = std::fabs(e.by_row[at]) + std::fabs(e.by_col[at]) + std::fabs(mirrored);
       double got = c.v.in_place ? c.scores[at] : c.weights[at];
-      if (c.v.apart && j == c.where[i]) {
-        if (c.apart[i] != 0.0f) expect(c, call, "place of a weight apart", got, 0.0, 0.0);
-        got += c.apart[i];
+      if (c.v.beside && j == c.where[i]) {
+        if (c.positive_weights[i] != 0.0f) expect(c, call, "place of a positive", got, 0.0, 0.0);
+        got += c.positive_weights[i];
       }
       expect(c, call, "weight", got, 1.5 * (one + mirrored), least + 1.5 * parts * (j == c.where[i] ? 10.0 : 1.0));
       dscale += one * c.score[at], dbias += one, size += 4.0 * parts;
@@ -229,7 +229,7 @@ void run_lifted(const Variant& v, int64_t rows, int64_t cols, std::mt19937& rand
   ck::softmax_matrix(m, false, false, true);
   float* const weights = c.v.in_place ? c.scores.get() : c.weights.get();
   for (int64_t k = 0; k < rows * cols; ++k) weights[k] *= 1.5f;
-  for (int64_t i = 0; i < c.apart.size; ++i) c.apart[i] *= 1.5f;
+  for (int64_t i = 0; i < c.positive_weights.size; ++i) c.positive_weights[i] *= 1.5f;
   check(c, "lifted softmax", expected);
   for (int64_t i = 0; i < rows; ++i) {
     const double want = expected.by_row[i * cols + c.where[i]];
