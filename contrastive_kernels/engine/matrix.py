@@ -84,18 +84,6 @@ class Positives:
         index = self.index if self.index is None or not first else self.index - first
         return Entries(values, index, (self.offset or 0) - first, True)
 
-    def take_out(self, weights: Tensor) -> Tensor:
-        """The positives' entries of weights [N, M], which become 0 there; 0 where a row has no positive."""
-        if self.index is None:
-            entries = weights.diagonal(self.offset or 0)
-            values = entries.clone()
-            entries.zero_()
-            return values
-        index = self.index.clamp(min=0)[:, None]
-        found = weights.gather(1, index)[:, 0]
-        weights.scatter_(1, index, found.masked_fill(self.index >= 0, 0.0)[:, None])
-        return self.coefficients(found)
-
     def add_values(self, sums: Tensor, values: Tensor) -> None:
         """sums[p(i)] += values_i [N] in one order, for the rows that have a positive."""
         if self.index is None:

@@ -65,8 +65,7 @@ def value_and_gradients(call: Call, function: Callable[..., Found]) -> Outputs:
     w *= problem.scale
     if problem.symmetric:
         w = w + w.T
-    of_positives = None if whole.positive_weights is None else problem.positives.take_out(w)
-    return value, *whole_gradients(call, whole._replace(scores=w, positive_weights=of_positives), *sums)
+    return value, *whole_gradients(call, whole._replace(scores=w), *sums)
 
 
 def inside(given: Scores, gain: Tensor, share: Tensor) -> Found:

@@ -215,7 +215,7 @@ def test_losses_take_it(n, workspace, monkeypatch):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2 * other.abs().max().item())
 
 
-@pytest.mark.parametrize("rows, workspace", [(70, None), (140, None), (140, 2**18), (3000, None)])
+@pytest.mark.parametrize("rows, workspace", [(70, None), (140, None), (140, 2**18), (1100, None)])
 @pytest.mark.parametrize("loss", ["clip_loss", "info_nce", "nt_xent"])
 def test_what_features_have_in_common_stays_out_of_gradients(loss, rows, workspace):
     """Weights of a row sum to 0; rounded with the positive's among them they would not."""

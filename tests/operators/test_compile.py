@@ -288,6 +288,20 @@ def test_opcheck_of_softmax_loss(engine, layout, dtype):
         check(softmax_losses, several, (None, vectors(7, 1).requires_grad_()), (reduction, False, True, ""))
 
 
+@pytest.mark.skipif(ck.why_not("cpu", torch.zeros(1, 1)) is not None, reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_one_call_without_units_for_16_bits(dtype):
+    """Gradients of products in float32 are stored as all others of their inputs' dtype."""
+    from contrastive_kernels import _C
+
+    _C.set_instruction_set("baseline")
+    try:
+        problem = problem_of("contiguous", dtype, index=INDEX, engine=Engine("cpu"))
+        check(softmax_losses, problem, (None, None), ("mean", False, True, ""))
+    finally:
+        _C.set_instruction_set("auto")
+
+
 @OPERANDS
 def test_opcheck_of_scaled_softmax_loss(engine, layout, dtype):
     own = Pairs(row_ids=IDS.row_ids, col_ids=IDS.row_ids)
