@@ -61,8 +61,8 @@ struct IsaTable {
 };
 
 // A product's blocks: of at most kProductRows rows and kProductWidth columns, at a depth of kProductDepth; and the
-// columns that a thread packs at a time. Together they take at most 1 MiB, a core's L2 on the machine where the last
-// two were the best of seven pairs, two cores of an AMD EPYC.
+// columns that a thread packs at a time. These take at most 1 MiB, a core's L2 on the machine where the last two were
+// the best of seven pairs, two cores of an AMD EPYC.
 constexpr int64_t kProductRows = 14, kProductWidth = 32, kProductDepth = 1024, kProductCols = 512;
 
 // How a product is done: a grid of parts, one for each thread, and their memory.
@@ -70,7 +70,8 @@ struct ProductPlan {
   int64_t row_parts = 1, col_parts = 1;
   int64_t rows = 0, cols = 0;  // of a part, but for the last ones
   int64_t height = 0;          // rows of a block
-  int64_t of_rows = 0;         // words of a block of rows when it is packed
+  int64_t group = 1;           // blocks of rows that are packed together
+  int64_t of_rows = 0;         // words of these
   int64_t of_thread = 0;       // ... and of the columns behind it
   uint32_t* packed = nullptr;  // [threads, of_thread]
   int64_t of_sums = 0;         // sums of a thread, in rows of kProductCols

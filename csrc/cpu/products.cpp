@@ -21,6 +21,10 @@ void check_operand(const Operand& operand) {
 // Multiplications that are worth a thread: some 3 us of them.
 constexpr int64_t kThreadProducts = 1 << 18;
 
+// Where depths of x lie so many bytes apart or more, a cache has few places for their lines, and each block of rows
+// would fetch them anew: kGroup blocks are packed together.
+constexpr int64_t kFar = 2048, kGroup = 4;
+
 // What the kernel loads at once.
 constexpr int64_t kWords = 16;
 struct alignas(64) Line {
@@ -87,7 +91,9 @@ void run(Product p) {
   ProductPlan plan = grid_of(p, std::min<int64_t>(p.threads, std::max<int64_t>(worth, 1)));
   p.threads = static_cast<int>(plan.row_parts * plan.col_parts);
   const int64_t pairs = ceil_div(std::min(p.depth, kProductDepth), 2);
-  plan.of_rows = whole_lines(plan.height * pairs);
+  const int64_t apart = p.x.depth_stride * static_cast<int64_t>(p.x.dtype == Dtype::kFloat32 ? sizeof(float) : 2);
+  if (p.x.line_stride == 1 && apart >= kFar) plan.group = kGroup;
+  plan.of_rows = whole_lines(plan.group * plan.height * pairs);
   plan.of_thread = plan.of_rows + whole_lines(std::min(plan.cols, kProductCols) * pairs);
   std::unique_ptr<Line[]> packed(new Line[p.threads * plan.of_thread / kWords]);
   plan.packed = packed[0].words;

@@ -20,6 +20,9 @@ namespace avx512bf16 {
 
 constexpr int64_t kRows = kProductRows, kCols = kProductWidth, kDepth = kProductDepth;
 
+// Depths that are fetched ahead of being packed.
+constexpr int64_t kAhead = 16;
+
 // All of the sixteen. (The plain intrinsics of what follows make gcc 12 warn of what they leave undefined.)
 constexpr __mmask16 kAll = 0xFFFF;
 
@@ -75,54 +78,71 @@ CK_INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Packs at most `width` lines of an operand from `first` on along the depth: out[pair][line], zeros behind the last
-// line and the last depth. Neighbours in memory are the lines, or the depths.
+// How lines of an operand are packed: in blocks of `width` lines, the last one of `last_width`, along the depth, as
+// out[block][pair][line], with zeros behind the last line and the last depth.
+struct Packing {
+  int64_t lines, depth, width, last_width;
+
+  int64_t pairs() const { return (depth + 1) / 2; }
+  int64_t width_of(int64_t block) const { return lines - block > width ? width : last_width; }
+};
+
+// Neighbours in memory are the lines. All blocks advance together: a line of the cache serves more than one.
 template <typename T>
-CK_INLINE void pack_neighbouring_lines(const T* first, int64_t depth_stride, int64_t lines, int64_t depth,
-                                       int64_t width, uint32_t* out) {
-  for (int64_t k = 0; k < depth; k += 2, out += width) {
+CK_INLINE void pack_neighbouring_lines(const T* first, int64_t depth_stride, const Packing& p, uint32_t* out) {
+  for (int64_t k = 0; k < p.depth; k += 2) {
     const T* const low = first + k * depth_stride;
-    for (int64_t line = 0; line < width; line += 16) {
-      const __mmask16 there = first_of<16>(lines - line);
-      const __m256i high = k + 1 < depth ? sixteen(low + depth_stride + line, there) : _mm256_setzero_si256();
-      const __m512i pairs = sixteen_pairs(sixteen(low + line, there), high);
-      _mm512_mask_storeu_epi32(out + line, first_of<16>(width - line), pairs);
+    if (p.lines > p.width)  // the processor does not foresee lines that lie far from one another
+      for (const int64_t ahead : {kAhead, kAhead + 1})
+        _mm_prefetch(reinterpret_cast<const char*>(low + ahead * depth_stride), _MM_HINT_T0);
+    for (int64_t block = 0; block < p.lines; block += p.width) {
+      const int64_t width = p.width_of(block);
+      uint32_t* const to = out + block * p.pairs() + k / 2 * width;
+      for (int64_t line = 0; line < width; line += 16) {
+        const T* const from = low + block + line;
+        const __mmask16 there = first_of<16>(p.lines - block - line);
+        const __m256i high = k + 1 < p.depth ? sixteen(from + depth_stride, there) : _mm256_setzero_si256();
+        _mm512_mask_storeu_epi32(to + line, first_of<16>(width - line), sixteen_pairs(sixteen(from, there), high));
+      }
     }
   }
 }
 
+// Neighbours in memory are the depths.
 template <typename T>
-CK_INLINE void pack_neighbouring_depths(const T* first, int64_t line_stride, int64_t lines, int64_t depth,
-                                        int64_t width, uint32_t* out) {
-  const int64_t pairs = (depth + 1) / 2;
-  for (int64_t line = 0; line < width; line += 16)
-    for (int64_t k = 0; k < pairs; k += 16) {
-      const __mmask32 there = first_of<32>(depth - 2 * k);
-      __m512i v[16];
-      for (int i = 0; i < 16; ++i)
-        v[i] = line + i < lines ? thirty_two(first + (line + i) * line_stride + 2 * k, there) : _mm512_setzero_si512();
-      transpose(v);
-      for (int i = 0; i < 16 && k + i < pairs; ++i)
-        _mm512_mask_storeu_epi32(out + (k + i) * width + line, first_of<16>(width - line), v[i]);
-    }
+CK_INLINE void pack_neighbouring_depths(const T* first, int64_t line_stride, const Packing& p, uint32_t* out) {
+  for (int64_t block = 0; block < p.lines; block += p.width) {
+    const int64_t width = p.width_of(block), lines = at_most(p.lines - block, width);
+    const T* const from = first + block * line_stride;
+    uint32_t* const to = out + block * p.pairs();
+    for (int64_t line = 0; line < width; line += 16)
+      for (int64_t k = 0; k < p.pairs(); k += 16) {
+        const __mmask32 there = first_of<32>(p.depth - 2 * k);
+        __m512i v[16];
+        for (int i = 0; i < 16; ++i)
+          v[i] = line + i < lines ? thirty_two(from + (line + i) * line_stride + 2 * k, there) : _mm512_setzero_si512();
+        transpose(v);
+        for (int i = 0; i < 16 && k + i < p.pairs(); ++i)
+          _mm512_mask_storeu_epi32(to + (k + i) * width + line, first_of<16>(width - line), v[i]);
+      }
+  }
 }
 
 template <typename T>
-CK_INLINE void pack_from(const T* data, const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth,
-                         int64_t width, uint32_t* out) {
+CK_INLINE void pack_from(const T* data, const Operand& from, int64_t line, int64_t k, const Packing& p, uint32_t* out) {
   const T* const first = data + line * from.line_stride + k * from.depth_stride;
   if (from.line_stride == 1)
-    pack_neighbouring_lines(first, from.depth_stride, lines, depth, width, out);
+    pack_neighbouring_lines(first, from.depth_stride, p, out);
   else
-    pack_neighbouring_depths(first, from.line_stride, lines, depth, width, out);
+    pack_neighbouring_depths(first, from.line_stride, p, out);
 }
 
-CK_INLINE void pack(const Operand& from, int64_t line, int64_t k, int64_t lines, int64_t depth, int64_t width,
-                    uint32_t* out) {
+// Packs an operand from this line and this depth on.
+CK_INLINE void pack(const Operand& from, int64_t line, int64_t k, const Packing& p, uint32_t* out) {
   if (from.dtype == Dtype::kBFloat16)
-    pack_from(static_cast<const uint16_t*>(from.data), from, line, k, lines, depth, width, out);
+    pack_from(static_cast<const uint16_t*>(from.data), from, line, k, p, out);
   else
-    pack_from(static_cast<const float*>(from.data), from, line, k, lines, depth, width, out);
+    pack_from(static_cast<const float*>(from.data), from, line, k, p, out);
 }
 
 CK_INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
@@ -192,14 +212,13 @@ static void round_row(const float* sums, int64_t cols, uint16_t* out) {
 static void multiply_part(const Product& p, const ProductPlan& plan, int64_t first, int64_t last, int64_t begin,
                           int64_t end, uint32_t* packed, float* own_sums) {
   uint32_t* const packed_cols = packed + plan.of_rows;
-  const int64_t stride = own_sums ? kProductCols : p.stride;
+  const int64_t stride = own_sums ? kProductCols : p.stride, group = plan.group * plan.height;
   for (int64_t j0 = begin; j0 < end; j0 += kProductCols) {
     const int64_t cols = at_most(end - j0, kProductCols);
     for (int64_t k0 = 0; k0 < p.depth; k0 += kDepth) {
       const int64_t depth = at_most(p.depth - k0, kDepth), pairs = (depth + 1) / 2;
       const bool add = p.add || k0 > 0, done = k0 + depth == p.depth;
-      for (int64_t j = 0; j < cols; j += kCols)
-        pack(p.y, j0 + j, k0, at_most(cols - j, kCols), depth, kCols, packed_cols + j * pairs);
+      pack(p.y, j0, k0, {cols, depth, kCols, kCols}, packed_cols);
       for (int64_t i = first; i < last; i += plan.height) {
         const int64_t rows = at_most(last - i, plan.height);
         float* sums = own_sums;
@@ -207,12 +226,16 @@ static void multiply_part(const Product& p, const ProductPlan& plan, int64_t fir
           sums = static_cast<float*>(p.out) + i * stride + j0;
         else if (p.depth > kDepth)
           sums += (i - first) * stride;
-        pack(p.x, i, k0, rows, depth, rows, packed);
+        if ((i - first) % group == 0) {
+          const int64_t lines = at_most(last - i, group), rest = lines % plan.height;
+          pack(p.x, i, k0, {lines, depth, plan.height, rest ? rest : plan.height}, packed);
+        }
+        const uint32_t* const packed_rows = packed + (i - first) % group * pairs;
         for (int64_t j = 0; j < cols; j += kCols) {
           if (own_sums || cols - j >= kCols)  // whose rows are whole blocks
-            kBlocks[rows - 1](packed, packed_cols + j * pairs, pairs, add, sums + j, stride);
+            kBlocks[rows - 1](packed_rows, packed_cols + j * pairs, pairs, add, sums + j, stride);
           else
-            multiply_edge(packed, packed_cols + j * pairs, pairs, add, sums + j, stride, rows, cols - j);
+            multiply_edge(packed_rows, packed_cols + j * pairs, pairs, add, sums + j, stride, rows, cols - j);
         }
         for (int64_t row = 0; done && row < rows; ++row) {
           if (plan.row_start) add_entries(p, plan, i + row, j0, cols, sums + row * stride);
