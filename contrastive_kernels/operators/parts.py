@@ -84,19 +84,29 @@ def whole_gradients(
     """
     (x, y, weights, of_positives), (want_x, want_y, want_scale, want_bias) = whole, call.needs[:4]
     params = number(weights, dscale) if want_scale else None, number(weights, dbias) if want_bias else None
-    rows, cols = call.own or (slice(0, len(x)), slice(0, len(y)))
-    of_rows, of_cols, saved = weights[rows], weights.t()[cols], saved_dtype(call.problem.x.dtype)
+    of_rows, of_cols, own = weights, weights.t(), call.own
+    if own is not None:  # (a slice of all takes as long as a small product)
+        of_rows, of_cols = of_rows[own[0]], of_cols[own[1]]
+    saved = saved_dtype(call.problem.x.dtype)
     if x.dtype == weights.dtype:
-        return of_rows.mm(y).to(saved) if want_x else None, of_cols.mm(x).to(saved) if want_y else None, *params
+        dx, dy = of_rows.mm(y) if want_x else None, of_cols.mm(x) if want_y else None
+        if saved != weights.dtype:
+            dx, dy = (None if g is None else g.to(saved) for g in (dx, dy))
+        return dx, dy, *params
     multiply, positives = call.problem.backend().multiply, call.problem.positives
+    entries, turned = (
+        positives.entries(of_positives),
+        positives.turned_entries(of_positives, own[1].start if own else 0),
+    )
+    if own is not None and of_positives is not None:
+        entries = positives.band(own[0]).entries(of_positives[own[0]])
     dx = dy = None
     if want_x:
         dx = weights.new_empty(len(of_rows), y.shape[1], dtype=saved)
-        own = None if of_positives is None else of_positives[rows]
-        multiply(of_rows, y, dx, entries=positives.band(rows).entries(own))
+        multiply(of_rows, y, dx, entries=entries)
     if want_y:
         dy = weights.new_empty(len(of_cols), x.shape[1], dtype=saved)
-        multiply(of_cols, x, dy, entries=positives.turned_entries(of_positives, cols.start))
+        multiply(of_cols, x, dy, entries=turned)
     return dx, dy, *params
 
 
