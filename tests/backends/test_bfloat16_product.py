@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 CPU = next(backend for backend in ORDER if backend.name == "cpu")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-#: Rows, depth, columns: one, those of the kernel's blocks, past them, and depths and columns past a packed block.
+#: Rows, depth, columns: one, those of the kernel's blocks, past them, and depths and columns past a packed block; last
+#: so many rows that, turned, their depths lie far apart.
 SIZES = [
     (1, 1, 1),
     (14, 2, 32),
@@ -27,6 +28,7 @@ SIZES = [
     (29, 1027, 515),
     (3, 2050, 40),
     (130, 64, 5),
+    (1075, 9, 33),
 ]
 
 

@@ -107,11 +107,11 @@ void run_case(int64_t rows, int64_t depth, int64_t cols, unsigned kinds, std::mt
 int64_t run_products(unsigned seed) {
   std::mt19937 random(seed);
   int64_t products = 0;
-  for (const int64_t rows : {1, 13, 14, 15, 29})
+  for (const int64_t rows : {1, 13, 14, 15, 29, 1075})
     for (const int64_t depth : {1, 2, 31, 33, 1025})
       for (const int64_t cols : {1, 31, 32, 33, 515})
         for (unsigned kinds = 0; kinds < 128; ++kinds) {
-          const bool large = depth * cols > 1000;
+          const bool large = rows * depth * cols > 20000;
           if ((kinds + rows + cols + seed) % (options.every * (large ? 16 : 1)) != 0) continue;
           run_case(rows, depth, cols, kinds, random);
           ++products;
